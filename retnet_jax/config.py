@@ -1,0 +1,389 @@
+"""Every option of the project, once: typed, with its default, a short comment and its checks.
+
+A file in `configs/` fills a `Config` in; the command line overrides single fields
+(`--config.train.steps=100`); a workdir records the result as `config.json`. Sizes that follow from
+others (`key_dim`, `ffn_dim`, parameter and FLOP counts) are derived here and nowhere else.
+
+This module imports no jax, so that a config can be read anywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+MIXERS = ("retention", "attention")
+DECAYS = ("log_spaced", "powers_of_two")
+FEED_FORWARDS = ("gelu", "swiglu")
+NORMS = ("layer", "rms")
+DTYPES = ("float32", "bfloat16")
+SOURCES = ("stdlib", "text", "jsonl")
+TOKENIZERS = ("byte", "bpe")
+OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("constant", "linear", "cosine", "wsd")
+
+
+class ConfigError(ValueError):
+    """A field that does not exist, has the wrong type, or does not fit the others."""
+
+
+# Not frozen, because command-line overrides set fields one by one. A model keeps a copy of its own,
+# and hashes it as part of its tree structure.
+@dataclass(kw_only=True, unsafe_hash=True)
+class ModelConfig:
+    """The shape of one language model, RetNet or Transformer."""
+
+    mixer: str = "retention"  # "retention" (RetNet) or "attention" (Transformer)
+    vocab_size: int = 32_000
+    d_model: int = 512
+    n_layers: int = 6
+    n_heads: int = 4
+    key_dim: int | None = None  # q and k, all heads together; None: d_model
+    value_dim: int | None = None  # v, all heads together; None: 2 d_model, for attention d_model
+    ffn: str = "gelu"  # "gelu": gelu(x W1) W2; "swiglu": (swish(x W1) * x W3) W2
+    ffn_dim: int | None = None  # None: 2 d_model, for attention 4 d_model
+    norm: str = "layer"  # "layer" (scale and bias) or "rms" (scale)
+    norm_epsilon: float = 1e-6
+    decay: str = "log_spaced"  # gamma of a head: "log_spaced" or "powers_of_two" (1 - 2^(-5-h))
+    decay_range: tuple[float, float] = (1 / 32, 1 / 512)  # log_spaced: 1 - gamma of first, last head
+    tie_embeddings: bool = False  # one matrix for the embedding and the output head
+    dtype: str = "float32"  # of activations; parameters, decay, state and loss stay float32
+    remat: bool = False  # recompute each layer in the backward pass instead of storing it
+    chunk_size: int | None = None  # of the chunkwise form; None: fastest for backend and length
+
+    @property
+    def q_width(self) -> int:
+        """Width of q and k over all heads."""
+        return self.d_model if self.key_dim is None else self.key_dim
+
+    @property
+    def v_width(self) -> int:
+        """Width of v over all heads."""
+        if self.value_dim is not None:
+            return self.value_dim
+        return 2 * self.d_model if self.mixer == "retention" else self.d_model
+
+    @property
+    def ffn_width(self) -> int:
+        """Inner width of the feed-forward layer."""
+        if self.ffn_dim is not None:
+            return self.ffn_dim
+        return 2 * self.d_model if self.mixer == "retention" else 4 * self.d_model
+
+    def check(self) -> None:
+        """Raises `ConfigError` for a value that is no choice, or sizes that do not fit together."""
+        _check_choice("model.mixer", self.mixer, MIXERS)
+        _check_choice("model.ffn", self.ffn, FEED_FORWARDS)
+        _check_choice("model.norm", self.norm, NORMS)
+        _check_choice("model.decay", self.decay, DECAYS)
+        _check_choice("model.dtype", self.dtype, DTYPES)
+        for name in ("vocab_size", "d_model", "n_layers", "n_heads"):
+            _check_at_least(f"model.{name}", getattr(self, name), 1)
+        for name in ("key_dim", "value_dim", "ffn_dim", "chunk_size"):
+            if getattr(self, name) is not None:
+                _check_at_least(f"model.{name}", getattr(self, name), 1)
+        _check_positive("model.norm_epsilon", self.norm_epsilon)
+        for name, width in (("key_dim", self.q_width), ("value_dim", self.v_width)):
+            shown = f"model.{name}={width}"
+            if getattr(self, name) is None:
+                shown = f"model.d_model={self.d_model} (so {name} is {width})"
+            if width % self.n_heads:
+                raise ConfigError(
+                    f"{shown} is not divisible by model.n_heads={self.n_heads}; "
+                    f"{_nearest_multiples(width, self.n_heads)} would do"
+                )
+        if (self.q_width // self.n_heads) % 2:
+            raise ConfigError(
+                f"the key width of a head is {self.q_width}/{self.n_heads} = "
+                f"{self.q_width // self.n_heads}; it must be even, because pairs of numbers are rotated"
+            )
+        if len(self.decay_range) != 2 or not all(0 < x < 1 for x in self.decay_range):
+            raise ConfigError(
+                f"model.decay_range={self.decay_range}: two numbers between 0 and 1 are needed, "
+                "1 - gamma of the first and of the last head, such as (1/32, 1/512)"
+            )
+
+    def transformer_twin(self, n_heads: int | None = None) -> ModelConfig:
+        """The Transformer with (to rounding) as many parameters as this RetNet.
+
+        Attention has 4 d^2 parameters where retention has 2 d^2 + 3 d value_dim, so its feed-forward
+        layer is as much wider; with the paper's sizes that is 4 d for 2 d (arXiv 2307.08621, 3.1).
+        """
+        matrices = 3 if self.ffn == "swiglu" else 2
+        surplus = self._mixer_parameters() - 4 * self.d_model**2
+        return dataclasses.replace(
+            self,
+            mixer="attention",
+            n_heads=n_heads or self.n_heads,
+            key_dim=None,
+            value_dim=None,
+            ffn_dim=self.ffn_width + round(surplus / (matrices * self.d_model)),
+        )
+
+    def parameter_count(self) -> int:
+        """Number of trainable parameters, embedding and output head included."""
+        norm = self.d_model * (2 if self.norm == "layer" else 1)
+        ffn = self.d_model * self.ffn_width * (3 if self.ffn == "swiglu" else 2)
+        embeddings = self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
+        return embeddings + self.n_layers * (self._mixer_parameters() + ffn + 2 * norm) + norm
+
+    def training_flops_per_token(self, sequence_length: int) -> float:
+        """Model FLOPs of one token's forward and backward pass, recomputation not counted.
+
+        6 for each weight of a matrix product (the embedding look-up is none), and for the mixer
+        what the algorithm itself needs: causal attention multiplies with half the positions of the
+        sequence on average; retention reads and writes a k by v state for each head.
+        """
+        norms = (2 * self.n_layers + 1) * self.d_model * (2 if self.norm == "layer" else 1)
+        lookup = 0 if self.tie_embeddings else self.vocab_size * self.d_model
+        weights = self.parameter_count() - norms - lookup
+        if self.mixer == "attention":
+            core = 2 * (self.q_width + self.v_width) * (sequence_length + 1) / 2
+        else:
+            core = 4 * self.q_width * self.v_width / self.n_heads
+        return 6 * weights + 3 * self.n_layers * core
+
+    def _mixer_parameters(self) -> int:
+        if self.mixer == "attention":
+            return 2 * self.d_model * (self.q_width + self.v_width)
+        return self.d_model * (2 * self.q_width + 3 * self.v_width)
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Documents, how they become tokens, and how tokens become windows."""
+
+    source: str = "stdlib"  # "stdlib": Python's own library; "text": a file a document; "jsonl"
+    path: str = ""  # text and jsonl: files by glob, ** included
+    text_field: str = "text"  # jsonl: the field that holds the text
+    tokenizer: str = "bpe"  # "byte", or "bpe": byte-level, trained on the training documents
+    store: str = "data/stdlib"  # directory of the token store; written when it is not there
+    held_out: float = 0.02  # share of documents kept from training, by a hash of their names
+    sequence_length: int = 2048  # tokens in a window
+
+    def check(self) -> None:
+        """Raises `ConfigError` for a value that is no choice or out of range."""
+        _check_choice("data.source", self.source, SOURCES)
+        _check_choice("data.tokenizer", self.tokenizer, TOKENIZERS)
+        _check_at_least("data.sequence_length", self.sequence_length, 1)
+        if self.source != "stdlib" and not self.path:
+            raise ConfigError(
+                f"data.path is empty, but data.source={self.source!r} reads files: "
+                "give a glob such as 'corpus/**/*.txt'"
+            )
+        if not self.store:
+            raise ConfigError("data.store is empty: name the directory for the token store")
+        if not 0 < self.held_out < 1:
+            raise ConfigError(f"data.held_out={self.held_out} is not between 0 and 1, such as 0.02")
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """Optimiser, schedule and clipping."""
+
+    name: str = "adamw"  # "adamw", or "muon": muon for the layers' matrices, Adam for the rest
+    learning_rate: float = 6e-4
+    muon_learning_rate: float = 0.02  # of the matrices under muon
+    beta1: float = 0.9
+    beta2: float = 0.98
+    epsilon: float = 1e-8
+    weight_decay: float = 0.05  # of matrices; norms and biases are never decayed
+    clip_norm: float = 2.0  # largest global norm of the gradient
+    schedule: str = "linear"  # after warm-up: "constant", "linear", "cosine" or "wsd"
+    warmup_steps: int = 375
+    decay_share: float = 0.5  # wsd: the share of all steps in which the rate falls to zero
+
+    def check(self) -> None:
+        """Raises `ConfigError` for a value that is no choice or out of range."""
+        _check_choice("optimizer.name", self.name, OPTIMIZERS)
+        _check_choice("optimizer.schedule", self.schedule, SCHEDULES)
+        for name in ("learning_rate", "muon_learning_rate", "epsilon", "clip_norm"):
+            _check_positive(f"optimizer.{name}", getattr(self, name))
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"optimizer.{name}={getattr(self, name)} is not in [0, 1)")
+        _check_at_least("optimizer.weight_decay", self.weight_decay, 0)
+        _check_at_least("optimizer.warmup_steps", self.warmup_steps, 0)
+        if not 0 < self.decay_share <= 1:
+            raise ConfigError(f"optimizer.decay_share={self.decay_share} is not in (0, 1]")
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Length of a run, batch, and how often it reports and saves."""
+
+    steps: int = 25_000
+    batch_size: int = 32  # windows in a step, over all devices and micro-batches
+    micro_batches: int = 1  # a step's batch is run in this many parts, gradients summed
+    seed: int = 0  # of the parameters and of the order of the windows
+    log_every: int = 10  # steps between lines of metrics.jsonl
+    eval_every: int = 1000  # steps between evaluations on held-out windows
+    eval_batches: int = 16  # batches in such an evaluation
+    checkpoint_every: int = 1000  # steps between checkpoints
+    keep_checkpoints: int = 3  # the newest that are kept
+
+    def check(self) -> None:
+        """Raises `ConfigError` for a count that is too small or a batch that does not split."""
+        for option in dataclasses.fields(self):
+            least = 0 if option.name == "seed" else 1
+            _check_at_least(f"train.{option.name}", getattr(self, option.name), least)
+        if self.batch_size % self.micro_batches:
+            raise ConfigError(
+                f"train.batch_size={self.batch_size} is not divisible by "
+                f"train.micro_batches={self.micro_batches}; "
+                f"{_nearest_multiples(self.batch_size, self.micro_batches)} would do"
+            )
+
+
+@dataclass(kw_only=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1, at most once: all that the others leave."""
+
+    data: int = -1  # batch split, parameters copied
+    fsdp: int = 1  # batch and parameters split
+    tensor: int = 1  # heads, feed-forward width and vocabulary split
+
+    def check(self) -> None:
+        """Raises `ConfigError` for an axis of no devices or more than one -1."""
+        sizes = dataclasses.asdict(self)
+        for name, size in sizes.items():
+            if size != -1:
+                _check_at_least(f"mesh.{name}", size, 1)
+        if sum(size == -1 for size in sizes.values()) > 1:
+            raise ConfigError(f"mesh={sizes}: -1 (all devices that are left) can stand only once")
+
+
+@dataclass(kw_only=True)
+class Config:
+    """One experiment."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def check(self) -> None:
+        """Raises `ConfigError` naming the field, its value and what would do."""
+        for section in dataclasses.fields(self):
+            getattr(self, section.name).check()
+        if self.optimizer.warmup_steps >= self.train.steps:
+            raise ConfigError(
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} leaves nothing of "
+                f"train.steps={self.train.steps}; make it smaller"
+            )
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+def config_from_json(text: str, origin: str | Path = "config") -> Config:
+    """Reads what `Config.to_json` wrote; `origin` names the text in errors.
+
+    Raises:
+      ConfigError: for text that is no JSON object, and for an unknown or mistyped field.
+    """
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{origin} is not valid JSON: {error}") from None
+    return _from_dict(Config, values, path="", origin=str(origin))
+
+
+def read_config(path: Path) -> Config:
+    """The checked config in a file such as `workdir/config.json`."""
+    config = config_from_json(path.read_text(), origin=path)
+    config.check()
+    return config
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """One line, `model.d_model: 128 -> 256`, for each field in which two configs differ."""
+    old_values, new_values = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))
+    return [
+        f"{name}: {old_values[name]!r} -> {new_values[name]!r}"
+        for name in old_values
+        if old_values[name] != new_values[name]
+    ]
+
+
+def check_field(path: str) -> None:
+    """Raises `ConfigError` if `path`, such as "train.steps", names no field of a `Config`."""
+    known = _flatten(dataclasses.asdict(Config()))
+    if path not in known:
+        raise ConfigError(f"config.{path}: no such field{_suggestion(path, list(known))}")
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _from_dict(kind: type, values: Any, path: str, origin: str) -> Any:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{origin}: {path or 'the whole'} is {values!r}, not an object of fields")
+    types = typing.get_type_hints(kind)
+    filled = {}
+    for name, value in values.items():
+        if name not in types:
+            raise ConfigError(
+                f"{origin}: {path}{name}: no such field{_suggestion(name, list(types))}"
+            )
+        if dataclasses.is_dataclass(types[name]):
+            filled[name] = _from_dict(types[name], value, f"{path}{name}.", origin)
+        else:
+            filled[name] = _typed(value, types[name], f"{origin}: {path}{name}")
+    return kind(**filled)
+
+
+def _typed(value: Any, expected: Any, where: str) -> Any:
+    """`value` as `expected`, the declared type of a field; JSON has no tuples and one number."""
+    choices = typing.get_args(expected) if typing.get_origin(expected) is not tuple else ()
+    for choice in choices or (expected,):
+        if choice is type(None) and value is None:
+            return None
+        if typing.get_origin(choice) is tuple and isinstance(value, list | tuple):
+            return tuple(_typed(v, t, where) for v, t in zip(value, typing.get_args(choice), strict=True))
+        if choice is float and type(value) in (int, float):
+            return float(value)
+        if type(value) is choice:
+            return value
+    shown = expected.__name__ if isinstance(expected, type) else expected
+    raise ConfigError(f"{where}={value!r} is not of type {shown}")
+
+
+def _suggestion(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if close:
+        return f"; did you mean {' or '.join(close)}?"
+    return f"; there are {', '.join(known)}"
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
+
+
+def _check_at_least(name: str, value: float, least: int) -> None:
+    if value < least:
+        raise ConfigError(f"{name}={value} is less than {least}")
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ConfigError(f"{name}={value} is not greater than 0")
+
+
+def _nearest_multiples(value: int, factor: int) -> str:
+    below = value // factor * factor
+    return f"{below} or {below + factor}" if below else f"{factor}"
