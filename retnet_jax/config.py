@@ -50,7 +50,10 @@ class ModelConfig:
     norm: str = "layer"  # "layer" (scale and bias) or "rms" (scale)
     norm_epsilon: float = 1e-6
     decay: str = "log_spaced"  # gamma of a head: "log_spaced" or "powers_of_two" (1 - 2^(-5-h))
-    decay_range: tuple[float, float] = (1 / 32, 1 / 512)  # log_spaced: 1 - gamma of first, last head
+    decay_range: tuple[float, float] = (
+        1 / 32,
+        1 / 512,
+    )  # log_spaced: 1 - gamma of first, last head
     tie_embeddings: bool = False  # one matrix for the embedding and the output head
     dtype: str = "float32"  # of activations; parameters, decay, state and loss stay float32
     remat: bool = False  # recompute each layer in the backward pass instead of storing it
@@ -100,7 +103,7 @@ class ModelConfig:
         if (self.q_width // self.n_heads) % 2:
             raise ConfigError(
                 f"the key width of a head is {self.q_width}/{self.n_heads} = "
-                f"{self.q_width // self.n_heads}; it must be even, because pairs of numbers are rotated"
+                f"{self.q_width // self.n_heads}; it must be even, because pairs are rotated"
             )
         if len(self.decay_range) != 2 or not all(0 < x < 1 for x in self.decay_range):
             raise ConfigError(
@@ -111,8 +114,8 @@ class ModelConfig:
     def transformer_twin(self, n_heads: int | None = None) -> ModelConfig:
         """The Transformer with (to rounding) as many parameters as this RetNet.
 
-        Attention has 4 d^2 parameters where retention has 2 d^2 + 3 d value_dim, so its feed-forward
-        layer is as much wider; with the paper's sizes that is 4 d for 2 d (arXiv 2307.08621, 3.1).
+        Attention has 4 d^2 parameters where retention has 2 d^2 + 3 d value_dim, so its
+        feed-forward layer is as much wider: 4 d for 2 d at the paper's sizes (its section 3.1).
         """
         matrices = 3 if self.ffn == "swiglu" else 2
         surplus = self._mixer_parameters() - 4 * self.d_model**2
@@ -353,7 +356,9 @@ def _typed(value: Any, expected: Any, where: str) -> Any:
         if choice is type(None) and value is None:
             return None
         if typing.get_origin(choice) is tuple and isinstance(value, list | tuple):
-            return tuple(_typed(v, t, where) for v, t in zip(value, typing.get_args(choice), strict=True))
+            return tuple(
+                _typed(v, t, where) for v, t in zip(value, typing.get_args(choice), strict=True)
+            )
         if choice is float and type(value) in (int, float):
             return float(value)
         if type(value) is choice:

@@ -1,0 +1,107 @@
+"""Retention: one linear recurrence with a fixed decay for each head.
+
+For the tokens n = 0, 1, ... of a document, with S_-1 the initial state (Eq. 1 to 6 of
+arXiv 2307.08621, with the rotation already in q and k):
+
+    S_n = gamma S_{n-1} + k_n^T v_n        y_n = q_n S_n = sum_{m<=n} gamma^(n-m) (q_n . k_m) v_m
+
+`retention` computes it in parallel, chunk by chunk, or token by token: three ways to the same
+outputs, final state and gradients. It is linear; scaling, normalisers and gates are its caller's.
+"""
+
+import jax.numpy as jnp
+
+from retnet_jax.retention import xla
+from retnet_jax.retention.decay import log_decay, row_normalizer
+from retnet_jax.retention.documents import positions
+from retnet_jax.shapes import Array, Float, Int
+
+__all__ = ["log_decay", "positions", "retention", "row_normalizer"]
+
+FORMS = ("parallel", "chunkwise", "recurrent")
+IMPLEMENTATIONS = ("xla",)
+
+
+def retention(
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b t h k"],
+    v: Float[Array, "b t h v"],
+    log_decay: Float[Array, " h"],
+    state: Float[Array, "b h k v"] | None = None,
+    segment_ids: Int[Array, "b t"] | None = None,
+    form: str = "chunkwise",
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
+    """Retention of each head, and its state after the last token.
+
+    Args:
+      q: queries, rotated and scaled. float32 or bfloat16, as k and v.
+      k: keys, rotated.
+      v: values.
+      log_decay: log gamma of each head, float32, negative.
+      state: S before the first token, float32, of the document that each row opens with; None: 0.
+      segment_ids: documents and padding. 0 is padding, which neither writes nor decays the state
+        and whose output is 0; a change of id from one real token to the next is a border, where
+        the state is 0. None: each row is one document.
+      form: "parallel" (Eq. 5, O(t^2)), "chunkwise" (Eq. 7) or "recurrent" (Eq. 6).
+      chunk_size: tokens in a chunk of the chunkwise form, of any length; None: the fastest.
+      implementation: "xla"; None: the best there is for the backend.
+
+    Returns:
+      y in v's dtype, and the state after each row's last real token, float32.
+
+    Raises:
+      ValueError: for arguments whose shapes, dtypes or values do not fit, naming them.
+    """
+    _check(q, k, v, log_decay, state, segment_ids)
+    if form not in FORMS:
+        raise ValueError(f"form={form!r} is not one of {', '.join(map(repr, FORMS))}")
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"implementation={implementation!r} is none of {IMPLEMENTATIONS} or None")
+    if chunk_size is not None and form != "chunkwise":
+        raise ValueError(f"chunk_size={chunk_size} is for form='chunkwise', not form={form!r}")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size} is less than 1")
+    if state is None:
+        shape = (q.shape[0], q.shape[2], q.shape[3], v.shape[3])
+        state = jnp.zeros(shape, _state_dtype(q))
+    if form == "parallel":
+        return xla.parallel(q, k, v, log_decay, state, segment_ids)
+    if form == "recurrent":
+        return xla.recurrent(q, k, v, log_decay, state, segment_ids)
+    return xla.chunkwise(q, k, v, log_decay, state, segment_ids, chunk_size)
+
+
+def _check(q, k, v, log_decay, state, segment_ids) -> None:
+    if q.ndim != 4 or v.ndim != 4:
+        raise ValueError(
+            f"q {q.shape} and v {v.shape} must have the dimensions [b t h k], [b t h v]"
+        )
+    b, t, h, width = q.shape
+    if t == 0:
+        raise ValueError(f"q {q.shape} has no tokens; at least one is needed")
+    expected = {
+        "k": (k, (b, t, h, width)),
+        "v": (v, (b, t, h, v.shape[3])),
+        "log_decay": (log_decay, (h,)),
+        "state": (state, (b, h, width, v.shape[3])),
+        "segment_ids": (segment_ids, (b, t)),
+    }
+    for name, (array, shape) in expected.items():
+        if array is not None and array.shape != shape:
+            raise ValueError(f"{name} {array.shape} does not fit q {q.shape}: {shape} would")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            f"q, k and v have the dtypes {q.dtype}, {k.dtype}, {v.dtype}; one is needed"
+        )
+    for name, array in (("log_decay", log_decay), ("state", state)):
+        if array is not None and array.dtype != _state_dtype(q):
+            raise ValueError(
+                f"{name} is {array.dtype}; for {q.dtype} inputs it is {_state_dtype(q)}"
+            )
+
+
+def _state_dtype(q):
+    """float32 for all but float64 inputs, which stand for reference computations."""
+    return jnp.promote_types(jnp.float32, q.dtype)

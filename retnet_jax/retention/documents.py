@@ -1,0 +1,61 @@
+"""Where documents begin and end in a batch row.
+
+`segment_ids [b t]`: 0 is padding, a change of id from one real token to the next is a border.
+Padding may stand anywhere, in the middle of a document too, and is as if it were not there.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from retnet_jax.shapes import Array, Bool, Int
+
+
+class Documents(NamedTuple):
+    """What retention has to know of each token of a row."""
+
+    real: Bool[Array, "b t"]  # False for padding
+    count: Int[Array, "b t"]  # real tokens of the row up to this one, itself included
+    index: Int[Array, "b t"]  # 0 for the document the row opens with, 1 for the next, ...
+
+
+def documents(segment_ids: Int[Array, "b t"]) -> Documents:
+    """Numbers the documents of each row."""
+    real = segment_ids != 0
+    border = _is_border(segment_ids, real)
+    return Documents(
+        real=real,
+        count=jnp.cumsum(real, axis=1, dtype=jnp.int32),
+        index=jnp.cumsum(border, axis=1, dtype=jnp.int32),
+    )
+
+
+def positions(
+    segment_ids: Int[Array, "b t"], start: Int[Array, " b"]
+) -> tuple[Int[Array, "b t"], Int[Array, " b"]]:
+    """Each token's position in its document, and the position that comes after the row.
+
+    Args:
+      segment_ids: documents and padding. Padding gets the position of the next real token.
+      start: position of the first token of the document each row opens with.
+    """
+    real = segment_ids != 0
+    before = jnp.cumsum(real, axis=1, dtype=jnp.int32) - real
+    # Counted from `start` less the real tokens in front of the newest border.
+    at_border = jnp.where(_is_border(segment_ids, real), -before, _FIRST_DOCUMENT)
+    newest = jax.lax.cummin(at_border, axis=1)
+    position = before + jnp.where(newest == _FIRST_DOCUMENT, start[:, None], newest)
+    return position, position[:, -1] + real[:, -1]
+
+
+_FIRST_DOCUMENT = jnp.iinfo(jnp.int32).max
+
+
+def _is_border(segment_ids: Int[Array, "b t"], real: Bool[Array, "b t"]) -> Bool[Array, "b t"]:
+    """True for a real token whose id differs from that of the real token before it in the row."""
+    places = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
+    newest_real = jax.lax.cummax(jnp.where(real, places, -1), axis=1)
+    previous = jnp.pad(newest_real[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    previous_id = jnp.take_along_axis(segment_ids, jnp.maximum(previous, 0), axis=1)
+    return real & (previous >= 0) & (previous_id != segment_ids)

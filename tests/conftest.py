@@ -1,0 +1,18 @@
+"""Test set-up: eight simulated CPU devices, and shape annotations that are checked."""
+
+import os
+
+# Before jax starts: an accelerator plugin that is installed would take its device for itself.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+
+import jaxtyping
+from hypothesis import settings
+
+jaxtyping.install_import_hook(
+    ["retnet_jax.retention", "retnet_jax.model", "retnet_jax.generate"], "beartype.beartype"
+)
+
+# Compiling takes longer than any deadline; derandomized, so that a red test is red again.
+settings.register_profile("jax", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("jax")

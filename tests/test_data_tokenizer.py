@@ -1,0 +1,106 @@
+"""Tokenizers: every string comes back exactly, and no string makes a BOS."""
+
+import functools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retnet_jax.config import ConfigError
+from retnet_jax.data.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer, train_bpe
+
+WORDS = ["def return self retention state chunk", "größer → 😀 naïve", "for i in range(10):\n    x"]
+
+
+@functools.cache
+def bpe() -> BPETokenizer:
+    return train_bpe(WORDS * 3, vocab_size=300)
+
+
+TOKENIZERS = pytest.mark.parametrize("make", [ByteTokenizer, bpe], ids=["byte", "bpe"])
+# Surrogates are no text; everything else is, control characters included.
+TEXTS = st.text(st.characters(exclude_categories=["Cs"])) | st.lists(
+    st.sampled_from(["\r\n", "\r", "\x00", "<bos>", "😀", " ", "def", "́"])
+).map("".join)
+
+
+@TOKENIZERS
+@settings(deadline=None)
+@given(text=TEXTS)
+def test_every_text_comes_back(make, text):
+    tokenizer = make()
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode_bytes(ids) == text.encode()
+    assert tokenizer.bos_id not in ids
+    assert all(0 <= i < tokenizer.vocab_size for i in ids)
+
+
+@TOKENIZERS
+def test_bos_in_a_text_is_text(make):
+    tokenizer = make()
+    ids = tokenizer.encode("a<bos>b")
+    assert tokenizer.bos_id not in ids
+    assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.bos_id]) == "a<bos>b"
+
+
+@TOKENIZERS
+def test_torn_characters_decode_and_their_bytes_are_exact(make):
+    tokenizer = make()
+    ids = tokenizer.encode("é🦑")
+    pieces = [tokenizer.decode_bytes([i]) for i in ids]
+    assert len(pieces) > 2
+    assert b"".join(pieces) == "é🦑".encode()
+    assert tokenizer.decode(ids[:-1]) == "é�"
+
+
+@TOKENIZERS
+def test_batch_equals_one_by_one(make):
+    tokenizer = make()
+    assert tokenizer.encode_batch([*WORDS, ""]) == [*map(tokenizer.encode, WORDS), []]
+
+
+@TOKENIZERS
+def test_saved_and_loaded_is_the_same(make, tmp_path):
+    tokenizer = make()
+    tokenizer.save(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert type(loaded) is type(tokenizer)
+    assert loaded.fingerprint == tokenizer.fingerprint
+    assert (loaded.vocab_size, loaded.bos_id) == (tokenizer.vocab_size, tokenizer.bos_id)
+    text = " <bos>".join(WORDS)
+    assert loaded.encode(text) == tokenizer.encode(text)
+
+
+def test_byte_ids_are_bytes():
+    assert ByteTokenizer().encode("aé") == [97, 0xC3, 0xA9]
+    assert (ByteTokenizer().bos_id, ByteTokenizer().vocab_size) == (256, 257)
+
+
+def test_bpe_has_the_size_asked_for_and_bos_first():
+    assert (bpe().bos_id, bpe().vocab_size) == (0, 300)
+    assert len(bpe().encode(WORDS[0])) < len(WORDS[0]) / 2
+
+
+def test_every_byte_has_a_token_of_its_own():
+    single = {bpe().decode_bytes([i]) for i in range(bpe().vocab_size)}
+    assert {bytes([byte]) for byte in range(256)} <= single
+
+
+def test_bpe_training_is_deterministic():
+    assert train_bpe(iter(WORDS * 3), 300).fingerprint == bpe().fingerprint
+    assert train_bpe(WORDS * 3, 299).fingerprint != bpe().fingerprint
+
+
+def test_sizes_that_cannot_be_are_named():
+    with pytest.raises(ConfigError, match=r"model\.vocab_size=256 is less than 257"):
+        train_bpe(WORDS, 256)
+    with pytest.raises(ConfigError, match=r"model\.vocab_size=5000 is more than the \d+ tokens"):
+        train_bpe(WORDS, 5000)
+
+
+@pytest.mark.parametrize("contents", ["", "{}", '{"type": "unigram"}'])
+def test_another_file_is_named(tmp_path, contents):
+    (tmp_path / "tokenizer.json").write_text(contents)
+    with pytest.raises(ValueError, match=r"tokenizer\.json holds no byte-level BPE"):
+        load_tokenizer(tmp_path)

@@ -1,0 +1,268 @@
+"""Retention against its definition, and its forms against each other."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tolerances import assert_close, relative_difference
+
+from retnet_jax.retention import log_decay, positions, retention, row_normalizer
+
+FORMS = ("parallel", "chunkwise", "recurrent")
+RULES = ("log_spaced", "powers_of_two")
+
+
+def inputs(b=2, t=21, h=3, k=4, v=6, rule="log_spaced", seed=0, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    arrays = [rng.normal(size=(b, t, h, width)) for width in (k, k, v)]
+    arrays[0] *= k**-0.5
+    state = jnp.asarray(rng.normal(size=(b, h, k, v)), jnp.float32)
+    decay = log_decay(rule, h, (1 / 2, 1 / 512))
+    return [jnp.asarray(x, dtype) for x in arrays], decay, state
+
+
+def definition(q, k, v, decay, state, segment_ids):
+    """S_n = gamma S_{n-1} + k_n^T v_n; y_n = q_n S_n, in float64 and plain loops."""
+    q, k, v, decay, state = (np.asarray(x, np.float64) for x in (q, k, v, decay, state))
+    y, state = np.zeros_like(v), state.copy()
+    for row in range(q.shape[0]):
+        newest = 0
+        for n in range(q.shape[1]):
+            segment = segment_ids[row, n]
+            if segment == 0:
+                continue
+            if newest not in (0, segment):
+                state[row] = 0
+            newest = segment
+            outer = k[row, n][:, :, None] * v[row, n][:, None, :]
+            state[row] = np.exp(decay)[:, None, None] * state[row] + outer
+            y[row, n] = np.einsum("hk,hkv->hv", q[row, n], state[row])
+    return y, state
+
+
+SEGMENTS = {
+    "one document": np.ones((2, 21), int),
+    "packed": np.repeat([[1, 2, 3], [4, 5, 4]], 7, axis=1),
+    "uneven": np.array([[1] * 3 + [2] * 17 + [3], [7] + [8] + [9] * 19]),
+    "left padding": np.array([[0] * 5 + [1] * 16, [0] * 20 + [1]]),
+    "right padding": np.array([[1] * 5 + [0] * 16, [3] * 4 + [1] * 16 + [0]]),
+    "padding inside": np.array([[1, 0, 1] * 7, [1] * 4 + [0] * 9 + [2] * 8]),
+    "nothing real": np.array([[0] * 21, [1] * 21]),
+}
+
+
+@pytest.mark.parametrize("segments", SEGMENTS.values(), ids=SEGMENTS.keys())
+@pytest.mark.parametrize("form", FORMS)
+def test_outputs_and_state_follow_the_definition(form, segments):
+    (q, k, v), decay, state = inputs()
+    expected = definition(q, k, v, decay, state, segments)
+    assert_close(
+        retention(q, k, v, decay, state, jnp.asarray(segments), form=form), expected, what=form
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rule", RULES)
+def test_no_segment_ids_is_one_document_a_row(form, rule):
+    (q, k, v), decay, _ = inputs(rule=rule)
+    zero = np.zeros((2, 3, 4, 6))
+    expected = definition(q, k, v, decay, zero, SEGMENTS["one document"])
+    assert_close(retention(q, k, v, decay, form=form), expected)
+
+
+def outputs_and_gradients(form, chunk_size, arrays, decay, state, segments):
+    rng = np.random.default_rng(7)
+    b, t, h, _ = arrays[0].shape
+    weight_y = jnp.asarray(rng.normal(size=(b, t, h, arrays[2].shape[-1])), jnp.float32)
+    weight_state = jnp.asarray(rng.normal(size=state.shape), jnp.float32)
+
+    def loss(q, k, v, decay, state):
+        y, final = retention(q, k, v, decay, state, segments, form=form, chunk_size=chunk_size)
+        return (y * weight_y).sum() + (final * weight_state).sum(), (y, final)
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True))
+    gradients, results = gradient(*arrays, decay, state)
+    return results, gradients
+
+
+@st.composite
+def problems(draw):
+    t = draw(st.integers(1, 19))
+    ids = st.lists(st.sampled_from([0, 1, 1, 1, 2, 3]), min_size=t, max_size=t)
+    return {
+        "t": t,
+        "h": draw(st.integers(1, 3)),
+        "v": draw(st.integers(1, 5)),
+        "chunk_size": draw(st.integers(1, 8)),
+        "rule": draw(st.sampled_from(RULES)),
+        "seed": draw(st.integers(0, 99)),
+        "segments": draw(st.none() | st.lists(ids, min_size=2, max_size=2)),
+    }
+
+
+@given(problems())
+@settings(max_examples=12)
+@example(
+    {"t": 1, "h": 2, "v": 3, "chunk_size": 4, "rule": "log_spaced", "seed": 1, "segments": None}
+)
+def test_forms_agree_in_outputs_states_and_gradients(problem):
+    t, h, v = problem["t"], problem["h"], problem["v"]
+    arrays, decay, state = inputs(t=t, h=h, v=v, rule=problem["rule"], seed=problem["seed"])
+    segments = None if problem["segments"] is None else jnp.asarray(problem["segments"])
+    given_all = (arrays, decay, state, segments)
+    expected = outputs_and_gradients("parallel", None, *given_all)
+    assert_close(outputs_and_gradients("chunkwise", problem["chunk_size"], *given_all), expected)
+    assert_close(outputs_and_gradients("recurrent", None, *given_all), expected)
+
+
+def test_recurrent_gradient_equals_differentiating_its_own_steps():
+    """The rule of its own is checked against autodiff through one-token calls."""
+    arrays, decay, state = inputs(t=6)
+
+    def steps(q, k, v, decay, state):
+        total = 0.0
+        for n in range(6):
+            y, state = retention(*(x[:, n : n + 1] for x in (q, k, v)), decay, state)
+            total += (y**2).sum()
+        return total + (state**2).sum()
+
+    def whole(q, k, v, decay, state):
+        y, state = retention(q, k, v, decay, state, form="recurrent")
+        return (y**2).sum() + (state**2).sum()
+
+    gradient = [
+        jax.jit(jax.grad(f, argnums=(0, 1, 2, 3, 4)))(*arrays, decay, state) for f in (whole, steps)
+    ]
+    assert_close(gradient[0], gradient[1])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cut", [1, 8, 20])
+def test_split_anywhere_and_carry_the_state_equals_whole(form, cut):
+    (q, k, v), decay, state = inputs()
+    segments = jnp.asarray(SEGMENTS["one document"])
+    whole = retention(q, k, v, decay, state, segments, form=form)
+    y1, state = retention(*(x[:, :cut] for x in (q, k, v)), decay, state, form="chunkwise")
+    y2, state = retention(*(x[:, cut:] for x in (q, k, v)), decay, state, form=form)
+    assert_close((jnp.concatenate([y1, y2], 1), state), whole)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bfloat16_inputs_keep_a_float32_state(form):
+    (q, k, v), decay, state = inputs(dtype=jnp.bfloat16)
+    segments = SEGMENTS["packed"]
+    y, final = retention(q, k, v, decay, state, jnp.asarray(segments), form=form)
+    assert (y.dtype, final.dtype) == (jnp.bfloat16, jnp.float32)
+    expected = definition(*(x.astype(jnp.float32) for x in (q, k, v)), decay, state, segments)
+    assert_close((y, final), expected, "bfloat16")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_output_depends_on_later_tokens_or_other_documents(form):
+    (q, k, v), decay, state = inputs(b=1, t=12)
+    segments = jnp.asarray([[0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 0]])
+
+    @jax.jit
+    @jax.grad
+    def gradient(v, n):
+        return retention(q, k, v, decay, state, segments, form=form)[0][0, n].sum()
+
+    for n in (1, 4, 5, 8):
+        reached = np.abs(gradient(v, n)[0]).sum((1, 2)) > 0
+        first = 1 if n < 5 else 5
+        assert reached.tolist() == [first <= m <= n for m in range(12)]
+
+
+def test_chunkwise_gradient_memory_is_linear_in_length():
+    def temporary_bytes(form, t):
+        (q, k, v), decay, _ = inputs(b=1, t=t, h=2, k=8, v=8)
+        loss = jax.jit(
+            jax.grad(
+                lambda q, k, v: retention(q, k, v, decay, form=form)[0].sum(), argnums=(0, 1, 2)
+            )
+        )
+        return loss.lower(q, k, v).compile().memory_analysis().temp_size_in_bytes
+
+    for form in ("chunkwise", "recurrent"):
+        assert temporary_bytes(form, 4096) <= 2.2 * temporary_bytes(form, 2048)
+    # A state for each position would take 4096 * 2 * 8 * 8 floats of 4 bytes alone.
+    assert temporary_bytes("recurrent", 4096) < 4096 * 2 * 8 * 8 * 4
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_recurrent_and_chunkwise_agree_at_length_100_000(rule):
+    (q, k, v), decay, state = inputs(b=1, t=100_000, h=32, k=2, v=2, rule=rule)
+    y, final = retention(q, k, v, decay, state, form="chunkwise")
+    y_steps, final_steps = retention(q, k, v, decay, state, form="recurrent")
+    for head in range(32):
+        assert relative_difference(y_steps[:, :, head], y[:, :, head]) <= 1e-4
+        assert relative_difference(final_steps[:, head], final[:, head]) <= 1e-4
+
+
+def test_a_long_memory_decays_by_the_exact_gamma():
+    """Where float32 cannot hold gamma itself, 100,000 steps must still shrink S by gamma^t."""
+    (q, k, v), decay, state = inputs(b=1, t=100_000, h=32, k=1, v=1, rule="powers_of_two")
+    q, v = jnp.ones_like(q), v * 1e-3
+    for form in ("chunkwise", "recurrent"):
+        with_state = retention(q, k, v, decay, state, form=form)[0]
+        without = retention(q, k, v, decay, None, form=form)[0]
+        effect = np.asarray(with_state - without, np.float64)[0, -1, :, 0]
+        exact = np.exp(np.log1p(-(2.0 ** (-5 - np.arange(32)))) * 100_000)
+        assert relative_difference(effect, exact * np.asarray(state)[0, :, 0, 0]) <= 1e-4
+
+
+@pytest.mark.parametrize("segments", SEGMENTS.values(), ids=SEGMENTS.keys())
+def test_positions_count_the_real_tokens_of_a_document(segments):
+    start = np.array([5, 100])
+    actual, after = positions(jnp.asarray(segments), jnp.asarray(start))
+    for row in range(2):
+        following, newest = start[row], 0
+        for n, segment in enumerate(segments[row]):
+            if segment:
+                following = 0 if newest not in (0, segment) else following
+                newest = segment
+                assert actual[row, n] == following
+                following += 1
+        assert after[row] == following
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_row_normalizer_is_the_row_sum_of_the_decay_mask(rule):
+    decay = log_decay(rule, 32, (1 / 32, 1 / 512))
+    places = np.array([[0, 1, 2, 3, 999, 99_999]])
+    gamma = np.exp(np.asarray(decay, np.float64))
+    sums = np.stack([[(g ** np.arange(p + 1)).sum() for g in gamma] for p in places[0]])
+    assert_close(row_normalizer(decay, jnp.asarray(places))[0], sums**-0.5)
+
+
+def test_decay_rules_are_the_papers():
+    paper = 1 - np.exp(np.linspace(np.log(1 / 32), np.log(1 / 512), 8))
+    assert_close(np.exp(np.asarray(log_decay("log_spaced", 8, (1 / 32, 1 / 512)))), paper)
+    assert_close(
+        np.expm1(np.asarray(log_decay("powers_of_two", 32, (0.5, 0.5)))),
+        -(2.0 ** -(5 + np.arange(32))),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"form": "chunked"}, "form='chunked' is not one of 'parallel'"),
+        ({"implementation": "cuda"}, "implementation='cuda' is none of"),
+        ({"chunk_size": 0}, "chunk_size=0 is less than 1"),
+        ({"chunk_size": 4, "form": "parallel"}, "chunk_size=4 is for form='chunkwise'"),
+        ({"log_decay": jnp.zeros(5)}, r"log_decay \(5,\) does not fit q .*: \(3,\) would"),
+        ({"state": jnp.zeros((2, 3, 6, 4))}, r"state \(2, 3, 6, 4\) does not fit"),
+        ({"segment_ids": jnp.ones((2, 20), int)}, r"segment_ids \(2, 20\) does not fit"),
+        ({"state": jnp.zeros((2, 3, 4, 6), jnp.bfloat16)}, "state is bfloat16"),
+    ],
+)
+def test_bad_arguments_are_named(changes, message):
+    (q, k, v), decay, _ = inputs()
+    unchecked = inspect.unwrap(retention)  # without the annotations that the tests check
+    with pytest.raises(ValueError, match=message):
+        unchecked(**({"q": q, "k": k, "v": v, "log_decay": decay} | changes))
