@@ -1,0 +1,7 @@
+"""Retentive networks (RetNet, arXiv 2307.08621) in JAX and Flax."""
+
+from retnet_jax.config import Config, ModelConfig
+from retnet_jax.model import RetNet, Transformer
+from retnet_jax.retention import retention
+
+__all__ = ["Config", "ModelConfig", "RetNet", "Transformer", "retention"]

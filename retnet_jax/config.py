@@ -4,10 +4,9 @@ A file in `configs/` fills a `Config` in; the command line overrides single fiel
 (`--config.train.steps=100`); a workdir records the result as `config.json`. Sizes that follow from
 others (`key_dim`, `ffn_dim`, parameter and FLOP counts) are derived here and nowhere else.
 
-This module imports no jax, so that a config can be read anywhere.
+This module imports no jax, so that a config can be read anywhere. (And it does not postpone
+annotations: ml_collections reads the types of fields from them to parse overrides.)
 """
-
-from __future__ import annotations
 
 import dataclasses
 import difflib
@@ -111,7 +110,7 @@ class ModelConfig:
                 "1 - gamma of the first and of the last head, such as (1/32, 1/512)"
             )
 
-    def transformer_twin(self, n_heads: int | None = None) -> ModelConfig:
+    def transformer_twin(self, n_heads: int | None = None) -> "ModelConfig":
         """The Transformer with (to rounding) as many parameters as this RetNet.
 
         Attention has 4 d^2 parameters where retention has 2 d^2 + 3 d value_dim, so its

@@ -1,0 +1,141 @@
+"""Causal softmax attention with rotary positions: the mixer of the Transformer twin.
+
+It has the interface of multi-scale retention, so that one Block, one trainer and one generator
+serve both. Its state is a cache of all keys and values so far, which grows where retention's does
+not.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from retnet_jax.config import ModelConfig
+from retnet_jax.model.layers import Linear, rotate, rotation, split_heads
+from retnet_jax.retention import documents, positions
+from retnet_jax.shapes import Array, Bool, Float, Int
+
+
+class KeysValues(NamedTuple):
+    """Keys and values of s slots, for one layer or, with n in front, for all."""
+
+    keys: Float[Array, "*n b s h k"]
+    values: Float[Array, "*n b s h v"]
+
+
+class KVCache(NamedTuple):
+    """What a Transformer remembers: keys and values of the tokens it has read, s slots a row.
+
+    A call on a cache with too little room gets one with just enough. Inside `jax.jit`, where shapes
+    cannot follow values, the room has to be there (`init_state` with the capacity): what overflows
+    is all NaN.
+    """
+
+    layers: KeysValues | None
+    visible: Bool[Array, "b s"]  # slots that hold tokens of the document the row ended in
+    length: Int[Array, ""]  # slots in use, padding included
+    position: Int[Array, " b"]  # of the next token in its document
+
+    def with_room(self, tokens: int) -> "KVCache":
+        """The same cache with slots for so many more tokens."""
+        if isinstance(self.length, jax.core.Tracer):
+            return self
+        missing = max(0, int(self.length) + tokens - self.visible.shape[1])
+        pad = [(0, 0), (0, 0), (0, missing), (0, 0), (0, 0)]
+        return self._replace(
+            layers=jax.tree.map(lambda x: jnp.pad(x, pad), self.layers),
+            visible=jnp.pad(self.visible, pad[1:3]),
+        )
+
+
+class AttentionContext(NamedTuple):
+    """What all layers share."""
+
+    cos: Float[Array, "b t i"]
+    sin: Float[Array, "b t i"]
+    start: Int[Array, ""]  # slot of the first token
+    mask: Bool[Array, "b 1 t s"] | None  # None: each token sees itself and all before it
+
+
+class Attention(nnx.Module):
+    """Softmax attention with its projections."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, out_scale: float):
+        self.q = Linear(config.d_model, config.q_width, rngs=rngs)
+        self.k = Linear(config.d_model, config.q_width, rngs=rngs)
+        self.v = Linear(config.d_model, config.v_width, rngs=rngs)
+        self.out = Linear(config.v_width, config.d_model, rngs=rngs, scale=out_scale)
+        self.n_heads = config.n_heads
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        state: KeysValues | None,
+        context: AttentionContext,
+        form: str,
+    ) -> tuple[Float[Array, "b t d"], KeysValues]:
+        """Attention has one form; the name of any is accepted and computes the same."""
+        q, k, v = (split_heads(f(x), self.n_heads) for f in (self.q, self.k, self.v))
+        q = rotate(q, context.cos, context.sin)
+        new = KeysValues(rotate(k, context.cos, context.sin), v)
+        if state is not None:
+            new = jax.tree.map(
+                lambda old, x: jax.lax.dynamic_update_slice_in_dim(
+                    old, x.astype(old.dtype), context.start, axis=1
+                ),
+                state,
+                new,
+            )
+        y = jax.nn.dot_product_attention(q, *new, mask=context.mask, is_causal=context.mask is None)
+        return self.out(y.reshape(*x.shape[:2], -1)), new
+
+    @staticmethod
+    def init_state(config: ModelConfig, batch_size: int, capacity: int) -> KVCache:
+        """An empty cache with slots for `capacity` tokens a row, in the activations' dtype."""
+        shape = (config.n_layers, batch_size, capacity, config.n_heads)
+        return KVCache(
+            layers=KeysValues(
+                jnp.zeros((*shape, config.q_width // config.n_heads), config.dtype),
+                jnp.zeros((*shape, config.v_width // config.n_heads), config.dtype),
+            ),
+            visible=jnp.zeros((batch_size, capacity), bool),
+            length=jnp.zeros((), jnp.int32),
+            position=jnp.zeros(batch_size, jnp.int32),
+        )
+
+    @staticmethod
+    def prepare(
+        config: ModelConfig,
+        state: KVCache | None,
+        shape: tuple[int, int],
+        segment_ids: Int[Array, "b t"] | None,
+    ) -> tuple[AttentionContext, KVCache]:
+        """The context of a batch of tokens [b t], and the state advanced but for its layers."""
+        batch_size, length = shape
+        plain = state is None and segment_ids is None
+        if state is None:
+            state = Attention.init_state(config, batch_size, length)._replace(layers=None)
+        state = state.with_room(length)
+        if segment_ids is None:
+            segment_ids = jnp.ones(shape, jnp.int32)
+        place, after = positions(segment_ids, state.position)
+        cos, sin = rotation(place, config.q_width // config.n_heads)
+        # An overflowing write would be moved onto earlier slots in silence.
+        overflows = state.length + length > state.visible.shape[1]
+        cos = jnp.where(overflows, jnp.nan, cos)
+        # The document in each slot: 0 for the one the row opens with, -1 for what none can see.
+        real, _, index = documents(segment_ids)
+        slot_document = jax.lax.dynamic_update_slice_in_dim(
+            jnp.where(state.visible, 0, -1), jnp.where(real, index, -1), state.length, axis=1
+        )
+        slots = jnp.arange(slot_document.shape[1])
+        seen = (slots <= state.length + jnp.arange(length)[:, None]) & (
+            slot_document[:, None, :] == index[:, :, None]
+        )
+        context = AttentionContext(cos, sin, state.length, None if plain else seen[:, None])
+        return context, state._replace(
+            visible=slot_document == index[:, -1:],
+            length=state.length + length,
+            position=after,
+        )

@@ -1,0 +1,79 @@
+"""The optimiser: AdamW, or muon for the layers' matrices and Adam for all else."""
+
+import jax
+import optax
+
+from retnet_jax.config import OptimizerConfig
+
+
+def learning_rate_factor(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Factor on the learning rates at each of `steps` steps.
+
+    It rises linearly from 0 in the warm-up steps and is 1 after them; then "constant" stays,
+    "linear" and "cosine" fall to 0 at the last step, "wsd" (warm-up, stable, decay) stays at 1 and
+    falls linearly over the last `decay_share` of all steps.
+    """
+    after = steps - config.warmup_steps
+    if config.schedule == "constant":
+        main = optax.constant_schedule(1.0)
+    elif config.schedule == "linear":
+        main = optax.linear_schedule(1.0, 0.0, after)
+    elif config.schedule == "cosine":
+        main = optax.cosine_decay_schedule(1.0, after)
+    else:
+        falling = min(round(config.decay_share * steps), after)
+        main = optax.linear_schedule(1.0, 0.0, falling, transition_begin=after - falling)
+    # Step 0 takes the first step of the rise, not a rate of 0.
+    rise = optax.linear_schedule(1 / (config.warmup_steps + 1), 1.0, max(config.warmup_steps, 1))
+    return optax.join_schedules([rise, main], [config.warmup_steps])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Global-norm clipping, then AdamW or muon with the schedule.
+
+    Weight decay falls on matrices alone. Muon orthogonalises the update of every matrix inside the
+    layers, each [i o] of a stack [n i o] by itself; embedding, head and norms take Adam.
+    """
+    factor = learning_rate_factor(config, steps)
+
+    def rate(peak: float) -> optax.Schedule:
+        return lambda step: peak * factor(step)
+
+    if config.name == "adamw":
+        optimizer = optax.adamw(
+            rate(config.learning_rate),
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+            mask=_is_matrix,
+        )
+    else:
+        optimizer = optax.contrib.muon(
+            rate(config.muon_learning_rate),
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+            adam_b1=config.beta1,
+            adam_b2=config.beta2,
+            adam_learning_rate=rate(config.learning_rate),
+            muon_weight_dimension_numbers=_muon_dimensions,
+        )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+
+
+def _is_matrix(model):
+    """True for kernels, embedding and head; False for the scales and biases of norms."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not {"scale", "bias"} & set(_names(path)), model
+    )
+
+
+def _muon_dimensions(model):
+    matrix_in_stack = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: matrix_in_stack if "kernel" in _names(path) else None, model
+    )
+
+
+def _names(path) -> list[str]:
+    return [getattr(key, "name", "") for key in path]
