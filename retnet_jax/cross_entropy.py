@@ -8,6 +8,7 @@ along with the loss: three matrix products with the head in all, as many as with
 import jax
 import jax.numpy as jnp
 
+from retnet_jax.compiler import materialized
 from retnet_jax.shapes import Array, Float, Int
 
 # Largest number of logits held at once, 128 MiB in float32 over all devices; a batch with fewer,
@@ -33,7 +34,8 @@ def token_cross_entropy(
 
     def chunk(_, inputs):
         hidden, targets = inputs
-        return None, _token_losses(_logits(hidden, head), targets)[0]
+        log_normalizer = jax.nn.logsumexp(_logits(hidden, head), axis=-1)
+        return None, log_normalizer - _target_logits(hidden, head, targets)
 
     size = _chunk_size(hidden.shape, head.shape[0])
     _, losses = jax.lax.scan(chunk, None, (_chunks(hidden, size), _chunks(targets, size)))
@@ -45,12 +47,19 @@ def _loss_and_gradients(hidden, head, targets, weights):
         loss, d_head = carry
         hidden, targets, weights = inputs
         logits = _logits(hidden, head)
-        losses, log_normalizer, is_target = _token_losses(logits, targets)
-        d_logits = jnp.exp(logits - log_normalizer[..., None]) - is_target
-        d_logits = (d_logits * weights[..., None]).astype(hidden.dtype)
+        # The exponentials serve the sum and the gradient; logits are not looked at again.
+        top = logits.max(-1, keepdims=True)
+        exponentials = jnp.exp(logits - top)
+        total = exponentials.sum(-1, keepdims=True)
+        losses = (jnp.log(total) + top)[..., 0] - _target_logits(hidden, head, targets)
+
+        weights = weights[..., None]
+        is_target = targets[..., None] == jnp.arange(head.shape[0])
+        d_logits = exponentials * (weights / total) - jnp.where(is_target, weights, 0)
+        d_logits = materialized(d_logits.astype(hidden.dtype))
         d_hidden = jnp.einsum("bcw,wd->bcd", d_logits, head.astype(hidden.dtype))
-        d_head += jnp.einsum("bcw,bcd->wd", d_logits, hidden, preferred_element_type=head.dtype)
-        return (loss + (losses * weights).sum(), d_head), d_hidden
+        d_head += jnp.einsum("bcd,bcw->dw", hidden, d_logits, preferred_element_type=head.dtype).T
+        return (loss + (losses * weights[..., 0]).sum(), d_head), d_hidden
 
     size = _chunk_size(hidden.shape, head.shape[0])
     start = (jnp.zeros((), jnp.promote_types(jnp.float32, hidden.dtype)), jnp.zeros_like(head))
@@ -75,13 +84,11 @@ def _logits(hidden, head):
     )
 
 
-def _token_losses(logits, targets):
-    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
-    # A comparison instead of a gather: it fuses with its neighbours and splits over a vocabulary
-    # that is spread over devices.
-    is_target = targets[..., None] == jnp.arange(logits.shape[-1])
-    target_logit = jnp.where(is_target, logits, 0).sum(-1)
-    return log_normalizer - target_logit, log_normalizer, is_target
+def _target_logits(hidden, head, targets):
+    # Computed again, which costs less than picking them out of the logits.
+    rows = head[targets].astype(hidden.dtype)
+    dtype = jnp.promote_types(jnp.float32, hidden.dtype)
+    return jnp.einsum("bcd,bcd->bc", hidden, rows, preferred_element_type=dtype)
 
 
 def _chunk_size(shape: tuple[int, int, int], vocabulary: int) -> int:

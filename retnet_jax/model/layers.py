@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from retnet_jax.compiler import materialized
 from retnet_jax.shapes import Array, Float, Int
 
 
@@ -18,7 +19,28 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(deviation * jax.random.normal(rngs.params(), (inputs, outputs)))
 
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
-        return x @ self.kernel[...].astype(x.dtype)
+        return _product(x, self.kernel[...].astype(x.dtype))
+
+
+@jax.custom_vjp
+def _product(x: Float[Array, "... i"], kernel: Float[Array, "i o"]) -> Float[Array, "... o"]:
+    return x @ kernel
+
+
+def _product_forward(x, kernel):
+    return x @ kernel, (x, kernel)
+
+
+def _product_backward(operands, d_y):
+    # What autodiff would do, but for `materialized`.
+    x, kernel = operands
+    x, d_y = materialized((x, d_y))
+    d_x = d_y @ kernel.T
+    d_kernel = x.reshape(-1, x.shape[-1]).T @ d_y.reshape(-1, d_y.shape[-1])
+    return d_x, d_kernel
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 class RMSNorm(nnx.Module):
