@@ -2,6 +2,7 @@
 
 from retnet_jax.config import Config, ModelConfig
 from retnet_jax.model import RetNet, Transformer
+from retnet_jax.pretrained import load_pretrained
 from retnet_jax.retention import retention
 
-__all__ = ["Config", "ModelConfig", "RetNet", "Transformer", "retention"]
+__all__ = ["Config", "ModelConfig", "RetNet", "Transformer", "load_pretrained", "retention"]

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+ARCHITECTURES = ("retnet", "transformer")
 MIXERS = ("retention", "attention")
 DECAYS = ("log_spaced", "powers_of_two")
 FEED_FORWARDS = ("gelu", "swiglu")
@@ -109,6 +110,11 @@ class ModelConfig:
                 f"model.decay_range={self.decay_range}: two numbers between 0 and 1 are needed, "
                 "1 - gamma of the first and of the last head, such as (1/32, 1/512)"
             )
+
+    def built_as(self, architecture: str, n_heads: int | None = None) -> "ModelConfig":
+        """This RetNet for "retnet", its `transformer_twin` for "transformer"."""
+        _check_choice("the argument after --config=FILE:", architecture, ARCHITECTURES)
+        return self if architecture == "retnet" else self.transformer_twin(n_heads)
 
     def transformer_twin(self, n_heads: int | None = None) -> "ModelConfig":
         """The Transformer with (to rounding) as many parameters as this RetNet.
@@ -298,7 +304,15 @@ def config_from_json(text: str, origin: str | Path = "config") -> Config:
 
 
 def read_config(path: Path) -> Config:
-    """The checked config in a file such as `workdir/config.json`."""
+    """The checked config in a file such as `workdir/config.json`.
+
+    Raises:
+      ConfigError: if there is no such file, and as `config_from_json` and `Config.check`.
+    """
+    if not path.is_file():
+        raise ConfigError(
+            f"{path} does not exist: {path.parent} is not the --workdir of a training run"
+        )
     config = config_from_json(path.read_text(), origin=path)
     config.check()
     return config

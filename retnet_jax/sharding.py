@@ -1,6 +1,7 @@
 """The device mesh, and the one table that lays parameters on it."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,26 +21,27 @@ PARAMETERS = (
 BATCH = PartitionSpec(("data", "fsdp"))
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh of all devices.
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of `devices`, None for all.
 
     Raises:
       ConfigError: if the sizes do not multiply to the number of devices.
     """
-    devices = jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
     sizes = [getattr(config, axis) for axis in AXES]
     shown = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     known = 1
     for size in sizes:
         known *= size if size != -1 else 1
-    if -1 in sizes and devices % known == 0:
-        sizes[sizes.index(-1)] = devices // known
-    elif -1 in sizes or known != devices:
+    if -1 in sizes and count % known == 0:
+        sizes[sizes.index(-1)] = count // known
+    elif -1 in sizes or known != count:
         raise ConfigError(
-            f"{shown} does not fit {devices} devices: the sizes must multiply to {devices}, "
+            f"{shown} does not fit {count} devices: the sizes must multiply to {count}, "
             "where one of them may be -1"
         )
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

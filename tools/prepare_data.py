@@ -5,18 +5,15 @@ r"""Builds the token store of a config ahead of training, and prints what it hol
 A store that is there already is checked against the config and printed.
 """
 
-from absl import app
-from ml_collections import config_flags
-
+from retnet_jax import command_line
 from retnet_jax.data import TokenStore, open_or_build
 
-_CONFIG = config_flags.DEFINE_config_file("config", lock_config=False)
+command_line.define_config()
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """Builds or opens the store that the config names."""
-    config = _CONFIG.value
-    config.check()
+    config = command_line.given_config()
     print(table(open_or_build(config.data, config.model.vocab_size)))
 
 
@@ -34,4 +31,4 @@ def table(store: TokenStore) -> str:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

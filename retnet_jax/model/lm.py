@@ -109,7 +109,10 @@ class LanguageModel(nnx.Module):
 
         if config.remat:
             layer = jax.checkpoint(layer, prevent_cse=False)
-        x, layer_states = jax.lax.scan(layer, x, (self.layers, state.layers))
+        # A loop zeroes and fills a stack for each thing the backward pass needs; a few layers are
+        # faster written out (a 4-layer step on 2 cores: 201 ms for 227).
+        unroll = config.n_layers if config.n_layers <= 4 else 1
+        x, layer_states = jax.lax.scan(layer, x, (self.layers, state.layers), unroll=unroll)
         return self.final_norm(x), state._replace(layers=layer_states)
 
     def logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t w"]:

@@ -1,0 +1,167 @@
+"""Checkpoints of training states: the one file that knows Orbax.
+
+A checkpoint is a directory named by its step: `model` and `optimizer` hold arrays under names such
+as `layers/mixer/q/kernel`, `progress` the place in the data. It is written under another name and
+renamed when complete, so what carries a step's name is whole.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from retnet_jax.sharding import path_name
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be read, or could not be written."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, written while training goes on.
+
+    Args:
+      directory: holds one directory for each checkpoint; created when it is not there.
+      keep: the number of newest checkpoints that are not deleted.
+    """
+
+    def __init__(self, directory: Path, keep: int):
+        self._directory = directory
+        self._manager = ocp.CheckpointManager(
+            directory.absolute(),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=checkpoint_managers.LatestN(keep),
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def latest_step(self) -> int | None:
+        """The step of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, model: Any, optimizer: Any) -> None:
+        """Copies the state and begins to write it.
+
+        Raises:
+          CheckpointError: if this save or the one before it failed; older ones stay good.
+        """
+        with self._reporting():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    model=ocp.args.StandardSave(_named(model)),
+                    optimizer=ocp.args.StandardSave(_named(optimizer)),
+                    # A batch is a function of (seed, step), so this is all of the data's state.
+                    progress=ocp.args.JsonSave({"step": step, "next_batch": step}),
+                ),
+            )
+
+    def wait(self) -> None:
+        """Returns when nothing is being written any more.
+
+        Raises:
+          CheckpointError: if the last save failed.
+        """
+        with self._reporting():
+            self._manager.wait_until_finished()
+
+    def restore(self, step: int, model: Any, optimizer: Any) -> tuple[Any, Any, int]:
+        """The model and the optimiser's state of a checkpoint, and the next batch's number.
+
+        Args:
+          step: of the checkpoint.
+          model: shapes, dtypes and shardings, as from `abstract_state`.
+          optimizer: the same.
+
+        Raises:
+          CheckpointError: if files are missing or damaged, or hold other arrays.
+        """
+        found = _read(
+            self._manager,
+            self._directory / str(step),
+            model=ocp.args.StandardRestore(_named(model)),
+            optimizer=ocp.args.StandardRestore(_named(optimizer)),
+            progress=ocp.args.JsonRestore(),
+        )
+        restored = _unnamed(model, found.model), _unnamed(optimizer, found.optimizer)
+        return *restored, found.progress["next_batch"]
+
+    def close(self) -> None:
+        """Waits for the last save and ends its threads."""
+        with self._reporting():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _reporting(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"a checkpoint could not be written to {self._directory} ({_brief(error)}); "
+                f"the newest good one is of step {self._manager.latest_step()}"
+            ) from error
+
+
+def restore_model(directory: Path, model: Any) -> tuple[Any, int]:
+    """The model of the newest checkpoint in a run's `checkpoints/`, and its step.
+
+    Args:
+      directory: as of `Checkpoints`.
+      model: shapes, dtypes and shardings.
+
+    Raises:
+      CheckpointError: if there is none, files are missing or damaged, or hold other arrays.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} does not exist: there is no checkpoint to load")
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise CheckpointError(f"{directory} holds no complete checkpoint")
+        arguments = {"model": ocp.args.StandardRestore(_named(model))}
+        found = _read(manager, directory / str(step), **arguments)
+    return _unnamed(model, found.model), step
+
+
+def _read(manager: ocp.CheckpointManager, path: Path, **arguments: Any) -> Any:
+    try:
+        return manager.restore(int(path.name), args=ocp.args.Composite(**arguments))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"checkpoint {path} is damaged, or of another model ({_brief(error)}); delete or move "
+            "this directory to use the checkpoint before it"
+        ) from error
+
+
+def _brief(error: Exception) -> str:
+    """The first 300 characters of an error: Orbax appends whole trees and stack traces."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}{'...' if len(text) > 300 else ''}"
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree in nested dictionaries, by the parts of their names."""
+    nested: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        *parents, last = path_name(path).split("/")
+        level = nested
+        for name in parents:
+            level = level.setdefault(name, {})
+        level[last] = leaf
+    return nested
+
+
+def _unnamed(like: Any, nested: dict[str, Any]) -> Any:
+    """The inverse of `_named`, with the structure of `like`."""
+    leaves = []
+    for path, _ in jax.tree_util.tree_flatten_with_path(like)[0]:
+        leaf: Any = nested
+        for name in path_name(path).split("/"):
+            leaf = leaf[name]
+        leaves.append(leaf)
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)

@@ -1,0 +1,66 @@
+"""What the programs share: flags, and errors a person can act on.
+
+A program defines its flags with absl and calls `run(main)`. An error that names what is wrong with
+the input ends it with its message and exit status 2; all else is a bug and keeps its traceback.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from retnet_jax.config import Config, ConfigError, check_field
+
+
+def define_config() -> None:
+    """The flag --config=FILE[:ARGUMENT] and its overrides --config.SECTION.FIELD=VALUE."""
+    config_flags.DEFINE_config_file(
+        "config", None, "experiment file, such as configs/quickstart.py"
+    )
+    flags.mark_flag_as_required("config")
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Parses the command line, calls `main` and exits with the status it returns."""
+    # Orbax tells of every array it writes.
+    flags.FLAGS.set_default("verbosity", logging.WARNING)
+    app.run(lambda _: _reporting(main), flags_parser=lambda argv: _reporting(_parse, argv))
+
+
+def given_config() -> Config:
+    """The checked config that the flags name.
+
+    Raises:
+      ConfigError: if the file cannot be loaded or returns no `Config`, and as `Config.check`.
+    """
+    config = flags.FLAGS.config
+    if not isinstance(config, Config):
+        try:
+            kind = type(config.model)
+        except (OSError, AttributeError) as error:
+            raise ConfigError(f"--config: {error}") from error
+        raise ConfigError(f"--config: get_config() must return a retnet_jax.Config, not {kind}")
+    config.check()
+    return config
+
+
+def _parse(arguments: Sequence[str]) -> list[str]:
+    for argument in arguments[1:]:
+        if argument.startswith(("--config.", "-config.")):
+            check_field(argument.split("=")[0].lstrip("-").removeprefix("config."))
+    rest = flags.FLAGS(arguments)
+    if len(rest) > 1:
+        raise ConfigError(f"{rest[1]!r} is not a flag; options are given as --name=value")
+    return rest
+
+
+def _reporting(function: Callable, *arguments):
+    """Calls a function; an error about the input becomes its message and exit status 2."""
+    from retnet_jax.checkpoint import CheckpointError
+
+    try:
+        return function(*arguments)
+    except (flags.Error, ConfigError, CheckpointError) as error:
+        print(f"{sys.argv[0]}: {error}", file=sys.stderr)
+        sys.exit(2)

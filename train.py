@@ -1,0 +1,266 @@
+"""Trains a language model.
+
+    python train.py --config=configs/quickstart.py --workdir=runs/quickstart
+    python train.py --config=FILE[:ARGUMENT] --workdir=DIR --config.train.steps=100 ...
+
+The same command again resumes from the newest checkpoint, or says that the run is finished. Ctrl-C
+and SIGTERM save and end with status 0.
+"""
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from retnet_jax import command_line
+from retnet_jax.checkpoint import CheckpointError, Checkpoints
+from retnet_jax.config import Config
+from retnet_jax.data import BatchStream, Split, TokenStore, number_of_windows, open_or_build
+from retnet_jax.metrics import MetricsLog, peak_flops
+from retnet_jax.sharding import batch_sharding, check_batch, make_mesh
+from retnet_jax.train_step import (
+    StepMetrics,
+    TrainState,
+    abstract_state,
+    initial_state,
+    loss_sum,
+    train_step,
+)
+from retnet_jax.workdir import open_workdir
+
+flags.DEFINE_string("workdir", None, "directory of the run, made if it does not exist")
+flags.mark_flag_as_required("workdir")
+command_line.define_config()
+
+
+def main() -> int:
+    """Trains as the flags say."""
+    return train(command_line.given_config(), Path(flags.FLAGS.workdir))
+
+
+def train(config: Config, workdir: Path) -> int:
+    """Trains, from the beginning or from the newest checkpoint in `workdir`.
+
+    Returns:
+      The exit status: 0 when the run is finished or was asked to stop, 1 after a loss that is not
+      finite or a last checkpoint that could not be written.
+
+    Raises:
+      ConfigError, CheckpointError: before anything is changed, for input that does not fit.
+    """
+    mesh = make_mesh(config.mesh)
+    check_batch(mesh, config.train.batch_size, config.train.micro_batches)
+    state_shape = abstract_state(config, mesh)
+    store = open_or_build(config.data, config.model.vocab_size)
+    open_workdir(workdir, config, store.tokenizer)
+    checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep_checkpoints)
+    with stop_signals() as stop, jax.set_mesh(mesh), contextlib.closing(checkpoints):
+        state, next_batch = start_or_restore(config, state_shape, checkpoints)
+        start = int(state.step)
+        log = MetricsLog(workdir, start, config.train.steps)
+        with contextlib.closing(log):
+            log.say(describe(config, store, state, mesh))
+            run = Run(config, store, mesh, state_shape, checkpoints, log)
+            return run.loop(state, start, next_batch, stop)
+
+
+def start_or_restore(
+    config: Config, state_shape: TrainState, checkpoints: Checkpoints
+) -> tuple[TrainState, int]:
+    """The state of the newest checkpoint or a fresh one, and the number of the next batch."""
+    step = checkpoints.latest_step()
+    shardings = jax.tree.map(lambda x: x.sharding, state_shape)
+    if step is None:
+        return jax.jit(partial(initial_state, config), out_shardings=shardings)(), 0
+    model, optimizer, next_batch = checkpoints.restore(
+        step, state_shape.model, state_shape.optimizer
+    )
+    count = jax.device_put(jax.numpy.int32(step), shardings.step)
+    return TrainState(count, model, optimizer), next_batch
+
+
+def describe(config: Config, store: TokenStore, state: TrainState, mesh: jax.sharding.Mesh) -> str:
+    """What is about to be trained, in two lines."""
+    counts = store.manifest["splits"]["train"]
+    tokens = config.train.batch_size * config.data.sequence_length
+    axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+    return (
+        f"{type(state.model).__name__} of {config.model.parameter_count():,} parameters, "
+        f"{jax.devices()[0].device_kind} mesh {axes}\n"
+        f"steps {state.step} to {config.train.steps} of {tokens:,} tokens; "
+        f"{store.directory} has {counts['tokens']:,} in {counts['documents']:,} documents"
+    )
+
+
+class Run:
+    """The loop and what it works with."""
+
+    def __init__(
+        self,
+        config: Config,
+        store: TokenStore,
+        mesh: jax.sharding.Mesh,
+        state_shape: TrainState,
+        checkpoints: Checkpoints,
+        log: MetricsLog,
+    ):
+        self.config = config
+        self.checkpoints = checkpoints
+        self.log = log
+        self.batch_sharding = batch_sharding(mesh)
+        shardings = jax.tree.map(lambda x: x.sharding, state_shape)
+        self.step = jax.jit(
+            partial(train_step, config), donate_argnums=0, out_shardings=(shardings, None)
+        )
+        self.loss_sum = jax.jit(loss_sum)
+        self.train_stream = self._stream(store, store.train)
+        self.held_out_stream = self._stream(store, store.held_out)
+        self.held_out_batches = min(
+            config.train.eval_batches,
+            math.ceil(
+                number_of_windows(store.held_out, config.data.sequence_length)
+                / config.train.batch_size
+            ),
+        )
+        self.clock = Clock(
+            tokens_per_step=config.train.batch_size * config.data.sequence_length,
+            flops_per_token=config.model.training_flops_per_token(config.data.sequence_length),
+            peak_flops=mesh.devices.size * peak_flops(mesh.devices.flat[0]),
+        )
+
+    def loop(self, state: TrainState, start: int, next_batch: int, stop: list[str]) -> int:
+        """Runs until the last step or until `stop` holds a signal; returns the exit status."""
+        train = self.config.train
+        done, saved, pending = start, start, None
+        with self.train_stream.iterate(next_batch) as batches:
+            self.clock.start(done)
+            while done < train.steps and not stop:
+                batch = jax.device_put(next(batches), self.batch_sharding)
+                state, metrics = self.step(state, batch)
+                # The step before is read while this one runs, so that neither waits.
+                if pending is not None and not self.report(*pending):
+                    return 1
+                done, pending = done + 1, (done + 1, metrics)
+                evaluate = done % train.eval_every == 0 or done == train.steps
+                save = done % train.checkpoint_every == 0
+                if evaluate or save:
+                    if not self.report(*pending):
+                        return 1
+                    pending = None
+                    with self.clock.paused():
+                        if evaluate:
+                            self.evaluate(done, state)
+                        if save and self.save(done, state):
+                            saved = done
+            if pending is not None and not self.report(*pending):
+                return 1
+        if stop:
+            self.log.say(f"{stop[0]}: stopping after step {done}")
+        return self.finish(done, saved, state)
+
+    def report(self, step: int, metrics: StepMetrics) -> bool:
+        """Waits for a step and logs it; False if its loss is not finite."""
+        values = {name: float(x) for name, x in zip(metrics._fields, metrics, strict=True)}
+        self.log.advance(step)
+        if not math.isfinite(values["loss"]) or not math.isfinite(values["gradient_norm"]):
+            names = self.train_stream.document_names(step - 1)
+            self.log.say(
+                f"step {step}: the loss is {values['loss']}, the norm of its gradient "
+                f"{values['gradient_norm']}. No checkpoint has it. The batch held parts of\n  "
+                + "\n  ".join(names)
+            )
+            return False
+        if step % self.config.train.log_every == 0 or step == self.config.train.steps:
+            self.log.write(step, values | self.clock.lap(step))
+        return True
+
+    def evaluate(self, step: int, state: TrainState) -> None:
+        """Logs the mean loss over the first windows of the held-out split, zero state in each."""
+        sums = []
+        for number in range(self.held_out_batches):
+            batch = jax.device_put(self.held_out_stream[number], self.batch_sharding)
+            sums.append(self.loss_sum(state.model, batch))
+        loss, weight = (sum(map(float, column)) for column in zip(*sums, strict=True))
+        self.log.write(step, {"held_out_loss": loss / weight})
+
+    def save(self, step: int, state: TrainState) -> bool:
+        """Begins a checkpoint. A failure is said and training goes on: the next may succeed."""
+        try:
+            self.checkpoints.save(step, state.model, state.optimizer)
+        except CheckpointError as error:
+            self.log.say(f"step {step}: {error}")
+            return False
+        return True
+
+    def finish(self, done: int, saved: int, state: TrainState) -> int:
+        """Saves the last step, waits until it is written, and says how to go on."""
+        written = done == saved or self.save(done, state)
+        try:
+            self.checkpoints.wait()
+        except CheckpointError as error:
+            self.log.say(str(error))
+            written = False
+        finished = done == self.config.train.steps
+        self.log.say("the run is finished" if finished else "the same command goes on from here")
+        return 0 if written else 1
+
+    def _stream(self, store: TokenStore, split: Split) -> BatchStream:
+        return BatchStream(
+            split,
+            sequence_length=self.config.data.sequence_length,
+            batch_size=self.config.train.batch_size,
+            bos_id=store.tokenizer.bos_id,
+            seed=self.config.train.seed,
+        )
+
+
+class Clock:
+    """Training speed between logged steps, evaluations and checkpoints left out."""
+
+    def __init__(self, tokens_per_step: int, flops_per_token: float, peak_flops: float):
+        self._tokens_per_step = tokens_per_step
+        self._peak_tokens_per_second = peak_flops / flops_per_token
+
+    def start(self, step: int) -> None:
+        self._step, self._since = step, time.perf_counter()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside does not count."""
+        begin = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begin
+
+    def lap(self, step: int) -> dict[str, float]:
+        """Tokens/s and model FLOPs utilisation since the last lap."""
+        seconds = time.perf_counter() - self._since
+        speed = (step - self._step) * self._tokens_per_step / seconds
+        self.start(step)
+        return {"tokens_per_second": speed, "mfu": speed / self._peak_tokens_per_second}
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[str]]:
+    """A list that gets the name of a SIGINT or SIGTERM. The second one acts as usual."""
+    received: list[str] = []
+
+    def note(number, _):
+        received.append(signal.Signals(number).name)
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    command_line.run(main)
