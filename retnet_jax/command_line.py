@@ -23,8 +23,6 @@ def define_config() -> None:
 
 def run(main: Callable[[], int | None]) -> None:
     """Parses the command line, calls `main` and exits with the status it returns."""
-    # Orbax tells of every array it writes.
-    flags.FLAGS.set_default("verbosity", logging.WARNING)
     app.run(lambda _: _reporting(main), flags_parser=lambda argv: _reporting(_parse, argv))
 
 
@@ -50,6 +48,8 @@ def _parse(arguments: Sequence[str]) -> list[str]:
         if argument.startswith(("--config.", "-config.")):
             check_field(argument.split("=")[0].lstrip("-").removeprefix("config."))
     rest = flags.FLAGS(arguments)
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # at INFO, Orbax tells of every array it writes
     if len(rest) > 1:
         raise ConfigError(f"{rest[1]!r} is not a flag; options are given as --name=value")
     return rest

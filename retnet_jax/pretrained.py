@@ -1,6 +1,5 @@
 """Loading a trained model from a directory."""
 
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -28,6 +27,6 @@ def load_pretrained(directory: str | Path, mesh: Mesh | None = None) -> Language
     workdir = Path(directory)
     config = read_config(workdir / "config.json").model
     mesh = make_mesh(MeshConfig(), jax.devices()[:1]) if mesh is None else mesh
-    shape = jax.eval_shape(partial(build_model, config, rngs=nnx.Rngs(0)))
+    shape = jax.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0)))
     model, _ = restore_model(workdir / "checkpoints", with_shardings(shape, mesh))
     return model
