@@ -118,7 +118,7 @@ def restore_model(directory: Path, model: Any) -> tuple[Any, int]:
     """
     if not directory.is_dir():
         raise CheckpointError(f"{directory} does not exist: there is no checkpoint to load")
-    options = ocp.CheckpointManagerOptions(read_only=True)
+    options = ocp.CheckpointManagerOptions(create=False)
     with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
         step = manager.latest_step()
         if step is None:
