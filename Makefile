@@ -1,0 +1,46 @@
+# make quickstart   trains a small RetNet on real text, evaluates it and samples from it
+# make test         lint, format check and the tests
+# make test-all     the same with the tests that take minutes
+#
+# Each makes the environment it needs in .venv the first time, and only then.
+
+PYTHON ?= python3
+BIN := .venv/bin
+ARCHITECTURE ?= retnet
+WORKDIR ?= runs/quickstart_$(ARCHITECTURE)
+CONFIG := configs/quickstart.py:$(ARCHITECTURE)
+
+.PHONY: quickstart test test-all lint clean
+
+quickstart: .venv/run
+	$(BIN)/python train.py --config=$(CONFIG) --workdir=$(WORKDIR)
+	$(BIN)/python eval.py --workdir=$(WORKDIR) --compressors
+	$(BIN)/python generate.py --workdir=$(WORKDIR) --temperature=0.7 --max_tokens=150 \
+	  --prompt="def read_lines(path):"
+
+test: lint
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: lint
+	$(BIN)/python -m pytest -n 2
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or later is needed; name it with: make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -m venv .venv || \
+	  { rm -rf .venv; echo "on Debian: apt-get install python3-venv"; exit 1; }
+
+.venv/run: .venv/bin/python requirements.txt pyproject.toml
+	$(BIN)/pip install --quiet --editable .
+	@touch $@
+
+.venv/dev: .venv/bin/python requirements.txt pyproject.toml
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	@touch $@ .venv/run
+
+clean:
+	rm -rf .venv
