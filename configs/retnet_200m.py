@@ -3,7 +3,8 @@
     python train.py --config=configs/retnet_200m.py --workdir=runs/retnet_200m
     python train.py --config=configs/retnet_200m.py:transformer --workdir=runs/transformer_200m
 
-5B tokens, 0.5M a step, as in its Tables 5 and 6 (the batch and the rate are ours). Put JSON lines into data/corpus/, or set --config.data.path. Not yet run in full.
+5B tokens as in its Tables 5 and 6; 0.5M a step and the learning rate are ours. Put JSON lines into
+data/corpus/ or set --config.data.path. Not yet run.
 """
 
 from configs.paper_settings import paper_config, paper_model

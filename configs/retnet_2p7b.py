@@ -3,7 +3,7 @@
     python train.py --config=configs/retnet_2p7b.py --workdir=runs/retnet_2p7b
     python train.py --config=configs/retnet_2p7b.py:transformer --workdir=runs/transformer_2p7b
 
-100B tokens, 4M a step. Put JSON lines into data/corpus/, or set --config.data.path. Not yet run in full.
+100B tokens, 4M a step. Put JSON lines into data/corpus/ or set --config.data.path. Not yet run.
 """
 
 from configs.paper_settings import paper_config, paper_model

@@ -10,7 +10,8 @@ import jaxtyping
 from hypothesis import settings
 
 jaxtyping.install_import_hook(
-    ["retnet_jax.retention", "retnet_jax.model", "retnet_jax.generate"], "beartype.beartype"
+    ["retnet_jax.retention", "retnet_jax.model", "retnet_jax.generate", "retnet_jax.cross_entropy"],
+    "beartype.beartype",
 )
 
 # Compiling takes longer than any deadline; derandomized, so that a red test is red again.

@@ -1,0 +1,137 @@
+"""Options: every bad one raises with its name, and derived sizes are those of the real tree."""
+
+import importlib
+import json
+
+import jax
+import pytest
+from flax import nnx
+
+from retnet_jax import Config, ModelConfig
+from retnet_jax.config import (
+    ConfigError,
+    DataConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrainConfig,
+    config_from_json,
+    differences,
+)
+from retnet_jax.model import build_model
+
+PAPER = {"200m": 0.201e9, "1p3b": 1.208e9, "2p7b": 2.517e9, "6p7b": 6.442e9}
+
+
+@pytest.mark.parametrize("size", PAPER)
+def test_paper_sizes_and_their_twins(size):
+    module = importlib.import_module(f"configs.retnet_{size}")
+    retnet, twin = (module.get_config(name) for name in ("retnet", "transformer"))
+    for config in (retnet, twin):
+        config.check()
+        shape = jax.eval_shape(lambda c=config: build_model(c.model, rngs=nnx.Rngs(0)))
+        count = sum(leaf.size for leaf in jax.tree.leaves(shape))
+        assert count == config.model.parameter_count()
+        embeddings = 2 * config.model.vocab_size * config.model.d_model
+        assert count - embeddings == pytest.approx(PAPER[size], rel=0.01)
+    assert (retnet.model.mixer, twin.model.mixer) == ("retention", "attention")
+    assert retnet.model.q_width // retnet.model.n_heads == 256
+    assert retnet.model.v_width // retnet.model.n_heads == 512
+
+
+@pytest.mark.parametrize("ffn", ["gelu", "swiglu"])
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameter_count_is_the_trees_and_the_twins(ffn, norm, tied):
+    config = ModelConfig(
+        vocab_size=96,
+        d_model=32,
+        n_layers=3,
+        ffn=ffn,
+        norm=norm,
+        tie_embeddings=tied,
+        value_dim=48,
+        ffn_dim=56,
+    )
+    for one in (config, config.transformer_twin()):
+        tree = build_model(one, rngs=nnx.Rngs(0))
+        assert sum(x.size for x in jax.tree.leaves(tree)) == one.parameter_count()
+    ratio = config.transformer_twin().parameter_count() / config.parameter_count()
+    assert ratio == pytest.approx(1, abs=0.01)
+
+
+def test_training_flops_count_the_compiled_products():
+    """One unrolled layer, so that XLA sees every product once; head and mixer included."""
+    config = ModelConfig(vocab_size=512, d_model=64, n_layers=1, n_heads=2, mixer="attention")
+    model = build_model(config, rngs=nnx.Rngs(0))
+    tokens = jax.numpy.zeros((2, 64), int)
+
+    def loss(model):
+        return (model(tokens)[0] ** 2).sum()
+
+    compiled = jax.jit(jax.grad(loss)).lower(model).compile()
+    measured = compiled.cost_analysis()["flops"] / tokens.size
+    # XLA computes the upper half of the scores too, and counts elementwise work.
+    formula = config.training_flops_per_token(64)
+    assert formula < measured < 1.25 * formula
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (ModelConfig(d_model=100, n_heads=3), r"d_model=100 .*n_heads=3; 99 or 102 would do"),
+        (ModelConfig(key_dim=30, n_heads=4), "key_dim=30 is not divisible"),
+        (ModelConfig(key_dim=12, n_heads=4), "must be even"),
+        (ModelConfig(mixer="retentoin"), "mixer='retentoin' is not one of 'retention'"),
+        (ModelConfig(dtype="float16"), "dtype='float16' is not one of"),
+        (ModelConfig(decay_range=(0.5, 1.0)), "decay_range=.*between 0 and 1"),
+        (ModelConfig(n_layers=0), "n_layers=0 is less than 1"),
+        (DataConfig(source="text"), "data.path is empty"),
+        (DataConfig(held_out=0.0), "held_out=0.0 is not between"),
+        (OptimizerConfig(schedule="step"), "schedule='step'"),
+        (OptimizerConfig(clip_norm=0.0), "clip_norm=0.0 is not greater"),
+        (TrainConfig(batch_size=6, micro_batches=4), "4 or 8 would do"),
+        (TrainConfig(log_every=0), "log_every=0 is less than 1"),
+        (MeshConfig(data=-1, fsdp=-1), "can stand only once"),
+        (MeshConfig(tensor=0), "mesh.tensor=0 is less than 1"),
+    ],
+)
+def test_bad_values_are_named(section, message):
+    with pytest.raises(ConfigError, match=message):
+        section.check()
+
+
+def test_warm_up_must_leave_steps():
+    config = Config(train=TrainConfig(steps=100), optimizer=OptimizerConfig(warmup_steps=100))
+    with pytest.raises(ConfigError, match=r"warmup_steps=100 leaves nothing of train.steps=100"):
+        config.check()
+
+
+def test_json_reads_back_the_same():
+    config = Config(model=ModelConfig(key_dim=48, decay_range=(0.25, 0.125)))
+    assert config_from_json(config.to_json()) == config
+    assert differences(config, config_from_json(config.to_json())) == []
+
+
+def test_differences_name_the_fields():
+    old, new = Config(), Config(model=ModelConfig(d_model=64), train=TrainConfig(seed=3))
+    assert differences(old, new) == ["model.d_model: 512 -> 64", "train.seed: 0 -> 3"]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("model", "d_modl"), 3, "d_modl: no such field; did you mean d_model"),
+        (("model", "d_model"), "3", "model.d_model='3' is not of type int"),
+        (("model", "tie_embeddings"), 1, "tie_embeddings=1 is not of type bool"),
+        (("model", "key_dim"), 1.5, "key_dim=1.5 is not of type int | None"),
+        (("train",), 7, "train. is 7, not an object"),
+    ],
+)
+def test_json_with_wrong_fields_is_refused(path, value, message):
+    values = json.loads(Config().to_json())
+    target = values
+    for name in path[:-1]:
+        target = target[name]
+    target[path[-1]] = value
+    with pytest.raises(ConfigError, match=message):
+        config_from_json(json.dumps(values), origin="config.json")

@@ -1,0 +1,79 @@
+"""The architecture: imports run downward only, and `import retnet_jax` needs jax and flax alone."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FLOORS = {
+    "config": 0,
+    "shapes": 1,
+    "compiler": 1,
+    "retention": 1,
+    "cross_entropy": 1,
+    "data": 1,
+    "optim": 1,
+    "sharding": 1,
+    "metrics": 1,
+    "checkpoint": 1,
+    "workdir": 1,
+    "model": 2,
+    "train_step": 3,
+    "generate": 3,
+    "pretrained": 3,
+    "evaluation": 4,
+    "command_line": 5,
+}
+
+
+def imported_modules(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            if node.module == "retnet_jax":
+                yield from (f"retnet_jax.{alias.name}" for alias in node.names)
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def test_imports_run_downward():
+    for path in (ROOT / "retnet_jax").rglob("*.py"):
+        parts = path.relative_to(ROOT / "retnet_jax").with_suffix("").parts
+        if parts[0] == "__init__":
+            continue
+        for module in imported_modules(path):
+            name = module.split(".")
+            if name[0] != "retnet_jax" or len(name) == 1 or name[1] == parts[0]:
+                continue
+            assert FLOORS[name[1]] <= FLOORS[parts[0]], f"{path} imports {module}"
+
+
+def test_config_imports_no_jax():
+    roots = {name.split(".")[0] for name in imported_modules(ROOT / "retnet_jax" / "config.py")}
+    assert roots <= set(sys.stdlib_module_names)
+
+
+def test_import_needs_jax_and_flax_alone():
+    """In a process where the other libraries cannot be imported."""
+    blocked = [
+        "grain",
+        "orbax",
+        "tokenizers",
+        "ml_collections",
+        "tensorboardX",
+        "tqdm",
+        "jaxtyping",
+    ]
+    # flax itself imports orbax where it finds it.
+    program = (
+        "import sys\n"
+        f"sys.modules.update(dict.fromkeys({[b for b in blocked if b != 'orbax']!r}))\n"
+        "from retnet_jax import RetNet, Transformer, ModelConfig, retention, load_pretrained\n"
+        "from retnet_jax import generate\n"
+        "print(sorted({'optax', 'torch'} & set(sys.modules) - {'optax'}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr

@@ -1,0 +1,181 @@
+"""Both language models: forms, states, documents and precision."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tolerances import RELATIVE, assert_close
+
+from retnet_jax import ModelConfig, RetNet, Transformer
+from retnet_jax.config import ConfigError
+from retnet_jax.model.layers import rotate, rotation
+
+MODELS = {"retnet": RetNet, "transformer": Transformer}
+SMALL = ModelConfig(vocab_size=61, d_model=32, n_layers=2, n_heads=2, chunk_size=4)
+
+
+@jax.jit
+def run(model, tokens, state=None, segment_ids=None):
+    """A call of the model, compiled: operation by operation the tests take minutes."""
+    return model(tokens, state, segment_ids)
+
+
+def make(name, **changes):
+    model = MODELS[name](dataclasses.replace(SMALL, **changes), rngs=nnx.Rngs(0))
+    # Larger logits, so that a difference in them shows.
+    model.embedding = nnx.Param(25 * model.embedding[...])
+    return model
+
+
+def tokens(b, t, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, 61, (b, t)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"decay": "powers_of_two", "norm": "rms", "ffn": "swiglu", "tie_embeddings": True},
+        {"key_dim": 16, "value_dim": 48, "remat": True, "n_layers": 5},
+    ],
+)
+def test_forms_of_the_model_agree_with_gradients(changes):
+    model, row = make("retnet", **changes), tokens(2, 11)
+    segments = jnp.asarray([[0, 1, 1, 1, 2, 2, 2, 2, 2, 2, 0], [3] * 11])
+
+    def loss(model, form):
+        logits, state = model(row, segment_ids=segments, form=form)
+        weight = jnp.sin(jnp.arange(logits.size)).reshape(logits.shape) * (segments > 0)[..., None]
+        return (logits * weight).sum() + (state.layers**2).sum()
+
+    gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    expected = gradient(model, "parallel")
+    assert_close(gradient(model, "chunkwise"), expected)
+    assert_close(gradient(model, "recurrent"), expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("cuts", [(1, 2, 7), (16,)])
+def test_split_anywhere_and_carry_the_state(name, cuts):
+    model, row = make(name), tokens(2, 17)
+    whole, whole_state = run(model, row)
+    state, parts = None, []
+    for start, stop in zip((0, *cuts), (*cuts, 17), strict=True):
+        if name == "transformer" and state is not None:
+            state = state.with_room(stop - start)
+        logits, state = run(model, row[:, start:stop], state)
+        parts.append(logits)
+    assert_close(jnp.concatenate(parts, axis=1), whole)
+    assert_close(state.layers, whole_state.layers)
+    assert state.position.tolist() == [17, 17]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_token_steps_in_preallocated_state(name):
+    model, row = make(name), tokens(2, 9)
+    step = jax.jit(lambda token, state: model(token, state, form="recurrent"))
+    state, parts = model.init_state(2, capacity=9), []
+    for n in range(9):
+        logits, state = step(row[:, n : n + 1], state)
+        parts.append(logits)
+    assert_close(jnp.concatenate(parts, axis=1), run(model, row)[0])
+    assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_documents_equal_each_alone(name):
+    model, row = make(name), tokens(1, 15)
+    segments = jnp.asarray([[0, 0, 4, 4, 4, 4, 4, 7, 7, 7, 1, 1, 1, 1, 0]])
+
+    def alone(model, start, stop):
+        return run(model, row[:, start:stop])[0]
+
+    packed, state = run(model, row, None, segments)
+    for start, stop in ((2, 7), (7, 10), (10, 14)):
+        assert_close(packed[:, start:stop], alone(model, start, stop))
+    # The state is the last document's: going on equals going on from it alone.
+    more = tokens(1, 3, seed=1)
+    continued, _ = model(more, state)
+    last, _ = run(model, jnp.concatenate([row[:, 10:14], more], axis=1))
+    assert_close(continued, last[:, 4:])
+
+    def packed_loss(model):
+        return (run(model, row, None, segments)[0] ** 2 * (segments > 0)[..., None]).sum()
+
+    def alone_loss(model):
+        return sum((alone(model, *span) ** 2).sum() for span in ((2, 7), (7, 10), (10, 14)))
+
+    assert_close(jax.jit(jax.grad(packed_loss))(model), jax.jit(jax.grad(alone_loss))(model))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_padded_on_the_left_continue_like_unpadded_ones(name):
+    model = make(name)
+    long, short, more = tokens(1, 6), tokens(1, 4, seed=2), tokens(2, 3, seed=3)
+    padded = jnp.concatenate([long, jnp.pad(short, ((0, 0), (2, 0)))], axis=0)
+    segments = jnp.asarray([[1] * 6, [0, 0, 1, 1, 1, 1]])
+    _, state = run(model, padded, model.init_state(2, capacity=9), segments)
+    logits, _ = run(model, more, state)
+    for row, prompt in enumerate((long, short)):
+        alone, _ = run(model, jnp.concatenate([prompt, more[row : row + 1]], axis=1))
+        assert_close(logits[row], alone[0, -3:])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_logit_depends_on_a_later_token(name):
+    model, row = make(name), tokens(1, 8)
+
+    @jax.jit
+    @jax.grad
+    def gradient(model, n):
+        return model(row)[0][0, n].sum()
+
+    for n in (0, 3, 6):
+        embedding = np.asarray(gradient(model, n).embedding[...])
+        reached = set(np.nonzero(np.abs(embedding).sum(1))[0].tolist())
+        assert reached == set(row[0, : n + 1].tolist())
+
+
+def test_full_cache_is_nan_inside_jit_and_grows_outside():
+    model, row = make("transformer"), tokens(1, 4)
+    _, state = model(row)
+    inside, _ = run(model, row[:, :1], state)
+    assert np.isnan(inside).all()
+    outside, _ = model(row[:, :1], state)
+    assert_close(outside, run(model, jnp.concatenate([row, row[:, :1]], axis=1))[0][:, -1:])
+
+
+def test_rotation_turns_products_by_the_distance_alone():
+    rng = np.random.default_rng(0)
+    q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
+
+    def product(m, n):
+        turned = [rotate(x, *rotation(jnp.asarray([[p]]), 8)) for x, p in ((q, m), (k, n))]
+        return (turned[0] * turned[1]).sum()
+
+    assert_close(product(3, 1), product(12, 10))
+    assert_close(product(5, 5), (q * k).sum())
+    assert abs(float(product(3, 1) - product(3, 2))) > 1e-2
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16_activations_stay_near_float32(name):
+    row = tokens(2, 24)
+    logits = np.asarray(run(make(name), row)[0])
+    half, state = run(make(name, dtype="bfloat16"), row)
+    assert half.dtype == jnp.float32
+    # Rounding errors of many layers add up like noise: their root mean square is what is bounded.
+    noise, scale = (np.sqrt(np.square(x).mean()) for x in (half - logits, logits))
+    assert noise <= RELATIVE["bfloat16"] * scale
+    if name == "retnet":
+        assert state.layers.dtype == jnp.float32
+
+
+def test_classes_set_their_mixer_and_check_the_config():
+    assert Transformer(SMALL, rngs=nnx.Rngs(0)).config.mixer == "attention"
+    assert SMALL.mixer == "retention"
+    with pytest.raises(ConfigError, match="n_heads=3"):
+        RetNet(dataclasses.replace(SMALL, n_heads=3), rngs=nnx.Rngs(0))
