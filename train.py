@@ -34,13 +34,9 @@ from retnet_jax.train_step import (
 )
 from retnet_jax.workdir import open_workdir
 
-flags.DEFINE_string("workdir", None, "directory of the run, made if it does not exist")
-flags.mark_flag_as_required("workdir")
-command_line.define_config()
-
 
 def main() -> int:
-    """Trains as the flags say."""
+    """Trains as the flags, defined below, say."""
     return train(command_line.given_config(), Path(flags.FLAGS.workdir))
 
 
@@ -60,13 +56,18 @@ def train(config: Config, workdir: Path) -> int:
     store = open_or_build(config.data, config.model.vocab_size)
     open_workdir(workdir, config, store.tokenizer)
     checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep_checkpoints)
+    clock = Clock(
+        tokens_per_step=config.train.batch_size * config.data.sequence_length,
+        flops_per_token=config.model.training_flops_per_token(config.data.sequence_length),
+        peak_flops=mesh.devices.size * peak_flops(mesh.devices.flat[0]),
+    )
     with stop_signals() as stop, jax.set_mesh(mesh), contextlib.closing(checkpoints):
         state, next_batch = start_or_restore(config, state_shape, checkpoints)
         start = int(state.step)
         log = MetricsLog(workdir, start, config.train.steps)
         with contextlib.closing(log):
             log.say(describe(config, store, state, mesh))
-            run = Run(config, store, mesh, state_shape, checkpoints, log)
+            run = Run(config, store, mesh, state_shape, checkpoints, log, clock)
             return run.loop(state, start, next_batch, stop)
 
 
@@ -109,10 +110,12 @@ class Run:
         state_shape: TrainState,
         checkpoints: Checkpoints,
         log: MetricsLog,
+        clock: "Clock",
     ):
         self.config = config
         self.checkpoints = checkpoints
         self.log = log
+        self.clock = clock
         self.batch_sharding = batch_sharding(mesh)
         shardings = jax.tree.map(lambda x: x.sharding, state_shape)
         self.step = jax.jit(
@@ -127,11 +130,6 @@ class Run:
                 number_of_windows(store.held_out, config.data.sequence_length)
                 / config.train.batch_size
             ),
-        )
-        self.clock = Clock(
-            tokens_per_step=config.train.batch_size * config.data.sequence_length,
-            flops_per_token=config.model.training_flops_per_token(config.data.sequence_length),
-            peak_flops=mesh.devices.size * peak_flops(mesh.devices.flat[0]),
         )
 
     def loop(self, state: TrainState, start: int, next_batch: int, stop: list[str]) -> int:
@@ -263,4 +261,7 @@ def stop_signals() -> Iterator[list[str]]:
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "directory of the run, made if it does not exist")
+    flags.mark_flag_as_required("workdir")
+    command_line.define_config()
     command_line.run(main)

@@ -6,6 +6,7 @@ the input ends it with its message and exit status 2; all else is a bug and keep
 
 import sys
 from collections.abc import Callable, Sequence
+from logging import CRITICAL, getLogger
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -49,7 +50,10 @@ def _parse(arguments: Sequence[str]) -> list[str]:
             check_field(argument.split("=")[0].lstrip("-").removeprefix("config."))
     rest = flags.FLAGS(arguments)
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # at INFO, Orbax tells of every array it writes
+        # Orbax tells of every array it writes, and when one cannot be written leaves it to asyncio
+        # to complain about each of the others. What matters reaches us as an exception.
+        logging.set_verbosity(logging.WARNING)
+        getLogger("asyncio").setLevel(CRITICAL)
     if len(rest) > 1:
         raise ConfigError(f"{rest[1]!r} is not a flag; options are given as --name=value")
     return rest

@@ -69,7 +69,7 @@ def train_step(config: Config, state: TrainState, batch: Batch) -> tuple[TrainSt
     Micro-batches add up sums of losses, of weights and of gradients, and the division comes last:
     a mean of their means would weigh tokens differently wherever their counts differ.
     """
-    loss, weight, gradients = _sums(state.model, batch, config.train.micro_batches)
+    loss, weight, gradients = gradient_sums(state.model, batch, config.train.micro_batches)
     gradients = jax.tree.map(lambda g: g / weight, gradients)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.model)
@@ -83,8 +83,13 @@ def train_step(config: Config, state: TrainState, batch: Batch) -> tuple[TrainSt
     return TrainState(state.step + 1, model, optimizer_state), metrics
 
 
-def _sums(model: LanguageModel, batch: Batch, micro_batches: int):
-    """Sums over the batch of the loss, the weights, and the gradients of the loss."""
+def gradient_sums(
+    model: LanguageModel, batch: Batch, micro_batches: int
+) -> tuple[Float[Array, ""], Float[Array, ""], LanguageModel]:
+    """Sums over the batch: of the loss, of the weights, and the gradients of the first.
+
+    The batch is run in `micro_batches` parts, one after the other.
+    """
     value_and_gradient = jax.value_and_grad(loss_sum, has_aux=True)
     if micro_batches == 1:
         (loss, weight), gradients = value_and_gradient(model, batch)

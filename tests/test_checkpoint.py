@@ -1,0 +1,121 @@
+"""Checkpoints: what comes back is what went in, on any mesh, or nothing."""
+
+import dataclasses
+import functools
+import gc
+import shutil
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from test_train_step import CONFIG
+
+from retnet_jax.checkpoint import CheckpointError, Checkpoints, restore_model
+from retnet_jax.config import MeshConfig
+from retnet_jax.sharding import make_mesh
+from retnet_jax.train_step import abstract_state, initial_state
+
+
+@pytest.fixture
+def shape():
+    return abstract_state(CONFIG, make_mesh(MeshConfig()))
+
+
+@functools.cache
+def initial():
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(CONFIG, make_mesh(MeshConfig())))
+    return jax.jit(partial(initial_state, CONFIG), out_shardings=shardings)()
+
+
+def state_at(step):
+    """A state with other numbers for each step."""
+    return jax.tree.map(lambda x: x + step, initial())
+
+
+def save(directory, steps, keep=3):
+    checkpoints = Checkpoints(directory, keep=keep)
+    for step in steps:
+        state = state_at(step)
+        checkpoints.save(step, state.model, state.optimizer)
+    checkpoints.wait()
+    checkpoints.close()
+
+
+def assert_equal(actual, expected):
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_restore_is_exact_on_another_mesh(tmp_path):
+    save(tmp_path, [5])
+    other = abstract_state(CONFIG, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    assert checkpoints.latest_step() == 5
+    model, optimizer, next_batch = checkpoints.restore(5, other.model, other.optimizer)
+    checkpoints.close()
+    expected = state_at(5)
+    assert_equal((model, optimizer), (expected.model, expected.optimizer))
+    assert next_batch == 5
+    kernel = model.layers.mixer.q.kernel[...]
+    assert kernel.sharding.is_equivalent_to(other.model.layers.mixer.q.kernel.sharding, 3)
+
+
+def test_what_is_saved_does_not_change_while_training_goes_on(tmp_path):
+    """The step donates its state: its buffers are written over while the save is under way."""
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    state = state_at(1)
+    expected = jax.device_get(state.model)
+    overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 + 7, tree), donate_argnums=0)
+    checkpoints.save(1, state.model, state.optimizer)
+    overwritten = overwrite(state)
+    jax.block_until_ready(overwritten)
+    checkpoints.wait()
+    checkpoints.close()
+    model, step = restore_model(tmp_path, abstract_state(CONFIG, make_mesh(MeshConfig())).model)
+    assert step == 1
+    assert_equal(model, expected)
+
+
+def test_the_newest_are_kept(tmp_path, shape):
+    save(tmp_path, [1, 2, 3, 4], keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "4"]
+    model, step = restore_model(tmp_path, shape.model)
+    assert step == 4
+    assert_equal(model, state_at(4).model)
+
+
+def test_an_unfinished_checkpoint_is_never_loaded(tmp_path, shape):
+    save(tmp_path, [1, 2])
+    shutil.move(tmp_path / "2", tmp_path / "2.orbax-checkpoint-tmp")
+    assert restore_model(tmp_path, shape.model)[1] == 1
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    assert checkpoints.latest_step() == 1
+    checkpoints.close()
+
+
+# Orbax abandons its reads of the other arrays when one fails.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_truncated_checkpoint_is_named(tmp_path, shape):
+    save(tmp_path, [1])
+    for path in (tmp_path / "1" / "model").rglob("*"):
+        if path.is_file() and path.stat().st_size > 64:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match=r"checkpoint .*/1 is damaged, or of another model"):
+        restore_model(tmp_path, shape.model)
+    gc.collect()  # what is left of the abandoned reads goes here, and not in another test
+
+
+def test_another_models_checkpoint_is_refused(tmp_path):
+    save(tmp_path, [1])
+    model = dataclasses.replace(CONFIG.model, d_model=32)
+    wider = abstract_state(dataclasses.replace(CONFIG, model=model), make_mesh(MeshConfig()))
+    with pytest.raises(CheckpointError, match="of another model"):
+        restore_model(tmp_path, wider.model)
+
+
+def test_no_checkpoint_is_an_error(tmp_path, shape):
+    with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
+        restore_model(tmp_path, shape.model)
+    with pytest.raises(CheckpointError, match="nothing does not exist"):
+        restore_model(tmp_path / "nothing", shape.model)

@@ -1,0 +1,266 @@
+"""train.py as a whole: what it leaves behind, how it resumes, and what it says when it cannot."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from retnet_jax.checkpoint import Checkpoints
+from retnet_jax.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from retnet_jax.metrics import MetricsLog
+from train import train
+
+ROOT = Path(__file__).parent.parent
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A model of one layer on the tests' own source, bytes as tokens."""
+    directory = tmp_path_factory.mktemp("data")
+    return Config(
+        model=ModelConfig(vocab_size=257, d_model=16, n_layers=1, n_heads=2),
+        data=DataConfig(
+            source="text",
+            path=str(ROOT / "tests" / "test_*.py"),
+            tokenizer="byte",
+            store=str(directory / "store"),
+            held_out=0.2,
+            sequence_length=16,
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
+        train=TrainConfig(
+            steps=STEPS,
+            batch_size=8,
+            log_every=1,
+            eval_every=5,
+            eval_batches=2,
+            checkpoint_every=4,
+        ),
+    )
+
+
+def metrics(workdir):
+    """The lines of metrics.jsonl with a loss, by step; no step may stand twice."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    losses = [line for line in lines if "loss" in line]
+    assert len({line["step"] for line in losses}) == len(losses)
+    return {line["step"]: line for line in losses}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    assert train(config, workdir) == 0
+    return workdir
+
+
+def assert_same_losses(workdir, expected):
+    actual, expected = metrics(workdir), metrics(expected)
+    assert list(actual) == list(range(1, STEPS + 1))
+    for step in actual:
+        for name in ("loss", "gradient_norm", "learning_rate"):
+            assert actual[step][name] == expected[step][name], (step, name)
+
+
+def at_step(monkeypatch, step, action):
+    """Calls `action` when the metrics of a step are written."""
+    write = MetricsLog.write
+
+    def patched(self, now, values):
+        write(self, now, values)
+        if now == step and "loss" in values:
+            action()
+
+    monkeypatch.setattr(MetricsLog, "write", patched)
+
+
+def latest_step(workdir):
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=3)
+    step = checkpoints.latest_step()
+    checkpoints.close()
+    return step
+
+
+def test_a_run_leaves_config_metrics_and_checkpoints(config, uninterrupted):
+    assert (uninterrupted / "config.json").read_text() == config.to_json()
+    lines = metrics(uninterrupted)
+    assert list(lines) == list(range(1, STEPS + 1))
+    assert lines[1]["loss"] == pytest.approx(np.log(257), rel=0.05)
+    assert lines[STEPS]["loss"] < lines[1]["loss"]
+    assert {"tokens_per_second", "mfu", "learning_rate"} <= set(lines[3])
+    text = (uninterrupted / "metrics.jsonl").read_text()
+    held_out = [json.loads(line) for line in text.splitlines() if "held_out_loss" in line]
+    assert [line["step"] for line in held_out] == [5, 10]
+    assert held_out[1]["held_out_loss"] < held_out[0]["held_out_loss"]
+    assert latest_step(uninterrupted) == STEPS
+    assert list(uninterrupted.glob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_goes_on_exactly(
+    config, uninterrupted, tmp_path, monkeypatch, number, capfd
+):
+    with monkeypatch.context() as patch:
+        at_step(patch, 6, lambda: signal.raise_signal(number))
+        assert train(config, tmp_path / "run") == 0
+    stopped = latest_step(tmp_path / "run")
+    assert 6 <= stopped < STEPS
+    assert f"{signal.Signals(number).name}: stopping after step {stopped}" in capfd.readouterr().err
+    assert train(config, tmp_path / "run") == 0
+    assert_same_losses(tmp_path / "run", uninterrupted)
+
+
+def run_killed_at(config_file, workdir, step):
+    """A run in a process of its own, killed with -9 when it has logged a step (or finished)."""
+    command = [sys.executable, "train.py", f"--config={config_file}", f"--workdir={workdir}"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if step is not None and line.startswith(f"step {step}/"):
+            time.sleep(np.random.default_rng(step).uniform(0, 0.05))
+            process.kill()
+            break
+    process.stderr.close()
+    return process.wait(), lines
+
+
+@pytest.fixture
+def config_file(config, tmp_path):
+    """The config as a file for the command line."""
+    path = tmp_path / "experiment.py"
+    path.write_text(
+        "from retnet_jax.config import config_from_json\n"
+        f"def get_config(): return config_from_json({config.to_json()!r})\n"
+    )
+    return path
+
+
+def test_killed_and_started_again_the_losses_are_the_same_bit_for_bit(
+    config_file, uninterrupted, tmp_path
+):
+    assert run_killed_at(config_file, tmp_path / "run", 6)[0] == -signal.SIGKILL
+    status, lines = run_killed_at(config_file, tmp_path / "run", None)
+    assert status == 0, lines
+    assert any(line.startswith("steps 4 to 10") for line in lines), lines
+    assert_same_losses(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(config_file, uninterrupted, tmp_path):
+    for step in (1, 3, 5, 6, 8, 9, 9, 10):
+        run_killed_at(config_file, tmp_path / "run", step)
+    run_killed_at(config_file, tmp_path / "run", None)
+    assert_same_losses(tmp_path / "run", uninterrupted)
+
+
+def test_a_full_disk_costs_a_checkpoint_and_nothing_else(
+    config, uninterrupted, tmp_path, monkeypatch, capfd
+):
+    """Files may not grow beyond 4 kB from step 5 on: less than a checkpoint, more than metrics."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill():
+        while not (tmp_path / "run" / "checkpoints" / "4").exists():
+            time.sleep(0.01)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+
+    try:
+        with monkeypatch.context() as patch:
+            at_step(patch, 5, fill)
+            assert train(config, tmp_path / "run") == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    errors = capfd.readouterr().err
+    assert "a checkpoint could not be written" in errors
+    assert "the newest good one is of step 4" in errors
+    assert latest_step(tmp_path / "run") == 4
+    assert train(config, tmp_path / "run") == 0
+    assert_same_losses(tmp_path / "run", uninterrupted)
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_documents(config, tmp_path, capfd):
+    values = json.loads(config.to_json())
+    values["optimizer"] |= {"learning_rate": 1e30, "clip_norm": 1e30, "warmup_steps": 0}
+    values["train"] |= {"checkpoint_every": 1}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(values))
+    from retnet_jax.config import read_config
+
+    assert train(read_config(path), tmp_path / "run") == 1
+    errors = capfd.readouterr().err
+    assert "the loss is nan" in errors or "the loss is inf" in errors
+    assert "tests/test_" in errors.split("The batch held parts of")[1]
+    # The state of the bad step was not saved.
+    assert latest_step(tmp_path / "run") < int(errors.split("step ")[-1].split(":")[0])
+
+
+def test_a_finished_run_is_left_as_it_is(config, uninterrupted, capfd):
+    before = (uninterrupted / "metrics.jsonl").read_bytes()
+    assert train(config, uninterrupted) == 0
+    assert "the run is finished" in capfd.readouterr().err
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_config_is_refused_and_shown(config, uninterrupted):
+    values = json.loads(config.to_json())
+    values["model"]["d_model"] = 32
+    from retnet_jax.config import config_from_json
+
+    other = config_from_json(json.dumps(values))
+    with pytest.raises(ConfigError, match=r"model.d_model: 16 -> 32"):
+        train(other, uninterrupted)
+
+
+def test_a_directory_of_something_else_is_not_written_to(config, tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(ConfigError, match=r"has files in it but no config.json"):
+        train(config, tmp_path)
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_another_tokenizer_is_refused(config, uninterrupted, tmp_path):
+    import shutil
+
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    (tmp_path / "run" / "tokenizer.json").write_text(
+        '{"model": {"type": "BPE", "vocab": {"<bos>": 0}, "merges": []}}'
+    )
+    with pytest.raises((ConfigError, ValueError), match=r"tokenizer"):
+        train(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.train.stepz=3"], "config.train.stepz: no such field; did you mean train.steps"),
+        (["--config.train.steps=many"], "--config.train.steps=many: invalid literal"),
+        (["--config.model.n_heads=3"], "is not divisible by model.n_heads=3"),
+        (["--config.train.batch_size=12", "--config.mesh.data=8"], "batch_size"),
+        (["steps=3"], "'steps=3' is not a flag"),
+    ],
+)
+def test_command_line_errors_are_one_message(config_file, tmp_path, arguments, message):
+    command = [sys.executable, "train.py", f"--config={config_file}", f"--workdir={tmp_path}/run"]
+    done = subprocess.run(
+        [*command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,169 @@
+"""The training step: sums, micro-batches, meshes, schedules and decay masks."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tolerances import assert_close
+
+from retnet_jax import Config, ModelConfig
+from retnet_jax.config import ConfigError, MeshConfig, OptimizerConfig, TrainConfig
+from retnet_jax.data import Batch
+from retnet_jax.optim import learning_rate_factor, make_optimizer
+from retnet_jax.sharding import batch_sharding, check_batch, make_mesh, path_name
+from retnet_jax.train_step import abstract_state, gradient_sums, initial_state, train_step
+
+CONFIG = Config(
+    model=ModelConfig(vocab_size=48, d_model=16, n_layers=2, n_heads=2, tie_embeddings=True),
+    optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
+    train=TrainConfig(steps=10, batch_size=8),
+)
+
+
+def batch(step, b=8, t=12):
+    """Windows with documents, and padding of another length in every row."""
+    rng = np.random.default_rng(step)
+    tokens = rng.integers(0, 48, (b, t + 1)).astype(np.int32)
+    segments = np.sort(rng.integers(1, 4, (b, t)), axis=1).astype(np.int32)
+    real = np.arange(t) < rng.integers(3, t + 1, (b, 1))
+    return Batch(tokens[:, :-1], tokens[:, 1:], segments * real, real.astype(np.float32))
+
+
+def losses_of(config, mesh_config, devices):
+    """Losses of three steps on a mesh."""
+    mesh = make_mesh(mesh_config, devices)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
+    state = jax.jit(partial(initial_state, config), out_shardings=shardings)()
+    step = jax.jit(partial(train_step, config), out_shardings=(shardings, None))
+    losses = []
+    for number in range(3):
+        state, metrics = step(state, jax.device_put(batch(number), batch_sharding(mesh)))
+        losses.append(metrics.loss)
+    return np.asarray(losses)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "mixer", "mesh"),
+    [
+        ("adamw", "retention", MeshConfig()),
+        ("muon", "retention", MeshConfig(data=2, fsdp=2, tensor=2)),
+        ("adamw", "attention", MeshConfig(data=2, fsdp=2, tensor=2)),
+    ],
+)
+def test_eight_devices_compute_what_one_does(optimizer, mixer, mesh):
+    config = dataclasses.replace(
+        CONFIG,
+        model=dataclasses.replace(CONFIG.model, mixer=mixer),
+        optimizer=dataclasses.replace(CONFIG.optimizer, name=optimizer),
+    )
+    one = losses_of(config, MeshConfig(), jax.devices()[:1])
+    assert_close(losses_of(config, mesh, jax.devices()), one)
+
+
+@pytest.mark.parametrize("micro_batches", [2, 8])
+def test_micro_batches_weigh_tokens_not_parts(micro_batches):
+    """The sums are compared, not parameters: Adam scales rounding errors of 0 up to its rate."""
+    model = initial_state(CONFIG).model
+    sums = jax.jit(gradient_sums, static_argnums=2)
+    assert_close(sums(model, batch(0), micro_batches), sums(model, batch(0), 1))
+
+
+def test_loss_is_the_mean_over_real_positions():
+    """A batch whose padding holds garbage has the loss of the same batch without it."""
+    state = initial_state(CONFIG)
+    clean = batch(0)
+    garbage = clean._replace(
+        tokens=np.where(clean.segment_ids == 0, 7, clean.tokens),
+        targets=np.where(clean.segment_ids == 0, 9, clean.targets),
+    )
+    step = jax.jit(partial(train_step, CONFIG))
+    (_, first), (_, second) = step(state, clean), step(state, garbage)
+    assert_close(second, first)
+
+
+def test_abstract_state_is_the_real_one():
+    mesh = make_mesh(MeshConfig(fsdp=2, data=-1))
+    shape = abstract_state(CONFIG, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, shape)
+    state = jax.jit(partial(initial_state, CONFIG), out_shardings=shardings)()
+    assert jax.tree.structure(shape) == jax.tree.structure(state)
+    for expected, leaf in zip(jax.tree.leaves(shape), jax.tree.leaves(state), strict=True):
+        assert (expected.shape, expected.dtype) == (leaf.shape, leaf.dtype)
+        assert expected.sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
+    split = [x for x in jax.tree.leaves(state) if x.addressable_shards[0].data.size < x.size]
+    assert sum(x.size for x in split) > 0.9 * sum(x.size for x in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
+        ("linear", [0.25, 0.5, 0.75, *np.linspace(1, 0, 10)[:-1]]),
+        ("cosine", [0.25, 0.5, 0.75, *(0.5 + 0.5 * np.cos(np.pi * np.arange(9) / 9))]),
+        ("wsd", [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]),
+    ],
+)
+def test_schedules(schedule, expected):
+    config = OptimizerConfig(schedule=schedule, warmup_steps=3, decay_share=1 / 3)
+    factor = learning_rate_factor(config, 12)
+    actual = [float(factor(step)) for step in range(12)]
+    np.testing.assert_allclose(actual, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_weight_decay_shrinks_matrices_alone(name):
+    """With no gradient at all, decay is the only thing that moves a parameter."""
+    config = OptimizerConfig(
+        name=name, learning_rate=0.1, muon_learning_rate=0.1, weight_decay=0.5, warmup_steps=0
+    )
+    optimizer = make_optimizer(config, steps=4)
+    model = initial_state(CONFIG).model
+    zeros = jax.tree.map(jnp.zeros_like, model)
+    updates, _ = optimizer.update(zeros, optimizer.init(model), model)
+    for (path, update), parameter in zip(
+        jax.tree_util.tree_flatten_with_path(updates)[0], jax.tree.leaves(model), strict=True
+    ):
+        leaf = path_name(path)
+        decayed = leaf.endswith("kernel") or (name == "adamw" and leaf == "embedding")
+        assert_close(update, -0.05 * parameter if decayed else 0 * parameter, what=leaf)
+
+
+def test_muon_orthogonalises_each_matrix_of_a_stack():
+    config = OptimizerConfig(name="muon", muon_learning_rate=1.0, weight_decay=0, warmup_steps=0)
+    optimizer = make_optimizer(config, steps=4)
+    model = initial_state(CONFIG).model
+    rng = np.random.default_rng(0)
+    gradients = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), model)
+    updates, _ = optimizer.update(gradients, optimizer.init(model), model)
+    for matrix in updates.layers.mixer.q.kernel[...]:
+        singular = np.linalg.svd(np.asarray(matrix), compute_uv=False)
+        # Newton-Schulz brings singular values near 1, between about 0.7 and 1.2.
+        assert 0.5 < singular.min() < singular.max() < 1.5
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        (MeshConfig(data=3), r"mesh.data=3, .* does not fit 8 devices"),
+        (MeshConfig(data=-1, fsdp=3), "does not fit 8 devices"),
+    ],
+)
+def test_meshes_that_do_not_fit_the_devices(mesh, message):
+    with pytest.raises(ConfigError, match=message):
+        make_mesh(mesh)
+
+
+def test_batches_and_parameters_that_do_not_divide():
+    mesh = make_mesh(MeshConfig())
+    with pytest.raises(
+        ConfigError, match=r"batch_size=12 .* a batch_size divisible by 16 would do"
+    ):
+        check_batch(mesh, 12, micro_batches=2)
+    odd = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, vocab_size=49))
+    with pytest.raises(
+        ConfigError, match=r"mesh.tensor=8 does not divide dimension 0 of model/emb"
+    ):
+        abstract_state(odd, make_mesh(MeshConfig(data=1, tensor=8)))
