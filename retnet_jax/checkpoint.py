@@ -6,12 +6,14 @@ renamed when complete, so what carries a step's name is whole.
 """
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from retnet_jax.sharding import path_name
@@ -31,11 +33,14 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int):
         self._directory = directory
+        # What a killed run left unfinished. Orbax can do this too, but in the background, where it
+        # can meet the next save to the same step.
+        for unfinished in directory.glob("*.orbax-checkpoint-tmp"):
+            shutil.rmtree(unfinished)
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.LatestN(keep),
-                cleanup_tmp_directories=True,
             ),
         )
 
@@ -47,9 +52,14 @@ class Checkpoints:
         """Copies the state and begins to write it.
 
         Raises:
-          CheckpointError: if this save or the one before it failed; older ones stay good.
+          CheckpointError: if the disk has no room for it, or the save before this one failed; older
+            ones stay good.
         """
         with self._reporting():
+            needed = sum(leaf.nbytes for leaf in jax.tree.leaves((model, optimizer)))
+            free = shutil.disk_usage(self._directory).free
+            if free < needed:
+                raise OSError(f"{needed:,} bytes are needed, {free:,} are free on the disk")
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -80,13 +90,8 @@ class Checkpoints:
         Raises:
           CheckpointError: if files are missing or damaged, or hold other arrays.
         """
-        found = _read(
-            self._manager,
-            self._directory / str(step),
-            model=ocp.args.StandardRestore(_named(model)),
-            optimizer=ocp.args.StandardRestore(_named(optimizer)),
-            progress=ocp.args.JsonRestore(),
-        )
+        path = self._directory / str(step)
+        found = _read(self._manager, path, model=model, optimizer=optimizer)
         restored = _unnamed(model, found.model), _unnamed(optimizer, found.optimizer)
         return *restored, found.progress["next_batch"]
 
@@ -123,19 +128,45 @@ def restore_model(directory: Path, model: Any) -> tuple[Any, int]:
         step = manager.latest_step()
         if step is None:
             raise CheckpointError(f"{directory} holds no complete checkpoint")
-        arguments = {"model": ocp.args.StandardRestore(_named(model))}
-        found = _read(manager, directory / str(step), **arguments)
+        found = _read(manager, directory / str(step), model=model)
     return _unnamed(model, found.model), step
 
 
-def _read(manager: ocp.CheckpointManager, path: Path, **arguments: Any) -> Any:
+def _read(manager: ocp.CheckpointManager, path: Path, **trees: Any) -> Any:
+    """The named items of a checkpoint, each with the shapes and shardings of a tree."""
+    arguments = {name: ocp.args.StandardRestore(_named(tree)) for name, tree in trees.items()}
     try:
-        return manager.restore(int(path.name), args=ocp.args.Composite(**arguments))
+        for name, tree in trees.items():
+            _check_arrays(path, name, tree)
+        return manager.restore(
+            int(path.name),
+            args=ocp.args.Composite(**arguments, progress=ocp.args.JsonRestore()),
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"checkpoint {path} is damaged, or of another model ({_brief(error)}); delete or move "
-            "this directory to use the checkpoint before it"
+            f"checkpoint {path} is damaged ({_brief(error)}); delete or move this directory to use "
+            "the checkpoint before it"
         ) from error
+
+
+def _check_arrays(path: Path, item: str, tree: Any) -> None:
+    """Raises `CheckpointError` that lists all arrays that are missing, extra or misshapen."""
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+        stored = handler.metadata(epath.Path(path / item)).tree
+    found, expected = (
+        {path_name(place): leaf.shape for place, leaf in jax.tree_util.tree_flatten_with_path(t)[0]}
+        for t in (stored, _named(tree))
+    )
+    differences = [
+        f"{name}: {found.get(name, 'nothing')} is there, {expected.get(name, 'nothing')} is needed"
+        for name in sorted(found | expected)
+        if found.get(name) != expected.get(name)
+    ]
+    if differences:
+        raise CheckpointError(
+            f"checkpoint {path / item} is of another model or optimiser:\n  "
+            + "\n  ".join(differences)
+        )
 
 
 def _brief(error: Exception) -> str:

@@ -50,9 +50,9 @@ def _parse(arguments: Sequence[str]) -> list[str]:
             check_field(argument.split("=")[0].lstrip("-").removeprefix("config."))
     rest = flags.FLAGS(arguments)
     if not flags.FLAGS["verbosity"].present:
-        # Orbax tells of every array it writes, and when one cannot be written leaves it to asyncio
-        # to complain about each of the others. What matters reaches us as an exception.
-        logging.set_verbosity(logging.WARNING)
+        # Orbax tells of every array it writes, and where one cannot be written logs a stack trace
+        # for each. What matters reaches us as one exception.
+        logging.set_verbosity(logging.FATAL)
         getLogger("asyncio").setLevel(CRITICAL)
     if len(rest) > 1:
         raise ConfigError(f"{rest[1]!r} is not a flag; options are given as --name=value")
