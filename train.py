@@ -68,7 +68,14 @@ def train(config: Config, workdir: Path) -> int:
         with contextlib.closing(log):
             log.say(describe(config, store, state, mesh))
             run = Run(config, store, mesh, state_shape, checkpoints, log, clock)
-            return run.loop(state, start, next_batch, stop)
+            try:
+                state, done = run.advance(state, start, next_batch, config.train.steps, stop)
+            except NonFiniteLossError as error:
+                log.say(str(error))
+                return 1
+            if stop:
+                log.say(f"{stop[0]}: stopping after step {done}")
+            return run.finish(state, done)
 
 
 def start_or_restore(
@@ -97,6 +104,10 @@ def describe(config: Config, store: TokenStore, state: TrainState, mesh: jax.sha
         f"steps {state.step} to {config.train.steps} of {tokens:,} tokens; "
         f"{store.directory} has {counts['tokens']:,} in {counts['documents']:,} documents"
     )
+
+
+class NonFiniteLossError(Exception):
+    """A loss or a gradient that is NaN or infinite."""
 
 
 class Run:
@@ -132,51 +143,52 @@ class Run:
             ),
         )
 
-    def loop(self, state: TrainState, start: int, next_batch: int, stop: list[str]) -> int:
-        """Runs until the last step or until `stop` holds a signal; returns the exit status."""
+    def advance(
+        self, state: TrainState, done: int, next_batch: int, last: int, stop: list[str]
+    ) -> tuple[TrainState, int]:
+        """Steps from `done` to `last`, or until `stop` holds a signal, with all that is due.
+
+        Raises:
+          NonFiniteLossError: naming the step and the documents of its batch.
+        """
         train = self.config.train
-        done, saved, pending = start, start, None
+        self.saved = done
+        pending = None  # a step whose metrics have not been read
         with self.train_stream.iterate(next_batch) as batches:
             self.clock.start(done)
-            while done < train.steps and not stop:
+            while done < last and not stop:
                 batch = jax.device_put(next(batches), self.batch_sharding)
                 state, metrics = self.step(state, batch)
                 # The step before is read while this one runs, so that neither waits.
-                if pending is not None and not self.report(*pending):
-                    return 1
+                if pending is not None:
+                    self.report(*pending)
                 done, pending = done + 1, (done + 1, metrics)
                 evaluate = done % train.eval_every == 0 or done == train.steps
                 save = done % train.checkpoint_every == 0
                 if evaluate or save:
-                    if not self.report(*pending):
-                        return 1
+                    self.report(*pending)
                     pending = None
                     with self.clock.paused():
                         if evaluate:
                             self.evaluate(done, state)
-                        if save and self.save(done, state):
-                            saved = done
-            if pending is not None and not self.report(*pending):
-                return 1
-        if stop:
-            self.log.say(f"{stop[0]}: stopping after step {done}")
-        return self.finish(done, saved, state)
+                        if save:
+                            self.save(done, state)
+            if pending is not None:
+                self.report(*pending)
+        return state, done
 
-    def report(self, step: int, metrics: StepMetrics) -> bool:
-        """Waits for a step and logs it; False if its loss is not finite."""
+    def report(self, step: int, metrics: StepMetrics) -> None:
+        """Waits for a step, and logs it if it is due."""
         values = {name: float(x) for name, x in zip(metrics._fields, metrics, strict=True)}
         self.log.advance(step)
         if not math.isfinite(values["loss"]) or not math.isfinite(values["gradient_norm"]):
-            names = self.train_stream.document_names(step - 1)
-            self.log.say(
+            raise NonFiniteLossError(
                 f"step {step}: the loss is {values['loss']}, the norm of its gradient "
                 f"{values['gradient_norm']}. No checkpoint has it. The batch held parts of\n  "
-                + "\n  ".join(names)
+                + "\n  ".join(self.train_stream.document_names(step - 1))
             )
-            return False
         if step % self.config.train.log_every == 0 or step == self.config.train.steps:
             self.log.write(step, values | self.clock.lap(step))
-        return True
 
     def evaluate(self, step: int, state: TrainState) -> None:
         """Logs the mean loss over the first windows of the held-out split, zero state in each."""
@@ -187,26 +199,28 @@ class Run:
         loss, weight = (sum(map(float, column)) for column in zip(*sums, strict=True))
         self.log.write(step, {"held_out_loss": loss / weight})
 
-    def save(self, step: int, state: TrainState) -> bool:
+    def save(self, step: int, state: TrainState) -> None:
         """Begins a checkpoint. A failure is said and training goes on: the next may succeed."""
         try:
             self.checkpoints.save(step, state.model, state.optimizer)
+            self.saved = step
         except CheckpointError as error:
             self.log.say(f"step {step}: {error}")
-            return False
-        return True
 
-    def finish(self, done: int, saved: int, state: TrainState) -> int:
+    def finish(self, state: TrainState, done: int) -> int:
         """Saves the last step, waits until it is written, and says how to go on."""
-        written = done == saved or self.save(done, state)
+        if self.saved != done:
+            self.save(done, state)
         try:
             self.checkpoints.wait()
         except CheckpointError as error:
             self.log.say(str(error))
-            written = False
+            return 1
+        if self.saved != done:
+            return 1
         finished = done == self.config.train.steps
         self.log.say("the run is finished" if finished else "the same command goes on from here")
-        return 0 if written else 1
+        return 0
 
     def _stream(self, store: TokenStore, split: Split) -> BatchStream:
         return BatchStream(

@@ -1,8 +1,17 @@
 """Retentive networks (RetNet, arXiv 2307.08621) in JAX and Flax."""
 
 from retnet_jax.config import Config, ModelConfig
+from retnet_jax.generate import generate
 from retnet_jax.model import RetNet, Transformer
 from retnet_jax.pretrained import load_pretrained
 from retnet_jax.retention import retention
 
-__all__ = ["Config", "ModelConfig", "RetNet", "Transformer", "load_pretrained", "retention"]
+__all__ = [
+    "Config",
+    "ModelConfig",
+    "RetNet",
+    "Transformer",
+    "generate",
+    "load_pretrained",
+    "retention",
+]

@@ -10,7 +10,7 @@ events.out.*        the metrics for TensorBoard
 from pathlib import Path
 
 from retnet_jax.config import Config, ConfigError, differences, read_config
-from retnet_jax.data import Tokenizer, load_tokenizer
+from retnet_jax.data import ByteTokenizer, Tokenizer, load_tokenizer
 
 
 def open_workdir(workdir: Path, config: Config, tokenizer: Tokenizer) -> None:
@@ -29,7 +29,7 @@ def open_workdir(workdir: Path, config: Config, tokenizer: Tokenizer) -> None:
                 + "\ngive the same values or another --workdir; if the change is meant for this "
                 f"run, make it in {workdir / 'config.json'} as well"
             )
-        recorded = load_tokenizer(workdir)
+        recorded = _recorded_tokenizer(workdir)
         if recorded.fingerprint != tokenizer.fingerprint:
             raise ConfigError(
                 f"data.store={config.data.store!r} has another tokenizer "
@@ -37,7 +37,8 @@ def open_workdir(workdir: Path, config: Config, tokenizer: Tokenizer) -> None:
                 "its token ids would mean other text: name the store the run began with"
             )
         return
-    if workdir.is_dir() and any(workdir.iterdir()):
+    ours = {"tokenizer.json", "config.json.unfinished"}  # of a start that was cut off right here
+    if workdir.is_dir() and {path.name for path in workdir.iterdir()} - ours:
         raise ConfigError(
             f"--workdir={workdir} has files in it but no config.json, so it is no run to resume; "
             "name a new or an empty directory"
@@ -54,6 +55,24 @@ def read_workdir(workdir: Path) -> tuple[Config, Tokenizer]:
     """The config and the tokenizer of a run.
 
     Raises:
-      ConfigError: if `workdir` is none.
+      ConfigError: if `workdir` is none, or has no tokenizer or another model's.
     """
-    return read_config(workdir / "config.json"), load_tokenizer(workdir)
+    config = read_config(workdir / "config.json")
+    tokenizer = _recorded_tokenizer(workdir)
+    kind = "byte" if isinstance(tokenizer, ByteTokenizer) else "bpe"
+    if kind != config.data.tokenizer or tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"{workdir}/tokenizer.json ({kind}, {tokenizer.vocab_size} ids) does not fit "
+            f"data.tokenizer={config.data.tokenizer!r} and model.vocab_size="
+            f"{config.model.vocab_size} of the run; put back the one it began with"
+        )
+    return config, tokenizer
+
+
+def _recorded_tokenizer(workdir: Path) -> Tokenizer:
+    try:
+        return load_tokenizer(workdir)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{error}; put back the tokenizer.json that the run began with: its data.store has one"
+        ) from error

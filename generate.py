@@ -1,0 +1,137 @@
+"""Continues prompts with a trained model.
+
+    python generate.py --workdir=runs/quickstart --prompt="def main("
+    python generate.py --workdir=DIR --temperature=0.8 --top_p=0.95 --prompt="..." --prompt="..."
+
+One prompt's continuation is printed as it comes, those of several when all are done. A text ends
+where the model ends the document, or after --max_tokens.
+"""
+
+import codecs
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+from retnet_jax import command_line, load_pretrained
+from retnet_jax.config import ConfigError
+from retnet_jax.data import Tokenizer
+from retnet_jax.generate import Sampler, stream
+from retnet_jax.workdir import read_workdir
+
+flags.DEFINE_string("workdir", None, "directory of a training run")
+flags.DEFINE_string("checkpoint", None, "directory of a trained model, such as a --workdir")
+flags.mark_flags_as_mutual_exclusive(["workdir", "checkpoint"], required=True)
+flags.DEFINE_multi_string("prompt", None, "text to continue; may be given several times")
+flags.mark_flag_as_required("prompt")
+flags.DEFINE_integer("max_tokens", 256, "most tokens to add to each prompt", lower_bound=1)
+flags.DEFINE_float("temperature", 0.0, "0: the likeliest token; else: draw at this temperature")
+flags.DEFINE_integer("top_k", None, "draw among this many likeliest tokens")
+flags.DEFINE_float("top_p", None, "draw among the likeliest tokens that have this probability")
+flags.DEFINE_integer("seed", 0, "of the draws", lower_bound=0, upper_bound=2**32 - 1)
+
+
+def main() -> int:
+    """Generates as the flags say."""
+    args = flags.FLAGS
+    try:
+        sampler = Sampler(args.temperature, args.top_k, args.top_p)
+        directory = Path(args.workdir or args.checkpoint)
+        continue_prompts(directory, args.prompt, args.max_tokens, sampler, args.seed)
+    except KeyboardInterrupt:
+        print()
+        return 130  # as a shell reports SIGINT
+    return 0
+
+
+def continue_prompts(
+    directory: Path, prompts: list[str], max_tokens: int, sampler: Sampler, seed: int
+) -> None:
+    """Prints prompts with their continuations, and on stderr the speed.
+
+    Raises:
+      ConfigError, CheckpointError: for a directory or a prompt that does not fit.
+    """
+    check_prompts(prompts)
+    _, tokenizer = read_workdir(directory)
+    blocks = TimedBlocks(
+        stream(
+            load_pretrained(directory),
+            [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_batch(prompts)],
+            max_tokens,
+            sampler,
+            seed,
+            end_id=tokenizer.bos_id,
+            vocab_size=tokenizer.vocab_size,
+        ),
+        end_id=tokenizer.bos_id,
+    )
+    additions = decoded(blocks, tokenizer)
+    if len(prompts) == 1:
+        print(prompts[0], end="", flush=True)
+        for (text,) in additions:
+            print(text, end="", flush=True)
+        print()
+    else:
+        for number, texts in enumerate(zip(prompts, *additions, strict=True), start=1):
+            print(f"--- {number} of {len(prompts)} ---", "".join(texts), sep="\n")
+    print(blocks.speed(), file=sys.stderr)
+
+
+def check_prompts(prompts: list[str]) -> None:
+    """Raises `ConfigError` for a prompt that is no text."""
+    for prompt in prompts:
+        if not prompt:
+            raise ConfigError("--prompt='' is empty; give the beginning of a text, such as 'The'")
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ConfigError(f"--prompt={prompt!a} is not valid UTF-8") from None
+
+
+def decoded(blocks: Iterable[np.ndarray], tokenizer: Tokenizer) -> Iterator[list[str]]:
+    """What each block of tokens [b n] adds to the text of each row.
+
+    A character that is split over tokens comes whole, with the last of them.
+    """
+    decoders = []
+    for block in blocks:
+        if not decoders:
+            utf8 = codecs.getincrementaldecoder("utf-8")
+            decoders = [utf8(errors="replace") for _ in block]
+        yield [
+            decoder.decode(tokenizer.decode_bytes(ids))
+            for decoder, ids in zip(decoders, block.tolist(), strict=True)
+        ]
+    yield [decoder.decode(b"", final=True) for decoder in decoders]
+
+
+class TimedBlocks:
+    """Passes blocks of tokens [b n] on, and times those after the first, which is compiled."""
+
+    def __init__(self, blocks: Iterable[np.ndarray], end_id: int):
+        self._blocks = blocks
+        self._end_id = end_id
+        self._tokens = 0
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        blocks = iter(self._blocks)
+        yield next(blocks)
+        begin = time.perf_counter()
+        for block in blocks:
+            self._tokens += np.count_nonzero(block != self._end_id)
+            self._seconds = time.perf_counter() - begin
+            yield block
+
+    def speed(self) -> str:
+        """How many tokens a second came."""
+        if not self._tokens:
+            return "too few tokens to tell their speed"
+        return f"{self._tokens / self._seconds:.1f} tokens/s, compilation left out"
+
+
+if __name__ == "__main__":
+    command_line.run(main)

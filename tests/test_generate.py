@@ -1,0 +1,258 @@
+"""Generation against full forward passes, samplers against their distributions, and the program."""
+
+import functools
+import operator
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tolerances import assert_close
+
+from retnet_jax.checkpoint import Checkpoints
+from retnet_jax.config import Config, ConfigError, DataConfig, MeshConfig, ModelConfig
+from retnet_jax.data import ByteTokenizer
+from retnet_jax.generate import Sampler, decode, generate, prefill, row_keys, stream
+from retnet_jax.model import RetNet, Transformer
+from retnet_jax.sharding import make_mesh, with_shardings
+from retnet_jax.workdir import open_workdir
+
+CONFIG = ModelConfig(vocab_size=264, d_model=32, n_layers=2, n_heads=2)
+KINDS = (RetNet, Transformer)
+WARM = Sampler(temperature=1.0)
+
+
+@functools.cache
+def build(kind):
+    model = kind(CONFIG, rngs=nnx.Rngs(2))
+    # So that tokens vary more, and what is likeliest is so by more than rounding.
+    model.embedding = nnx.Param(25 * model.embedding[...])
+    return model
+
+
+def random_prompt(length):
+    return np.random.default_rng(length).integers(CONFIG.vocab_size, size=length).tolist()
+
+
+# Most tests continue three prompts of up to 64 tokens in blocks of 16: each such program is
+# compiled once for all of them.
+PROMPTS = [random_prompt(length) for length in (5, 1, 40)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_tokens_are_the_argmax_of_the_parallel_form(kind):
+    model = build(kind)
+    rows = generate(model, PROMPTS, max_tokens=48)
+    # Causality makes one pass over the whole the same as one over each of its beginnings, whatever
+    # comes after them.
+    whole = np.zeros((3, 88), np.int32)
+    for row, tokens in enumerate(map(operator.add, PROMPTS, rows)):
+        whole[row, : len(tokens)] = tokens
+    likeliest = jax.jit(lambda model, tokens: model(tokens, form="parallel")[0].argmax(-1))
+    expected = np.asarray(likeliest(model, whole))
+    for row, prompt in enumerate(PROMPTS):
+        assert rows[row] == expected[row, len(prompt) - 1 :][:48].tolist()
+        assert len(set(rows[row])) > 8
+
+
+def test_what_is_drawn_for_a_row_does_not_depend_on_other_rows():
+    first, second, third = PROMPTS
+    rows = generate(build(RetNet), [first, second, third], 20, WARM)
+    others = generate(build(RetNet), [first, third, third], 20, WARM)
+    assert [a == b for a, b in zip(rows, others, strict=True)] == [True, False, True]
+
+
+def test_equal_prompts_in_a_batch_are_continued_differently():
+    rows = generate(build(RetNet), PROMPTS[:1] * 3, 20, WARM)
+    assert len(set(map(tuple, rows))) == 3
+
+
+def test_the_seed_decides_what_is_drawn():
+    texts = [generate(build(RetNet), PROMPTS, 20, WARM, seed) for seed in (3, 3, 4)]
+    assert texts[0] == texts[1]
+    assert all(a != b for a, b in zip(texts[0], texts[2], strict=True))
+
+
+def test_the_block_size_changes_nothing():
+    blocks = list(stream(build(RetNet), PROMPTS, 20, WARM, block_size=7))
+    assert [block.shape for block in blocks] == [(3, 7), (3, 7), (3, 6)]
+    assert np.concatenate(blocks, axis=1).tolist() == generate(build(RetNet), PROMPTS, 20, WARM)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_read_in_pieces_equals_the_whole(kind):
+    model, prompts = build(kind), [random_prompt(length) for length in (1100, 520, 3)]
+    progress = prefill(model, prompts, room=1)
+    whole = np.zeros((3, 1100), np.int32)
+    for row, prompt in enumerate(prompts):
+        whole[row, : len(prompt)] = prompt
+    logits, state = jax.jit(lambda model, tokens: model(tokens))(model, whole)
+    assert_close(progress.logits, jnp.stack([logits[0, 1099], logits[1, 519], logits[2, 2]]))
+    assert progress.state.position.tolist() == [1100, 520, 3]
+    if kind is RetNet:
+        assert_close(progress.state.layers[:, 0], state.layers[:, 0])
+
+
+def test_draws_among_one_likeliest_token_are_greedy():
+    drawn = generate(build(RetNet), PROMPTS, 20, Sampler(temperature=3.0, top_k=1))
+    assert drawn == generate(build(RetNet), PROMPTS, 20)
+
+
+PROBABILITIES = [0.02, 0.4, 0.08, 0.3, 0.2]
+DISTRIBUTIONS = {
+    "the model's own": (Sampler(temperature=1.0), PROBABILITIES),
+    "colder": (Sampler(temperature=0.5), [p**2 for p in PROBABILITIES]),
+    "warmer": (Sampler(temperature=2.0), [p**0.5 for p in PROBABILITIES]),
+    "top_k": (Sampler(temperature=1.0, top_k=2), [0, 0.4, 0, 0.3, 0]),
+    "top_k of all": (Sampler(temperature=1.0, top_k=9), PROBABILITIES),
+    "top_p": (Sampler(temperature=1.0, top_p=0.75), [0, 0.4, 0, 0.3, 0.2]),
+    "top_p of one": (Sampler(temperature=1.0, top_p=1e-6), [0, 1, 0, 0, 0]),
+    "top_p of all": (Sampler(temperature=1.0, top_p=1.0), PROBABILITIES),
+    # At temperature 1/2 the squares 0.16, 0.09, 0.04 are 55, 31 and 14 percent of their sum.
+    "all three": (Sampler(temperature=0.5, top_k=3, top_p=0.8), [0, 0.16, 0, 0.09, 0]),
+}
+
+
+@pytest.mark.parametrize(("sampler", "expected"), DISTRIBUTIONS.values(), ids=DISTRIBUTIONS.keys())
+def test_samplers_draw_from_their_distribution(sampler, expected):
+    draws = 20_000
+    logits = jnp.broadcast_to(jnp.log(jnp.array(PROBABILITIES)), (draws, len(PROBABILITIES)))
+    tokens = jax.jit(sampler.sample)(row_keys(0, draws), logits)
+    share = np.bincount(tokens, minlength=len(PROBABILITIES)) / draws
+    expected = np.array(expected) / sum(expected)
+    # Five standard deviations, which is 0 where nothing may be drawn.
+    assert (abs(share - expected) <= 5 * np.sqrt(expected * (1 - expected) / draws)).all()
+
+
+@pytest.mark.parametrize("sampler", [Sampler(), Sampler(temperature=1.0, top_k=1)])
+def test_of_equal_logits_the_lower_id_is_the_likelier(sampler):
+    logits = jnp.array([[0.0, 3.0, 1.0, 3.0, 3.0]] * 50)
+    assert sampler.sample(row_keys(0, 50), logits).tolist() == [1] * 50
+
+
+def test_a_row_stops_at_the_end_and_others_go_on():
+    model = build(RetNet)
+    first, second, third = generate(model, PROMPTS, 40)
+    end = next(token for token in first[10:] if token not in second + third)
+    length = first.index(end)
+    assert generate(model, PROMPTS, 40, end_id=end) == [first[:length], second, third]
+    filled = np.concatenate(list(stream(model, PROMPTS, 40, end_id=end)), axis=1)
+    assert filled[0].tolist() == first[:length] + [end] * (40 - length)
+    # With no row left there is nothing after the block of the end.
+    blocks = list(stream(model, PROMPTS[:1] * 3, 1000, end_id=end))
+    assert len(blocks) == length // 16 + 1
+    # In a prompt it ends nothing.
+    assert generate(model, [[end], [end], [*PROMPTS[0], end]], 40, end_id=end)[0]
+
+
+@pytest.mark.parametrize("sampler", [Sampler(), Sampler(temperature=5.0, top_p=0.99)])
+def test_ids_beyond_the_tokenizer_are_never_generated(sampler):
+    rows = generate(build(RetNet), PROMPTS, 40, sampler, vocab_size=11)
+    assert max(map(max, rows)) < 11
+    assert max(map(max, generate(build(RetNet), PROMPTS, 40, WARM))) >= 11
+
+
+def test_a_retnets_state_keeps_its_size():
+    model, keys = build(RetNet), row_keys(0, 3)
+    progress = prefill(model, PROMPTS, room=1024)
+    sizes = jax.tree.map(jnp.shape, progress)
+    for _ in range(64):
+        tokens, progress = decode(model, progress, keys, 16, WARM)
+    assert jax.tree.map(jnp.shape, progress) == sizes
+    assert progress.state.position.tolist() == [1029, 1025, 1064]
+    assert len(np.unique(tokens)) > 8
+
+
+@pytest.mark.parametrize("axes", [None, {"fsdp": 2, "tensor": 2}], ids=["1 device", "8 devices"])
+def test_a_model_on_a_mesh_generates_the_same_and_is_compiled_once(axes):
+    mesh = make_mesh(MeshConfig(**axes)) if axes else make_mesh(MeshConfig(), jax.devices()[:1])
+    shardings = jax.tree.map(lambda x: x.sharding, with_shardings(build(RetNet), mesh))
+    blocks = stream(jax.device_put(build(RetNet), shardings), PROMPTS, 40)
+    tokens = [next(blocks)]
+    compiled = decode._cache_size()
+    tokens.extend(blocks)
+    assert decode._cache_size() == compiled
+    assert np.concatenate(tokens, axis=1).tolist() == generate(build(RetNet), PROMPTS, 40)
+
+
+BAD_SAMPLERS = [
+    ({"temperature": -0.5}, "temperature=-0.5 is not 0"),
+    ({"temperature": float("nan")}, "temperature=nan is not 0"),
+    ({"temperature": 1.0, "top_k": 0}, "top_k=0 leaves no token"),
+    ({"temperature": 1.0, "top_p": 0.0}, r"top_p=0.0 is not in \(0, 1\]"),
+    ({"temperature": 1.0, "top_p": 1.5}, r"top_p=1.5 is not in \(0, 1\]"),
+    ({"top_k": 5}, "top_k=5 has no effect at temperature=0.*set temperature"),
+    ({"top_p": 0.9}, "top_p=0.9 has no effect at temperature=0.*set temperature"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), BAD_SAMPLERS)
+def test_a_sampler_out_of_range_is_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        Sampler(**values)
+
+
+BAD_INPUT = [
+    ({"prompts": []}, "there are no prompts"),
+    ({"prompts": [[1], []]}, r"prompts\[1\] is empty.*bos_id"),
+    ({"prompts": [[3, 264, 4]]}, r"prompts\[0\] has the token id 264, .* ids from 0 to 263"),
+    ({"prompts": [[3], [-1]]}, r"prompts\[1\] has the token id -1"),
+    ({"max_tokens": 0}, "max_tokens=0 is less than 1"),
+    ({"vocab_size": 265}, "vocab_size=265 does not fit a model with 264 ids.*tokenizer"),
+    ({"vocab_size": 0}, "vocab_size=0 does not fit"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_INPUT)
+def test_input_that_does_not_fit_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        generate(build(RetNet), **{"prompts": [[1]], "max_tokens": 5} | arguments)
+
+
+def run_program(*arguments):
+    program = Path(__file__).parents[1] / "generate.py"
+    return subprocess.run([sys.executable, program, *arguments], capture_output=True)
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """What training leaves, with a model that has more ids than its tokenizer."""
+    config = Config(model=CONFIG, data=DataConfig(tokenizer="byte"))
+    open_workdir(tmp_path, config, ByteTokenizer())
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    checkpoints.save(0, build(RetNet), {"count": jnp.zeros(())})
+    checkpoints.close()
+    return tmp_path
+
+
+def test_the_program_prints_what_generate_returns(workdir):
+    tokenizer, prompts = ByteTokenizer(), ["Grüße, ", "x = ", "你"]
+    ids = [[tokenizer.bos_id, *row] for row in tokenizer.encode_batch(prompts)]
+    new = generate(
+        build(RetNet), ids, 40, Sampler(0.5, top_p=0.9), seed=2, end_id=256, vocab_size=257
+    )
+    texts = [text + tokenizer.decode(row) for text, row in zip(prompts, new, strict=True)]
+    options = ("--max_tokens=40", "--temperature=0.5", "--top_p=0.9", "--seed=2")
+    one = run_program(f"--workdir={workdir}", f"--prompt={prompts[0]}", *options)
+    assert one.stdout.decode() == texts[0] + "\n", one.stderr.decode()
+    three = run_program(f"--checkpoint={workdir}", *(f"--prompt={x}" for x in prompts), *options)
+    headed = (f"--- {i} of 3 ---\n{text}\n" for i, text in enumerate(texts, start=1))
+    assert three.stdout.decode() == "".join(headed), three.stderr.decode()
+
+
+def test_the_program_names_what_does_not_fit(workdir):
+    config = workdir / "config.json"
+    config.write_text(config.read_text().replace('"vocab_size": 264', '"vocab_size": 200'))
+    for arguments, message in (
+        (("--prompt=a", "--workdir=x", "--checkpoint=y"), "Exactly one of (workdir, checkpoint)"),
+        (("--prompt=", f"--workdir={workdir}"), "--prompt='' is empty"),
+        (("--prompt=a", f"--workdir={workdir}"), "257 ids"),
+    ):
+        done = run_program(*arguments)
+        assert done.returncode == 2
+        assert message in done.stderr.decode()
+        assert b"Traceback" not in done.stderr
