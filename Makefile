@@ -1,4 +1,4 @@
-# make quickstart   trains a small RetNet on real text, evaluates it and samples from it
+# make quickstart   trains a small model on real text, evaluates it and samples from it
 # make test         lint, format check and the tests
 # make test-all     the same with the tests that take minutes
 #

@@ -1,0 +1,79 @@
+"""What train.py's loop costs beyond its compiled step: input, metrics and logging.
+
+    python -m benchmarks.train_overhead [--config=configs/quickstart.py] [--segments=6] [--steps=40]
+
+Segments of the real loop and of a bare loop over the same compiled step take turns. The bare loop
+has its batches on the device beforehand and waits only for its last step.
+"""
+
+import contextlib
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from benchmarks.measure import write_results
+from retnet_jax import command_line
+from retnet_jax.checkpoint import Checkpoints
+from retnet_jax.data import open_or_build
+from retnet_jax.metrics import MetricsLog
+from retnet_jax.sharding import make_mesh
+from retnet_jax.train_step import abstract_state
+from train import Clock, Run, start_or_restore
+
+flags.DEFINE_integer("segments", 6, "timed segments of each loop")
+flags.DEFINE_integer("steps", 40, "steps in a segment")
+
+
+def main() -> None:
+    config, steps = command_line.given_config(), flags.FLAGS.steps
+    segments = flags.FLAGS.segments + 1  # the first compiles, and is not counted
+    config.train.eval_every = config.train.checkpoint_every = 10**9
+    mesh = make_mesh(config.mesh)
+    store = open_or_build(config.data, config.model.vocab_size)
+    state_shape = abstract_state(config, mesh)
+    clock = Clock(config.train.batch_size * config.data.sequence_length, 1.0, 1.0)
+    looped, bare = [], []
+    with tempfile.TemporaryDirectory() as directory, jax.set_mesh(mesh):
+        checkpoints = Checkpoints(Path(directory) / "checkpoints", keep=1)
+        log = MetricsLog(Path(directory), 0, 10**9)
+        with contextlib.closing(checkpoints), contextlib.closing(log):
+            run = Run(config, store, mesh, state_shape, checkpoints, log, clock)
+            state, _ = start_or_restore(config, state_shape, checkpoints)
+            batches = [
+                jax.device_put(run.train_stream[step], run.batch_sharding) for step in range(8)
+            ]
+            for segment in range(segments):
+                start = time.perf_counter()
+                state, _ = run.advance(state, segment * steps, 0, (segment + 1) * steps, [])
+                looped.append((time.perf_counter() - start) / steps)
+
+                start = time.perf_counter()
+                for step in range(steps):
+                    state, metrics = run.step(state, batches[step % len(batches)])
+                jax.block_until_ready(metrics)
+                bare.append((time.perf_counter() - start) / steps)
+    ratios = [a / b for a, b in zip(looped[1:], bare[1:], strict=True)]
+    results = {
+        "config": flags.FLAGS["config"].value and str(flags.FLAGS["config"].config_filename),
+        "steps_in_a_segment": steps,
+        "loop_ms": [1000 * x for x in looped[1:]],
+        "bare_ms": [1000 * x for x in bare[1:]],
+        "ratios": ratios,
+        "median_ratio": statistics.median(ratios),
+    }
+    print(
+        f"loop {statistics.median(results['loop_ms']):.1f} ms a step, bare "
+        f"{statistics.median(results['bare_ms']):.1f} ms; median of {len(ratios)} ratios "
+        f"{results['median_ratio']:.4f} (lowest {min(ratios):.4f}, highest {max(ratios):.4f})"
+    )
+    print(f"written to {write_results(f'train_overhead_{jax.default_backend()}', results)}")
+
+
+if __name__ == "__main__":
+    command_line.define_config()
+    flags.FLAGS.set_default("config", "configs/quickstart.py")
+    command_line.run(main)
