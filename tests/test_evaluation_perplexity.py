@@ -1,0 +1,322 @@
+"""Perplexity against plain loops over documents, and eval.py from workdir to table and JSON."""
+
+import dataclasses
+import gzip
+import json
+import lzma
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from tolerances import assert_close
+
+from eval import PROTOCOLS, evaluate
+from retnet_jax import RetNet, Transformer
+from retnet_jax.checkpoint import CheckpointError, Checkpoints
+from retnet_jax.config import Config, ConfigError, DataConfig, ModelConfig
+from retnet_jax.data import ByteTokenizer, build_store, train_bpe
+from retnet_jax.evaluation import (
+    compressed_bits_per_byte,
+    document_nll_stateful,
+    document_nll_window,
+    perplexity_report,
+    ratio_standard_error,
+)
+from retnet_jax.workdir import open_workdir
+
+ROOT = Path(__file__).parent.parent
+VOCABULARY = 23
+LENGTHS = (1, 40, 7, 16, 33, 2, 17)  # tokens after BOS
+SHAPE = ModelConfig(vocab_size=VOCABULARY, d_model=16, n_layers=1, n_heads=2, chunk_size=8)
+
+
+def documents_of(lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    return [np.array([0, *rng.integers(1, VOCABULARY, n)], np.uint16) for n in lengths]
+
+
+DOCUMENTS = documents_of(LENGTHS)
+
+
+@pytest.fixture(scope="module", params=[RetNet, Transformer])
+def model(request):
+    model = request.param(SHAPE, rngs=nnx.Rngs(0))
+    # Drawn anew and larger: at the start every model's predictions are close to uniform.
+    model.embedding = nnx.Param(model.embedding[...] * 50)
+    model.head = nnx.Param(model.head[...] * 50)
+    return model
+
+
+@jax.jit
+def parallel_logits(model, tokens):
+    return model(tokens, form="parallel")[0]
+
+
+def by_definition(model, tokens):
+    """-log p of each token after the first, in one parallel pass and float64."""
+    # What comes after a token does not matter to it; with one length there is one compilation.
+    padded = np.pad(tokens.astype(np.int32), (0, 1 + max(LENGTHS) - len(tokens)))
+    logits = np.asarray(parallel_logits(model, padded[None])[0], np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return -log_p[np.arange(len(tokens) - 1), tokens[1:]]
+
+
+@pytest.fixture(scope="module")
+def whole(model):
+    return np.array([by_definition(model, document).sum() for document in DOCUMENTS])
+
+
+@pytest.mark.parametrize("window_length", [6, 16])
+def test_window_is_a_loop_over_windows(model, window_length):
+    expected = [
+        sum(
+            by_definition(model, document[start : start + window_length + 1]).sum()
+            for start in range(0, len(document) - 1, window_length)
+        )
+        for document in DOCUMENTS
+    ]
+    nll = document_nll_window(model, DOCUMENTS, window_length=window_length, batch_size=4)
+    assert_close(nll, np.array(expected))
+
+
+def test_window_forgets_and_stateful_does_not(model, whole):
+    """A window as long as the documents is the same as the state; a shorter one is not."""
+    long = document_nll_window(model, DOCUMENTS, window_length=40, batch_size=4)
+    short = document_nll_window(model, DOCUMENTS, window_length=6, batch_size=4)
+    assert_close(long, whole)
+    assert np.abs(short - whole).max() > 1e-2 * whole.max()
+
+
+@pytest.mark.parametrize("piece_length", [5, 16])
+def test_stateful_is_one_pass_for_any_piece(model, whole, piece_length):
+    nll = document_nll_stateful(model, DOCUMENTS, batch_size=4, piece_length=piece_length)
+    assert_close(nll, whole)
+
+
+def test_company_in_the_batch_does_not_matter(model, whole):
+    together = document_nll_stateful(model, DOCUMENTS, batch_size=7)
+    alone = document_nll_stateful(model, [DOCUMENTS[1]], batch_size=7)  # in one piece
+    assert_close(together, whole)
+    assert_close(alone, whole[[1]])
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_uniform_model_scores_every_token_once(model, protocol):
+    uniform = nnx.clone(model)
+    uniform.head = nnx.Param(jnp.zeros_like(model.head[...]))
+    scored = []
+    if protocol == "window":
+        nll = document_nll_window(
+            uniform, DOCUMENTS, window_length=6, batch_size=4, progress=scored.append
+        )
+    else:
+        nll = document_nll_stateful(uniform, DOCUMENTS, batch_size=4, progress=scored.append)
+    assert sum(scored) == sum(LENGTHS)
+    assert_close(nll, np.array(LENGTHS) * math.log(VOCABULARY))
+    # Two bytes to the token: log2(VOCABULARY) / 2 bits per byte in each document alike.
+    found = perplexity_report(nll, DOCUMENTS, ["é" * n for n in LENGTHS])
+    assert found.token_perplexity == pytest.approx(VOCABULARY, rel=1e-5)
+    assert found.bits_per_byte == pytest.approx(math.log2(VOCABULARY) / 2, rel=1e-5)
+    assert found.standard_error == pytest.approx(0, abs=1e-6)
+
+
+def test_report_counts_words_bytes_and_tokens():
+    texts = ["naïve café\n\n  日本 語", "x"]
+    nll = np.array([30.0, 12.0])
+    found = perplexity_report(nll, documents_of((9, 3)), texts)
+    assert (found.documents, found.tokens, found.words, found.bytes) == (2, 12, 5, 27)
+    assert found.nll == 42
+    assert found.bits_per_byte == pytest.approx(42 / math.log(2) / 27)
+    assert found.token_perplexity == pytest.approx(math.exp(42 / 12))
+    assert found.word_perplexity == pytest.approx(math.exp(42 / 5))
+    expected = ratio_standard_error(nll / math.log(2), np.array([26, 1]))
+    assert found.standard_error == expected
+
+
+def test_a_word_too_long_for_a_perplexity():
+    found = perplexity_report(np.array([800.0]), documents_of((9,)), ["字" * 300])
+    assert found.word_perplexity == math.inf
+    assert math.isnan(found.standard_error)
+
+
+def test_standard_error_follows_the_formula():
+    x, y = [3.0, 5.0, 10.0], [1.0, 4.0, 5.0]
+    ratio = 18 / 10
+    squares = (3 - ratio) ** 2 + (5 - 4 * ratio) ** 2 + (10 - 5 * ratio) ** 2
+    expected = math.sqrt(3 / 2 * squares) / 10
+    assert ratio_standard_error(np.array(x), np.array(y)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_standard_error_is_the_spread_over_samples():
+    """Of 2000 corpora of 100 documents each, with bits that vary about 2 per byte."""
+    rng = np.random.default_rng(0)
+    y = rng.integers(10, 1000, (2000, 100)).astype(float)
+    x = y * rng.normal(2, 0.5, y.shape)
+    errors = [ratio_standard_error(*pair) for pair in zip(x, y, strict=True)]
+    assert np.mean(errors) == pytest.approx(np.std(x.sum(1) / y.sum(1)), rel=0.05)
+
+
+def test_compressors_are_those_of_the_standard_library():
+    text = ("the same words, " * 50).encode()
+    assert compressed_bits_per_byte(text) == {
+        "gzip -9": 8 * len(gzip.compress(text, 9, mtime=0)) / len(text),
+        "xz -9": 8 * len(lzma.compress(text, preset=9)) / len(text),
+    }
+
+
+TINY = ModelConfig(vocab_size=257, d_model=16, n_layers=1, n_heads=2)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run as train.py leaves it, of a model that was never trained."""
+    directory = tmp_path_factory.mktemp("run")
+    for i in range(20):
+        (directory / f"{i}.txt").write_text(f"document {i}: {'naïve ' * i}\n", encoding="utf-8")
+    config = Config(
+        model=TINY,
+        data=DataConfig(
+            source="text",
+            path=str(directory / "*.txt"),
+            tokenizer="byte",
+            store=str(directory / "store"),
+            held_out=0.4,
+            sequence_length=32,
+        ),
+    )
+    build_store(config.data, config.model.vocab_size)
+    open_workdir(directory / "run", config, ByteTokenizer())
+    model = RetNet(TINY, rngs=nnx.Rngs(0))
+    checkpoints = Checkpoints(directory / "run" / "checkpoints", keep=1)
+    checkpoints.save(3, model, optax.adam(1.0).init(model))
+    checkpoints.close()
+    return directory / "run"
+
+
+def run_eval(directory, **options):
+    defaults = {
+        "data": None,
+        "protocols": PROTOCOLS,
+        "window_length": None,
+        "batch_size": 4,
+        "compressors": False,
+        "output": None,
+    }
+    evaluate(directory, **defaults | options)
+
+
+def test_table_and_json_of_a_run(workdir, tmp_path, capsys):
+    output = tmp_path / "new" / "result.json"
+    run_eval(workdir, window_length=1000, compressors=True, output=output)
+    table = capsys.readouterr().out
+    record = json.loads(output.read_text())
+
+    names = (workdir.parent / "store" / "held_out.names.jsonl").read_text().splitlines()
+    texts = [Path(json.loads(name)).read_text(encoding="utf-8") for name in names]
+    documents = [np.array([ByteTokenizer.bos_id, *text.encode()]) for text in texts]
+    nll = document_nll_stateful(RetNet(TINY, rngs=nnx.Rngs(0)), documents, batch_size=4)
+    expected = dataclasses.asdict(perplexity_report(nll, documents, texts))
+    for protocol in PROTOCOLS:  # the same, as no document is longer than the window
+        found = record["protocols"][protocol]
+        assert found == pytest.approx(expected, rel=1e-5)
+        assert f"{found['bits_per_byte']:.4f}" in table
+    assert record["compressors"] == compressed_bits_per_byte("".join(texts).encode())
+    assert (record["step"], record["window_length"]) == (3, 1000)
+    assert record["checkpoint"] == str(workdir)
+    assert record["model"]["dtype"] == "float32"
+    assert record["tokenizer"] == ByteTokenizer().fingerprint
+    assert record["data"]["store"] == str(workdir.parent / "store")
+
+    before = output.read_text()
+    with pytest.raises(ConfigError, match=r"result\.json exists already: name another file"):
+        run_eval(workdir, output=output)
+    assert output.read_text() == before
+
+
+def test_given_files(workdir, tmp_path, capsys):
+    """The same texts as files and as JSON lines; what cannot be read is counted and named."""
+    texts = ["first text", "zweiter, schöner"]
+    lines = [json.dumps({"text": text}) for text in texts]
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "latin1.txt").write_bytes("schön".encode("latin-1"))
+    (tmp_path / "texts.jsonl").write_text("\n".join([*lines, '{"body": "x"}']))
+    records = []
+    for name, glob in (("text", "*.txt"), ("jsonl", "*.jsonl")):
+        output = tmp_path / f"{name}.json"
+        run_eval(workdir, data=str(tmp_path / glob), protocols=["stateful"], output=output)
+        records.append(json.loads(output.read_text()))
+    assert records[0]["protocols"] == records[1]["protocols"]
+    assert records[0]["protocols"]["stateful"]["bytes"] == len("".join(texts).encode())
+    said = capsys.readouterr().err
+    assert "skipped 2:" in said
+    assert "empty.txt: empty" in said
+    assert "latin1.txt: 'utf-8' codec" in said
+    assert "texts.jsonl:3: no field 'text' among 'body'" in said
+    assert len(records[0]["data"]["skipped"]) == 2
+
+
+def test_no_standard_error_of_one_document(workdir, tmp_path, capsys):
+    (tmp_path / "one.txt").write_text("字" * 300, encoding="utf-8")
+    output = tmp_path / "one.json"
+    run_eval(workdir, data=str(tmp_path / "one.txt"), protocols=["window"], output=output)
+    record = json.loads(output.read_text())
+    assert record["window_length"] == 32  # data.sequence_length
+    found = record["protocols"]["window"]
+    assert found["standard_error"] is None
+    assert found["word_perplexity"] is None  # 900 bytes in one word
+    assert found["bits_per_byte"] == pytest.approx(found["nll"] / math.log(2) / 900)
+    assert "inf" in capsys.readouterr().out
+
+
+def test_unusable_data(workdir, tmp_path):
+    with pytest.raises(ConfigError, match=r"--data: .*nothing\*.txt' matches no file"):
+        run_eval(workdir, data=str(tmp_path / "nothing*.txt"))
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(ConfigError, match=r"no documents; 1 skipped: .*empty\.txt: empty"):
+        run_eval(workdir, data=str(tmp_path / "*.txt"))
+
+
+def test_directories_that_do_not_fit(workdir, tmp_path):
+    with pytest.raises(ConfigError, match="is not the --workdir of a training run"):
+        run_eval(tmp_path)
+
+    data = DataConfig(tokenizer="byte", store="no/such/store")
+    open_workdir(tmp_path / "untrained", Config(model=TINY, data=data), ByteTokenizer())
+    with pytest.raises(ConfigError, match=r"data\.store='no/such/store' .* does not exist"):
+        run_eval(tmp_path / "untrained")
+    with pytest.raises(CheckpointError, match="there is no checkpoint to load"):
+        run_eval(tmp_path / "untrained", data=str(workdir.parent / "*.txt"))
+
+
+def test_a_store_with_another_tokenizer(workdir, tmp_path):
+    data = DataConfig(tokenizer="bpe", store=str(workdir.parent / "store"))
+    config = Config(model=ModelConfig(vocab_size=259), data=data)
+    open_workdir(tmp_path / "bpe", config, train_bpe(["abcabd" * 9], 259))
+    with pytest.raises(ConfigError, match=r"another tokenizer .* give text with --data"):
+        run_eval(tmp_path / "bpe")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Exactly one of (workdir, checkpoint)"),
+        (["--workdir=a", "--checkpoint=b"], "Exactly one of (workdir, checkpoint)"),
+        (["--checkpoint=b"], "--checkpoint is evaluated on --data"),
+    ],
+)
+def test_command_lines_that_say_too_much_or_too_little(arguments, message):
+    found = subprocess.run(
+        [sys.executable, ROOT / "eval.py", *arguments], capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 2
+    assert message in found.stderr
+    assert "Traceback" not in found.stderr
