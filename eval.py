@@ -21,12 +21,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import flags
-from flax import nnx
-from jax.sharding import Mesh
 
 from retnet_jax import command_line
-from retnet_jax.checkpoint import restore_model
-from retnet_jax.config import Config, ConfigError, MeshConfig
+from retnet_jax.config import Config, ConfigError
 from retnet_jax.data import Tokenizer, open_store, read_documents
 from retnet_jax.evaluation import (
     PerplexityReport,
@@ -35,8 +32,8 @@ from retnet_jax.evaluation import (
     document_nll_window,
     perplexity_report,
 )
-from retnet_jax.model import LanguageModel, build_model
-from retnet_jax.sharding import make_mesh, with_shardings
+from retnet_jax.model import LanguageModel
+from retnet_jax.pretrained import first_device, newest_checkpoint
 from retnet_jax.workdir import read_workdir
 
 PROTOCOLS = ("window", "stateful")
@@ -109,8 +106,8 @@ def evaluate(
         if data is None
         else given_text(data, config.data.text_field, tokenizer)
     )
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    model, step = restore(config, directory, mesh)
+    mesh = first_device()
+    model, step = newest_checkpoint(directory, mesh)
     window_length = window_length or config.data.sequence_length
 
     title = (
@@ -219,12 +216,6 @@ def given_text(pattern: str, text_field: str, tokenizer: Tokenizer) -> Text:
         description=f"documents of {pattern}",
         origin={"files": pattern, "source": source, "skipped": skipped},
     )
-
-
-def restore(config: Config, workdir: Path, mesh: Mesh) -> tuple[LanguageModel, int]:
-    """The model of the newest checkpoint and its step."""
-    shape = jax.eval_shape(lambda: build_model(config.model, rngs=nnx.Rngs(0)))
-    return restore_model(workdir / "checkpoints", with_shardings(shape, mesh))
 
 
 def report(

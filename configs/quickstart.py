@@ -12,7 +12,7 @@ def get_config(architecture: str = "retnet") -> Config:
     model = ModelConfig(
         vocab_size=4096,
         d_model=128,
-        n_layers=4,
+        n_layers=2,
         n_heads=4,
         decay_range=(1 / 2, 1 / 512),
         tie_embeddings=True,
@@ -32,10 +32,10 @@ def get_config(architecture: str = "retnet") -> Config:
             decay_share=0.5,
         ),
         train=TrainConfig(
-            steps=1150,
+            steps=1900,
             batch_size=8,
             log_every=25,
-            eval_every=250,
-            checkpoint_every=250,
+            eval_every=500,
+            checkpoint_every=500,
         ),
     )

@@ -22,11 +22,18 @@ def load_pretrained(directory: str | Path, mesh: Mesh | None = None) -> Language
       ConfigError: if the directory is no workdir.
       CheckpointError: if it has no checkpoint, or the newest is damaged.
     """
+    return newest_checkpoint(Path(directory), first_device() if mesh is None else mesh)[0]
+
+
+def newest_checkpoint(workdir: Path, mesh: Mesh) -> tuple[LanguageModel, int]:
+    """The model of the newest checkpoint in a workdir, and its step; as `load_pretrained`."""
     from retnet_jax.checkpoint import restore_model
 
-    workdir = Path(directory)
     config = read_config(workdir / "config.json").model
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1]) if mesh is None else mesh
     shape = jax.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0)))
-    model, _ = restore_model(workdir / "checkpoints", with_shardings(shape, mesh))
-    return model
+    return restore_model(workdir / "checkpoints", with_shardings(shape, mesh))
+
+
+def first_device() -> Mesh:
+    """A mesh of the first device alone."""
+    return make_mesh(MeshConfig(), jax.devices()[:1])
