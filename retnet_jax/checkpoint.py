@@ -152,7 +152,7 @@ def _read(manager: ocp.CheckpointManager, path: Path, **trees: Any) -> Any:
 def _check_arrays(path: Path, item: str, tree: Any) -> None:
     """Raises `CheckpointError` that lists all arrays that are missing, extra or misshapen."""
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-        stored = handler.metadata(epath.Path(path / item)).tree
+        stored = handler.metadata(epath.Path(path / item).absolute()).tree
     found, expected = (
         {path_name(place): leaf.shape for place, leaf in jax.tree_util.tree_flatten_with_path(t)[0]}
         for t in (stored, _named(tree))

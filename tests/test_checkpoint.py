@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import shutil
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -74,6 +75,12 @@ def test_what_is_saved_does_not_change_while_training_goes_on(tmp_path):
     model, step = restore_model(tmp_path, abstract_state(CONFIG, make_mesh(MeshConfig())).model)
     assert step == 1
     assert_equal(model, expected)
+
+
+def test_relative_directories_work(tmp_path, shape, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(Path("run"), [1])
+    assert restore_model(Path("run"), shape.model)[1] == 1
 
 
 def test_the_newest_are_kept(tmp_path, shape):
