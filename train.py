@@ -201,22 +201,27 @@ class Run:
 
     def save(self, step: int, state: TrainState) -> None:
         """Begins a checkpoint. A failure is said and training goes on: the next may succeed."""
+        self.written()  # the one before; its failure should not cost this one
         try:
             self.checkpoints.save(step, state.model, state.optimizer)
             self.saved = step
         except CheckpointError as error:
             self.log.say(f"step {step}: {error}")
 
-    def finish(self, state: TrainState, done: int) -> int:
-        """Saves the last step, waits until it is written, and says how to go on."""
-        if self.saved != done:
-            self.save(done, state)
+    def written(self) -> bool:
+        """Waits for a checkpoint that was begun; False, and a message, if it failed."""
         try:
             self.checkpoints.wait()
         except CheckpointError as error:
             self.log.say(str(error))
-            return 1
+            return False
+        return True
+
+    def finish(self, state: TrainState, done: int) -> int:
+        """Saves the last step, waits until it is written, and says how to go on."""
         if self.saved != done:
+            self.save(done, state)
+        if not self.written() or self.saved != done:
             return 1
         finished = done == self.config.train.steps
         self.log.say("the run is finished" if finished else "the same command goes on from here")

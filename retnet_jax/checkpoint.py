@@ -52,8 +52,8 @@ class Checkpoints:
         """Copies the state and begins to write it.
 
         Raises:
-          CheckpointError: if the disk has no room for it, or the save before this one failed; older
-            ones stay good.
+          CheckpointError: if the disk has no room for it, or the save before this one failed and
+            nobody waited for it; older checkpoints stay good.
         """
         with self._reporting():
             needed = sum(leaf.nbytes for leaf in jax.tree.leaves((model, optimizer)))

@@ -179,28 +179,43 @@ write = metrics.MetricsLog.write
 def patched(self, step, values):
     write(self, step, values)
     if step == 5:
-        while not (Path(sys.argv[2].removeprefix("--workdir=")) / "checkpoints" / "4").exists():
+        while not (Path(sys.argv[-1].removeprefix("--workdir=")) / "checkpoints" / "4").exists():
             time.sleep(0.01)
         # Less than a checkpoint needs, more than metrics.jsonl does.
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
 
 metrics.MetricsLog.write = patched
+if sys.argv.pop(1) == "freed":
+    report = metrics.MetricsLog.say
+
+    def freeing(self, message):
+        report(self, message)
+        if "could not be written" in message:
+            infinity = resource.RLIM_INFINITY
+            resource.setrlimit(resource.RLIMIT_FSIZE, (infinity, infinity))
+
+    metrics.MetricsLog.say = freeing
 exec(compile(Path("train.py").read_text(), "train.py", "exec"))
 """
 
 
+@pytest.mark.parametrize("disk", ["full to the end", "freed"])
 def test_a_full_disk_costs_a_checkpoint_and_nothing_else(
-    config, config_file, uninterrupted, tmp_path
+    config, config_file, uninterrupted, tmp_path, disk
 ):
-    """Files may not grow beyond 4 kB from step 5 on."""
-    arguments = [f"--config={config_file}", f"--workdir={tmp_path / 'run'}"]
+    """Files may not grow beyond 4 kB from step 5 on, or until the first failure is reported."""
+    arguments = [disk, f"--config={config_file}", f"--workdir={tmp_path / 'run'}"]
     command = [sys.executable, "-c", FULL_DISK, *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 1, done.stderr
     assert "a checkpoint could not be written" in done.stderr
     assert "the newest good one is of step 4" in done.stderr
-    assert latest_step(tmp_path / "run") == 4
-    assert train(config, tmp_path / "run") == 0
+    if disk == "freed":
+        assert done.returncode == 0, done.stderr
+        assert latest_step(tmp_path / "run") == STEPS
+    else:
+        assert done.returncode == 1, done.stderr
+        assert latest_step(tmp_path / "run") == 4
+        assert train(config, tmp_path / "run") == 0
     assert_same_losses(tmp_path / "run", uninterrupted)
 
 
