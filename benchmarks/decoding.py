@@ -29,7 +29,7 @@ class Decoder:
 
     def __init__(self, model, position: int, tokens: int, rounds: int):
         prompt = [i % model.config.vocab_size for i in range(position)]
-        self.progress = prefill(model, [prompt], room=tokens * (rounds + 1))
+        self.progress = prefill(model, [prompt], room=tokens * (2 * rounds + 1))
         self.step = partial(decode, model, keys=row_keys(0, 1), length=tokens)
 
     def __call__(self):

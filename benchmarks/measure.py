@@ -19,17 +19,18 @@ def interleaved_seconds(calls: dict[str, Callable[[], Any]], rounds: int) -> dic
     """Wall seconds of each call in every round, all in turn, after a round that is not kept.
 
     Taking turns lets a machine whose speed drifts slow all of them alike; ratios are to be taken
-    round by round or of medians.
+    round by round or of medians. A call of under half a second is made once more, untimed, before
+    it is timed, so that it does not pay for the memory and caches that a large one before it left.
     """
-    for call in calls.values():
-        jax.block_until_ready(call())
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
+    for _ in range(rounds + 1):
         for name, call in calls.items():
+            if seconds[name] and seconds[name][-1] < 0.5:
+                jax.block_until_ready(call())
             start = time.perf_counter()
             jax.block_until_ready(call())
             seconds[name].append(time.perf_counter() - start)
-    return seconds
+    return {name: kept for name, (_, *kept) in seconds.items()}
 
 
 def median_milliseconds(seconds: list[float]) -> float:

@@ -100,6 +100,11 @@ class ModelConfig:
                     f"{shown} is not divisible by model.n_heads={self.n_heads}; "
                     f"{_nearest_multiples(width, self.n_heads)} would do"
                 )
+        if self.mixer == "attention" and self.q_width != self.v_width:
+            raise ConfigError(
+                f"attention needs keys and values of one width, but key_dim is {self.q_width} and "
+                f"value_dim {self.v_width}; leave both out, or use transformer_twin()"
+            )
         if (self.q_width // self.n_heads) % 2:
             raise ConfigError(
                 f"the key width of a head is {self.q_width}/{self.n_heads} = "

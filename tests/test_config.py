@@ -81,6 +81,7 @@ def test_training_flops_count_the_compiled_products():
         (ModelConfig(d_model=100, n_heads=3), r"d_model=100 .*n_heads=3; 99 or 102 would do"),
         (ModelConfig(key_dim=30, n_heads=4), "key_dim=30 is not divisible"),
         (ModelConfig(key_dim=12, n_heads=4), "must be even"),
+        (ModelConfig(mixer="attention", value_dim=1024), "attention needs keys and values of one"),
         (ModelConfig(mixer="retentoin"), "mixer='retentoin' is not one of 'retention'"),
         (ModelConfig(dtype="float16"), "dtype='float16' is not one of"),
         (ModelConfig(decay_range=(0.5, 1.0)), "decay_range=.*between 0 and 1"),
