@@ -5,6 +5,8 @@ training step. Here they exist for one chunk of positions at a time, and the gra
 along with the loss: three matrix products with the head in all, as many as with all logits kept.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -64,14 +66,27 @@ def _loss_and_gradients(hidden, head, targets, weights):
         d_logits = exponentials * (weights / total) - jnp.where(is_target, weights, 0)
         d_logits = materialized(d_logits.astype(hidden.dtype))
         d_hidden = jnp.einsum("bcw,wd->bcd", d_logits, head.astype(hidden.dtype))
-        d_head += jnp.einsum("bcd,bcw->dw", hidden, d_logits, preferred_element_type=head.dtype).T
+        d_head += _head_gradient(hidden, d_logits, head.dtype)
         return (loss + (losses * weights[..., 0]).sum(), d_head), d_hidden
 
     size = _chunk_size(hidden.shape, head.shape[0])
-    start = (jnp.zeros((), jnp.promote_types(jnp.float32, hidden.dtype)), jnp.zeros_like(head))
+    start = (jnp.zeros((), jnp.promote_types(jnp.float32, hidden.dtype)), jnp.zeros_like(head.T))
     inputs = tuple(_chunks(x, size) for x in (hidden, targets, weights))
     (loss, d_head), d_hidden = jax.lax.scan(chunk, start, inputs)
-    return loss, (_join(d_hidden, hidden.shape[1]), d_head)
+    return loss, (_join(d_hidden, hidden.shape[1]), d_head.T)
+
+
+def _head_gradient(hidden, d_logits, dtype):
+    """The transposed gradient of the head, [d w]."""
+    product = partial(jnp.einsum, "bcd,bcw->dw", preferred_element_type=dtype)
+    # XLA on CPU cannot multiply transposed bfloat16 with a float32 sum ("Unsupported element type
+    # for DotThunk::Execute", jax 0.10.2).
+    return jax.lax.platform_dependent(
+        hidden,
+        d_logits,
+        cpu=lambda hidden, d_logits: product(hidden.astype(dtype), d_logits.astype(dtype)),
+        default=product,
+    )
 
 
 def _scale(gradients, cotangent):
@@ -92,9 +107,9 @@ def _logits(hidden, head):
 
 def _target_logits(hidden, head, targets):
     # Computed again, which costs less than picking them out of the logits.
-    rows = head[targets].astype(hidden.dtype)
     dtype = jnp.promote_types(jnp.float32, hidden.dtype)
-    return jnp.einsum("bcd,bcd->bc", hidden, rows, preferred_element_type=dtype)
+    rows = head[targets].astype(hidden.dtype).astype(dtype)  # rounded as in the logits
+    return (hidden.astype(dtype) * rows).sum(-1)
 
 
 def _chunk_size(shape: tuple[int, int, int], vocabulary: int) -> int:

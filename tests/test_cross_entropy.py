@@ -35,6 +35,16 @@ def test_chunks_do_not_change_loss_or_gradients(monkeypatch, most):
     assert_close((losses * weights).sum(), plain_sum(hidden, head, targets, weights))
 
 
+def test_bfloat16_activations_give_float32_losses_near_float32s():
+    hidden, head, targets, weights = problem()
+    loss = jax.jit(jax.value_and_grad(cross_entropy_sum, argnums=(0, 1)))
+    rounded = hidden.astype(jnp.bfloat16)
+    value, (d_hidden, d_head) = loss(rounded, head, targets, weights)
+    assert (value.dtype, d_hidden.dtype, d_head.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
+    expected = loss(rounded.astype(jnp.float32), head, targets, weights)
+    assert_close((value, (d_hidden, d_head)), expected, "bfloat16")
+
+
 def test_large_logits_stay_finite():
     hidden, head, targets, weights = problem()
     loss, gradient = jax.value_and_grad(cross_entropy_sum)(1e4 * hidden, head, targets, weights)

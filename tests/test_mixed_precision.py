@@ -19,7 +19,7 @@ STEPS = 500
 @pytest.mark.slow
 def test_bfloat16_follows_float32_for_500_steps_of_32_layers(tmp_path):
     config = Config(
-        model=ModelConfig(vocab_size=257, d_model=64, n_layers=32, n_heads=4),
+        model=ModelConfig(vocab_size=257, d_model=32, n_layers=32, n_heads=2),
         data=DataConfig(
             source="text",
             path=str(Path(__file__).parent.parent / "retnet_jax" / "**" / "*.py"),
@@ -29,10 +29,10 @@ def test_bfloat16_follows_float32_for_500_steps_of_32_layers(tmp_path):
             sequence_length=64,
         ),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50),
-        train=TrainConfig(steps=STEPS, batch_size=8),
+        train=TrainConfig(steps=STEPS, batch_size=4),
     )
     store = open_or_build(config.data, config.model.vocab_size)
-    stream = BatchStream(store.train, sequence_length=64, batch_size=8, bos_id=256, seed=0)
+    stream = BatchStream(store.train, sequence_length=64, batch_size=4, bos_id=256, seed=0)
 
     def curve(dtype):
         model = dataclasses.replace(config.model, dtype=dtype)
