@@ -74,12 +74,11 @@ class MetricsLog:
             self._bar.update(step - self._bar.n)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Records the values of one step; None stands for what is not known yet."""
-        values = {name: value for name, value in values.items() if value is not None}
+        """Records the values of one step."""
         print(json.dumps({"step": step, **values}), file=self._file, flush=True)
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
-        shown = "  ".join(_shown(name, value) for name, value in values.items() if name in _SHOWN)
+        shown = "  ".join(_SHOWN[name].format(values[name]) for name in values if name in _SHOWN)
         if self._bar is not None and "loss" in values:
             self._bar.set_postfix_str(shown)
         else:
@@ -113,10 +112,6 @@ _SHOWN = {
     "tokens_per_second": "{:,.0f} tokens/s",
     "mfu": "MFU {:.1%}",
 }
-
-
-def _shown(name: str, value: float) -> str:
-    return _SHOWN[name].format(value)
 
 
 def _keep_steps_up_to(path: Path, last_step: int) -> None:
