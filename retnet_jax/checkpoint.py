@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
+from retnet_jax.errors import CheckpointError
 from retnet_jax.sharding import path_name
-
-
-class CheckpointError(Exception):
-    """A checkpoint that cannot be read, or could not be written."""
 
 
 class Checkpoints:
@@ -121,6 +119,43 @@ def restore_model(directory: Path, model: Any) -> tuple[Any, int]:
     Raises:
       CheckpointError: if there is none, files are missing or damaged, or hold other arrays.
     """
+    with _reading(directory) as (manager, step):
+        found = _read(manager, directory / str(step), model=model)
+    return _unnamed(model, found.model), step
+
+
+class ParameterReader:
+    """Reads single parameters of the newest checkpoint in a run's `checkpoints/`.
+
+    Args:
+      directory: as of `Checkpoints`.
+      model: shapes and dtypes.
+
+    Raises:
+      CheckpointError: as `restore_model`.
+    """
+
+    def __init__(self, directory: Path, model: Any):
+        with _reading(directory) as (_, step):
+            self._path = directory / str(step) / "model"
+            _check_arrays(self._path.parent, "model", model)
+
+    def read(self, name: str) -> np.ndarray:
+        """A parameter by its name, such as layers/mixer/q/kernel."""
+        item, how = 0, ocp.RestoreArgs(restore_type=np.ndarray)
+        for part in reversed(name.split("/")):
+            item, how = {part: item}, {part: how}
+        arguments = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            found = checkpointer.restore(self._path.absolute(), args=arguments)
+        for part in name.split("/"):
+            found = found[part]
+        return found
+
+
+@contextlib.contextmanager
+def _reading(directory: Path) -> Iterator[tuple[ocp.CheckpointManager, int]]:
+    """A manager of a directory that is only read, and the newest step in it."""
     if not directory.is_dir():
         raise CheckpointError(f"{directory} does not exist: there is no checkpoint to load")
     options = ocp.CheckpointManagerOptions(create=False)
@@ -128,8 +163,7 @@ def restore_model(directory: Path, model: Any) -> tuple[Any, int]:
         step = manager.latest_step()
         if step is None:
             raise CheckpointError(f"{directory} holds no complete checkpoint")
-        found = _read(manager, directory / str(step), model=model)
-    return _unnamed(model, found.model), step
+        yield manager, step
 
 
 def _read(manager: ocp.CheckpointManager, path: Path, **trees: Any) -> Any:

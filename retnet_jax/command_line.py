@@ -12,6 +12,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from retnet_jax.config import Config, ConfigError, check_field
+from retnet_jax.errors import CheckpointError
 
 
 def define_config() -> None:
@@ -61,8 +62,6 @@ def _parse(arguments: Sequence[str]) -> list[str]:
 
 def _reporting(function: Callable, *arguments):
     """Calls a function; an error about the input becomes its message and exit status 2."""
-    from retnet_jax.checkpoint import CheckpointError
-
     try:
         return function(*arguments)
     except (flags.Error, ConfigError, CheckpointError) as error:

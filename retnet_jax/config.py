@@ -19,9 +19,11 @@ from typing import Any
 ARCHITECTURES = ("retnet", "transformer")
 MIXERS = ("retention", "attention")
 DECAYS = ("log_spaced", "powers_of_two")
-FEED_FORWARDS = ("gelu", "swiglu")
+FEED_FORWARDS = ("relu", "gelu", "swish", "reglu", "geglu", "swiglu")
 NORMS = ("layer", "rms")
-DTYPES = ("float32", "bfloat16")
+ROTATIONS = ("rope", "torchscale")
+SCORE_CLAMPS = ("absolute", "signed")
+DTYPES = ("float32", "bfloat16", "float64")
 SOURCES = ("stdlib", "text", "jsonl")
 TOKENIZERS = ("byte", "bpe")
 OPTIMIZERS = ("adamw", "muon")
@@ -45,17 +47,31 @@ class ModelConfig:
     n_heads: int = 4
     key_dim: int | None = None  # q and k, all heads together; None: d_model
     value_dim: int | None = None  # v, all heads together; None: 2 d_model, for attention d_model
-    ffn: str = "gelu"  # "gelu": gelu(x W1) W2; "swiglu": (swish(x W1) * x W3) W2
+    ffn: str = "gelu"  # "relu", "gelu", "swish": act(x W1) W2; "reglu", ...: (act(x W1) * x W3) W2
     ffn_dim: int | None = None  # None: 2 d_model, for attention 4 d_model
     norm: str = "layer"  # "layer" (scale and bias) or "rms" (scale)
     norm_epsilon: float = 1e-6
+    rotation: str = "rope"  # "rope": pairs (i, i + k/2), angles 10000^(-2i/k), q scaled by k^-1/2;
+    # "torchscale": pairs (2i, 2i + 1), angles 10000^(-i/(k/2 - 1)), k scaled, its state with it
+    row_normalizer: bool = True  # retention over the root of the decays' sum; False: fla only
     decay: str = "log_spaced"  # gamma of a head: "log_spaced" or "powers_of_two" (1 - 2^(-5-h))
     decay_range: tuple[float, float] = (
         1 / 32,
         1 / 512,
     )  # log_spaced: 1 - gamma of first, last head
     tie_embeddings: bool = False  # one matrix for the embedding and the output head
-    dtype: str = "float32"  # of activations; parameters, decay, state and loss stay float32
+    embedding_scale: bool = False  # embeddings times sqrt(d_model); torchscale, syncdoth
+    embedding_norm: bool = False  # a norm of the embeddings; torchscale, syncdoth
+    mixer_bias: bool = False  # in q, k, v, gate and out; torchscale of 2023 only
+    ffn_bias: bool = False  # in the feed-forward layer; torchscale of 2023, syncdoth
+    ffn_norm: str | None = None  # a norm before W2, sub-LayerNorm; torchscale of 2023, syncdoth
+    head_norm_scale: bool = False  # a learned scale in the head norm, all heads' one; fla only
+    post_norm: bool = False  # norms after the residual sums, none at the end; torchscale, syncdoth
+    deepnorm: bool = False  # residual times (2 n_layers)^(1/4), arXiv 2203.00555; as post_norm
+    score_clamp: str | None = None  # parallel form only: torchscale's clamp of the scores' row
+    # sums, "absolute", that of 2023 "signed"; a range guard for fp16 that no other form has
+    dtype: str = "float32"  # of activations; parameters, decay, state and loss stay float32.
+    # "float64" is for reference computations: all is float64 but the parameters
     remat: bool = False  # recompute each layer in the backward pass instead of storing it
     chunk_size: int | None = None  # of the chunkwise form; None: fastest for backend and length
 
@@ -78,13 +94,32 @@ class ModelConfig:
             return self.ffn_dim
         return 2 * self.d_model if self.mixer == "retention" else 4 * self.d_model
 
+    @property
+    def ffn_gated(self) -> bool:
+        """Whether the feed-forward layer multiplies its inner activations by x W3."""
+        return self.ffn.endswith("glu")
+
+    @property
+    def state_dtype(self) -> str:
+        """Dtype of decay, state, norm statistics and logits."""
+        return "float64" if self.dtype == "float64" else "float32"
+
     def check(self) -> None:
         """Raises `ConfigError` for a value that is no choice, or sizes that do not fit together."""
         _check_choice("model.mixer", self.mixer, MIXERS)
         _check_choice("model.ffn", self.ffn, FEED_FORWARDS)
         _check_choice("model.norm", self.norm, NORMS)
+        _check_choice("model.rotation", self.rotation, ROTATIONS)
         _check_choice("model.decay", self.decay, DECAYS)
         _check_choice("model.dtype", self.dtype, DTYPES)
+        if self.ffn_norm is not None:
+            _check_choice("model.ffn_norm", self.ffn_norm, NORMS)
+        if self.score_clamp is not None:
+            _check_choice("model.score_clamp", self.score_clamp, SCORE_CLAMPS)
+        if self.head_norm_scale and self.norm != "rms":
+            raise ConfigError(
+                f"model.head_norm_scale=True is for model.norm='rms', not {self.norm!r}"
+            )
         for name in ("vocab_size", "d_model", "n_layers", "n_heads"):
             _check_at_least(f"model.{name}", getattr(self, name), 1)
         for name in ("key_dim", "value_dim", "ffn_dim", "chunk_size"):
@@ -127,7 +162,7 @@ class ModelConfig:
         Attention has 4 d^2 parameters where retention has 2 d^2 + 3 d value_dim, so its
         feed-forward layer is as much wider: 4 d for 2 d at the paper's sizes (its section 3.1).
         """
-        matrices = 3 if self.ffn == "swiglu" else 2
+        matrices = 3 if self.ffn_gated else 2
         surplus = self._mixer_parameters() - 4 * self.d_model**2
         return dataclasses.replace(
             self,
@@ -140,10 +175,14 @@ class ModelConfig:
 
     def parameter_count(self) -> int:
         """Number of trainable parameters, embedding and output head included."""
-        norm = self.d_model * (2 if self.norm == "layer" else 1)
-        ffn = self.d_model * self.ffn_width * (3 if self.ffn == "swiglu" else 2)
-        embeddings = self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
-        return embeddings + self.n_layers * (self._mixer_parameters() + ffn + 2 * norm) + norm
+        heads = 1 if self.tie_embeddings else 2
+        layer = self._mixer_parameters() + self._ffn_parameters() + self._layer_vectors()
+        norms = self.embedding_norm + (not self.post_norm)
+        return (
+            heads * self.vocab_size * self.d_model
+            + self.n_layers * layer
+            + norms * _norm_parameters(self.norm, self.d_model)
+        )
 
     def training_flops_per_token(self, sequence_length: int) -> float:
         """Model FLOPs of one token's forward and backward pass, recomputation not counted.
@@ -152,19 +191,40 @@ class ModelConfig:
         what the algorithm itself needs: causal attention multiplies with half the positions of the
         sequence on average; retention reads and writes a k by v state for each head.
         """
-        norms = (2 * self.n_layers + 1) * self.d_model * (2 if self.norm == "layer" else 1)
-        lookup = 0 if self.tie_embeddings else self.vocab_size * self.d_model
-        weights = self.parameter_count() - norms - lookup
+        layers = self.n_layers * (self._mixer_parameters() + self._ffn_parameters())
         if self.mixer == "attention":
             core = 2 * (self.q_width + self.v_width) * (sequence_length + 1) / 2
         else:
             core = 4 * self.q_width * self.v_width / self.n_heads
-        return 6 * weights + 3 * self.n_layers * core
+        return 6 * (layers + self.vocab_size * self.d_model) + 3 * self.n_layers * core
 
     def _mixer_parameters(self) -> int:
+        """Of the matrices."""
         if self.mixer == "attention":
             return 2 * self.d_model * (self.q_width + self.v_width)
         return self.d_model * (2 * self.q_width + 3 * self.v_width)
+
+    def _ffn_parameters(self) -> int:
+        """Of the matrices."""
+        return self.d_model * self.ffn_width * (3 if self.ffn_gated else 2)
+
+    def _layer_vectors(self) -> int:
+        """Scales and biases of one layer."""
+        count = 2 * _norm_parameters(self.norm, self.d_model)
+        retains = self.mixer == "retention"
+        if self.mixer_bias:
+            count += 2 * self.q_width + (2 if retains else 1) * self.v_width + self.d_model
+        if self.head_norm_scale and retains:
+            count += self.v_width // self.n_heads
+        if self.ffn_bias:
+            count += (2 if self.ffn_gated else 1) * self.ffn_width + self.d_model
+        if self.ffn_norm is not None:
+            count += _norm_parameters(self.ffn_norm, self.ffn_width)
+        return count
+
+
+def _norm_parameters(norm: str, width: int) -> int:
+    return width * (2 if norm == "layer" else 1)
 
 
 @dataclass(kw_only=True)

@@ -44,6 +44,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def first_device() -> Mesh:
+    """A mesh of the first device alone."""
+    return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch over the axes `data` and `fsdp`."""
     return NamedSharding(mesh, BATCH)

@@ -8,6 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     "config": 0,
+    "errors": 0,
+    "presets": 0,
     "shapes": 1,
     "compiler": 1,
     "retention": 1,
@@ -21,6 +23,7 @@ FLOORS = {
     "model": 2,
     "train_step": 3,
     "generate": 3,
+    "interop": 3,
     "pretrained": 3,
     "evaluation": 4,
     "command_line": 5,

@@ -40,6 +40,23 @@ def tokens(b, t, seed=0):
         {},
         {"decay": "powers_of_two", "norm": "rms", "ffn": "swiglu", "tie_embeddings": True},
         {"key_dim": 16, "value_dim": 48, "remat": True, "n_layers": 5},
+        {
+            "rotation": "torchscale",
+            "norm": "rms",
+            "ffn": "reglu",
+            "post_norm": True,
+            "deepnorm": True,
+            "head_norm_scale": True,
+            "row_normalizer": False,
+        },
+        {
+            "mixer_bias": True,
+            "ffn": "swish",
+            "ffn_bias": True,
+            "ffn_norm": "rms",
+            "embedding_scale": True,
+            "embedding_norm": True,
+        },
     ],
 )
 def test_forms_of_the_model_agree_with_gradients(changes):
@@ -148,13 +165,14 @@ def test_full_cache_is_nan_inside_jit_and_grows_outside():
     assert_close(outside, run(model, jnp.concatenate([row, row[:, :1]], axis=1))[0][:, -1:])
 
 
-def test_rotation_turns_products_by_the_distance_alone():
+@pytest.mark.parametrize("convention", ["rope", "torchscale"])
+def test_rotation_turns_products_by_the_distance_alone(convention):
     rng = np.random.default_rng(0)
     q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
 
     def product(m, n):
-        turned = [rotate(x, *rotation(jnp.asarray([[p]]), 8)) for x, p in ((q, m), (k, n))]
-        return (turned[0] * turned[1]).sum()
+        turns = [rotation(jnp.asarray([[position]]), 8, convention) for position in (m, n)]
+        return (rotate(q, turns[0], convention) * rotate(k, turns[1], convention)).sum()
 
     assert_close(product(3, 1), product(12, 10))
     assert_close(product(5, 5), (q * k).sum())

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from retnet_jax.config import ModelConfig
-from retnet_jax.model.layers import Linear, rotate, rotation, split_heads
+from retnet_jax.model.layers import Linear, Rotation, rotate, rotation, split_heads
 from retnet_jax.retention import documents, positions
 from retnet_jax.shapes import Array, Bool, Float, Int
 
@@ -52,8 +52,7 @@ class KVCache(NamedTuple):
 class AttentionContext(NamedTuple):
     """What all layers share."""
 
-    cos: Float[Array, "b t i"]
-    sin: Float[Array, "b t i"]
+    turn: Rotation
     start: Int[Array, ""]  # slot of the first token
     mask: Bool[Array, "b 1 t s"] | None  # None: each token sees itself and all before it
 
@@ -61,12 +60,15 @@ class AttentionContext(NamedTuple):
 class Attention(nnx.Module):
     """Softmax attention with its projections."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, out_scale: float):
-        self.q = Linear(config.d_model, config.q_width, rngs=rngs)
-        self.k = Linear(config.d_model, config.q_width, rngs=rngs)
-        self.v = Linear(config.d_model, config.v_width, rngs=rngs)
-        self.out = Linear(config.v_width, config.d_model, rngs=rngs, scale=out_scale)
-        self.n_heads = config.n_heads
+    def __init__(
+        self, config: ModelConfig, *, rngs: nnx.Rngs, value_scale: float, out_scale: float
+    ):
+        width, bias = config.d_model, config.mixer_bias
+        self.q = Linear(width, config.q_width, rngs=rngs, bias=bias)
+        self.k = Linear(width, config.q_width, rngs=rngs, bias=bias)
+        self.v = Linear(width, config.v_width, rngs=rngs, scale=value_scale, bias=bias)
+        self.out = Linear(config.v_width, width, rngs=rngs, scale=out_scale, bias=bias)
+        self.config = config
 
     def __call__(
         self,
@@ -76,9 +78,10 @@ class Attention(nnx.Module):
         form: str,
     ) -> tuple[Float[Array, "b t d"], KeysValues]:
         """Attention has one form; the name of any is accepted and computes the same."""
-        q, k, v = (split_heads(f(x), self.n_heads) for f in (self.q, self.k, self.v))
-        q = rotate(q, context.cos, context.sin)
-        new = KeysValues(rotate(k, context.cos, context.sin), v)
+        config = self.config
+        q, k, v = (split_heads(f(x), config.n_heads) for f in (self.q, self.k, self.v))
+        q, k = (rotate(y, context.turn, config.rotation) for y in (q, k))
+        new = KeysValues(k, v)
         if state is not None:
             new = jax.tree.map(
                 lambda old, x: jax.lax.dynamic_update_slice_in_dim(
@@ -120,10 +123,12 @@ class Attention(nnx.Module):
         if segment_ids is None:
             segment_ids = jnp.ones(shape, jnp.int32)
         place, after = positions(segment_ids, state.position)
-        cos, sin = rotation(place, config.q_width // config.n_heads)
+        turn = rotation(
+            place, config.q_width // config.n_heads, config.rotation, config.state_dtype
+        )
         # An overflowing write would be moved onto earlier slots in silence.
         overflows = state.length + length > state.visible.shape[1]
-        cos = jnp.where(overflows, jnp.nan, cos)
+        turn = turn._replace(cos=jnp.where(overflows, jnp.nan, turn.cos))
         # The document in each slot: 0 for the one the row opens with, -1 for what none can see.
         real, _, index = documents(segment_ids)
         slot_document = jax.lax.dynamic_update_slice_in_dim(
@@ -133,7 +138,7 @@ class Attention(nnx.Module):
         seen = (slots <= state.length + jnp.arange(length)[:, None]) & (
             slot_document[:, None, :] == index[:, :, None]
         )
-        context = AttentionContext(cos, sin, state.length, None if plain else seen[:, None])
+        context = AttentionContext(turn, state.length, None if plain else seen[:, None])
         return context, state._replace(
             visible=slot_document == index[:, -1:],
             length=state.length + length,

@@ -1,25 +1,44 @@
 """The parts that both models share: linear maps, norms, feed-forward, rotation.
 
-Parameters are float32; a layer computes in the dtype of its input, norms in float32.
+Parameters are float32; a layer computes in the dtype of its input, norms in float32. (In float64
+for float64 input, which reference computations have.)
 """
+
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from retnet_jax.compiler import materialized
+from retnet_jax.config import ModelConfig
 from retnet_jax.shapes import Array, Float, Int
 
 
 class Linear(nnx.Module):
-    """x W, with W drawn from a normal distribution of deviation `scale / sqrt(inputs)`."""
+    """x W, plus a bias if there is one.
 
-    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs, scale: float = 1.0):
-        deviation = scale * inputs**-0.5
-        self.kernel = nnx.Param(deviation * jax.random.normal(rngs.params(), (inputs, outputs)))
+    W is drawn from a normal distribution of deviation `scale / sqrt(inputs)`, the bias is 0.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, *, rngs: nnx.Rngs, scale: float = 1.0, bias: bool = False
+    ):
+        self.kernel = nnx.Param(normal(rngs, (inputs, outputs), scale * inputs**-0.5))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32))
+        self.has_bias = bias
 
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
-        return _product(x, self.kernel[...].astype(x.dtype))
+        y = _product(x, self.kernel[...].astype(x.dtype))
+        return y + self.bias[...].astype(x.dtype) if self.has_bias else y
+
+
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], deviation: float) -> Float[Array, "..."]:
+    """Float32 parameters of a normal distribution."""
+    return deviation * jax.random.normal(rngs.params(), shape, jnp.float32)
 
 
 @jax.custom_vjp
@@ -47,7 +66,7 @@ class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + epsilon), times a learned scale (arXiv 1910.07467)."""
 
     def __init__(self, width: int, epsilon: float):
-        self.scale = nnx.Param(jnp.ones(width))
+        self.scale = nnx.Param(jnp.ones(width, jnp.float32))
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
@@ -58,8 +77,8 @@ class LayerNorm(nnx.Module):
     """(x - mean) / sqrt(variance + epsilon), times a learned scale, plus a learned bias."""
 
     def __init__(self, width: int, epsilon: float):
-        self.scale = nnx.Param(jnp.ones(width))
-        self.bias = nnx.Param(jnp.zeros(width))
+        self.scale = nnx.Param(jnp.ones(width, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(width, jnp.float32))
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
@@ -78,41 +97,72 @@ def normalize(x: Float[Array, "... d"], kind: str, epsilon: float) -> Float[Arra
     return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + epsilon)
 
 
-class FeedForward(nnx.Module):
-    """gelu(x W1) W2, or swiglu: (swish(x W1) * x W3) W2 (arXiv 2002.05202)."""
+ACTIVATIONS = {
+    "relu": jax.nn.relu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "swish": jax.nn.silu,
+    "reglu": jax.nn.relu,
+    "geglu": partial(jax.nn.gelu, approximate=False),
+    "swiglu": jax.nn.silu,
+}
 
-    def __init__(self, kind: str, width: int, inner: int, *, rngs: nnx.Rngs, out_scale: float):
-        self.up = Linear(width, inner, rngs=rngs)
-        if kind == "swiglu":
-            self.linear = Linear(width, inner, rngs=rngs)
-        self.down = Linear(inner, width, rngs=rngs, scale=out_scale)
-        self.kind = kind
+
+class FeedForward(nnx.Module):
+    """act(x W1) W2, or with a gate (act(x W1) * x W3) W2 (arXiv 2002.05202)."""
+
+    def __init__(
+        self, config: ModelConfig, *, rngs: nnx.Rngs, value_scale: float, out_scale: float
+    ):
+        width, inner, bias = config.d_model, config.ffn_width, config.ffn_bias
+        self.up = Linear(width, inner, rngs=rngs, scale=value_scale, bias=bias)
+        if config.ffn_gated:
+            self.linear = Linear(width, inner, rngs=rngs, bias=bias)
+        if config.ffn_norm is not None:
+            self.norm = NORMS[config.ffn_norm](inner, config.norm_epsilon)
+        self.down = Linear(inner, width, rngs=rngs, scale=out_scale, bias=bias)
+        self.config = config
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        if self.kind == "swiglu":
-            inner = jax.nn.silu(self.up(x)) * self.linear(x)
-        else:
-            inner = jax.nn.gelu(self.up(x), approximate=False)
+        inner = ACTIVATIONS[self.config.ffn](self.up(x))
+        if self.config.ffn_gated:
+            inner = inner * self.linear(x)
+        if self.config.ffn_norm is not None:
+            inner = self.norm(inner)
         return self.down(inner)
 
 
+class Rotation(NamedTuple):
+    """Cosine and sine of the angle of each pair of a head's width, at each position."""
+
+    cos: Float[Array, "b t i"]
+    sin: Float[Array, "b t i"]
+
+
 def rotation(
-    positions: Int[Array, "b t"], head_width: int
-) -> tuple[Float[Array, "b t i"], Float[Array, "b t i"]]:
-    """Cosine and sine of position * 10000^(-2i/k), k the head width (arXiv 2104.09864)."""
-    frequency = 10_000.0 ** -(jnp.arange(0, head_width, 2) / head_width)
-    angle = positions[..., None] * frequency
-    return jnp.cos(angle), jnp.sin(angle)
+    positions: Int[Array, "b t"], head_width: int, convention: str, dtype: str = "float32"
+) -> Rotation:
+    """The angles position * 10000^-e with k/2 exponents e for a head of width k.
+
+    "rope": e = 2i/k (arXiv 2104.09864). "torchscale": e = i/(k/2 - 1), from 0 to 1 inclusive.
+    """
+    pairs = head_width // 2
+    exponents = np.arange(pairs) / pairs if convention == "rope" else np.linspace(0, 1, pairs)
+    angle = positions[..., None] * jnp.asarray(10_000.0**-exponents, dtype)
+    return Rotation(jnp.cos(angle), jnp.sin(angle))
 
 
-def rotate(
-    x: Float[Array, "b t h k"], cos: Float[Array, "b t i"], sin: Float[Array, "b t i"]
-) -> Float[Array, "b t h k"]:
-    """Turns each pair (x_i, x_{i + k/2}) by its angle, in float32."""
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
+def rotate(x: Float[Array, "b t h k"], turn: Rotation, convention: str) -> Float[Array, "b t h k"]:
+    """Turns each pair by its angle: "rope" (x_i, x_{i + k/2}), "torchscale" (x_2i, x_{2i + 1})."""
+    cos, sin = turn.cos[:, :, None], turn.sin[:, :, None]
+    wide = x.astype(cos.dtype)
+    if convention == "rope":
+        first, second = jnp.split(wide, 2, axis=-1)
+    else:
+        first, second = wide[..., 0::2], wide[..., 1::2]
     turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    if convention == "rope":
+        return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    return jnp.stack(turned, axis=-1).reshape(x.shape).astype(x.dtype)
 
 
 def split_heads(x: Float[Array, "b t w"], n_heads: int) -> Float[Array, "b t h k"]:

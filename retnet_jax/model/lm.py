@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from retnet_jax.config import ModelConfig
+from retnet_jax.config import ConfigError, ModelConfig
 from retnet_jax.model.attention import Attention, KVCache
-from retnet_jax.model.layers import NORMS, FeedForward
+from retnet_jax.model.layers import NORMS, FeedForward, normal
 from retnet_jax.model.multi_scale_retention import MultiScaleRetention, RetentionState
 from retnet_jax.shapes import Array, Float, Int
 
@@ -25,23 +25,35 @@ State = RetentionState | KVCache
 
 
 class Block(nnx.Module):
-    """x + mixer(norm(x)), then x + ffn(norm(x)) (arXiv 2307.08621, Eq. 9)."""
+    """x + mixer(norm(x)), then x + ffn(norm(x)) (arXiv 2307.08621, Eq. 9).
+
+    With `post_norm` norm(x + mixer(x)), then norm(x + ffn(x)). With `deepnorm` every such x on the
+    left is multiplied by (2 n)^(1/4), and parameters begin smaller (arXiv 2203.00555).
+    """
 
     def __init__(self, mixer: type, config: ModelConfig, *, rngs: nnx.Rngs):
-        # Each layer adds twice to the residual stream, which should not grow with the depth.
-        out_scale = (2 * config.n_layers) ** -0.5
+        n = config.n_layers
+        if config.deepnorm:
+            scales = {"value_scale": (8 * n) ** -0.25, "out_scale": (8 * n) ** -0.25}
+        else:
+            # Each layer adds twice to the residual stream, which should not grow with the depth.
+            scales = {"value_scale": 1.0, "out_scale": (2 * n) ** -0.5}
         norm = NORMS[config.norm]
         self.mixer_norm = norm(config.d_model, config.norm_epsilon)
-        self.mixer = mixer(config, rngs=rngs, out_scale=out_scale)
+        self.mixer = mixer(config, rngs=rngs, **scales)
         self.ffn_norm = norm(config.d_model, config.norm_epsilon)
-        self.ffn = FeedForward(
-            config.ffn, config.d_model, config.ffn_width, rngs=rngs, out_scale=out_scale
-        )
+        self.ffn = FeedForward(config, rngs=rngs, **scales)
+        self.post_norm = config.post_norm
+        self.residual_scale = (2 * n) ** 0.25 if config.deepnorm else 1.0
 
     def __call__(self, x: Float[Array, "b t d"], state, context, form: str):
+        if self.post_norm:
+            y, state = self.mixer(x, state, context, form)
+            x = self.mixer_norm(self.residual_scale * x + y)
+            return self.ffn_norm(self.residual_scale * x + self.ffn(x)), state
         y, state = self.mixer(self.mixer_norm(x), state, context, form)
-        x = x + y
-        return x + self.ffn(self.ffn_norm(x)), state
+        x = self.residual_scale * x + y
+        return self.residual_scale * x + self.ffn(self.ffn_norm(x)), state
 
 
 class LanguageModel(nnx.Module):
@@ -58,20 +70,29 @@ class LanguageModel(nnx.Module):
           rngs: source of the random parameters, such as `nnx.Rngs(0)`.
 
         Raises:
-          ConfigError: for sizes that do not fit together.
+          ConfigError: for sizes that do not fit together, and for float64 where jax has none.
         """
         config = dataclasses.replace(config, mixer=self.mixer)
         config.check()
+        if config.dtype == "float64" and not jax.config.jax_enable_x64:
+            raise ConfigError(
+                "model.dtype='float64' needs 64-bit numbers in jax: build and call the model "
+                "within `with jax.enable_x64(True):`"
+            )
         self.config = config
         table = (config.vocab_size, config.d_model)
-        self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), table))
+        deviation = config.d_model**-0.5 if config.embedding_scale else 0.02
+        self.embedding = nnx.Param(normal(rngs, table, deviation))
+        if config.embedding_norm:
+            self.embedding_norm = NORMS[config.norm](config.d_model, config.norm_epsilon)
         keys = jax.random.split(rngs.params(), config.n_layers)
         self.layers = jax.vmap(
             lambda key: Block(self.mixer_type, config, rngs=nnx.Rngs(params=key))
         )(keys)
-        self.final_norm = NORMS[config.norm](config.d_model, config.norm_epsilon)
+        if not config.post_norm:
+            self.final_norm = NORMS[config.norm](config.d_model, config.norm_epsilon)
         if not config.tie_embeddings:
-            self.head = nnx.Param(0.02 * jax.random.normal(rngs.params(), table))
+            self.head = nnx.Param(normal(rngs, table, 0.02))
 
     def __call__(
         self,
@@ -101,7 +122,7 @@ class LanguageModel(nnx.Module):
         """As a call, but without the output head: the normed activations it is applied to."""
         config = self.config
         context, state = self.mixer_type.prepare(config, state, tokens.shape, segment_ids)
-        x = self.embedding[...][tokens].astype(config.dtype)
+        x = self._embed(tokens)
 
         def layer(x, layer_and_state):
             block, layer_state = layer_and_state
@@ -113,7 +134,16 @@ class LanguageModel(nnx.Module):
         # faster written out (a 4-layer step on 2 cores: 201 ms for 227).
         unroll = config.n_layers if config.n_layers <= 4 else 1
         x, layer_states = jax.lax.scan(layer, x, (self.layers, state.layers), unroll=unroll)
-        return self.final_norm(x), state._replace(layers=layer_states)
+        if not config.post_norm:
+            x = self.final_norm(x)
+        return x, state._replace(layers=layer_states)
+
+    def _embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        config = self.config
+        x = self.embedding[...][tokens].astype(config.dtype)
+        if config.embedding_scale:
+            x = x * config.d_model**0.5
+        return self.embedding_norm(x) if config.embedding_norm else x
 
     def logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t w"]:
         """The output head: float32 logits of the normed activations."""

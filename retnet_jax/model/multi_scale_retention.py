@@ -7,36 +7,49 @@ import jax.numpy as jnp
 from flax import nnx
 
 from retnet_jax.config import ModelConfig
-from retnet_jax.model.layers import Linear, normalize, rotate, rotation, split_heads
-from retnet_jax.retention import log_decay, positions, retention, row_normalizer
+from retnet_jax.model.layers import (
+    Linear,
+    RMSNorm,
+    Rotation,
+    normalize,
+    rotate,
+    rotation,
+    split_heads,
+)
+from retnet_jax.retention import log_decay, positions, retention, row_normalizer, score_clamp
 from retnet_jax.shapes import Array, Float, Int
 
 
 class RetentionState(NamedTuple):
     """What a RetNet remembers: as many numbers after ten tokens as after a million."""
 
-    layers: Float[Array, "n b h k v"] | None  # S of each layer, float32; None: nothing read yet
+    layers: Float[Array, "n b h k v"] | None  # S of each layer; None: nothing read yet
     position: Int[Array, " b"]  # of the next token in its document
 
 
 class RetentionContext(NamedTuple):
     """What all layers share: functions of positions and documents alone."""
 
-    cos: Float[Array, "b t i"]
-    sin: Float[Array, "b t i"]
-    row_scale: Float[Array, "b t h"]
+    turn: Rotation
+    log_decay: Float[Array, " h"]
+    row_scale: Float[Array, "b t h"] | None  # None: outputs are not scaled by position
     segment_ids: Int[Array, "b t"] | None
 
 
 class MultiScaleRetention(nnx.Module):
     """Retention with its projections, normalisers and gate."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, out_scale: float):
-        self.q = Linear(config.d_model, config.q_width, rngs=rngs)
-        self.k = Linear(config.d_model, config.q_width, rngs=rngs)
-        self.v = Linear(config.d_model, config.v_width, rngs=rngs)
-        self.gate = Linear(config.d_model, config.v_width, rngs=rngs)
-        self.out = Linear(config.v_width, config.d_model, rngs=rngs, scale=out_scale)
+    def __init__(
+        self, config: ModelConfig, *, rngs: nnx.Rngs, value_scale: float, out_scale: float
+    ):
+        width, bias = config.d_model, config.mixer_bias
+        self.q = Linear(width, config.q_width, rngs=rngs, bias=bias)
+        self.k = Linear(width, config.q_width, rngs=rngs, bias=bias)
+        self.v = Linear(width, config.v_width, rngs=rngs, scale=value_scale, bias=bias)
+        self.gate = Linear(width, config.v_width, rngs=rngs, bias=bias)
+        self.out = Linear(config.v_width, width, rngs=rngs, scale=out_scale, bias=bias)
+        if config.head_norm_scale:
+            self.head_norm = RMSNorm(config.v_width // config.n_heads, config.norm_epsilon)
         self.config = config
 
     def __call__(
@@ -48,21 +61,48 @@ class MultiScaleRetention(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b h k v"]]:
         config = self.config
         q, k, v = (split_heads(f(x), config.n_heads) for f in (self.q, self.k, self.v))
-        q = rotate(q, context.cos, context.sin) * q.shape[-1] ** -0.5
-        k = rotate(k, context.cos, context.sin)
-        y, state = retention(
+        q, k = (rotate(y, context.turn, config.rotation) for y in (q, k))
+        if config.rotation == "rope":
+            q = q * q.shape[-1] ** -0.5
+        else:
+            k = k * k.shape[-1] ** -0.5
+        y, new_state = retention(
             q,
             k,
             v,
-            log_decay(config.decay, config.n_heads, config.decay_range),
+            context.log_decay,
             state,
             context.segment_ids,
             form=form,
             chunk_size=config.chunk_size if form == "chunkwise" else None,
         )
-        y = normalize(y * context.row_scale[..., None], config.norm, config.norm_epsilon)
-        y = y.astype(x.dtype).reshape(*x.shape[:2], -1)
-        return self.out(jax.nn.silu(self.gate(x)) * y), state
+        if context.row_scale is not None:
+            y = y * context.row_scale[..., None]
+        if config.score_clamp is not None:
+            y = y * self._score_scale(q, k, state, context, form)[..., None]
+        y = self._norm(y).astype(x.dtype).reshape(*x.shape[:2], -1)
+        return self.out(jax.nn.silu(self.gate(x)) * y), new_state
+
+    def _norm(self, y: Float[Array, "b t h v"]) -> Float[Array, "b t h v"]:
+        if self.config.head_norm_scale:
+            return self.head_norm(y)
+        return normalize(y, self.config.norm, self.config.norm_epsilon)
+
+    def _score_scale(self, q, k, state, context, form) -> Float[Array, "b t h"]:
+        if form != "parallel" or state is not None:
+            raise ValueError(
+                f"score_clamp={self.config.score_clamp!r} is a function of all scores of a "
+                f"document, which only form='parallel' without a state has, not form={form!r} "
+                f"with{'out' if state is None else ''} a state; set score_clamp=None"
+            )
+        return score_clamp(
+            q,
+            k,
+            context.log_decay,
+            context.row_scale,
+            context.segment_ids,
+            self.config.score_clamp,
+        )
 
     @staticmethod
     def init_state(config: ModelConfig, batch_size: int, capacity: int) -> RetentionState:
@@ -70,7 +110,7 @@ class MultiScaleRetention(nnx.Module):
         heads = config.n_heads
         widths = (config.q_width // heads, config.v_width // heads)
         return RetentionState(
-            layers=jnp.zeros((config.n_layers, batch_size, heads, *widths), jnp.float32),
+            layers=jnp.zeros((config.n_layers, batch_size, heads, *widths), config.state_dtype),
             position=jnp.zeros(batch_size, jnp.int32),
         )
 
@@ -89,7 +129,13 @@ class MultiScaleRetention(nnx.Module):
             after = state.position + shape[1]
         else:
             place, after = positions(segment_ids, state.position)
-        cos, sin = rotation(place, config.q_width // config.n_heads)
-        decay = log_decay(config.decay, config.n_heads, config.decay_range)
-        context = RetentionContext(cos, sin, row_normalizer(decay, place), segment_ids)
+        decay = log_decay(config.decay, config.n_heads, config.decay_range, config.state_dtype)
+        context = RetentionContext(
+            turn=rotation(
+                place, config.q_width // config.n_heads, config.rotation, config.state_dtype
+            ),
+            log_decay=decay,
+            row_scale=row_normalizer(decay, place) if config.row_normalizer else None,
+            segment_ids=segment_ids,
+        )
         return context, state._replace(position=after)

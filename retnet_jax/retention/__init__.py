@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from retnet_jax.retention import xla
 from retnet_jax.retention.decay import log_decay, row_normalizer
 from retnet_jax.retention.documents import documents, positions
+from retnet_jax.retention.score_clamp import score_clamp
 from retnet_jax.shapes import Array, Float, Int
 
-__all__ = ["documents", "log_decay", "positions", "retention", "row_normalizer"]
+__all__ = ["documents", "log_decay", "positions", "retention", "row_normalizer", "score_clamp"]
 
 FORMS = ("parallel", "chunkwise", "recurrent")
 IMPLEMENTATIONS = ("xla",)

@@ -137,6 +137,17 @@ def _recurrent_backward(inputs, cotangents):
 recurrent.defvjp(_recurrent_forward, _recurrent_backward)
 
 
+def decay_mask(
+    log_decay: Float[Array, " h"], length: int, segment_ids: Int[Array, "b t"] | None
+) -> Float[Array, "#b h t s"]:
+    """gamma^(n-m) from key m to query n (Eq. 5's D), 0 where n does not see m."""
+    if segment_ids is None:
+        return _decays(log_decay, length).within
+    nothing = jnp.zeros(segment_ids.shape[0], jnp.int32)
+    row = documents(segment_ids)
+    return _document_decays(log_decay, row, _Before(count=nothing, index=nothing)).within
+
+
 class _Row(NamedTuple):
     """Inputs with heads before time, whole or one chunk of them."""
 

@@ -1,0 +1,5 @@
+"""What can be wrong with a checkpoint, own or foreign."""
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be read, or could not be written."""

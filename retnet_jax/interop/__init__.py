@@ -1,0 +1,152 @@
+"""Checkpoints of other RetNets: loaded, saved, and converted into each other.
+
+    model = interop.load(directory)                      # whatever layout it has
+    interop.fla.save(model, directory)                   # or torchscale, syncdoth
+    interop.convert(directory, target, "own")            # tensor by tensor
+
+Each layout is one table in its module, read in both directions (`layout.Rule`). What a layout
+cannot express is refused, with the reasons.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from retnet_jax.config import ConfigError
+from retnet_jax.errors import CheckpointError
+from retnet_jax.interop import fla, syncdoth, torchscale
+from retnet_jax.interop.fold import HeadNormFolded
+from retnet_jax.interop.layout import Layout, config_values
+from retnet_jax.interop.own import RunSource, config_of, own_layout
+from retnet_jax.interop.sources import Description, Source, load_model
+from retnet_jax.interop.tensor_files import TensorFiles, open_tensor_files
+from retnet_jax.model import LanguageModel
+
+__all__ = [
+    "LAYOUTS",
+    "Description",
+    "convert",
+    "fla",
+    "load",
+    "open_source",
+    "save",
+    "syncdoth",
+    "torchscale",
+]
+
+LAYOUTS = {
+    layout.name: layout for layout in (fla.LAYOUT, fla.UNFUSED, torchscale.LAYOUT, syncdoth.LAYOUT)
+}
+# Beside the weights: what a tokenizer of Hugging Face or SentencePiece is made of.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "generation_config.json",
+)
+
+
+def load(directory: str | Path, mesh: Mesh | None = None, **changes: Any) -> LanguageModel:
+    """The model in a directory, whatever layout it has.
+
+    Args:
+      directory: a checkpoint of fla, torchscale or syncdoth, or one of ours.
+      mesh: where the parameters go, laid out as in training; None: the first device.
+      changes: fields of `ModelConfig` that change no parameter, such as dtype="bfloat16".
+
+    Raises:
+      ConfigError: for a config that this project cannot compute, and changes that do not fit.
+      CheckpointError: for weights that are missing, damaged or not the config's.
+    """
+    return load_model(open_source(Path(directory)), mesh, **changes)
+
+
+def save(model: LanguageModel, directory: str | Path, layout: str, **options: Any) -> None:
+    """Writes a model as a directory of a layout.
+
+    Args:
+      model: what is written.
+      directory: must not exist, or be empty.
+      layout: "own", or one of `LAYOUTS`.
+      options: as of `Layout.save`.
+
+    Raises:
+      ConfigError: if the layout cannot say what the model computes.
+      CheckpointError: if the directory has something in it, or the disk has no room.
+    """
+    _layout(layout, model.config).save(model, directory, **options)
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    layout: str,
+    *,
+    fold_head_norm: bool = False,
+    **options: Any,
+) -> None:
+    """Rewrites a checkpoint in another layout, tensor by tensor, with its tokenizer's files.
+
+    Args:
+      source: a directory as for `load`.
+      target: must not exist, or be empty.
+      layout: "own", or one of `LAYOUTS`.
+      fold_head_norm: multiply the scale of the head norm, which only fla has, into the output
+        projection.
+      options: as of `Layout.write`.
+
+    Raises:
+      ConfigError: if the layout cannot say what the model computes, with the reasons.
+      CheckpointError: as `load` and `save`.
+    """
+    source, target = Path(source), Path(target)
+    parameters = open_source(source)
+    if fold_head_norm:
+        parameters = HeadNormFolded(parameters)
+    _layout(layout, parameters.description.model).write(parameters, target, **options)
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def open_source(directory: Path) -> Source:
+    """The parameters in a directory, whatever layout it has; raises as `load`."""
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is no directory")
+    if (directory / "checkpoints").is_dir():
+        return RunSource(directory)
+    files = open_tensor_files(directory)
+    if "embedding" in files.infos:
+        config = config_of(config_values(directory)).model
+        return own_layout(config).open(directory, files)
+    return _recognised(directory, files).open(directory, files)
+
+
+def _recognised(directory: Path, files: TensorFiles) -> Layout:
+    """The layout that names the embedding, and the head norm, as the files do."""
+    names = set(files.infos)
+    if any(".attn.g_norm.weight" in name for name in names):
+        return fla.UNFUSED
+    for layout in (fla.LAYOUT, syncdoth.LAYOUT, torchscale.LAYOUT):
+        if layout.rules[0].foreign in names:
+            return layout
+    known = ", ".join(layout.rules[0].foreign for layout in LAYOUTS.values())
+    some = ", ".join(sorted(names)[:5])
+    raise CheckpointError(
+        f"{directory}: no layout is known that has tensors such as {some}; an embedding named "
+        f"{known} or, by us, embedding is looked for"
+    )
+
+
+def _layout(name: str, config) -> Layout:
+    if name == "own":
+        return own_layout(config)
+    if name not in LAYOUTS:
+        raise ConfigError(f"layout={name!r} is not one of own, {', '.join(LAYOUTS)}")
+    return LAYOUTS[name]

@@ -1,0 +1,186 @@
+"""flash-linear-attention: Hugging Face directories such as fla-hub/retnet-1.3B-100B."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from retnet_jax.config import ConfigError, ModelConfig
+from retnet_jax.interop.layout import Layout, Rule, check_exact, refuse_features
+from retnet_jax.interop.sources import Description
+from retnet_jax.interop.tensor_files import TensorFiles, TensorInfo
+from retnet_jax.presets import FLA
+
+_LAYER = "model.layers.{layer}."
+RULES = (
+    Rule("embedding", "model.embeddings.weight"),
+    Rule("layers/mixer_norm/scale", _LAYER + "attn_norm.weight"),
+    Rule("layers/mixer/q/kernel", _LAYER + "attn.q_proj.weight", transposed=True),
+    Rule("layers/mixer/k/kernel", _LAYER + "attn.k_proj.weight", transposed=True),
+    Rule("layers/mixer/v/kernel", _LAYER + "attn.v_proj.weight", transposed=True),
+    Rule("layers/mixer/gate/kernel", _LAYER + "attn.g_proj.weight", transposed=True),
+    Rule("layers/mixer/head_norm/scale", _LAYER + "attn.g_norm_swish_gate.weight"),
+    Rule("layers/mixer/out/kernel", _LAYER + "attn.o_proj.weight", transposed=True),
+    Rule("layers/ffn_norm/scale", _LAYER + "mlp_norm.weight"),
+    Rule("layers/ffn/up/kernel", _LAYER + "mlp.gate_proj.weight", transposed=True),
+    Rule("layers/ffn/linear/kernel", _LAYER + "mlp.up_proj.weight", transposed=True),
+    Rule("layers/ffn/down/kernel", _LAYER + "mlp.down_proj.weight", transposed=True),
+    Rule("final_norm/scale", "model.norm.weight"),
+    Rule("head", "lm_head.weight"),
+)
+UNFUSED_RULES = tuple(
+    replace(rule, foreign=rule.foreign.replace("g_norm_swish_gate", "g_norm")) for rule in RULES
+)
+
+
+def read_config(values: dict[str, Any], infos: Mapping[str, TensorInfo]) -> Description:
+    """The description in a `config.json`; what is left out has fla's defaults."""
+    heads = values.get("num_heads", 8)
+    refuse_features(
+        "fla",
+        values,
+        {
+            "attn": ("hybrid attention", None),
+            "use_short_conv": ("short convolutions of q, k and v", False),
+            "feature_map": ("a feature map of q and k", None),
+            "num_kv_heads": ("key heads shared by query heads", None, heads),
+            "use_output_gate": ("no output gate", True),
+            "hidden_act": ("another activation", "swish", "silu"),
+            "attnres_block_size": ("attention residuals", None),
+        },
+    )
+    width = values.get("hidden_size", 2048)
+    model = ModelConfig(
+        **FLA,
+        vocab_size=values.get("vocab_size", 32_000),
+        d_model=width,
+        n_layers=values.get("num_hidden_layers", 24),
+        n_heads=heads,
+        key_dim=_expanded(width, values.get("expand_k", 1.0), "expand_k"),
+        value_dim=_expanded(width, values.get("expand_v", 2.0), "expand_v"),
+        ffn_dim=values.get("intermediate_size") or _default_ffn(width, values),
+        norm_epsilon=values.get("norm_eps", 1e-6),
+        head_norm_scale=bool(values.get("elementwise_affine", True)),
+        tie_embeddings=values.get("tie_word_embeddings", False),
+    )
+    return Description(
+        model,
+        context_length=values.get("max_position_embeddings", 2048),
+        bos_id=values.get("bos_token_id", 1),
+        eos_id=values.get("eos_token_id", 2),
+    )
+
+
+def write_config(description: Description, *, fused: bool) -> dict[str, Any]:
+    """The `config.json` of a model.
+
+    Raises:
+      ConfigError: if the model computes what fla cannot.
+    """
+    model = description.model
+    check_exact("fla", model, FLA, _REASONS)
+    return {
+        "architectures": ["RetNetForCausalLM"],
+        "attn": None,
+        "attn_mode": "chunk",
+        "bos_token_id": description.bos_id,
+        "conv_size": 4,
+        "elementwise_affine": model.head_norm_scale,
+        "eos_token_id": description.eos_id,
+        "expand_k": model.q_width / model.d_model,
+        "expand_v": model.v_width / model.d_model,
+        "feature_map": None,
+        "fuse_cross_entropy": True,
+        "fuse_norm": fused,
+        "fuse_swiglu": True,
+        "hidden_act": "swish",
+        "hidden_ratio": 2,
+        "hidden_size": model.d_model,
+        "initializer_range": 0.02,
+        "intermediate_size": model.ffn_width,
+        "max_position_embeddings": description.context_length,
+        "model_type": "retnet",
+        "norm_eps": model.norm_epsilon,
+        "num_heads": model.n_heads,
+        "num_hidden_layers": model.n_layers,
+        "num_kv_heads": None,
+        "tie_word_embeddings": model.tie_embeddings,
+        "use_cache": True,
+        "use_output_gate": True,
+        "use_short_conv": False,
+        "vocab_size": model.vocab_size,
+    }
+
+
+def split_fused_gates(files: TensorFiles) -> TensorFiles:
+    """Checkpoints written before 2025-02 hold gate_proj and up_proj in one tensor [2I, d]."""
+    fused = {
+        name: name.replace("gate_proj", "up_proj")
+        for name in files.infos
+        if name.endswith("mlp.gate_proj.weight")
+    }
+    return files if any(up in files.infos for up in fused.values()) else _Split(files, fused)
+
+
+class _Split:
+    """Files in which the second half of some tensors' rows has a name of its own."""
+
+    def __init__(self, files: TensorFiles, fused: dict[str, str]):
+        self._files = files
+        self._part_of: dict[str, tuple[str, slice]] = {}
+        self.infos = dict(files.infos)
+        for first, second in fused.items():
+            info = files.infos[first]
+            half = info.shape[0] // 2
+            for name, rows in ((first, slice(0, half)), (second, slice(half, 2 * half))):
+                self._part_of[name] = first, rows
+                self.infos[name] = TensorInfo((half, *info.shape[1:]), info.dtype)
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        if name not in self._part_of:
+            return self._files.read(name, rows)
+        whole, part = self._part_of[name]
+        array = self._files.read(whole, part)
+        return array if rows is None else array[rows]
+
+
+def _expanded(width: int, factor: float, name: str) -> int:
+    expanded = width * factor
+    if abs(expanded - round(expanded)) > 1e-6 * width:
+        raise ConfigError(
+            f"config.json: hidden_size={width} times {name}={factor} is {expanded}, no whole number"
+        )
+    return round(expanded)
+
+
+def _default_ffn(width: int, values: Mapping[str, Any]) -> int:
+    """fla's: two thirds of hidden_ratio * hidden_size, up to the next multiple of 256."""
+    inner = int(width * (values.get("hidden_ratio") or 4) * 2 / 3)
+    return 256 * -(-inner // 256)
+
+
+_REASONS = {
+    "rotation": "the angles differ, and no permutation of q and k maps one set to the other",
+    "row_normalizer": "it divides by a root that depends on the position, which no weight can undo",
+    "decay": "the decays are no parameters in fla",
+    "embedding_scale": "fla ties no scale to the embedding",
+}
+
+
+LAYOUT = Layout(
+    name="fla",
+    rules=RULES,
+    read_config=read_config,
+    write_config=partial(write_config, fused=True),
+    split=split_fused_gates,
+)
+load, save = LAYOUT.load, LAYOUT.save
+# As fla names the head norm with fuse_norm=False.
+UNFUSED = replace(
+    LAYOUT,
+    name="fla_unfused",
+    rules=UNFUSED_RULES,
+    write_config=partial(write_config, fused=False),
+)

@@ -1,0 +1,70 @@
+"""Our own checkpoints: a training run's, and safetensors files with our own names.
+
+The latter is what a conversion writes, and a small thing to publish: config.json with the section
+"model" of a run's config, model.safetensors, and the tokenizer's files.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retnet_jax.config import Config, ModelConfig, config_from_json, read_config
+from retnet_jax.interop.layout import Layout, Rule
+from retnet_jax.interop.sources import Description, abstract_model, parameter_shapes
+from retnet_jax.interop.tensor_files import TensorInfo
+
+
+def own_layout(config: ModelConfig) -> Layout:
+    """The layout whose names are ours, for one model: its table is the identity."""
+    return Layout(
+        name="own",
+        rules=tuple(Rule(name, name) for name in parameter_shapes(config)),
+        read_config=lambda values, _: describe(config_of(values)),
+        write_config=write_config,
+    )
+
+
+def config_of(values: dict[str, Any]) -> Config:
+    """The checked config that a `config.json` of ours holds."""
+    config = config_from_json(json.dumps(values), origin="config.json")
+    config.check()
+    return config
+
+
+def describe(config: Config) -> Description:
+    """The description of a model of ours."""
+    return Description(config.model, context_length=config.data.sequence_length)
+
+
+def write_config(description: Description) -> dict[str, Any]:
+    """A `config.json` with the model, and the length it was trained on."""
+    return {
+        "model": dataclasses.asdict(description.model),
+        "data": {"sequence_length": description.context_length},
+    }
+
+
+class RunSource:
+    """The parameters of a training run's newest checkpoint, read one by one."""
+
+    def __init__(self, workdir: Path):
+        from retnet_jax.checkpoint import ParameterReader
+
+        self.description = describe(read_config(workdir / "config.json"))
+        model = abstract_model(self.description.model)
+        self._reader = ParameterReader(workdir / "checkpoints", model)
+        self._read: tuple[str, np.ndarray] | None = None
+
+    def info(self, own: str, layer: int | None) -> TensorInfo:
+        shape = parameter_shapes(self.description.model)[own]
+        return TensorInfo(shape if layer is None else shape[1:], np.dtype(np.float32))
+
+    def read(self, own: str, layer: int | None) -> np.ndarray:
+        if self._read is None or self._read[0] != own:
+            self._read = None  # before the next one is in memory
+            self._read = own, self._reader.read(own)
+        array = self._read[1]
+        return array if layer is None else array[layer]

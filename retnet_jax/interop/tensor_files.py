@@ -1,0 +1,288 @@
+"""Named tensors in files: safetensors, single and sharded, and PyTorch's own.
+
+Files are read tensor by tensor, or a row of one, and written as tensors come, so that a conversion
+never holds a model in memory.
+"""
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import ml_dtypes
+import numpy as np
+
+from retnet_jax.errors import CheckpointError
+
+# As safetensors writes them; what else there is holds no parameters.
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape and dtype of a tensor in a file."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+class TensorFiles(Protocol):
+    """Open files: what is in them, and access to it."""
+
+    infos: dict[str, TensorInfo]
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """A tensor, or some of its rows."""
+        ...
+
+
+def open_tensor_files(directory: Path) -> TensorFiles:
+    """The tensors in a directory: safetensors if there are any, else one PyTorch file.
+
+    Raises:
+      CheckpointError: if there are none, or it is not clear which are meant, or they are damaged;
+        naming the file.
+    """
+    if (directory / INDEX).is_file():
+        return SafetensorsFiles(_indexed_files(directory))
+    for name in (SINGLE, "weights.safetensors"):
+        if (directory / name).is_file():
+            return SafetensorsFiles([directory / name])
+    torch_files = sorted(p for end in ("*.pt", "*.pth", "*.bin") for p in directory.glob(end))
+    if len(torch_files) == 1:
+        return TorchFile(torch_files[0])
+    if torch_files:
+        names = ", ".join(path.name for path in torch_files)
+        raise CheckpointError(
+            f"{directory} has several PyTorch files ({names}); leave the one that is meant alone "
+            "in a directory with its config.json"
+        )
+    raise CheckpointError(
+        f"{directory} has no weights: {SINGLE}, {INDEX}, weights.safetensors, or one PyTorch file "
+        "(*.pt, *.pth, *.bin) is looked for"
+    )
+
+
+class SafetensorsFiles:
+    """Tensors of one or more safetensors files.
+
+    A file is mapped to memory only while something is read from it: mapped pages count as memory.
+    """
+
+    def __init__(self, paths: Sequence[Path]):
+        self.infos: dict[str, TensorInfo] = {}
+        self._path_of: dict[str, Path] = {}
+        for path in paths:
+            with _opened(path) as file:
+                for name in file.keys():  # noqa: SIM118
+                    tensor = file.get_slice(name)
+                    dtype = tensor.get_dtype()
+                    if dtype not in DTYPES:
+                        raise CheckpointError(
+                            f"{path}: {name} is {dtype}; {', '.join(DTYPES)} can be read"
+                        )
+                    self.infos[name] = TensorInfo(tuple(tensor.get_shape()), DTYPES[dtype])
+                    self._path_of[name] = path
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        with _opened(self._path_of[name]) as file:
+            return file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
+
+
+class TorchFile:
+    """Tensors of a file that `torch.save` wrote, by itself or as fairseq nests them.
+
+    fairseq's are under ["model"], with "decoder." in front of their names. Only tensors and plain
+    values are unpickled (`weights_only=True`).
+    """
+
+    def __init__(self, path: Path):
+        torch = _torch(f"reading {path}")
+        import argparse
+
+        try:
+            # fairseq's options are an argparse.Namespace, which holds data alone.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # torch raises whatever its parts do
+            first = str(error).strip().split("\n")[0]
+            raise CheckpointError(
+                f"{path} cannot be loaded as tensors alone ({type(error).__name__}: {first}); if "
+                "it holds other objects, save its state dictionary of tensors by itself"
+            ) from error
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{path} holds a {type(content).__name__}, no dictionary")
+        self.options = _fairseq_options(content)
+        nested = content.get("model")
+        tensors = nested if isinstance(nested, dict) else content
+        self._tensors = {
+            name.removeprefix("decoder."): tensor
+            for name, tensor in tensors.items()
+            if isinstance(tensor, torch.Tensor)
+        }
+        dtypes = {
+            torch.float64: DTYPES["F64"],
+            torch.float32: DTYPES["F32"],
+            torch.float16: DTYPES["F16"],
+            torch.bfloat16: DTYPES["BF16"],
+        }
+        self.infos = {}
+        for name, tensor in self._tensors.items():
+            if tensor.dtype not in dtypes:
+                raise CheckpointError(f"{path}: {name} is {tensor.dtype}, no floating-point dtype")
+            self.infos[name] = TensorInfo(tuple(tensor.shape), dtypes[tensor.dtype])
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        import torch
+
+        tensor = self._tensors[name].detach()
+        tensor = (tensor if rows is None else tensor[rows]).contiguous()
+        if tensor.dtype == torch.bfloat16:  # numpy knows it by ml_dtypes, torch by nothing
+            return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return tensor.numpy()
+
+
+@dataclass(frozen=True)
+class TensorToWrite:
+    """A tensor that is made when its turn comes, in pieces along its first axis."""
+
+    name: str
+    info: TensorInfo
+    pieces: Iterable[np.ndarray]
+
+    @property
+    def bytes(self) -> int:
+        """Its size in a file."""
+        return int(np.prod(self.info.shape, dtype=np.int64)) * self.info.dtype.itemsize
+
+
+def write_safetensors(
+    directory: Path, tensors: Sequence[TensorToWrite], max_file_bytes: int
+) -> None:
+    """Writes one file, or several and their index if they are more than `max_file_bytes`.
+
+    The `safetensors` package writes only what is in memory as a whole, so the format is written
+    here: the length of a JSON header, the header, and the tensors' bytes end to end.
+
+    Raises:
+      CheckpointError: if the disk has no room.
+    """
+    needed, free = sum(tensor.bytes for tensor in tensors), shutil.disk_usage(directory).free
+    if free < needed:
+        raise CheckpointError(
+            f"{directory}: {needed:,} bytes are needed, {free:,} are free on the disk"
+        )
+    # Wide dtypes first, so that each tensor is aligned.
+    tensors = sorted(tensors, key=lambda tensor: -tensor.info.dtype.itemsize)
+    groups = list(_grouped(tensors, max_file_bytes))
+    if len(groups) == 1:
+        _write_file(directory / SINGLE, tensors)
+        return
+    weight_map = {}
+    for number, group in enumerate(groups, start=1):
+        name = f"model-{number:05}-of-{len(groups):05}.safetensors"
+        _write_file(directory / name, group)
+        weight_map |= {tensor.name: name for tensor in group}
+    index = {"metadata": {"total_size": needed}, "weight_map": dict(sorted(weight_map.items()))}
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_torch(path: Path, tensors: Sequence[TensorToWrite]) -> None:
+    """Writes what fairseq's loader reads: {"model": {"decoder.NAME": tensor}}. All at once."""
+    torch = _torch(f"writing {path}")
+
+    def tensor_of(tensor: TensorToWrite):
+        whole = np.concatenate([piece.reshape(-1) for piece in tensor.pieces])
+        if whole.dtype == ml_dtypes.bfloat16:
+            flat = torch.from_numpy(whole.view(np.int16)).view(torch.bfloat16)
+        else:
+            flat = torch.from_numpy(whole)
+        return flat.reshape(tensor.info.shape)
+
+    torch.save({"model": {f"decoder.{t.name}": tensor_of(t) for t in tensors}}, path)
+
+
+def _fairseq_options(content: dict) -> dict | None:
+    """Fairseq keeps a model's options under ["cfg"]["model"], and long ago under ["args"]."""
+    cfg = content.get("cfg")
+    options = cfg.get("model") if isinstance(cfg, dict) else content.get("args")
+    if hasattr(options, "__dict__"):
+        options = vars(options)
+    return options if isinstance(options, dict) else None
+
+
+def _opened(path: Path):
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is missing, truncated or damaged ({error}); fetch it again"
+        ) from error
+
+
+def _indexed_files(directory: Path) -> list[Path]:
+    try:
+        weight_map = json.loads((directory / INDEX).read_text())["weight_map"]
+        return [directory / name for name in sorted(set(weight_map.values()))]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{directory / INDEX} is no index of tensors ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _grouped(
+    tensors: Sequence[TensorToWrite], max_file_bytes: int
+) -> Iterator[list[TensorToWrite]]:
+    group: list[TensorToWrite] = []
+    for tensor in tensors:
+        if group and sum(t.bytes for t in group) + tensor.bytes > max_file_bytes:
+            yield group
+            group = []
+        group.append(tensor)
+    yield group
+
+
+def _write_file(path: Path, tensors: Sequence[TensorToWrite]) -> None:
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    # PyTorch's readers, transformers among them, ask for this entry.
+    header: dict = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        begin, end = end, end + tensor.bytes
+        header[tensor.name] = {
+            "dtype": names[tensor.info.dtype],
+            "shape": list(tensor.info.shape),
+            "data_offsets": [begin, end],
+        }
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)  # data begins at a multiple of 8
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for tensor in tensors:
+            for piece in tensor.pieces:
+                file.write(np.ascontiguousarray(piece, tensor.info.dtype).view(np.uint8).data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _torch(purpose: str):
+    try:
+        import torch
+    except ImportError as error:
+        raise CheckpointError(
+            f"{purpose} needs PyTorch (pip install torch); safetensors files do not"
+        ) from error
+    return torch

@@ -1,0 +1,213 @@
+"""microsoft/torchscale, since October 2023 and before.
+
+The two differ in norms and biases, so one table serves them: rules for parameters that a model does
+not have are passed over.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from retnet_jax.config import ConfigError, ModelConfig
+from retnet_jax.interop.layout import Layout, Rule, check_exact, refuse_features
+from retnet_jax.interop.sources import Description
+from retnet_jax.interop.tensor_files import TensorInfo
+from retnet_jax.presets import TORCHSCALE, TORCHSCALE_2023
+
+_ACTIVATIONS = ("relu", "gelu", "swish")
+GATED = {"relu": "reglu", "gelu": "geglu", "swish": "swiglu"}
+
+
+def rules(prefix: str, head: str) -> tuple[Rule, ...]:
+    """The table, with a prefix in front of all names but the output head's."""
+
+    def norm(own: str, foreign: str) -> list[Rule]:
+        return [Rule(f"{own}/scale", f"{foreign}.weight"), Rule(f"{own}/bias", f"{foreign}.bias")]
+
+    def linear(own: str, foreign: str) -> list[Rule]:
+        return [
+            Rule(f"{own}/kernel", f"{foreign}.weight", transposed=True),
+            Rule(f"{own}/bias", f"{foreign}.bias"),
+        ]
+
+    layer = prefix + "layers.{layer}."
+    return (
+        Rule("embedding", prefix + "embed_tokens.weight"),
+        *norm("embedding_norm", prefix + "layernorm_embedding"),
+        *norm("layers/mixer_norm", layer + "retention_layer_norm"),
+        *linear("layers/mixer/q", layer + "retention.q_proj"),
+        *linear("layers/mixer/k", layer + "retention.k_proj"),
+        *linear("layers/mixer/v", layer + "retention.v_proj"),
+        *linear("layers/mixer/gate", layer + "retention.g_proj"),
+        *linear("layers/mixer/out", layer + "retention.out_proj"),
+        *norm("layers/ffn_norm", layer + "final_layer_norm"),
+        *linear("layers/ffn/up", layer + "ffn.fc1"),
+        *linear("layers/ffn/linear", layer + "ffn.gate"),
+        *norm("layers/ffn/norm", layer + "ffn.ffn_layernorm"),
+        *linear("layers/ffn/down", layer + "ffn.fc2"),
+        *norm("final_norm", prefix + "layer_norm"),
+        Rule("head", head),
+    )
+
+
+def read_config(values: dict[str, Any], infos: Mapping[str, TensorInfo]) -> Description:
+    """The description in torchscale's options; what is left out has torchscale's defaults.
+
+    Whether it is the shape before October 2023 is told by the names: that one has biases.
+    """
+    refuse_features(
+        "torchscale",
+        values,
+        {
+            "moe_freq": ("mixture of experts", 0),
+            "multiway": ("multiway (two sets of parameters)", False),
+            "no_output_layer": ("no output layer", False),
+        },
+    )
+    if any(name.endswith("retention.q_proj.bias") for name in infos):
+        width = values.get("decoder_embed_dim", 768)
+        model = ModelConfig(
+            **TORCHSCALE_2023,
+            **shape(values, tied="share_decoder_input_output_embed"),
+            value_dim=2 * width,
+            ffn=activation(values, "torchscale"),
+            ffn_norm="layer" if sublayer_norm(values) else None,
+            norm_epsilon=values.get("layernorm_eps", 1e-5),
+        )
+    else:
+        model = ModelConfig(
+            **TORCHSCALE,
+            **shape(values, tied="share_decoder_input_output_embed"),
+            value_dim=values.get("decoder_value_embed_dim", 1280),
+            ffn=GATED[activation(values, "torchscale")],
+            norm_epsilon=values.get("layernorm_eps", 1e-6),
+        )
+    return Description(model, context_length=values.get("max_target_positions") or 2048)
+
+
+def write_config(description: Description) -> dict[str, Any]:
+    """Torchscale's options, as keywords of its RetNetConfig.
+
+    Raises:
+      ConfigError: if the model computes what torchscale cannot.
+    """
+    model = description.model
+    before = model.norm == "layer"
+    expected = TORCHSCALE_2023 if before else TORCHSCALE
+    expected = expected | {"ffn": _ffn(model, gated=not before), "key_dim": equal_key_dim(model)}
+    if before:
+        expected["value_dim"] = None if model.v_width == 2 * model.d_model else 2 * model.d_model
+        if model.ffn_norm is not None:
+            expected |= {"ffn_norm": "layer", "deepnorm": False}
+    check_exact("torchscale", model, expected, REASONS)
+    own = {} if before else {"decoder_value_embed_dim": model.v_width}
+    return own | {
+        **options(model),
+        "subln": model.ffn_norm is not None or not (before or model.deepnorm),
+        "max_target_positions": description.context_length,
+        "share_decoder_input_output_embed": model.tie_embeddings,
+    }
+
+
+def buffers(config: ModelConfig, *, prefix: str) -> dict[str, np.ndarray]:
+    """What torchscale saves with the parameters: the angle of each column of q, log gammas."""
+    angle = 10_000.0 ** -np.linspace(0, 1, config.q_width // config.n_heads // 2)
+    complement = 2.0 ** (-5 - np.arange(config.n_heads))
+    if config.decay == "log_spaced":
+        complement = np.geomspace(*config.decay_range, config.n_heads)
+    return {
+        f"{prefix}retnet_rel_pos.angle": np.repeat(angle, 2).astype(np.float32),
+        f"{prefix}retnet_rel_pos.decay": np.log1p(-complement).astype(np.float32),
+    }
+
+
+def shape(values: Mapping[str, Any], tied: str) -> dict[str, Any]:
+    """What the three configs say in the same words."""
+    return {
+        "vocab_size": values.get("vocab_size", 50_257),
+        "d_model": values.get("decoder_embed_dim", 768),
+        "n_layers": values.get("decoder_layers", 12),
+        "n_heads": values.get("decoder_retention_heads", 3),
+        "ffn_dim": values.get("decoder_ffn_embed_dim", 1280),
+        "tie_embeddings": values.get(tied, False),
+        "embedding_scale": not values.get("no_scale_embedding", True),
+        "embedding_norm": values.get("layernorm_embedding", False),
+        "post_norm": not normalizes_before(values),
+        "deepnorm": values.get("deepnorm", False),
+    }
+
+
+def options(model: ModelConfig) -> dict[str, Any]:
+    """The inverse of `_shape`, and what training needs."""
+    plain_of = {gated: plain for plain, gated in GATED.items()}
+    return {
+        "activation_dropout": 0.0,
+        "activation_fn": plain_of.get(model.ffn, model.ffn),
+        "decoder_embed_dim": model.d_model,
+        "decoder_ffn_embed_dim": model.ffn_width,
+        "decoder_layers": model.n_layers,
+        "decoder_normalize_before": not model.post_norm,
+        "decoder_retention_heads": model.n_heads,
+        "deepnorm": model.deepnorm,
+        "drop_path_rate": 0.0,
+        "dropout": 0.0,
+        "layernorm_embedding": model.embedding_norm,
+        "layernorm_eps": model.norm_epsilon,
+        "no_scale_embedding": not model.embedding_scale,
+        "recurrent_chunk_size": 512,
+        "vocab_size": model.vocab_size,
+    }
+
+
+def activation(values: Mapping[str, Any], layout: str) -> str:
+    """The feed-forward layer's activation, checked."""
+    name = values.get("activation_fn", "gelu")
+    if name not in _ACTIVATIONS:
+        raise ConfigError(
+            f"config.json: activation_fn={name!r} of a {layout} model is not one of "
+            f"{', '.join(map(repr, _ACTIVATIONS))}"
+        )
+    return name
+
+
+def sublayer_norm(values: Mapping[str, Any]) -> bool:
+    """Whether sub-LayerNorm is on, which deepnorm turns off."""
+    return values.get("subln", True) and not values.get("deepnorm", False)
+
+
+def normalizes_before(values: Mapping[str, Any]) -> bool:
+    """Whether a norm comes before its layer."""
+    return values.get("decoder_normalize_before", True)
+
+
+def _ffn(model: ModelConfig, *, gated: bool) -> str:
+    """The model's own feed-forward layer if the layout has it, else the nearest that it has."""
+    if model.ffn_gated == gated:
+        return model.ffn
+    return "swiglu" if gated else "gelu"
+
+
+def equal_key_dim(model: ModelConfig) -> int | None:
+    """The model's own field if q and k are as wide as the model, else what it would have to be."""
+    return model.key_dim if model.q_width == model.d_model else model.d_model
+
+
+REASONS = {
+    "rotation": "the angles differ, and no permutation of q and k maps one set to the other",
+    "row_normalizer": "it divides by a root that depends on the position, which no weight can undo",
+    "decay": "the decays are no parameters there",
+    "head_norm_scale": "fold it into the output projection first (--fold_head_norm)",
+}
+
+
+LAYOUT = Layout(
+    name="torchscale",
+    rules=rules(prefix="", head="output_projection.weight"),
+    read_config=read_config,
+    write_config=write_config,
+    buffers=partial(buffers, prefix=""),
+    writes_tied_head=True,
+)
+load, save = LAYOUT.load, LAYOUT.save

@@ -1,0 +1,74 @@
+"""Model shapes that compute exactly what other implementations do.
+
+    config = presets.fla(vocab_size=32_000, d_model=2048, n_layers=24, n_heads=8)
+
+Each takes any field of `ModelConfig`. Such a model can be saved for that implementation, and what
+was trained there loads into it (see `interop`).
+"""
+
+from typing import Any
+
+from retnet_jax.config import ModelConfig
+
+
+def paper(**options: Any) -> ModelConfig:
+    """As torchscale until September 2023, with which the authors published their RetNet.
+
+    LayerNorm, biases, gelu with a LayerNorm before W2, values of 2 d_model. The experiments of
+    arXiv 2307.08621 have the gammas of decay="log_spaced" instead.
+    """
+    return ModelConfig(**(TORCHSCALE_2023 | {"norm_epsilon": 1e-5, "ffn_norm": "layer"} | options))
+
+
+def torchscale(**options: Any) -> ModelConfig:
+    """As torchscale since October 2023: RMSNorm, a gated feed-forward layer, no biases."""
+    return ModelConfig(**(TORCHSCALE | {"ffn": "geglu"} | options))
+
+
+def fla(**options: Any) -> ModelConfig:
+    """As flash-linear-attention: rotary positions, no row normaliser, a scale in the head norm."""
+    return ModelConfig(**(FLA | {"head_norm_scale": True} | options))
+
+
+def syncdoth(**options: Any) -> ModelConfig:
+    """As syncdoth/RetNet: torchscale since October 2023 in Hugging Face's format."""
+    return ModelConfig(**(SYNCDOTH | {"ffn": "geglu"} | options))
+
+
+# What is the same in every checkpoint of an implementation.
+TORCHSCALE_2023 = {
+    "norm": "layer",
+    "rotation": "torchscale",
+    "row_normalizer": True,
+    "decay": "powers_of_two",
+    "mixer_bias": True,
+    "ffn_bias": True,
+    "head_norm_scale": False,
+}
+TORCHSCALE = TORCHSCALE_2023 | {
+    "norm": "rms",
+    "mixer_bias": False,
+    "ffn_bias": False,
+    "ffn_norm": None,
+}
+SYNCDOTH = {
+    "norm": "rms",
+    "rotation": "torchscale",
+    "row_normalizer": True,
+    "mixer_bias": False,
+    "head_norm_scale": False,
+}
+FLA = {
+    "ffn": "swiglu",
+    "norm": "rms",
+    "rotation": "rope",
+    "row_normalizer": False,
+    "decay": "powers_of_two",
+    "mixer_bias": False,
+    "ffn_bias": False,
+    "ffn_norm": None,
+    "embedding_scale": False,
+    "embedding_norm": False,
+    "post_norm": False,
+    "deepnorm": False,
+}
