@@ -1,0 +1,113 @@
+"""RetNets of other implementations in numpy: their equations, token by token, on their names.
+
+None of our code is used, so that shapes can be held against it that no recorded fixture has.
+"""
+
+import math
+
+import numpy as np
+
+erf = np.vectorize(math.erf)
+ACTIVATIONS = {
+    "relu": lambda x: np.maximum(x, 0),
+    "gelu": lambda x: 0.5 * x * (1 + erf(x / math.sqrt(2))),
+    "swish": lambda x: x / (1 + np.exp(-x)),
+}
+
+
+def torchscale(weights, config, tokens):
+    """Logits [b t w] of torchscale since October 2023, by its recurrent form."""
+    heads, epsilon = config["decoder_retention_heads"], config["layernorm_eps"]
+    width = config["decoder_embed_dim"]
+
+    def linear(name, x):
+        return x @ weights[name + ".weight"].T
+
+    def rms(x, name=None):
+        y = x / np.sqrt(np.mean(x**2, -1, keepdims=True) + epsilon)
+        return y if name is None else y * weights[name + ".weight"]
+
+    def turn(x, n):
+        angle = np.repeat(10_000.0 ** -np.linspace(0, 1, x.shape[-1] // 2), 2) * n
+        every_two = np.stack([-x[..., 1::2], x[..., 0::2]], -1).reshape(x.shape)
+        return x * np.cos(angle) + every_two * np.sin(angle)
+
+    def retention(x, layer):
+        q, k, v, gate = (
+            linear(f"layers.{layer}.retention.{name}_proj", x) for name in ("q", "k", "v", "g")
+        )
+        b, t, _ = x.shape
+        q, k, v = (y.reshape(b, t, heads, -1) for y in (q, k, v))
+        k = k * k.shape[-1] ** -0.5
+        state = np.zeros((b, heads, v.shape[-1], k.shape[-1]))
+        gamma, total, outputs = 1 - 2.0 ** (-5 - np.arange(heads)), np.zeros(heads), []
+        for n in range(t):
+            total = total * gamma + 1
+            state = state * gamma[:, None, None] + v[:, n, :, :, None] * turn(k[:, n, :, None], n)
+            y = (state @ turn(q[:, n], n)[..., None])[..., 0] / np.sqrt(total)[:, None]
+            outputs.append(rms(y).reshape(b, -1))
+        return linear(
+            f"layers.{layer}.retention.out_proj", ACTIVATIONS["swish"](gate) * np.stack(outputs, 1)
+        )
+
+    def ffn(x, layer):
+        name = f"layers.{layer}.ffn."
+        inner = ACTIVATIONS[config["activation_fn"]](linear(name + "fc1", x))
+        return linear(name + "fc2", inner * linear(name + "gate", x))
+
+    x = weights["embed_tokens.weight"][tokens]
+    x = x if config["no_scale_embedding"] else x * math.sqrt(width)
+    x = rms(x, "layernorm_embedding") if config["layernorm_embedding"] else x
+    alpha = (2 * config["decoder_layers"]) ** 0.25 if config["deepnorm"] else 1.0
+    for layer in range(config["decoder_layers"]):
+        for part, norm in ((retention, "retention_layer_norm"), (ffn, "final_layer_norm")):
+            norm = f"layers.{layer}.{norm}"
+            if config["decoder_normalize_before"]:
+                x = alpha * x + part(rms(x, norm), layer)
+            else:
+                x = rms(alpha * x + part(x, layer), norm)
+    x = rms(x, "layer_norm") if config["decoder_normalize_before"] else x
+    return linear("output_projection", x)
+
+
+def fla(weights, config, tokens):
+    """Logits [b t w] of flash-linear-attention, token by token."""
+    heads, epsilon = config["num_heads"], config["norm_eps"]
+
+    def linear(name, x):
+        return x @ weights[name + ".weight"].T
+
+    def rms(x, name):
+        scale = weights.get(name + ".weight", 1.0)
+        return x / np.sqrt(np.mean(x**2, -1, keepdims=True) + epsilon) * scale
+
+    def turn(x, n):
+        half = x.shape[-1] // 2
+        angle = n * 10_000.0 ** (-2 * np.arange(half) / x.shape[-1])
+        a, b = x[..., :half], x[..., half:]
+        cos, sin = np.cos(angle), np.sin(angle)
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+    def retention(x, name):
+        q, k, v, gate = (linear(f"{name}.{letter}_proj", x) for letter in "qkvg")
+        b, t, _ = x.shape
+        q, k, v, gate = (y.reshape(b, t, heads, -1) for y in (q, k, v, gate))
+        state = np.zeros((b, heads, k.shape[-1], v.shape[-1]))
+        gamma, outputs = 1 - 2.0 ** (-5 - np.arange(heads)), []
+        for n in range(t):
+            update = turn(k[:, n], n)[..., None] * v[:, n, :, None]
+            state = state * gamma[:, None, None] + update
+            query = turn(q[:, n], n) * k.shape[-1] ** -0.5
+            y = rms((query[..., None, :] @ state)[..., 0, :], f"{name}.g_norm_swish_gate")
+            outputs.append((y * ACTIVATIONS["swish"](gate[:, n])).reshape(b, -1))
+        return linear(f"{name}.o_proj", np.stack(outputs, 1))
+
+    x = weights["model.embeddings.weight"][tokens]
+    for layer in range(config["num_hidden_layers"]):
+        name = f"model.layers.{layer}"
+        x = x + retention(rms(x, f"{name}.attn_norm"), f"{name}.attn")
+        y = rms(x, f"{name}.mlp_norm")
+        inner = ACTIVATIONS["swish"](linear(f"{name}.mlp.gate_proj", y))
+        x = x + linear(f"{name}.mlp.down_proj", inner * linear(f"{name}.mlp.up_proj", y))
+    head = "model.embeddings" if config["tie_word_embeddings"] else "lm_head"
+    return linear(head, rms(x, "model.norm"))
