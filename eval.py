@@ -1,7 +1,7 @@
 """Evaluates a language model: its perplexity and bits per byte on text it was not trained on.
 
     python eval.py --workdir=runs/quickstart                     the run's held-out documents
-    python eval.py --checkpoint=DIR --data='corpus/**/*.txt'     other text
+    python eval.py --checkpoint=DIR --data='corpus/**/*.txt'     any checkpoint, other text
     python eval.py ... --protocol=stateful --compressors --output=result.json
 
 A table goes to stdout; --output has the same and all that it takes to repeat it.
@@ -33,8 +33,8 @@ from retnet_jax.evaluation import (
     perplexity_report,
 )
 from retnet_jax.model import LanguageModel
-from retnet_jax.pretrained import first_device, newest_checkpoint
-from retnet_jax.workdir import read_workdir
+from retnet_jax.pretrained import load_checkpoint, read_pretrained
+from retnet_jax.sharding import first_device
 
 PROTOCOLS = ("window", "stateful")
 
@@ -47,6 +47,7 @@ def main() -> None:
         data=given.data,
         protocols=PROTOCOLS if given.protocol == "both" else (given.protocol,),
         window_length=given.window_length,
+        changes=command_line.given_dtype(),
         batch_size=given.batch_size,
         compressors=given.compressors,
         output=None if given.output is None else Path(given.output),
@@ -76,6 +77,7 @@ def define_flags() -> None:
         "what a token is predicted from: what its window has before it, or its whole document",
     )
     flags.DEFINE_integer("window_length", None, "tokens; if not given as in training", 1)
+    command_line.define_dtype()
     flags.DEFINE_integer(
         "batch_size", 4, "windows or documents at once; accelerators are faster with more", 1
     )
@@ -89,30 +91,32 @@ def evaluate(
     data: str | None,
     protocols: Iterable[str],
     window_length: int | None,
+    changes: dict[str, str],
     batch_size: int,
     compressors: bool,
     output: Path | None,
 ) -> None:
-    """Evaluates the newest checkpoint in a workdir; the arguments are the flags of those names.
+    """Evaluates the model in a directory; the arguments are the flags of those names,
+    and `changes` fields of its `ModelConfig`, such as dtype.
 
     Raises:
       ConfigError, CheckpointError: before anything is computed, for input that does not fit.
     """
     if output is not None and output.exists():
         raise ConfigError(f"--output={output} exists already: name another file, or delete it")
-    config, tokenizer = read_workdir(directory)
+    config, tokenizer = read_pretrained(directory)
     text = (
         held_out_text(config, tokenizer, directory)
         if data is None
         else given_text(data, config.data.text_field, tokenizer)
     )
     mesh = first_device()
-    model, step = newest_checkpoint(directory, mesh)
+    model, step = load_checkpoint(directory, mesh, **changes)
     window_length = window_length or config.data.sequence_length
 
     title = (
-        f"{directory}, step {step}: {type(model).__name__} of "
-        f"{config.model.parameter_count():,} parameters, {config.model.dtype}\n"
+        f"{directory}{'' if step is None else f', step {step}'}: {type(model).__name__} of "
+        f"{model.config.parameter_count():,} parameters, {model.config.dtype}\n"
         f"{text.description}"
     )
     print(title, end="\n\n", flush=True)
@@ -128,7 +132,7 @@ def evaluate(
         record = {
             "checkpoint": str(directory.absolute()),
             "step": step,
-            "model": dataclasses.asdict(config.model),
+            "model": dataclasses.asdict(model.config),
             "tokenizer": tokenizer.fingerprint,
             "data": text.origin | {"sha256": hashlib.sha256(text.joined).hexdigest()},
             "window_length": window_length,

@@ -20,10 +20,10 @@ from retnet_jax import command_line, load_pretrained
 from retnet_jax.config import ConfigError
 from retnet_jax.data import Tokenizer
 from retnet_jax.generate import Sampler, stream
-from retnet_jax.workdir import read_workdir
+from retnet_jax.pretrained import read_pretrained
 
 flags.DEFINE_string("workdir", None, "directory of a training run")
-flags.DEFINE_string("checkpoint", None, "directory of a trained model, such as a --workdir")
+flags.DEFINE_string("checkpoint", None, "directory of a trained model, own or foreign")
 flags.mark_flags_as_mutual_exclusive(["workdir", "checkpoint"], required=True)
 flags.DEFINE_multi_string("prompt", None, "text to continue; may be given several times")
 flags.mark_flag_as_required("prompt")
@@ -31,6 +31,7 @@ flags.DEFINE_integer("max_tokens", 256, "most tokens to add to each prompt", low
 flags.DEFINE_float("temperature", 0.0, "0: the likeliest token; else: draw at this temperature")
 flags.DEFINE_integer("top_k", None, "draw among this many likeliest tokens")
 flags.DEFINE_float("top_p", None, "draw among the likeliest tokens that have this probability")
+command_line.define_dtype()
 flags.DEFINE_integer("seed", 0, "of the draws", lower_bound=0, upper_bound=2**32 - 1)
 
 
@@ -40,7 +41,7 @@ def main() -> int:
     try:
         sampler = Sampler(args.temperature, args.top_k, args.top_p)
         directory = Path(args.workdir or args.checkpoint)
-        continue_prompts(directory, args.prompt, args.max_tokens, sampler, args.seed)
+        continue_prompts(directory, args.prompt, args.max_tokens, sampler, args.seed, args.dtype)
     except KeyboardInterrupt:
         print()
         return 130  # as a shell reports SIGINT
@@ -48,7 +49,12 @@ def main() -> int:
 
 
 def continue_prompts(
-    directory: Path, prompts: list[str], max_tokens: int, sampler: Sampler, seed: int
+    directory: Path,
+    prompts: list[str],
+    max_tokens: int,
+    sampler: Sampler,
+    seed: int,
+    changes: dict[str, str],
 ) -> None:
     """Prints prompts with their continuations, and on stderr the speed.
 
@@ -56,10 +62,10 @@ def continue_prompts(
       ConfigError, CheckpointError: for a directory or a prompt that does not fit.
     """
     check_prompts(prompts)
-    _, tokenizer = read_workdir(directory)
+    _, tokenizer = read_pretrained(directory)
     blocks = TimedBlocks(
         stream(
-            load_pretrained(directory),
+            load_pretrained(directory, **changes),
             [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_batch(prompts)],
             max_tokens,
             sampler,

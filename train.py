@@ -2,6 +2,7 @@
 
     python train.py --config=configs/quickstart.py --workdir=runs/quickstart
     python train.py --config=FILE[:ARGUMENT] --workdir=DIR --config.train.steps=100 ...
+    python train.py ... --config.init_from=DIR          begins with a trained model, own or foreign
 
 The same command again resumes from the newest checkpoint, or says that the run is finished. Ctrl-C
 and SIGTERM save and end with status 0.
@@ -23,6 +24,7 @@ from retnet_jax.checkpoint import CheckpointError, Checkpoints
 from retnet_jax.config import Config
 from retnet_jax.data import BatchStream, Split, TokenStore, number_of_windows, open_or_build
 from retnet_jax.metrics import MetricsLog, peak_flops
+from retnet_jax.pretrained import load_checkpoint, run_options, with_initial_model
 from retnet_jax.sharding import batch_sharding, check_batch, make_mesh
 from retnet_jax.train_step import (
     StepMetrics,
@@ -30,6 +32,7 @@ from retnet_jax.train_step import (
     abstract_state,
     initial_state,
     loss_sum,
+    state_of,
     train_step,
 )
 from retnet_jax.workdir import open_workdir
@@ -50,6 +53,7 @@ def train(config: Config, workdir: Path) -> int:
     Raises:
       ConfigError, CheckpointError: before anything is changed, for input that does not fit.
     """
+    config = with_initial_model(config, workdir)
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.train.batch_size, config.train.micro_batches)
     state_shape = abstract_state(config, mesh)
@@ -62,7 +66,7 @@ def train(config: Config, workdir: Path) -> int:
         peak_flops=mesh.devices.size * peak_flops(mesh.devices.flat[0]),
     )
     with stop_signals() as stop, jax.set_mesh(mesh), contextlib.closing(checkpoints):
-        state, next_batch = start_or_restore(config, state_shape, checkpoints)
+        state, next_batch = start_or_restore(config, mesh, state_shape, checkpoints)
         start = int(state.step)
         log = MetricsLog(workdir, start, config.train.steps)
         with contextlib.closing(log):
@@ -79,11 +83,15 @@ def train(config: Config, workdir: Path) -> int:
 
 
 def start_or_restore(
-    config: Config, state_shape: TrainState, checkpoints: Checkpoints
+    config: Config, mesh: jax.sharding.Mesh, state_shape: TrainState, checkpoints: Checkpoints
 ) -> tuple[TrainState, int]:
     """The state of the newest checkpoint or a fresh one, and the number of the next batch."""
     step = checkpoints.latest_step()
     shardings = jax.tree.map(lambda x: x.sharding, state_shape)
+    if step is None and config.init_from:
+        model, _ = load_checkpoint(Path(config.init_from), mesh, **run_options(config.model))
+        begin = jax.jit(partial(state_of, config), out_shardings=shardings, donate_argnums=0)
+        return begin(model), 0
     if step is None:
         return jax.jit(partial(initial_state, config), out_shardings=shardings)(), 0
     model, optimizer, next_batch = checkpoints.restore(

@@ -23,6 +23,21 @@ def define_config() -> None:
     flags.mark_flag_as_required("config")
 
 
+def define_dtype() -> None:
+    """The flag --dtype of programs that use a trained model."""
+    flags.DEFINE_enum(
+        "dtype",
+        None,
+        ["float32", "bfloat16"],
+        "of activations; if not given that of the run, for other checkpoints float32",
+    )
+
+
+def given_dtype() -> dict[str, str]:
+    """What --dtype changes in a model's config: nothing, if it is not given."""
+    return {} if flags.FLAGS.dtype is None else {"dtype": flags.FLAGS.dtype}
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Parses the command line, calls `main` and exits with the status it returns."""
     app.run(lambda _: _reporting(main), flags_parser=lambda argv: _reporting(_parse, argv))

@@ -340,11 +340,13 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    init_from: str = ""  # directory of a trained model, own or foreign, that the run begins with:
+    # model (but for dtype, remat and chunk_size) and tokenizer are that directory's
 
     def check(self) -> None:
         """Raises `ConfigError` naming the field, its value and what would do."""
-        for section in dataclasses.fields(self):
-            getattr(self, section.name).check()
+        for section in (self.model, self.data, self.optimizer, self.train, self.mesh):
+            section.check()
         if self.optimizer.warmup_steps >= self.train.steps:
             raise ConfigError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} leaves nothing of "

@@ -1,39 +1,134 @@
-"""Loading a trained model from a directory."""
+"""Loading a trained model from a directory: a training run's, or one that another program wrote."""
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
-import jax
-from flax import nnx
 from jax.sharding import Mesh
 
-from retnet_jax.config import MeshConfig, read_config
-from retnet_jax.model import LanguageModel, build_model
-from retnet_jax.sharding import make_mesh, with_shardings
+from retnet_jax import interop
+from retnet_jax.config import Config, ConfigError, DataConfig, ModelConfig, read_config
+from retnet_jax.data import Tokenizer, load_tokenizer
+from retnet_jax.interop.sources import abstract_model, changed
+from retnet_jax.interop.tensor_files import has_tensor_files
+from retnet_jax.model import LanguageModel
+from retnet_jax.sharding import first_device, with_shardings
+from retnet_jax.workdir import read_workdir
 
 
-def load_pretrained(directory: str | Path, mesh: Mesh | None = None) -> LanguageModel:
-    """The model of the newest checkpoint in the workdir of a training run.
+def load_pretrained(
+    directory: str | Path, mesh: Mesh | None = None, **changes: Any
+) -> LanguageModel:
+    """The model in a directory.
 
     Args:
-      directory: `--workdir` of train.py.
+      directory: `--workdir` of train.py, whose newest checkpoint is read; or a checkpoint of
+        flash-linear-attention, torchscale or syncdoth, or one that `tools/convert_checkpoint.py`
+        wrote.
       mesh: where the parameters go, laid out as in training; None: the first device.
+      changes: fields of `ModelConfig` that change no parameter, such as dtype="bfloat16".
 
     Raises:
-      ConfigError: if the directory is no workdir.
-      CheckpointError: if it has no checkpoint, or the newest is damaged.
+      ConfigError: for a config that is missing or that this project cannot compute, and changes
+        that do not fit.
+      CheckpointError: for weights that are missing, damaged or not the config's.
     """
-    return newest_checkpoint(Path(directory), first_device() if mesh is None else mesh)[0]
+    return load_checkpoint(Path(directory), mesh, **changes)[0]
 
 
-def newest_checkpoint(workdir: Path, mesh: Mesh) -> tuple[LanguageModel, int]:
-    """The model of the newest checkpoint in a workdir, and its step; as `load_pretrained`."""
+def load_checkpoint(
+    directory: Path, mesh: Mesh | None = None, **changes: Any
+) -> tuple[LanguageModel, int | None]:
+    """As `load_pretrained`, and the step of a training run's newest checkpoint."""
     from retnet_jax.checkpoint import restore_model
 
-    config = read_config(workdir / "config.json").model
-    shape = jax.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0)))
-    return restore_model(workdir / "checkpoints", with_shardings(shape, mesh))
+    if not is_run(directory):
+        return interop.load(directory, mesh, **changes), None
+
+    config = changed(read_config(directory / "config.json").model, changes)
+    shape = with_shardings(abstract_model(config), mesh or first_device())
+    return restore_model(directory / "checkpoints", shape)
 
 
-def first_device() -> Mesh:
-    """A mesh of the first device alone."""
-    return make_mesh(MeshConfig(), jax.devices()[:1])
+def read_pretrained(directory: Path) -> tuple[Config, Tokenizer]:
+    """The config and the tokenizer beside the weights in a directory as for `load_pretrained`.
+
+    Raises:
+      ConfigError: as `load_pretrained`, and if there is no tokenizer or it is another model's.
+    """
+    if is_run(directory):
+        return read_workdir(directory)
+    config = read_foreign_config(directory)
+    if not has_tokenizer(directory):
+        raise ConfigError(
+            f"{directory} has no tokenizer.json or tokenizer.model: put the tokenizer there that "
+            "the model was trained with"
+        )
+    tokenizer = load_tokenizer(directory)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"the tokenizer in {directory} has {tokenizer.vocab_size} ids, the model knows "
+            f"{config.model.vocab_size}: it is another model's"
+        )
+    return config, tokenizer
+
+
+def with_initial_model(config: Config, workdir: Path | None = None) -> Config:
+    """A run's config with the model and the tokenizer of `config.init_from`, if it names one.
+
+    Of `config.model` only dtype, remat and chunk_size are kept.
+
+    Args:
+      config: the run's.
+      workdir: what it records of the same run is used; `init_from` may be gone by then.
+
+    Raises:
+      ConfigError, CheckpointError: as `load_pretrained`.
+    """
+    if not config.init_from:
+        return config
+    directory = Path(config.init_from)
+    if workdir is not None and (workdir / "config.json").is_file():
+        recorded = read_config(workdir / "config.json")
+        if recorded.init_from == config.init_from:
+            return _begun_from(config, recorded)
+    if is_run(directory):
+        found = read_config(directory / "config.json")
+    else:
+        found = read_foreign_config(directory)
+    tokenizer = str(directory) if has_tokenizer(directory) else config.data.tokenizer
+    return _begun_from(
+        config,
+        dataclasses.replace(found, data=dataclasses.replace(found.data, tokenizer=tokenizer)),
+    )
+
+
+def run_options(model: ModelConfig) -> dict[str, Any]:
+    """The fields of a model that say how it is computed, not what."""
+    return {name: getattr(model, name) for name in ("dtype", "remat", "chunk_size")}
+
+
+def _begun_from(config: Config, found: Config) -> Config:
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(found.model, **run_options(config.model)),
+        data=dataclasses.replace(config.data, tokenizer=found.data.tokenizer),
+    )
+
+
+def read_foreign_config(directory: Path) -> Config:
+    """What a foreign checkpoint's config says of the model, and of the length it was trained on."""
+    description = interop.open_source(directory).description
+    return Config(
+        model=description.model, data=DataConfig(sequence_length=description.context_length)
+    )
+
+
+def is_run(directory: Path) -> bool:
+    """Whether a directory is a training run's workdir, or nothing that has weights."""
+    return (directory / "checkpoints").is_dir() or not has_tensor_files(directory)
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a directory has a tokenizer's file."""
+    return any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))

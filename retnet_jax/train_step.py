@@ -42,7 +42,11 @@ class StepMetrics(NamedTuple):
 
 def initial_state(config: Config) -> TrainState:
     """A fresh state; a function of `config.train.seed`. To be jitted with shardings."""
-    model = build_model(config.model, rngs=nnx.Rngs(config.train.seed))
+    return state_of(config, build_model(config.model, rngs=nnx.Rngs(config.train.seed)))
+
+
+def state_of(config: Config, model: LanguageModel) -> TrainState:
+    """The state before the first step, with given parameters."""
     optimizer = make_optimizer(config.optimizer, config.train.steps).init(model)
     return TrainState(jnp.zeros((), jnp.int32), model, optimizer)
 

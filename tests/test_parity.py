@@ -22,9 +22,8 @@ from retnet_jax.model.multi_scale_retention import MultiScaleRetention
 from retnet_jax.retention import log_decay, row_normalizer
 
 FIXTURES = Path(__file__).parent / "fixtures"
-HEAD = [
-    f"torchscale_head/{case}" for case in "a_h4 b_shared c_h1 d_bigqk e_eps0 f_deepnorm".split()
-]
+CASES = ("a_h4", "b_shared", "c_h1", "d_bigqk", "e_eps0", "f_deepnorm")
+HEAD = [f"torchscale_head/{case}" for case in CASES]
 LEGACY = ["torchscale_legacy/l_paper", "torchscale_legacy/l_nosubln"]
 FLA = ["fla/default", "fla/variant"]
 SYNCDOTH = ["syncdoth/glu", "syncdoth/ffn"]

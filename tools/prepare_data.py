@@ -7,13 +7,14 @@ A store that is there already is checked against the config and printed.
 
 from retnet_jax import command_line
 from retnet_jax.data import TokenStore, open_or_build
+from retnet_jax.pretrained import with_initial_model
 
 command_line.define_config()
 
 
 def main() -> None:
     """Builds or opens the store that the config names."""
-    config = command_line.given_config()
+    config = with_initial_model(command_line.given_config())
     print(table(open_or_build(config.data, config.model.vocab_size)))
 
 

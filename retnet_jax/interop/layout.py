@@ -178,8 +178,9 @@ class Layout:
 
     def tied_head(self, config: ModelConfig) -> str | None:
         """The layout's name of the output head, if that is the embedding."""
-        names = [rule.foreign for rule in self.rules if rule.own == "head"]
-        return names[0] if config.tie_embeddings else None
+        if not config.tie_embeddings:
+            return None
+        return next((rule.foreign for rule in self.rules if rule.own == "head"), None)
 
     def source(self, description: Description, files: TensorFiles, origin: str) -> "LayoutSource":
         """The parameters in open files.

@@ -13,7 +13,6 @@ from retnet_jax.interop.torchscale import (
     REASONS,
     activation,
     buffers,
-    equal_key_dim,
     normalizes_before,
     options,
     rules,
@@ -70,7 +69,7 @@ def write_config(description: Description) -> dict[str, Any]:
     gated = model.ffn_gated
     expected = SYNCDOTH | {
         "ffn_bias": not gated,
-        "key_dim": equal_key_dim(model),
+        "q_width": model.d_model,
         # There deepnorm is always post-norm, and sub-LayerNorm always pre-norm.
         "post_norm": model.deepnorm or (model.post_norm and model.ffn_norm is None),
     }
@@ -80,7 +79,7 @@ def write_config(description: Description) -> dict[str, Any]:
         expected["ffn_norm"] = None
     elif model.ffn_norm is not None:
         expected["deepnorm"] = False
-        expected["ffn_dim"] = model.ffn_dim if model.ffn_width == model.d_model else model.d_model
+        expected["ffn_width"] = model.d_model
     check_exact("syncdoth", model, expected, REASONS)
     return {
         "architectures": ["RetNetForCausalLM"],

@@ -27,6 +27,8 @@ DTYPES = {
 }
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+SAFETENSORS = (INDEX, SINGLE, "weights.safetensors")
+TORCH = ("*.pt", "*.pth", "*.bin")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,13 @@ class TensorFiles(Protocol):
         ...
 
 
+def has_tensor_files(directory: Path) -> bool:
+    """Whether there are files that `open_tensor_files` would open, or complain about."""
+    return any((directory / name).is_file() for name in SAFETENSORS) or bool(
+        _torch_files(directory)
+    )
+
+
 def open_tensor_files(directory: Path) -> TensorFiles:
     """The tensors in a directory: safetensors if there are any, else one PyTorch file.
 
@@ -56,10 +65,10 @@ def open_tensor_files(directory: Path) -> TensorFiles:
     """
     if (directory / INDEX).is_file():
         return SafetensorsFiles(_indexed_files(directory))
-    for name in (SINGLE, "weights.safetensors"):
+    for name in SAFETENSORS[1:]:
         if (directory / name).is_file():
             return SafetensorsFiles([directory / name])
-    torch_files = sorted(p for end in ("*.pt", "*.pth", "*.bin") for p in directory.glob(end))
+    torch_files = _torch_files(directory)
     if len(torch_files) == 1:
         return TorchFile(torch_files[0])
     if torch_files:
@@ -69,8 +78,8 @@ def open_tensor_files(directory: Path) -> TensorFiles:
             "in a directory with its config.json"
         )
     raise CheckpointError(
-        f"{directory} has no weights: {SINGLE}, {INDEX}, weights.safetensors, or one PyTorch file "
-        "(*.pt, *.pth, *.bin) is looked for"
+        f"{directory} has no weights: {', '.join(SAFETENSORS)}, or one PyTorch file "
+        f"({', '.join(TORCH)}) is looked for"
     )
 
 
@@ -231,6 +240,10 @@ def _opened(path: Path):
         raise CheckpointError(
             f"{path} is missing, truncated or damaged ({error}); fetch it again"
         ) from error
+
+
+def _torch_files(directory: Path) -> list[Path]:
+    return sorted(path for pattern in TORCH for path in directory.glob(pattern))
 
 
 def _indexed_files(directory: Path) -> list[Path]:

@@ -96,9 +96,9 @@ def write_config(description: Description) -> dict[str, Any]:
     model = description.model
     before = model.norm == "layer"
     expected = TORCHSCALE_2023 if before else TORCHSCALE
-    expected = expected | {"ffn": _ffn(model, gated=not before), "key_dim": equal_key_dim(model)}
+    expected = expected | {"ffn": _ffn(model, gated=not before), "q_width": model.d_model}
     if before:
-        expected["value_dim"] = None if model.v_width == 2 * model.d_model else 2 * model.d_model
+        expected["v_width"] = 2 * model.d_model
         if model.ffn_norm is not None:
             expected |= {"ffn_norm": "layer", "deepnorm": False}
     check_exact("torchscale", model, expected, REASONS)
@@ -187,11 +187,6 @@ def _ffn(model: ModelConfig, *, gated: bool) -> str:
     if model.ffn_gated == gated:
         return model.ffn
     return "swiglu" if gated else "gelu"
-
-
-def equal_key_dim(model: ModelConfig) -> int | None:
-    """The model's own field if q and k are as wide as the model, else what it would have to be."""
-    return model.key_dim if model.q_width == model.d_model else model.d_model
 
 
 REASONS = {
