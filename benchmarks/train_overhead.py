@@ -42,7 +42,7 @@ def main() -> None:
         log = MetricsLog(Path(directory), 0, 10**9)
         with contextlib.closing(checkpoints), contextlib.closing(log):
             run = Run(config, store, mesh, state_shape, checkpoints, log, clock)
-            state, _ = start_or_restore(config, state_shape, checkpoints)
+            state, _ = start_or_restore(config, mesh, state_shape, checkpoints)
             batches = [
                 jax.device_put(run.train_stream[step], run.batch_sharding) for step in range(8)
             ]
