@@ -91,10 +91,10 @@ def evaluate(
     data: str | None,
     protocols: Iterable[str],
     window_length: int | None,
-    changes: dict[str, str],
     batch_size: int,
     compressors: bool,
     output: Path | None,
+    changes: dict[str, str] | None = None,
 ) -> None:
     """Evaluates the model in a directory; the arguments are the flags of those names,
     and `changes` fields of its `ModelConfig`, such as dtype.
@@ -111,7 +111,7 @@ def evaluate(
         else given_text(data, config.data.text_field, tokenizer)
     )
     mesh = first_device()
-    model, step = load_checkpoint(directory, mesh, **changes)
+    model, step = load_checkpoint(directory, mesh, **(changes or {}))
     window_length = window_length or config.data.sequence_length
 
     title = (

@@ -7,7 +7,6 @@ One prompt's continuation is printed as it comes, those of several when all are 
 where the model ends the document, or after --max_tokens.
 """
 
-import codecs
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -41,7 +40,9 @@ def main() -> int:
     try:
         sampler = Sampler(args.temperature, args.top_k, args.top_p)
         directory = Path(args.workdir or args.checkpoint)
-        continue_prompts(directory, args.prompt, args.max_tokens, sampler, args.seed, args.dtype)
+        continue_prompts(
+            directory, args.prompt, args.max_tokens, sampler, args.seed, command_line.given_dtype()
+        )
     except KeyboardInterrupt:
         print()
         return 130  # as a shell reports SIGINT
@@ -70,10 +71,10 @@ def continue_prompts(
             max_tokens,
             sampler,
             seed,
-            end_id=tokenizer.bos_id,
+            end_id=tokenizer.end_id,
             vocab_size=tokenizer.vocab_size,
         ),
-        end_id=tokenizer.bos_id,
+        end_id=tokenizer.end_id,
     )
     additions = decoded(blocks, tokenizer)
     if len(prompts) == 1:
@@ -99,20 +100,44 @@ def check_prompts(prompts: list[str]) -> None:
 
 
 def decoded(blocks: Iterable[np.ndarray], tokenizer: Tokenizer) -> Iterator[list[str]]:
-    """What each block of tokens [b n] adds to the text of each row.
-
-    A character that is split over tokens comes whole, with the last of them.
-    """
-    decoders = []
+    """What each block of tokens [b n] adds to the text of each row, and what is left at the end."""
+    rows: list[TextStream] = []
     for block in blocks:
-        if not decoders:
-            utf8 = codecs.getincrementaldecoder("utf-8")
-            decoders = [utf8(errors="replace") for _ in block]
-        yield [
-            decoder.decode(tokenizer.decode_bytes(ids))
-            for decoder, ids in zip(decoders, block.tolist(), strict=True)
-        ]
-    yield [decoder.decode(b"", final=True) for decoder in decoders]
+        rows = rows or [TextStream(tokenizer) for _ in block]
+        yield [row.add(ids) for row, ids in zip(rows, block.tolist(), strict=True)]
+    yield [row.rest() for row in rows]
+
+
+class TextStream:
+    """The text of tokens that come piece by piece.
+
+    A character that is split over tokens comes whole, with the last of them. A token's text can
+    depend on the one before it, so some of those are decoded again.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._shown = 0  # characters of their text
+
+    def add(self, ids: list[int]) -> str:
+        """The text that is known now and was not before."""
+        self._ids += ids
+        text = self._tokenizer.decode(self._ids)
+        known = len(text.rstrip("\ufffd"))
+        new = text[self._shown : known]
+        self._shown = max(self._shown, known)
+        if known == len(text) and len(self._ids) > 4 * _CONTEXT:
+            self._ids = self._ids[-_CONTEXT:]
+            self._shown = len(self._tokenizer.decode(self._ids))
+        return new
+
+    def rest(self) -> str:
+        """What was held back, if no more comes."""
+        return self._tokenizer.decode(self._ids)[self._shown :]
+
+
+_CONTEXT = 16  # tokens
 
 
 class TimedBlocks:

@@ -234,7 +234,8 @@ class DataConfig:
     source: str = "stdlib"  # "stdlib": Python's own library; "text": a file a document; "jsonl"
     path: str = ""  # text and jsonl: files by glob, ** included
     text_field: str = "text"  # jsonl: the field that holds the text
-    tokenizer: str = "bpe"  # "byte", or "bpe": byte-level, trained on the training documents
+    tokenizer: str = "bpe"  # "byte"; "bpe": byte-level, trained on the training documents; or a
+    # directory with a tokenizer.json (Hugging Face) or tokenizer.model (SentencePiece)
     store: str = "data/stdlib"  # directory of the token store; written when it is not there
     held_out: float = 0.02  # share of documents kept from training, by a hash of their names
     sequence_length: int = 2048  # tokens in a window
@@ -242,7 +243,11 @@ class DataConfig:
     def check(self) -> None:
         """Raises `ConfigError` for a value that is no choice or out of range."""
         _check_choice("data.source", self.source, SOURCES)
-        _check_choice("data.tokenizer", self.tokenizer, TOKENIZERS)
+        if not self.tokenizer:
+            raise ConfigError(
+                f"data.tokenizer is empty: one of {', '.join(map(repr, TOKENIZERS))}, or a "
+                "directory with a tokenizer"
+            )
         _check_at_least("data.sequence_length", self.sequence_length, 1)
         if self.source != "stdlib" and not self.path:
             raise ConfigError(

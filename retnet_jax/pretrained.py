@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from retnet_jax import interop
 from retnet_jax.config import Config, ConfigError, DataConfig, ModelConfig, read_config
-from retnet_jax.data import Tokenizer, load_tokenizer
+from retnet_jax.data import Tokenizer, has_tokenizer, load_tokenizer
 from retnet_jax.interop.sources import abstract_model, changed
 from retnet_jax.interop.tensor_files import has_tensor_files
 from retnet_jax.model import LanguageModel
@@ -64,7 +64,10 @@ def read_pretrained(directory: Path) -> tuple[Config, Tokenizer]:
             f"{directory} has no tokenizer.json or tokenizer.model: put the tokenizer there that "
             "the model was trained with"
         )
-    tokenizer = load_tokenizer(directory)
+    try:
+        tokenizer = load_tokenizer(directory)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"the tokenizer in {directory} has {tokenizer.vocab_size} ids, the model knows "
@@ -127,8 +130,3 @@ def read_foreign_config(directory: Path) -> Config:
 def is_run(directory: Path) -> bool:
     """Whether a directory is a training run's workdir, or nothing that has weights."""
     return (directory / "checkpoints").is_dir() or not has_tensor_files(directory)
-
-
-def has_tokenizer(directory: Path) -> bool:
-    """Whether a directory has a tokenizer's file."""
-    return any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))

@@ -1,7 +1,7 @@
 """The directory of a run.
 
 config.json         the whole config
-tokenizer.json      what its token ids mean
+tokenizer.json      what its token ids mean (and tokenizer_config.json, or tokenizer.model)
 metrics.jsonl       one JSON object a logged step
 checkpoints/STEP/   see `checkpoint.py`
 events.out.*        the metrics for TensorBoard
@@ -9,8 +9,8 @@ events.out.*        the metrics for TensorBoard
 
 from pathlib import Path
 
-from retnet_jax.config import Config, ConfigError, differences, read_config
-from retnet_jax.data import ByteTokenizer, Tokenizer, load_tokenizer
+from retnet_jax.config import TOKENIZERS, Config, ConfigError, differences, read_config
+from retnet_jax.data import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 
 
 def open_workdir(workdir: Path, config: Config, tokenizer: Tokenizer) -> None:
@@ -37,7 +37,8 @@ def open_workdir(workdir: Path, config: Config, tokenizer: Tokenizer) -> None:
                 "its token ids would mean other text: name the store the run began with"
             )
         return
-    ours = {"tokenizer.json", "config.json.unfinished"}  # of a start that was cut off right here
+    # Of a start that was cut off right here.
+    ours = {*tokenizer.files, "config.json.unfinished"}
     if workdir.is_dir() and {path.name for path in workdir.iterdir()} - ours:
         raise ConfigError(
             f"--workdir={workdir} has files in it but no config.json, so it is no run to resume; "
@@ -59,10 +60,12 @@ def read_workdir(workdir: Path) -> tuple[Config, Tokenizer]:
     """
     config = read_config(workdir / "config.json")
     tokenizer = _recorded_tokenizer(workdir)
-    kind = "byte" if isinstance(tokenizer, ByteTokenizer) else "bpe"
-    if kind != config.data.tokenizer or tokenizer.vocab_size > config.model.vocab_size:
+    kind = {ByteTokenizer: "byte", BPETokenizer: "bpe"}.get(type(tokenizer))
+    expected = config.data.tokenizer if config.data.tokenizer in TOKENIZERS else None
+    pretrained = expected is None  # then it may be of any kind
+    if not (pretrained or kind == expected) or tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
-            f"{workdir}/tokenizer.json ({kind}, {tokenizer.vocab_size} ids) does not fit "
+            f"the tokenizer in {workdir} ({kind}, {tokenizer.vocab_size} ids) does not fit "
             f"data.tokenizer={config.data.tokenizer!r} and model.vocab_size="
             f"{config.model.vocab_size} of the run; put back the one it began with"
         )
@@ -74,5 +77,5 @@ def _recorded_tokenizer(workdir: Path) -> Tokenizer:
         return load_tokenizer(workdir)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{error}; put back the tokenizer.json that the run began with: its data.store has one"
+            f"{error}; put back the tokenizer that the run began with: its data.store has it"
         ) from error

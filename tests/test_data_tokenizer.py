@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retnet_jax.config import ConfigError
-from retnet_jax.data.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer, train_bpe
+from retnet_jax.data import load_tokenizer
+from retnet_jax.data.tokenizer import BPETokenizer, ByteTokenizer, train_bpe
 
 WORDS = ["def return self retention state chunk", "größer → 😀 naïve", "for i in range(10):\n    x"]
 
@@ -31,7 +32,6 @@ def test_every_text_comes_back(make, text):
     tokenizer = make()
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
-    assert tokenizer.decode_bytes(ids) == text.encode()
     assert tokenizer.bos_id not in ids
     assert all(0 <= i < tokenizer.vocab_size for i in ids)
 
@@ -45,12 +45,10 @@ def test_bos_in_a_text_is_text(make):
 
 
 @TOKENIZERS
-def test_torn_characters_decode_and_their_bytes_are_exact(make):
+def test_torn_characters_decode(make):
     tokenizer = make()
     ids = tokenizer.encode("é🦑")
-    pieces = [tokenizer.decode_bytes([i]) for i in ids]
-    assert len(pieces) > 2
-    assert b"".join(pieces) == "é🦑".encode()
+    assert len(ids) > 2
     assert tokenizer.decode(ids[:-1]) == "é�"
 
 
@@ -82,11 +80,6 @@ def test_bpe_has_the_size_asked_for_and_bos_first():
     assert len(bpe().encode(WORDS[0])) < len(WORDS[0]) / 2
 
 
-def test_every_byte_has_a_token_of_its_own():
-    single = {bpe().decode_bytes([i]) for i in range(bpe().vocab_size)}
-    assert {bytes([byte]) for byte in range(256)} <= single
-
-
 def test_bpe_training_is_deterministic():
     assert train_bpe(iter(WORDS * 3), 300).fingerprint == bpe().fingerprint
     assert train_bpe(WORDS * 3, 299).fingerprint != bpe().fingerprint
@@ -102,5 +95,5 @@ def test_sizes_that_cannot_be_are_named():
 @pytest.mark.parametrize("contents", ["", "{}", '{"type": "unigram"}'])
 def test_another_file_is_named(tmp_path, contents):
     (tmp_path / "tokenizer.json").write_text(contents)
-    with pytest.raises(ValueError, match=r"tokenizer\.json holds no byte-level BPE"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer"):
         load_tokenizer(tmp_path)

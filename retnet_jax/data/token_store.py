@@ -28,9 +28,10 @@ from typing import Any
 
 import numpy as np
 
-from retnet_jax.config import ConfigError, DataConfig
+from retnet_jax.config import TOKENIZERS, ConfigError, DataConfig
+from retnet_jax.data.pretrained_tokenizer import has_tokenizer, load_tokenizer
 from retnet_jax.data.sources import Document, read_documents
-from retnet_jax.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
+from retnet_jax.data.tokenizer import ByteTokenizer, Tokenizer, train_bpe
 
 FORMAT = 1
 SPLITS = ("train", "held_out")
@@ -85,8 +86,9 @@ def open_or_build(config: DataConfig, vocab_size: int) -> TokenStore:
       ConfigError: if the store was built with other options, or as `build_store`, `open_store` do.
     """
     directory = Path(config.store)
+    asked = _options(config, vocab_size)
     store = open_store(directory) if directory.exists() else build_store(config, vocab_size)
-    built, asked = store.manifest["options"], _options(config, vocab_size)
+    built = store.manifest["options"]
     differences = [
         f"\n  {name}: {built.get(name)!r} in the store, {asked[name]!r} asked for"
         for name in asked
@@ -150,6 +152,8 @@ def build_store(config: DataConfig, vocab_size: int) -> TokenStore:
     total_bytes, sample = _survey(config)
     if config.tokenizer == "byte":
         tokenizer: Tokenizer = ByteTokenizer()
+    elif config.tokenizer != "bpe":
+        tokenizer = _pretrained_tokenizer(config)
     else:
         _say(f"training a BPE of {vocab_size} tokens on {len(sample)} documents")
         tokenizer = train_bpe(sample, vocab_size)
@@ -213,7 +217,7 @@ def _options(config: DataConfig, vocab_size: int) -> dict[str, Any]:
     """All that the contents of a store depend on, by the names of the fields."""
     options = {
         "data.source": config.source,
-        "data.tokenizer": config.tokenizer,
+        "data.tokenizer": _tokenizer_option(config),
         "data.held_out": config.held_out,
     }
     if config.source != "stdlib":
@@ -223,6 +227,27 @@ def _options(config: DataConfig, vocab_size: int) -> dict[str, Any]:
     if config.tokenizer == "bpe":
         options["model.vocab_size"] = vocab_size
     return options
+
+
+def _tokenizer_option(config: DataConfig) -> str:
+    """A pretrained tokenizer is the same wherever its directory is."""
+    if config.tokenizer in TOKENIZERS:
+        return config.tokenizer
+    return f"pretrained {_pretrained_tokenizer(config).fingerprint[:16]}"
+
+
+def _pretrained_tokenizer(config: DataConfig) -> Tokenizer:
+    directory = Path(config.tokenizer)
+    if not has_tokenizer(directory):
+        raise ConfigError(
+            f"data.tokenizer={config.tokenizer!r} is not one of "
+            f"{', '.join(map(repr, TOKENIZERS))}, and no directory with a tokenizer.json or "
+            "tokenizer.model"
+        )
+    try:
+        return load_tokenizer(directory)
+    except ValueError as error:
+        raise ConfigError(f"data.tokenizer={config.tokenizer!r}: {error}") from error
 
 
 def _read(config: DataConfig, skipped: list[str]) -> Iterator[Document]:

@@ -1,4 +1,4 @@
-"""Text to token ids and back, without loss: bytes, or byte-level BPE."""
+"""Text to token ids and back: bytes, or byte-level BPE, without loss; or another model's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from retnet_jax.config import ConfigError
 
@@ -17,54 +17,48 @@ FILE_NAME = "tokenizer.json"
 
 
 class Tokenizer(Protocol):
-    """What both tokenizers are: every string comes back from its ids exactly."""
+    """What all tokenizers are. The two of this file give every string back exactly."""
 
     vocab_size: int  # ids are 0 ... vocab_size - 1
     bos_id: int  # opens every document; no text is ever encoded to it
-    serialised: str  # what `save` writes
+    end_id: int  # ends a text that a model generates
+    files: dict[str, bytes]  # what `save` writes, by name
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, without BOS."""
         ...
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The exact bytes that ids stand for; BOS stands for none.
-
-        A token can end inside a character, so a text that grows by single tokens is put together
-        from these bytes.
-        """
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, without BOS and end; a torn character becomes U+FFFD."""
         ...
 
     def encode(self, text: str) -> list[int]:
         """The ids of one text, without BOS."""
         return self.encode_batch([text])[0]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, without BOS; a torn character becomes U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
     def save(self, directory: Path) -> None:
-        """Writes `tokenizer.json`, from which `load_tokenizer` makes the same tokenizer."""
-        (directory / FILE_NAME).write_text(self.serialised, encoding="utf-8")
+        """Writes the files from which `load_tokenizer` makes the same tokenizer."""
+        for name, contents in self.files.items():
+            (directory / name).write_bytes(contents)
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of what `save` writes, in hex: equal for equal tokenizers."""
-        return hashlib.sha256(self.serialised.encode()).hexdigest()
+        return hashlib.sha256(b"".join(self.files.values())).hexdigest()
 
 
 class ByteTokenizer(Tokenizer):
     """Ids 0 to 255 are the bytes of the text's UTF-8; 256 is BOS."""
 
     vocab_size = 257
-    bos_id = 256
-    serialised = json.dumps({"type": "byte"})
+    bos_id = end_id = 256
+    files: ClassVar = {FILE_NAME: json.dumps({"type": "byte"}).encode()}
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(text.encode("utf-8")) for text in texts]
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return bytes(i for i in ids if i != self.bos_id)
+    def decode(self, ids: Iterable[int]) -> str:
+        return bytes(i for i in ids if i != self.bos_id).decode("utf-8", errors="replace")
 
 
 class BPETokenizer(Tokenizer):
@@ -75,12 +69,12 @@ class BPETokenizer(Tokenizer):
     """
 
     def __init__(self, serialised: str):
-        self.serialised = serialised
-        self._bpe = _hugging_face().Tokenizer.from_str(serialised)
+        self.files = {FILE_NAME: serialised.encode()}
+        self._bpe = hugging_face().Tokenizer.from_str(serialised)
         # "<bos>" inside a text is five characters, never the BOS id. The file cannot say this.
         self._bpe.encode_special_tokens = True
         self.vocab_size = self._bpe.get_vocab_size()
-        self.bos_id = self._bpe.token_to_id(BOS)
+        self.bos_id = self.end_id = self._bpe.token_to_id(BOS)
         byte_of = _byte_of_character()
         self._bytes = [
             bytes(byte_of[character] for character in self._bpe.id_to_token(i))
@@ -91,8 +85,8 @@ class BPETokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._bpe.encode_batch_fast(texts)]
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return b"".join(self._bytes[i] for i in ids)
+    def decode(self, ids: Iterable[int]) -> str:
+        return b"".join(self._bytes[i] for i in ids).decode("utf-8", errors="replace")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
@@ -108,7 +102,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
             f"model.vocab_size={vocab_size} is less than 257, the 256 bytes and {BOS}, "
             "with which a byte-level BPE begins"
         )
-    hf = _hugging_face()
+    hf = hugging_face()
     bpe = hf.Tokenizer(hf.models.BPE())
     bpe.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = hf.decoders.ByteLevel(add_prefix_space=False)
@@ -127,24 +121,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     return BPETokenizer(bpe.to_str())
 
 
-def load_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer that `save` wrote into a directory.
-
-    Raises:
-      ValueError: if `tokenizer.json` holds neither tokenizer.
-    """
-    serialised = (directory / FILE_NAME).read_text(encoding="utf-8")
-    if serialised == ByteTokenizer.serialised:
-        return ByteTokenizer()
-    try:
-        return BPETokenizer(serialised)
-    except Exception as error:  # `tokenizers` raises nothing narrower
-        raise ValueError(
-            f"{directory / FILE_NAME} holds no byte-level BPE with a {BOS} token: {error}"
-        ) from error
-
-
-def _hugging_face() -> ModuleType:
+def hugging_face() -> ModuleType:
+    """The package `tokenizers`."""
     # Left unset, the library warns on stderr at every later fork. Nothing here encodes in a fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     import tokenizers
@@ -157,7 +135,7 @@ def _byte_of_character() -> dict[str, int]:
 
     So in the order of characters the printable bytes come first, then all others, each in turn.
     """
-    characters = sorted(_hugging_face().pre_tokenizers.ByteLevel.alphabet())
+    characters = sorted(hugging_face().pre_tokenizers.ByteLevel.alphabet())
     printable = [ord(character) for character in characters if ord(character) < 256]
     others = [byte for byte in range(256) if byte not in printable]
     return dict(zip(characters, printable + others, strict=True))
