@@ -17,7 +17,7 @@ from absl import flags
 
 from retnet_jax import command_line, load_pretrained
 from retnet_jax.config import ConfigError
-from retnet_jax.data import Tokenizer
+from retnet_jax.data import TextStream, Tokenizer
 from retnet_jax.generate import Sampler, stream
 from retnet_jax.pretrained import read_pretrained
 
@@ -106,38 +106,6 @@ def decoded(blocks: Iterable[np.ndarray], tokenizer: Tokenizer) -> Iterator[list
         rows = rows or [TextStream(tokenizer) for _ in block]
         yield [row.add(ids) for row, ids in zip(rows, block.tolist(), strict=True)]
     yield [row.rest() for row in rows]
-
-
-class TextStream:
-    """The text of tokens that come piece by piece.
-
-    A character that is split over tokens comes whole, with the last of them. A token's text can
-    depend on the one before it, so some of those are decoded again.
-    """
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._shown = 0  # characters of their text
-
-    def add(self, ids: list[int]) -> str:
-        """The text that is known now and was not before."""
-        self._ids += ids
-        text = self._tokenizer.decode(self._ids)
-        known = len(text.rstrip("\ufffd"))
-        new = text[self._shown : known]
-        self._shown = max(self._shown, known)
-        if known == len(text) and len(self._ids) > 4 * _CONTEXT:
-            self._ids = self._ids[-_CONTEXT:]
-            self._shown = len(self._tokenizer.decode(self._ids))
-        return new
-
-    def rest(self) -> str:
-        """What was held back, if no more comes."""
-        return self._tokenizer.decode(self._ids)[self._shown :]
-
-
-_CONTEXT = 16  # tokens
 
 
 class TimedBlocks:

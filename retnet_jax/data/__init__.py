@@ -17,6 +17,7 @@ from retnet_jax.data.token_store import Split, TokenStore, build_store, open_or_
 from retnet_jax.data.tokenizer import (
     BPETokenizer,
     ByteTokenizer,
+    TextStream,
     Tokenizer,
     train_bpe,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "ByteTokenizer",
     "Document",
     "Split",
+    "TextStream",
     "TokenStore",
     "Tokenizer",
     "build_store",

@@ -14,6 +14,7 @@ from retnet_jax.config import ConfigError
 
 BOS = "<bos>"
 FILE_NAME = "tokenizer.json"
+_CONTEXT = 16  # tokens that are decoded again with the ones after them
 
 
 class Tokenizer(Protocol):
@@ -45,6 +46,35 @@ class Tokenizer(Protocol):
     def fingerprint(self) -> str:
         """SHA-256 of what `save` writes, in hex: equal for equal tokenizers."""
         return hashlib.sha256(b"".join(self.files.values())).hexdigest()
+
+
+class TextStream:
+    """The text of tokens that come piece by piece.
+
+    A character that is split over tokens comes whole, with the last of them. A token's text can
+    depend on the one before it, so some of those are decoded again.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._shown = 0  # characters of their text
+
+    def add(self, ids: list[int]) -> str:
+        """The text that is known now and was not before."""
+        self._ids += ids
+        text = self._tokenizer.decode(self._ids)
+        known = len(text.rstrip("\ufffd"))
+        new = text[self._shown : known]
+        self._shown = max(self._shown, known)
+        if known == len(text) and len(self._ids) > 4 * _CONTEXT:
+            self._ids = self._ids[-_CONTEXT:]
+            self._shown = len(self._tokenizer.decode(self._ids))
+        return new
+
+    def rest(self) -> str:
+        """What was held back, if no more comes."""
+        return self._tokenizer.decode(self._ids)[self._shown :]
 
 
 class ByteTokenizer(Tokenizer):

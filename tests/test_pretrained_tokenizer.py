@@ -1,0 +1,246 @@
+"""Tokenizers of other models: their texts, their special ids, and texts that come in pieces."""
+
+import functools
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import tokenizers as hf
+
+from retnet_jax.config import ConfigError, DataConfig
+from retnet_jax.data import TextStream, load_tokenizer, open_or_build
+from retnet_jax.data.pretrained_tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
+
+TEXTS = [
+    "def return self retention state chunk",
+    "größer → 😀 naïve 你好",
+    "for i in range(10):\n    x\n\n",
+    "a  b   c",
+    "",
+]
+
+
+@functools.cache
+def llama_like():
+    """BPE with byte fallback, spaces as U+2581, one put in front: <unk> 0, <s> 1, </s> 2."""
+    tokenizer = hf.Tokenizer(hf.models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = hf.normalizers.Sequence(
+        [hf.normalizers.Prepend("▁"), hf.normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = hf.decoders.Sequence(
+        [
+            hf.decoders.Replace("▁", " "),
+            hf.decoders.ByteFallback(),
+            hf.decoders.Fuse(),
+            hf.decoders.Strip(" ", 1, 0),
+        ]
+    )
+    specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = hf.trainers.BpeTrainer(vocab_size=320, special_tokens=specials, show_progress=False)
+    tokenizer.train_from_iterator(["def return self state range"] * 3, trainer)
+    values = json.loads(tokenizer.to_str())
+    values["added_tokens"] = values["added_tokens"][:3]  # the bytes are no added tokens
+    tokenizer = hf.Tokenizer.from_str(json.dumps(values))
+    tokenizer.post_processor = hf.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    tokenizer.enable_truncation(3)
+    return tokenizer.to_str()
+
+
+@functools.cache
+def gpt_like():
+    """Byte-level BPE with <|endoftext|> alone."""
+    tokenizer = hf.Tokenizer(hf.models.BPE())
+    tokenizer.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = hf.decoders.ByteLevel()
+    trainer = hf.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS * 3, trainer)
+    return tokenizer.to_str()
+
+
+@functools.cache
+def sentencepiece_model():
+    spm = pytest.importorskip("sentencepiece")
+    model = io.BytesIO()
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(["def return self retention state chunk"] * 9),
+        model_writer=model,
+        vocab_size=300,
+        hard_vocab_limit=False,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def llama(directory):
+    (directory / "tokenizer.json").write_text(llama_like())
+    tokens = {"bos_token": "<s>", "eos_token": {"content": "</s>"}}
+    (directory / "tokenizer_config.json").write_text(json.dumps(tokens))
+    return load_tokenizer(directory)
+
+
+def gpt(directory):
+    (directory / "tokenizer.json").write_text(gpt_like())
+    (directory / "special_tokens_map.json").write_text('{"eos_token": "<|endoftext|>"}')
+    return load_tokenizer(directory)
+
+
+def sentencepiece(directory):
+    (directory / "tokenizer.model").write_bytes(sentencepiece_model())
+    return load_tokenizer(directory)
+
+
+KINDS = pytest.mark.parametrize("make", [llama, gpt, sentencepiece])
+
+
+@KINDS
+@pytest.mark.parametrize("text", TEXTS)
+def test_texts_come_back_without_special_tokens(make, text, tmp_path):
+    tokenizer = make(tmp_path)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert not {tokenizer.bos_id, tokenizer.end_id} & set(ids)
+    assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.end_id]) == text
+    assert all(0 <= i < tokenizer.vocab_size for i in ids)
+    assert tokenizer.encode_batch([text, text]) == [ids, ids]
+
+
+@KINDS
+@pytest.mark.parametrize("text", ["<s>x</s>", "a <|endoftext|>"])
+def test_special_tokens_in_a_text_are_text(make, text, tmp_path):
+    tokenizer = make(tmp_path)
+    ids = tokenizer.encode(text)
+    assert not {tokenizer.bos_id, tokenizer.end_id} & set(ids)
+    assert tokenizer.decode(ids) == text
+
+
+@KINDS
+def test_what_is_saved_is_the_same_tokenizer(make, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    tokenizer = make(tmp_path / "in")
+    tokenizer.save(tmp_path / "out")
+    saved = load_tokenizer(tmp_path / "out")
+    assert type(saved) is type(tokenizer)
+    for name in ("fingerprint", "vocab_size", "bos_id", "end_id"):
+        assert getattr(saved, name) == getattr(tokenizer, name)
+    assert saved.encode(TEXTS[1]) == tokenizer.encode(TEXTS[1])
+
+
+@KINDS
+@pytest.mark.parametrize("size", [1, 2, 3, 16])
+def test_text_that_comes_in_pieces_is_the_whole(make, size, tmp_path):
+    tokenizer = make(tmp_path)
+    text = " ".join(TEXTS) + "🦑" * 30 + "  x"
+    ids = tokenizer.encode(text)
+    assert len(ids) > 100
+    stream = TextStream(tokenizer)
+    pieces = [stream.add(ids[start : start + size]) for start in range(0, len(ids), size)]
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert "".join(pieces) + stream.rest() == text
+    if size == 1:
+        assert sum(piece != "" for piece in pieces) > 60
+
+
+@KINDS
+def test_a_torn_end_is_shown_at_the_end(make, tmp_path):
+    tokenizer = make(tmp_path)
+    stream = TextStream(tokenizer)
+    assert stream.add(tokenizer.encode("def🦑")[:-1]) == "def"
+    assert set(stream.rest()) == {"\ufffd"}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"tokenizer_config.json": {"bos_token": "<s>", "eos_token": "</s>"}}, (1, 2)),
+        ({"special_tokens_map.json": {"eos_token": {"content": "</s>"}}}, (2, 2)),
+        ({"tokenizer_config.json": {"bos_token": "<s>", "eos_token": None}}, (1, 1)),
+        ({"config.json": {"bos_token_id": 1, "eos_token_id": [2, 7]}}, (1, 2)),
+        ({"generation_config.json": {"eos_token_id": 2}}, (2, 2)),
+        (
+            {
+                "tokenizer_config.json": {"bos_token": "<s>"},
+                "config.json": {"bos_token_id": 0, "eos_token_id": 2},
+            },
+            (1, 2),
+        ),
+    ],
+)
+def test_where_the_special_ids_come_from(files, expected, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(llama_like())
+    for name, values in files.items():
+        (tmp_path / name).write_text(json.dumps(values))
+    tokenizer = load_tokenizer(tmp_path)
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
+    assert (tokenizer.bos_id, tokenizer.end_id) == expected
+
+
+def test_sentencepiece_knows_its_own(tmp_path):
+    tokenizer = sentencepiece(tmp_path)
+    assert isinstance(tokenizer, SentencePieceTokenizer)
+    assert (tokenizer.bos_id, tokenizer.end_id) == (1, 2)
+
+
+def test_what_is_missing_or_damaged_is_named(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer.json and no tokenizer.model"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(llama_like())
+    with pytest.raises(ValueError, match=r"which token opens or ends a text.*tokenizer_config"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer_config.json is not valid JSON"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.model").write_bytes(b"nothing")
+    if "sentencepiece" in sys.modules:
+        with pytest.raises(ValueError, match=r"tokenizer.model is no SentencePiece model"):
+            load_tokenizer(tmp_path)
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(ConfigError, match="pip install sentencepiece"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_corpus_in_the_tokens_of_a_model(tmp_path):
+    for name in ("model", "moved"):
+        (tmp_path / name).mkdir()
+        tokenizer = llama(tmp_path / name)
+    (tmp_path / "corpus").mkdir()
+    for number in range(20):
+        (tmp_path / "corpus" / f"{number}.txt").write_text(f"{number}: {TEXTS[number % 3]}")
+    config = DataConfig(
+        source="text",
+        path=str(tmp_path / "corpus/*.txt"),
+        tokenizer=str(tmp_path / "model"),
+        store=str(tmp_path / "store"),
+        held_out=0.3,
+    )
+    store = open_or_build(config, vocab_size=400)
+    assert store.tokenizer.fingerprint == tokenizer.fingerprint
+    first = store.train.document(0).tolist()
+    assert first[0] == tokenizer.bos_id == 1
+    assert store.tokenizer.decode(first) == Path(store.train.names[0]).read_text()
+    # The same tokenizer elsewhere is the same; another one is not.
+    config.tokenizer = str(tmp_path / "moved")
+    assert open_or_build(config, vocab_size=400).manifest == store.manifest
+    (tmp_path / "moved/tokenizer_config.json").write_text('{"bos_token": "</s>"}')
+    with pytest.raises(ConfigError, match=r"data.tokenizer: 'pretrained "):
+        open_or_build(config, vocab_size=400)
+    config.tokenizer = str(tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"model.vocab_size=260 is less than the 2\d\d tokens"):
+        open_or_build(config, vocab_size=260)
+    config.tokenizer = "bep"
+    with pytest.raises(ConfigError, match=r"data.tokenizer='bep' is not one of 'byte', 'bpe', and"):
+        open_or_build(config, vocab_size=400)
