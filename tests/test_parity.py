@@ -15,7 +15,6 @@ from safetensors.numpy import load_file, save_file
 from tolerances import assert_close, relative_difference
 
 from retnet_jax import interop, presets
-from retnet_jax.interop.layout import Description
 from retnet_jax.interop.sources import ModelSource
 from retnet_jax.model import build_model
 from retnet_jax.model.multi_scale_retention import MultiScaleRetention
@@ -191,7 +190,7 @@ def test_gradients(case):
     # A gradient has the structure of a model, so the layout names its parts.
     found = {
         tensor.name: np.concatenate([np.asarray(piece) for piece in tensor.pieces])
-        for tensor in layout.tensors(ModelSource(gradient, Description(model.config)), None)
+        for tensor in layout.tensors(ModelSource(gradient), None)
         if "retnet_rel_pos" not in tensor.name
     }
     assert found.keys() == expected.keys()
@@ -246,7 +245,7 @@ def random_checkpoint(layout, config, rng):
     """The tensors of a checkpoint, all of them random, and its config."""
     model = build_model(config, rngs=nnx.Rngs(0))
     model = jax.tree.map(lambda x: np.float32(rng.normal(size=x.shape) * 0.4), model)
-    source = ModelSource(model, Description(config))
+    source = ModelSource(model)
     return {
         tensor.name: np.concatenate([np.asarray(piece) for piece in tensor.pieces])
         for tensor in layout.tensors(source, None)

@@ -241,6 +241,9 @@ def test_a_corpus_in_the_tokens_of_a_model(tmp_path):
     config.tokenizer = str(tmp_path / "model")
     with pytest.raises(ConfigError, match=r"model.vocab_size=260 is less than the 2\d\d tokens"):
         open_or_build(config, vocab_size=260)
-    config.tokenizer = "bep"
+    # What is in the store is enough; to build another, the directory is needed.
+    config.tokenizer = str(tmp_path / "gone")
+    assert open_or_build(config, vocab_size=400).manifest == store.manifest
+    config.tokenizer, config.store = "bep", str(tmp_path / "other")
     with pytest.raises(ConfigError, match=r"data.tokenizer='bep' is not one of 'byte', 'bpe', and"):
         open_or_build(config, vocab_size=400)

@@ -86,9 +86,10 @@ def open_or_build(config: DataConfig, vocab_size: int) -> TokenStore:
       ConfigError: if the store was built with other options, or as `build_store`, `open_store` do.
     """
     directory = Path(config.store)
-    asked = _options(config, vocab_size)
     store = open_store(directory) if directory.exists() else build_store(config, vocab_size)
-    built = store.manifest["options"]
+    built, asked = store.manifest["options"], _options(config, vocab_size)
+    if asked["data.tokenizer"] is None:  # its directory is gone; what it was is in the store
+        asked["data.tokenizer"] = built.get("data.tokenizer")
     differences = [
         f"\n  {name}: {built.get(name)!r} in the store, {asked[name]!r} asked for"
         for name in asked
@@ -229,10 +230,12 @@ def _options(config: DataConfig, vocab_size: int) -> dict[str, Any]:
     return options
 
 
-def _tokenizer_option(config: DataConfig) -> str:
-    """A pretrained tokenizer is the same wherever its directory is."""
+def _tokenizer_option(config: DataConfig) -> str | None:
+    """A pretrained tokenizer is the same wherever its directory is; None if that is gone."""
     if config.tokenizer in TOKENIZERS:
         return config.tokenizer
+    if not Path(config.tokenizer).exists():
+        return None
     return f"pretrained {_pretrained_tokenizer(config).fingerprint[:16]}"
 
 

@@ -8,13 +8,15 @@ Each layout is one table in its module, read in both directions (`layout.Rule`).
 cannot express is refused, with the reasons.
 """
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
-from retnet_jax.config import ConfigError
+from retnet_jax.config import ConfigError, ModelConfig
+from retnet_jax.data import has_tokenizer, load_tokenizer
 from retnet_jax.errors import CheckpointError
 from retnet_jax.interop import fla, syncdoth, torchscale
 from retnet_jax.interop.fold import HeadNormFolded
@@ -109,7 +111,13 @@ def convert(
     parameters = open_source(source)
     if fold_head_norm:
         parameters = HeadNormFolded(parameters)
-    _layout(layout, parameters.description.model).write(parameters, target, **options)
+    description = parameters.description
+    if description.bos_id is None and has_tokenizer(source):
+        tokenizer = load_tokenizer(source)
+        description = dataclasses.replace(
+            description, bos_id=tokenizer.bos_id, eos_id=tokenizer.end_id
+        )
+    _layout(layout, description.model).write(parameters, target, description=description, **options)
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
@@ -144,7 +152,7 @@ def _recognised(directory: Path, files: TensorFiles) -> Layout:
     )
 
 
-def _layout(name: str, config) -> Layout:
+def _layout(name: str, config: ModelConfig) -> Layout:
     if name == "own":
         return own_layout(config)
     if name not in LAYOUTS:

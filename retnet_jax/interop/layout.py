@@ -97,8 +97,6 @@ class Layout:
         self,
         model: LanguageModel,
         directory: str | Path,
-        *,
-        description: Description | None = None,
         **options: Any,
     ) -> None:
         """Writes a model as a directory of this layout.
@@ -106,15 +104,13 @@ class Layout:
         Args:
           model: what is written.
           directory: must not exist, or be empty.
-          description: what else goes into the config, such as `bos_id`.
           options: as of `write`.
 
         Raises:
           ConfigError: if this layout cannot say what the model computes.
           CheckpointError: if the directory has something in it, or the disk has no room.
         """
-        description = description or Description(model.config)
-        self.write(ModelSource(model, description), Path(directory), **options)
+        self.write(ModelSource(model), Path(directory), **options)
 
     def open(self, directory: Path, files: TensorFiles) -> "LayoutSource":
         """The parameters in a directory whose weights are open; raises as `load`."""
@@ -127,6 +123,7 @@ class Layout:
         source: Source,
         directory: Path,
         *,
+        description: Description | None = None,
         dtype: str | None = None,
         max_file_bytes: int = 5 * 10**9,
         torch_file: bool = False,
@@ -136,6 +133,7 @@ class Layout:
         Args:
           source: what is written.
           directory: must not exist, or be empty. It appears when all is written.
+          description: of the source, with what it does not know itself, such as `bos_id`.
           dtype: "float32", "float16" or "bfloat16"; None: as the source has them.
           max_file_bytes: of one safetensors file; a larger model is divided over several.
           torch_file: write one PyTorch file, as fairseq has them, instead; all of it in memory.
@@ -145,7 +143,7 @@ class Layout:
         """
         if dtype not in (None, "float32", "float16", "bfloat16"):
             raise ConfigError(f"dtype={dtype!r} is not one of float32, float16, bfloat16")
-        values = self.write_config(source.description)
+        values = self.write_config(description or source.description)
         numpy_dtype = next((x for x in DTYPES.values() if x.name == dtype), None)
         tensors = self.tensors(source, numpy_dtype)
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):

@@ -43,8 +43,8 @@ class Source(Protocol):
 class ModelSource:
     """The parameters of a model in memory, fetched from its devices one by one."""
 
-    def __init__(self, model: nnx.Module, description: Description):
-        self.description = description
+    def __init__(self, model: LanguageModel):
+        self.description = Description(model.config)
         leaves = jax.tree_util.tree_flatten_with_path(model)[0]
         self._leaves = {path_name(path): leaf for path, leaf in leaves}
         self._fetched: tuple[str, np.ndarray] | None = None

@@ -1,0 +1,177 @@
+"""Checkpoints of other implementations in eval.py, generate.py and train.py."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from test_pretrained_tokenizer import llama
+
+from eval import evaluate
+from retnet_jax import RetNet, generate, interop, load_pretrained, presets
+from retnet_jax.config import Config, ConfigError, DataConfig, OptimizerConfig, TrainConfig
+from retnet_jax.data import BatchStream, load_tokenizer, open_store
+from retnet_jax.evaluation import document_nll_window, perplexity_report
+from retnet_jax.pretrained import read_pretrained
+from retnet_jax.train_step import loss_sum
+from train import train
+
+ROOT = Path(__file__).parent.parent
+
+
+def sizes(**options):
+    return {"vocab_size": 330, "d_model": 16, "n_layers": 2, "n_heads": 2, "ffn_dim": 24} | options
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """An untrained model of fla with a tokenizer, as one is downloaded."""
+    directory = tmp_path_factory.mktemp("hub") / "retnet"
+    interop.fla.save(RetNet(presets.fla(**sizes()), rngs=nnx.Rngs(3)), directory)
+    llama(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("corpus")
+    for number in range(20):
+        text = f"def return self {number}: naïve state " * (number + 1)
+        (directory / f"{number:02}.txt").write_text(text, encoding="utf-8")
+    return directory
+
+
+def test_evaluation(directory, corpus, tmp_path, capsys):
+    evaluate(
+        directory,
+        data=str(corpus / "*.txt"),
+        protocols=["window"],
+        window_length=None,
+        batch_size=4,
+        compressors=False,
+        output=tmp_path / "result.json",
+    )
+    assert "RetNet of" in capsys.readouterr().out
+    record = json.loads((tmp_path / "result.json").read_text())
+    texts = [path.read_text(encoding="utf-8") for path in sorted(corpus.iterdir())]
+    tokenizer = load_tokenizer(directory)
+    documents = [np.array([1, *ids]) for ids in tokenizer.encode_batch(texts)]
+    nll = document_nll_window(interop.load(directory), documents, window_length=2048, batch_size=4)
+    expected = perplexity_report(nll, documents, texts).bits_per_byte
+    assert record["protocols"]["window"]["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
+    assert (record["step"], record["window_length"]) == (None, 2048)
+
+
+def test_generation(directory):
+    tokenizer = load_tokenizer(directory)
+    (ids,) = generate(
+        load_pretrained(directory, dtype="bfloat16"),
+        [[1, *tokenizer.encode("def state")]],
+        max_tokens=30,
+        end_id=2,
+        vocab_size=tokenizer.vocab_size,
+    )
+    arguments = ["--prompt=def state", "--max_tokens=30", "--dtype=bfloat16"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "generate.py", f"--checkpoint={directory}", *arguments],
+        capture_output=True,
+        check=True,
+    )
+    assert done.stdout.decode().startswith("def state")
+    assert len(done.stdout) > len("def state\n")
+    assert done.stdout.decode() == "def state" + tokenizer.decode(ids) + "\n"
+
+
+def run_config(begin, corpus, store, **data):
+    """A run whose own model and tokenizer are others than those it begins with."""
+    return Config(
+        init_from=str(begin),
+        data=DataConfig(
+            source="text",
+            path=str(corpus / "*.txt"),
+            store=str(store),
+            held_out=0.2,
+            sequence_length=16,
+            **data,
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
+        train=TrainConfig(
+            steps=8, batch_size=8, log_every=1, eval_every=100, eval_batches=1, checkpoint_every=4
+        ),
+    )
+
+
+def losses(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_continued_training(directory, corpus, tmp_path):
+    begin = tmp_path / "begin"
+    shutil.copytree(directory, begin)
+    config = run_config(begin, corpus, tmp_path / "store")
+    config.model.chunk_size = 8
+    assert train(config, tmp_path / "run") == 0
+    # The first loss is the foreign model's, on the batch that comes first.
+    store = open_store(tmp_path / "store")
+    stream = BatchStream(store.train, sequence_length=16, batch_size=8, bos_id=1, seed=0)
+    loss, weight = loss_sum(interop.load(begin), jax.tree.map(jax.numpy.asarray, stream[0]))
+    found = losses(tmp_path / "run")
+    assert found[0] == pytest.approx(float(loss / weight), rel=1e-5)
+    assert len(found) == 8
+    assert found[-1] < found[0] - 0.5
+    # The run stands by itself.
+    shutil.rmtree(begin)
+    shutil.rmtree(tmp_path / "run/checkpoints/8")
+    assert train(config, tmp_path / "run") == 0
+    assert losses(tmp_path / "run") == found
+    recorded, tokenizer = read_pretrained(tmp_path / "run")
+    assert recorded.model == load_pretrained(tmp_path / "run").config
+    assert (recorded.model.vocab_size, recorded.model.chunk_size) == (330, 8)
+    assert (tokenizer.bos_id, tokenizer.end_id) == (1, 2)
+    # And goes back to where it came from.
+    interop.convert(tmp_path / "run", tmp_path / "back", "fla")
+    written = json.loads((tmp_path / "back/config.json").read_text())
+    assert (written["bos_token_id"], written["eos_token_id"]) == (1, 2)
+    for ours, theirs in zip(
+        jax.tree.leaves(interop.load(tmp_path / "back")),
+        jax.tree.leaves(load_pretrained(tmp_path / "run")),
+        strict=True,
+    ):
+        assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
+    # A run can begin with another run, which has a tokenizer too.
+    again = run_config(tmp_path / "run", corpus, tmp_path / "store")
+    assert train(again, tmp_path / "again") == 0
+    assert losses(tmp_path / "again")[0] < found[0] - 0.5
+
+
+def test_continued_training_without_a_tokenizer_makes_its_own(corpus, tmp_path):
+    config = presets.paper(**sizes(post_norm=True, deepnorm=True, ffn_norm=None))
+    interop.torchscale.save(RetNet(config, rngs=nnx.Rngs(0)), tmp_path / "begin")
+    with pytest.raises(ConfigError, match=r"has no tokenizer.json or tokenizer.model: put"):
+        read_pretrained(tmp_path / "begin")
+    run = run_config(tmp_path / "begin", corpus, tmp_path / "store", tokenizer="byte")
+    assert train(run, tmp_path / "run") == 0
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0] - 0.5
+    assert load_tokenizer(tmp_path / "run").vocab_size == 257
+
+
+def test_what_does_not_fit_is_named(directory, tmp_path):
+    interop.fla.save(RetNet(presets.fla(**sizes(vocab_size=200)), rngs=nnx.Rngs(0)), tmp_path / "x")
+    llama(tmp_path / "x")
+    with pytest.raises(ConfigError, match=r"has 2\d\d ids, the model knows 200: it is another"):
+        read_pretrained(tmp_path / "x")
+    (tmp_path / "x/tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"tokenizer.json is no tokenizer"):
+        read_pretrained(tmp_path / "x")
+    with pytest.raises(ConfigError, match=r"nowhere/config.json does not exist"):
+        load_pretrained(tmp_path / "nowhere")
+    config = run_config(tmp_path / "nowhere", tmp_path, tmp_path / "store")
+    with pytest.raises(ConfigError, match=r"nowhere/config.json does not exist"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
