@@ -7,7 +7,7 @@ import jax
 import pytest
 from flax import nnx
 
-from retnet_jax import Config, ModelConfig
+from retnet_jax import Config, ModelConfig, presets
 from retnet_jax.config import (
     ConfigError,
     DataConfig,
@@ -59,6 +59,23 @@ def test_parameter_count_is_the_trees_and_the_twins(ffn, norm, tied):
     assert ratio == pytest.approx(1, abs=0.01)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        presets.paper(vocab_size=96, d_model=32, n_layers=3, embedding_norm=True),
+        presets.torchscale(vocab_size=96, d_model=32, n_layers=3, post_norm=True, deepnorm=True),
+        presets.fla(vocab_size=96, d_model=32, n_layers=3, key_dim=16),
+        presets.syncdoth(
+            vocab_size=96, d_model=32, n_layers=3, ffn="relu", ffn_bias=True, ffn_norm="rms"
+        ),
+    ],
+)
+def test_parameter_count_of_the_presets_and_their_twins(config):
+    for one in (config, config.transformer_twin()):
+        tree = build_model(one, rngs=nnx.Rngs(0))
+        assert sum(x.size for x in jax.tree.leaves(tree)) == one.parameter_count()
+
+
 def test_training_flops_count_the_compiled_products():
     """One unrolled layer, so that XLA sees every product once; head and mixer included."""
     config = ModelConfig(vocab_size=512, d_model=64, n_layers=1, n_heads=2, mixer="attention")
@@ -84,9 +101,15 @@ def test_training_flops_count_the_compiled_products():
         (ModelConfig(mixer="attention", value_dim=1024), "attention needs keys and values of one"),
         (ModelConfig(mixer="retentoin"), "mixer='retentoin' is not one of 'retention'"),
         (ModelConfig(dtype="float16"), "dtype='float16' is not one of"),
+        (ModelConfig(ffn="geglue"), "ffn='geglue' is not one of 'relu', 'gelu'"),
+        (ModelConfig(rotation="xpos"), "rotation='xpos' is not one of 'rope', 'torchscale'"),
+        (ModelConfig(ffn_norm="group"), "ffn_norm='group' is not one of"),
+        (ModelConfig(score_clamp="yes"), "score_clamp='yes' is not one of"),
+        (ModelConfig(head_norm_scale=True), "head_norm_scale=True is for model.norm='rms'"),
         (ModelConfig(decay_range=(0.5, 1.0)), "decay_range=.*between 0 and 1"),
         (ModelConfig(n_layers=0), "n_layers=0 is less than 1"),
         (DataConfig(source="text"), "data.path is empty"),
+        (DataConfig(tokenizer=""), "data.tokenizer is empty"),
         (DataConfig(held_out=0.0), "held_out=0.0 is not between"),
         (OptimizerConfig(schedule="step"), "schedule='step'"),
         (OptimizerConfig(clip_norm=0.0), "clip_norm=0.0 is not greater"),
