@@ -150,6 +150,7 @@ class Text(NamedTuple):
 
     tokens: list[np.ndarray]  # ids of each, BOS first
     texts: list[str]
+    byte_counts: np.ndarray  # of each as it was before it became tokens
     description: str  # for people
     origin: dict[str, Any]  # for the JSON
 
@@ -182,6 +183,7 @@ def held_out_text(config: Config, tokenizer: Tokenizer, workdir: Path) -> Text:
     return Text(
         tokens,
         texts=[tokenizer.decode(ids.tolist()) for ids in tokens],
+        byte_counts=store.held_out.byte_counts,
         description=f"held-out documents of {directory}",
         origin={
             "store": str(directory.absolute()),
@@ -217,6 +219,7 @@ def given_text(pattern: str, text_field: str, tokenizer: Tokenizer) -> Text:
             np.array([tokenizer.bos_id, *ids], np.int32) for ids in tokenizer.encode_batch(texts)
         ],
         texts=texts,
+        byte_counts=np.array([document.byte_count for document in documents]),
         description=f"documents of {pattern}",
         origin={"files": pattern, "source": source, "skipped": skipped},
     )
@@ -250,7 +253,7 @@ def report(
             nll = document_nll_stateful(
                 model, text.tokens, batch_size=batch_size, progress=bar.update
             )
-    return perplexity_report(nll, text.tokens, text.texts)
+    return perplexity_report(nll, text.tokens, text.texts, text.byte_counts)
 
 
 def table(

@@ -17,7 +17,7 @@ from absl import flags
 
 from retnet_jax import command_line, load_pretrained
 from retnet_jax.config import ConfigError
-from retnet_jax.data import TextStream, Tokenizer
+from retnet_jax.data import TextStream
 from retnet_jax.generate import Sampler, stream
 from retnet_jax.pretrained import read_pretrained
 
@@ -64,10 +64,11 @@ def continue_prompts(
     """
     check_prompts(prompts)
     _, tokenizer = read_pretrained(directory)
+    ids = [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_batch(prompts)]
     blocks = TimedBlocks(
         stream(
             load_pretrained(directory, **changes),
-            [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_batch(prompts)],
+            ids,
             max_tokens,
             sampler,
             seed,
@@ -76,7 +77,7 @@ def continue_prompts(
         ),
         end_id=tokenizer.end_id,
     )
-    additions = decoded(blocks, tokenizer)
+    additions = decoded(blocks, [TextStream(tokenizer, before=prompt) for prompt in ids])
     if len(prompts) == 1:
         print(prompts[0], end="", flush=True)
         for (text,) in additions:
@@ -99,11 +100,9 @@ def check_prompts(prompts: list[str]) -> None:
             raise ConfigError(f"--prompt={prompt!a} is not valid UTF-8") from None
 
 
-def decoded(blocks: Iterable[np.ndarray], tokenizer: Tokenizer) -> Iterator[list[str]]:
+def decoded(blocks: Iterable[np.ndarray], rows: list[TextStream]) -> Iterator[list[str]]:
     """What each block of tokens [b n] adds to the text of each row, and what is left at the end."""
-    rows: list[TextStream] = []
     for block in blocks:
-        rows = rows or [TextStream(tokenizer) for _ in block]
         yield [row.add(ids) for row, ids in zip(rows, block.tolist(), strict=True)]
     yield [row.rest() for row in rows]
 

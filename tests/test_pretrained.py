@@ -69,9 +69,10 @@ def test_evaluation(directory, corpus, tmp_path, capsys):
 
 def test_generation(directory):
     tokenizer = load_tokenizer(directory)
+    prompt = tokenizer.encode("def state")
     (ids,) = generate(
         load_pretrained(directory, dtype="bfloat16"),
-        [[1, *tokenizer.encode("def state")]],
+        [[1, *prompt]],
         max_tokens=30,
         end_id=2,
         vocab_size=tokenizer.vocab_size,
@@ -84,7 +85,7 @@ def test_generation(directory):
     )
     assert done.stdout.decode().startswith("def state")
     assert len(done.stdout) > len("def state\n")
-    assert done.stdout.decode() == "def state" + tokenizer.decode(ids) + "\n"
+    assert done.stdout.decode() == tokenizer.decode(prompt + ids) + "\n"
 
 
 def run_config(begin, corpus, store, **data):

@@ -155,6 +155,19 @@ def test_text_that_comes_in_pieces_is_the_whole(make, size, tmp_path):
 
 
 @KINDS
+def test_a_continuation_begins_with_its_space(make, tmp_path):
+    tokenizer = make(tmp_path)
+    ids = tokenizer.encode("def state return")
+    spaces = 0
+    for cut in range(1, len(ids)):
+        stream = TextStream(tokenizer, before=[tokenizer.bos_id, *ids[:cut]])
+        continuation = stream.add(ids[cut:]) + stream.rest()
+        assert tokenizer.decode(ids[:cut]) + continuation == "def state return"
+        spaces += continuation.startswith(" ")
+    assert spaces
+
+
+@KINDS
 def test_a_torn_end_is_shown_at_the_end(make, tmp_path):
     tokenizer = make(tmp_path)
     stream = TextStream(tokenizer)
@@ -188,6 +201,18 @@ def test_where_the_special_ids_come_from(files, expected, tmp_path):
     assert (tokenizer.bos_id, tokenizer.end_id) == expected
 
 
+def test_special_tokens_that_the_file_does_not_mark_are_text_too(tmp_path):
+    values = json.loads(llama_like())
+    for token in values["added_tokens"]:
+        token["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    tokenizer = load_tokenizer(tmp_path)
+    ids = tokenizer.encode("<s>x</s>")
+    assert not {1, 2} & set(ids)
+    assert tokenizer.decode(ids) == "<s>x</s>"
+
+
 def test_sentencepiece_knows_its_own(tmp_path):
     tokenizer = sentencepiece(tmp_path)
     assert isinstance(tokenizer, SentencePieceTokenizer)
@@ -200,6 +225,9 @@ def test_what_is_missing_or_damaged_is_named(tmp_path, monkeypatch):
     (tmp_path / "tokenizer.json").write_text(llama_like())
     with pytest.raises(ValueError, match=r"which token opens or ends a text.*tokenizer_config"):
         load_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text('{"bos_token_id": 99999}')
+    with pytest.raises(ValueError, match=r"config.json: bos_token_id=99999 is no id"):
+        load_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer_config.json is not valid JSON"):
         load_tokenizer(tmp_path)
@@ -207,6 +235,9 @@ def test_what_is_missing_or_damaged_is_named(tmp_path, monkeypatch):
     (tmp_path / "tokenizer.model").write_bytes(b"nothing")
     if "sentencepiece" in sys.modules:
         with pytest.raises(ValueError, match=r"tokenizer.model is no SentencePiece model"):
+            load_tokenizer(tmp_path)
+        (tmp_path / "tokenizer.model").write_bytes(b"")
+        with pytest.raises(ValueError, match=r"tokenizer.model is empty"):
             load_tokenizer(tmp_path)
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(ConfigError, match="pip install sentencepiece"):

@@ -61,6 +61,10 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer = hugging_face().Tokenizer.from_str(serialised)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        # A token that the file has not marked as special would be found in texts.
+        self._tokenizer.add_special_tokens(
+            [self._tokenizer.id_to_token(i) for i in (bos_id, end_id)]
+        )
         self._tokenizer.encode_special_tokens = True
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         self.bos_id, self.end_id = bos_id, end_id
@@ -118,7 +122,8 @@ def _load_json(directory: Path) -> Tokenizer:
             return BPETokenizer(serialised)
     except Exception as error:  # `tokenizers` raises nothing narrower
         raise ValueError(f"{path} is no tokenizer: {error}") from error
-    return HuggingFaceTokenizer(serialised, *_special_ids(directory, found.token_to_id))
+    special = _special_ids(directory, found.token_to_id, found.id_to_token)
+    return HuggingFaceTokenizer(serialised, *special)
 
 
 def _load_sentencepiece(directory: Path) -> Tokenizer:
@@ -129,17 +134,25 @@ def _load_sentencepiece(directory: Path) -> Tokenizer:
         model = package.SentencePieceProcessor(model_proto=contents)
     except RuntimeError as error:
         raise ValueError(f"{path} is no SentencePiece model: {error}") from error
+    if not contents:  # which the library takes for no argument
+        raise ValueError(f"{path} is empty")
 
     def id_of(piece: str) -> int | None:
         found = model.piece_to_id(piece)
         return found if model.id_to_piece(found) == piece else None
 
+    def token_of(number: int) -> str | None:
+        return model.id_to_piece(number) if 0 <= number < model.get_piece_size() else None
+
     own = {"bos": model.bos_id(), "eos": model.eos_id()}
-    return SentencePieceTokenizer(contents, *_special_ids(directory, id_of, own))
+    return SentencePieceTokenizer(contents, *_special_ids(directory, id_of, token_of, own))
 
 
 def _special_ids(
-    directory: Path, id_of: Callable[[str], int | None], own: dict[str, int] | None = None
+    directory: Path,
+    id_of: Callable[[str], int | None],
+    token_of: Callable[[int], str | None],
+    own: dict[str, int] | None = None,
 ) -> tuple[int, int]:
     """The ids that open and end a text; where only one is known, it does both.
 
@@ -159,6 +172,10 @@ def _special_ids(
             number = _values(directory / name).get(f"{kind}_token_id")
             number = number[0] if isinstance(number, list) and number else number
             if isinstance(number, int):
+                if token_of(number) is None:
+                    raise ValueError(
+                        f"{directory / name}: {kind}_token_id={number} is no id of the tokenizer"
+                    )
                 return number
         return None
 

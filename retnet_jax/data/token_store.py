@@ -122,6 +122,8 @@ def open_store(directory: Path) -> TokenStore:
         if tokenizer.fingerprint != manifest["fingerprint"]:
             raise ValueError("tokenizer.json is not the one that it was built with")
         train, held_out = (_open_split(directory, s, manifest["splits"][s]) for s in SPLITS)
+    except ConfigError:  # a library that its tokenizer needs
+        raise
     except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
         raise ConfigError(
             f"the token store {str(directory)!r} is missing, unfinished or damaged "

@@ -53,12 +53,16 @@ class TextStream:
 
     A character that is split over tokens comes whole, with the last of them. A token's text can
     depend on the one before it, so some of those are decoded again.
+
+    Args:
+      tokenizer: what the ids are of.
+      before: ids in front of the first piece, whose text is known.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()):
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._shown = 0  # characters of their text
+        self._ids = list(before)[-_CONTEXT:]
+        self._shown = len(tokenizer.decode(self._ids))  # characters
 
     def add(self, ids: list[int]) -> str:
         """The text that is known now and was not before."""

@@ -158,7 +158,10 @@ class PerplexityReport:
 
 
 def perplexity_report(
-    nll: np.ndarray, documents: Sequence[np.ndarray], texts: Sequence[str]
+    nll: np.ndarray,
+    documents: Sequence[np.ndarray],
+    texts: Sequence[str],
+    byte_counts: np.ndarray | None = None,
 ) -> PerplexityReport:
     """Sums up documents; all sums and quotients are of totals, not means over documents.
 
@@ -166,8 +169,11 @@ def perplexity_report(
       nll: of each document, in nats.
       documents: token ids [n + 1] of each, BOS first.
       texts: the same documents as text, for their words and bytes.
+      byte_counts: bytes of each document's UTF-8, where the texts were decoded from tokens and may
+        have lost some; None: those of the texts.
     """
-    byte_counts = np.array([len(text.encode("utf-8")) for text in texts])
+    if byte_counts is None:
+        byte_counts = np.array([len(text.encode("utf-8")) for text in texts])
     bits = nll / math.log(2)
     total = float(nll.sum())
     tokens = sum(len(document) - 1 for document in documents)
