@@ -23,8 +23,8 @@ import numpy as np
 from absl import flags
 
 from retnet_jax import command_line
-from retnet_jax.config import Config, ConfigError
-from retnet_jax.data import Tokenizer, open_store, read_documents
+from retnet_jax.config import Config, ConfigError, DataConfig
+from retnet_jax.data import Skipped, Tokenizer, files, open_store, read_documents
 from retnet_jax.evaluation import (
     PerplexityReport,
     compressed_bits_per_byte,
@@ -62,8 +62,8 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "data",
         None,
-        "files by glob: one document a file or, if the glob ends in .jsonl, one a line, in the "
-        "field that the model's config.json names in data.text_field",
+        "files by glob: one document a file or, if the glob ends in .jsonl, .json.gz or the like, "
+        "one a line, in the field that the model's config.json names in data.text_field; .parquet",
     )
     flags.register_multi_flags_validator(
         ["checkpoint", "data"],
@@ -137,7 +137,11 @@ def evaluate(
             "data": text.origin | {"sha256": hashlib.sha256(text.joined).hexdigest()},
             "window_length": window_length,
             "batch_size": batch_size,
-            "protocols": {name: as_json(found) for name, found in reports.items()},
+            "protocols": {
+                name: as_json(found[""])
+                | {"sources": {k: as_json(v) for k, v in found.items() if k}}
+                for name, found in reports.items()
+            },
             "compressors": compressed,
             "device": jax.devices()[0].device_kind,
             "versions": versions(),
@@ -151,6 +155,7 @@ class Text(NamedTuple):
     tokens: list[np.ndarray]  # ids of each, BOS first
     texts: list[str]
     byte_counts: np.ndarray  # of each as it was before it became tokens
+    sources: list[str]  # the store of each, or nothing
     description: str  # for people
     origin: dict[str, Any]  # for the JSON
 
@@ -166,31 +171,33 @@ def held_out_text(config: Config, tokenizer: Tokenizer, workdir: Path) -> Text:
     Raises:
       ConfigError: if the store is not there, is damaged, or has another tokenizer.
     """
-    directory = Path(config.data.store)
-    if not directory.exists():
-        raise ConfigError(
-            f"data.store={config.data.store!r} of {workdir / 'config.json'} does not exist (from "
-            f"{Path.cwd()}): start where the run was trained, or give other text with --data"
-        )
-    store = open_store(directory)
-    if store.tokenizer.fingerprint != tokenizer.fingerprint:
-        raise ConfigError(
-            f"data.store={config.data.store!r} has another tokenizer "
-            f"({store.tokenizer.fingerprint[:12]}) than {workdir} ({tokenizer.fingerprint[:12]}): "
-            "it is not the store that the run was trained on; give text with --data"
-        )
-    tokens = [store.held_out.document(i) for i in range(len(store.held_out))]
+    directories = list(config.data.mixture) or [config.data.store]
+    tokens, byte_counts, sources, stores = [], [], [], []
+    for directory in directories:
+        if not files.exists(directory):
+            raise ConfigError(
+                f"data.store={directory!r} of {workdir / 'config.json'} does not exist (from "
+                f"{Path.cwd()}): start where the run was trained, or give other text with --data"
+            )
+        store = open_store(directory)
+        if store.tokenizer.fingerprint != tokenizer.fingerprint:
+            raise ConfigError(
+                f"data.store={directory!r} has another tokenizer "
+                f"({store.tokenizer.fingerprint[:12]}) than {workdir} "
+                f"({tokenizer.fingerprint[:12]}): it is not the store that the run was trained on; "
+                "give text with --data"
+            )
+        tokens += [store.held_out.document(i) for i in range(len(store.held_out))]
+        byte_counts.append(store.held_out.byte_counts)
+        sources += [directory] * len(store.held_out)
+        stores.append({"store": directory, "options": store.manifest["options"]})
     return Text(
         tokens,
         texts=[tokenizer.decode(ids.tolist()) for ids in tokens],
-        byte_counts=store.held_out.byte_counts,
-        description=f"held-out documents of {directory}",
-        origin={
-            "store": str(directory.absolute()),
-            "split": "held_out",
-            "options": store.manifest["options"],
-            "python": store.manifest["python"],
-        },
+        byte_counts=np.concatenate(byte_counts),
+        sources=sources,
+        description=f"held-out documents of {', '.join(directories)}",
+        origin={"split": "held_out", "stores": stores},
     )
 
 
@@ -200,19 +207,18 @@ def given_text(pattern: str, text_field: str, tokenizer: Tokenizer) -> Text:
     Raises:
       ConfigError: if no file matches or none has a document.
     """
-    source = "jsonl" if pattern.endswith(".jsonl") else "text"
-    skipped: list[str] = []
+    source = source_of(pattern)
+    skipped = Skipped()
     try:
-        documents = list(read_documents(source, pattern, text_field, skipped))
+        config = DataConfig(source=source, path=pattern, text_field=text_field)
+        documents = list(read_documents(config, skipped))
     except ConfigError as error:
         raise ConfigError(f"--data: {error}") from None
     if not documents:
-        raise ConfigError(
-            f"--data={pattern} has no documents; {len(skipped)} skipped: {'; '.join(skipped[:3])}"
-        )
-    if skipped:
-        rest = [f"and {len(skipped) - 20} more"] if len(skipped) > 20 else []
-        print(f"skipped {len(skipped)}:", *skipped[:20], *rest, sep="\n  ", file=sys.stderr)
+        raise ConfigError(f"--data={pattern} has no documents; {skipped.count} skipped: {skipped}")
+    if skipped.count:
+        rest = [f"and {skipped.count - 20} more"] if skipped.count > 20 else []
+        print(f"skipped {skipped.count}:", *skipped.first[:20], *rest, sep="\n  ", file=sys.stderr)
     texts = [document.text for document in documents]
     return Text(
         tokens=[
@@ -220,15 +226,28 @@ def given_text(pattern: str, text_field: str, tokenizer: Tokenizer) -> Text:
         ],
         texts=texts,
         byte_counts=np.array([document.byte_count for document in documents]),
+        sources=[""] * len(documents),
         description=f"documents of {pattern}",
-        origin={"files": pattern, "source": source, "skipped": skipped},
+        origin={"files": pattern, "source": source, "skipped": skipped.as_dict()},
     )
+
+
+def source_of(pattern: str) -> str:
+    """The source that reads the files of a glob."""
+    if pattern.endswith(".parquet"):
+        return "parquet"
+    lines = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
+    return "jsonl" if pattern.endswith(lines) else "text"
 
 
 def report(
     model: LanguageModel, text: Text, protocol: str, window_length: int, batch_size: int
-) -> PerplexityReport:
-    """Evaluates by one protocol, with a bar if stderr is a terminal."""
+) -> dict[str, PerplexityReport]:
+    """Evaluates by one protocol, with a bar if stderr is a terminal.
+
+    Returns:
+      The report of all documents under "", and those of each source, if there are several.
+    """
     from tqdm import tqdm
 
     bar = tqdm(
@@ -253,29 +272,41 @@ def report(
             nll = document_nll_stateful(
                 model, text.tokens, batch_size=batch_size, progress=bar.update
             )
-    return perplexity_report(nll, text.tokens, text.texts, text.byte_counts)
+    reports = {"": perplexity_report(nll, text.tokens, text.texts, text.byte_counts)}
+    sources = list(dict.fromkeys(text.sources))
+    for source in sources if len(sources) > 1 else []:
+        of_source = np.flatnonzero(np.array(text.sources) == source)
+        tokens, texts = ([x[i] for i in of_source] for x in (text.tokens, text.texts))
+        reports[source] = perplexity_report(
+            nll[of_source], tokens, texts, text.byte_counts[of_source]
+        )
+    return reports
 
 
 def table(
-    reports: dict[str, PerplexityReport], window_length: int, compressed: dict[str, float]
+    reports: dict[str, dict[str, PerplexityReport]],
+    window_length: int,
+    compressed: dict[str, float],
 ) -> str:
-    """A row for each protocol and each compressor."""
+    """A row for each protocol, those of each source below it, and each compressor."""
     rows = [
         ("", "bits/byte", "std. error", "token ppl", "word ppl", "documents", "tokens", "bytes")
     ]
-    for protocol, found in reports.items():
-        rows.append(
-            (
-                f"window of {window_length}" if protocol == "window" else protocol,
-                f"{found.bits_per_byte:.4f}",
-                "-" if math.isnan(found.standard_error) else f"± {found.standard_error:.4f}",
-                f"{found.token_perplexity:,.6g}",
-                f"{found.word_perplexity:,.6g}",
-                f"{found.documents:,}",
-                f"{found.tokens:,}",
-                f"{found.bytes:,}",
+    for protocol, by_source in reports.items():
+        label = f"window of {window_length}" if protocol == "window" else protocol
+        for source, found in by_source.items():
+            rows.append(
+                (
+                    f"  {source}" if source else label,
+                    f"{found.bits_per_byte:.4f}",
+                    "-" if math.isnan(found.standard_error) else f"± {found.standard_error:.4f}",
+                    f"{found.token_perplexity:,.6g}",
+                    f"{found.word_perplexity:,.6g}",
+                    f"{found.documents:,}",
+                    f"{found.tokens:,}",
+                    f"{found.bytes:,}",
+                )
             )
-        )
     rows += [(name, f"{bits:.4f}", *[""] * 6) for name, bits in compressed.items()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []

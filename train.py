@@ -10,9 +10,10 @@ and SIGTERM save and end with status 0.
 
 import contextlib
 import math
+import operator
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from absl import flags
 from retnet_jax import command_line
 from retnet_jax.checkpoint import CheckpointError, Checkpoints
 from retnet_jax.config import Config
-from retnet_jax.data import BatchStream, Split, TokenStore, number_of_windows, open_or_build
+from retnet_jax.data import BatchStream, Split, Stores, number_of_windows, open_stores
 from retnet_jax.metrics import MetricsLog, peak_flops
 from retnet_jax.pretrained import load_checkpoint, run_options, with_initial_model
 from retnet_jax.sharding import batch_sharding, check_batch, make_mesh
@@ -57,8 +58,8 @@ def train(config: Config, workdir: Path) -> int:
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.train.batch_size, config.train.micro_batches)
     state_shape = abstract_state(config, mesh)
-    store = open_or_build(config.data, config.model.vocab_size)
-    open_workdir(workdir, config, store.tokenizer)
+    stores = open_stores(config.data, config.model.vocab_size)
+    open_workdir(workdir, config, stores.tokenizer)
     checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep_checkpoints)
     clock = Clock(
         tokens_per_step=config.train.batch_size * config.data.sequence_length,
@@ -70,8 +71,8 @@ def train(config: Config, workdir: Path) -> int:
         start = int(state.step)
         log = MetricsLog(workdir, start, config.train.steps)
         with contextlib.closing(log):
-            log.say(describe(config, store, state, mesh))
-            run = Run(config, store, mesh, state_shape, checkpoints, log, clock)
+            log.say(describe(config, stores, state, mesh))
+            run = Run(config, stores, mesh, state_shape, checkpoints, log, clock)
             try:
                 state, done = run.advance(state, start, next_batch, config.train.steps, stop)
             except NonFiniteLossError as error:
@@ -94,23 +95,28 @@ def start_or_restore(
         return begin(model), 0
     if step is None:
         return jax.jit(partial(initial_state, config), out_shardings=shardings)(), 0
-    model, optimizer, next_batch = checkpoints.restore(
-        step, state_shape.model, state_shape.optimizer
+    model, optimizer, carry, next_batch = checkpoints.restore(
+        step, state_shape.model, state_shape.optimizer, state_shape.carry
     )
     count = jax.device_put(jax.numpy.int32(step), shardings.step)
-    return TrainState(count, model, optimizer), next_batch
+    return TrainState(count, model, optimizer, carry), next_batch
 
 
-def describe(config: Config, store: TokenStore, state: TrainState, mesh: jax.sharding.Mesh) -> str:
-    """What is about to be trained, in two lines."""
-    counts = store.manifest["splits"]["train"]
+def describe(config: Config, stores: Stores, state: TrainState, mesh: jax.sharding.Mesh) -> str:
+    """What is about to be trained, in a few lines."""
     tokens = config.train.batch_size * config.data.sequence_length
     axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+    shares = stores.weights / stores.weights.sum()
     return (
         f"{type(state.model).__name__} of {config.model.parameter_count():,} parameters, "
         f"{jax.devices()[0].device_kind} mesh {axes}\n"
-        f"steps {state.step} to {config.train.steps} of {tokens:,} tokens; "
-        f"{store.directory} has {counts['tokens']:,} in {counts['documents']:,} documents"
+        f"steps {state.step} to {config.train.steps} of {tokens:,} tokens in "
+        f"{config.data.windows} windows"
+        + "".join(
+            f"\n{share:7.1%} of {store.directory}: {store.train.token_count:,} tokens in "
+            f"{len(store.train):,} documents"
+            for share, store in zip(shares, stores.stores.values(), strict=True)
+        )
     )
 
 
@@ -124,7 +130,7 @@ class Run:
     def __init__(
         self,
         config: Config,
-        store: TokenStore,
+        stores: Stores,
         mesh: jax.sharding.Mesh,
         state_shape: TrainState,
         checkpoints: Checkpoints,
@@ -141,15 +147,14 @@ class Run:
             partial(train_step, config), donate_argnums=0, out_shardings=(shardings, None)
         )
         self.loss_sum = jax.jit(loss_sum)
-        self.train_stream = self._stream(store, store.train)
-        self.held_out_stream = self._stream(store, store.held_out)
-        self.held_out_batches = min(
-            config.train.eval_batches,
-            math.ceil(
-                number_of_windows(store.held_out, config.data.sequence_length)
-                / config.train.batch_size
-            ),
+        self.stores = stores
+        self.train_stream = self._stream(
+            [store.train for store in stores.stores.values()], stores.weights, config.data.windows
         )
+        self.held_out = {
+            name: self._stream([store.held_out], [1.0], "packed")
+            for name, store in stores.stores.items()
+        }
 
     def advance(
         self, state: TrainState, done: int, next_batch: int, last: int, stop: list[str]
@@ -199,19 +204,41 @@ class Run:
             self.log.write(step, values | self.clock.lap(step))
 
     def evaluate(self, step: int, state: TrainState) -> None:
-        """Logs the mean loss over the first windows of the held-out split, zero state in each."""
+        """Logs the mean loss over the first windows of what each store holds out.
+
+        Every window begins with the empty state. Of several stores each has a loss of its own, and
+        their mean is by the shares of the mixture.
+        """
+        found = {name: self._held_out_loss(name, state) for name in self.held_out}
+        metrics = {}
+        for name, loss in found.items():
+            held_out = self.stores.stores[name].held_out
+            metrics |= {
+                f"held_out_loss/{name}": loss,
+                f"held_out_perplexity/{name}": math.exp(min(loss, 700.0)),
+                f"held_out_bits_per_byte/{name}": loss / math.log(2) * held_out.tokens_per_byte,
+            }
+        shares = self.stores.weights / self.stores.weights.sum()
+        mean = sum(map(operator.mul, shares, found.values()))
+        self.log.write(step, {"held_out_loss": float(mean)} | metrics)
+
+    def _held_out_loss(self, name: str, state: TrainState) -> float:
+        config, split = self.config, self.stores.stores[name].held_out
+        windows = number_of_windows(split, config.data.sequence_length)
+        batches = min(config.train.eval_batches, math.ceil(windows / config.train.batch_size))
         sums = []
-        for number in range(self.held_out_batches):
-            batch = jax.device_put(self.held_out_stream[number], self.batch_sharding)
-            sums.append(self.loss_sum(state.model, batch))
+        for number in range(batches):
+            batch = jax.device_put(self.held_out[name][number], self.batch_sharding)
+            loss, (weight, _) = self.loss_sum(state.model, batch)
+            sums.append((loss, weight))
         loss, weight = (sum(map(float, column)) for column in zip(*sums, strict=True))
-        self.log.write(step, {"held_out_loss": loss / weight})
+        return loss / weight
 
     def save(self, step: int, state: TrainState) -> None:
         """Begins a checkpoint. A failure is said and training goes on: the next may succeed."""
         self.written()  # the one before; its failure should not cost this one
         try:
-            self.checkpoints.save(step, state.model, state.optimizer)
+            self.checkpoints.save(step, state.model, state.optimizer, state.carry)
             self.saved = step
         except CheckpointError as error:
             self.log.say(f"step {step}: {error}")
@@ -235,13 +262,17 @@ class Run:
         self.log.say("the run is finished" if finished else "the same command goes on from here")
         return 0
 
-    def _stream(self, store: TokenStore, split: Split) -> BatchStream:
+    def _stream(
+        self, splits: Sequence[Split], weights: Sequence[float], policy: str
+    ) -> BatchStream:
         return BatchStream(
-            split,
+            splits,
+            weights,
             sequence_length=self.config.data.sequence_length,
             batch_size=self.config.train.batch_size,
-            bos_id=store.tokenizer.bos_id,
+            bos_id=self.stores.tokenizer.bos_id,
             seed=self.config.train.seed,
+            policy=policy,
         )
 
 

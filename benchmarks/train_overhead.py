@@ -18,7 +18,7 @@ from absl import flags
 from benchmarks.measure import write_results
 from retnet_jax import command_line
 from retnet_jax.checkpoint import Checkpoints
-from retnet_jax.data import open_or_build
+from retnet_jax.data import open_stores
 from retnet_jax.metrics import MetricsLog
 from retnet_jax.sharding import make_mesh
 from retnet_jax.train_step import abstract_state
@@ -33,7 +33,7 @@ def main() -> None:
     segments = flags.FLAGS.segments + 1  # the first compiles, and is not counted
     config.train.eval_every = config.train.checkpoint_every = 10**9
     mesh = make_mesh(config.mesh)
-    store = open_or_build(config.data, config.model.vocab_size)
+    stores = open_stores(config.data, config.model.vocab_size)
     state_shape = abstract_state(config, mesh)
     clock = Clock(config.train.batch_size * config.data.sequence_length, 1.0, 1.0)
     looped, bare = [], []
@@ -41,7 +41,7 @@ def main() -> None:
         checkpoints = Checkpoints(Path(directory) / "checkpoints", keep=1)
         log = MetricsLog(Path(directory), 0, 10**9)
         with contextlib.closing(checkpoints), contextlib.closing(log):
-            run = Run(config, store, mesh, state_shape, checkpoints, log, clock)
+            run = Run(config, stores, mesh, state_shape, checkpoints, log, clock)
             state, _ = start_or_restore(config, mesh, state_shape, checkpoints)
             batches = [
                 jax.device_put(run.train_stream[step], run.batch_sharding) for step in range(8)

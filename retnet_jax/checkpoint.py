@@ -46,23 +46,23 @@ class Checkpoints:
         """The step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step: int, model: Any, optimizer: Any) -> None:
-        """Copies the state and begins to write it.
+    def save(self, step: int, model: Any, optimizer: Any, carry: Any = None) -> None:
+        """Copies the state and begins to write it; `carry` only if there is one.
 
         Raises:
           CheckpointError: if the disk has no room for it, or the save before this one failed and
             nobody waited for it; older checkpoints stay good.
         """
         with self._reporting():
-            needed = sum(leaf.nbytes for leaf in jax.tree.leaves((model, optimizer)))
+            trees = _present(model=model, optimizer=optimizer, carry=carry)
+            needed = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
             free = shutil.disk_usage(self._directory).free
             if free < needed:
                 raise OSError(f"{needed:,} bytes are needed, {free:,} are free on the disk")
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    model=ocp.args.StandardSave(_named(model)),
-                    optimizer=ocp.args.StandardSave(_named(optimizer)),
+                    **{name: ocp.args.StandardSave(_named(tree)) for name, tree in trees.items()},
                     # A batch is a function of (seed, step), so this is all of the data's state.
                     progress=ocp.args.JsonSave({"step": step, "next_batch": step}),
                 ),
@@ -77,21 +77,30 @@ class Checkpoints:
         with self._reporting():
             self._manager.wait_until_finished()
 
-    def restore(self, step: int, model: Any, optimizer: Any) -> tuple[Any, Any, int]:
-        """The model and the optimiser's state of a checkpoint, and the next batch's number.
+    def restore(
+        self, step: int, model: Any, optimizer: Any, carry: Any = None
+    ) -> tuple[Any, Any, Any, int]:
+        """The model, the optimiser's and the carried state, and the next batch's number.
 
         Args:
           step: of the checkpoint.
           model: shapes, dtypes and shardings, as from `abstract_state`.
           optimizer: the same.
+          carry: the same; None: none is restored.
 
         Raises:
           CheckpointError: if files are missing or damaged, or hold other arrays.
         """
         path = self._directory / str(step)
-        found = _read(self._manager, path, model=model, optimizer=optimizer)
-        restored = _unnamed(model, found.model), _unnamed(optimizer, found.optimizer)
-        return *restored, found.progress["next_batch"]
+        trees = _present(model=model, optimizer=optimizer, carry=carry)
+        found = _read(self._manager, path, **trees)
+        restored = {name: _unnamed(tree, found[name]) for name, tree in trees.items()}
+        return (
+            restored["model"],
+            restored["optimizer"],
+            restored.get("carry"),
+            found.progress["next_batch"],
+        )
 
     def close(self) -> None:
         """Waits for the last save and ends its threads."""
@@ -207,6 +216,10 @@ def _brief(error: Exception) -> str:
     """The first 300 characters of an error: Orbax appends whole trees and stack traces."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}{'...' if len(text) > 300 else ''}"
+
+
+def _present(**trees: Any) -> dict[str, Any]:
+    return {name: tree for name, tree in trees.items() if tree is not None}
 
 
 def _named(tree: Any) -> dict[str, Any]:

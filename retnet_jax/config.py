@@ -24,8 +24,9 @@ NORMS = ("layer", "rms")
 ROTATIONS = ("rope", "torchscale")
 SCORE_CLAMPS = ("absolute", "signed")
 DTYPES = ("float32", "bfloat16", "float64")
-SOURCES = ("stdlib", "text", "jsonl")
+SOURCES = ("stdlib", "text", "jsonl", "parquet", "tfds", "hf")
 TOKENIZERS = ("byte", "bpe")
+WINDOWS = ("packed", "contiguous")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 
@@ -231,14 +232,31 @@ def _norm_parameters(norm: str, width: int) -> int:
 class DataConfig:
     """Documents, how they become tokens, and how tokens become windows."""
 
-    source: str = "stdlib"  # "stdlib": Python's own library; "text": a file a document; "jsonl"
-    path: str = ""  # text and jsonl: files by glob, ** included
-    text_field: str = "text"  # jsonl: the field that holds the text
+    source: str = "stdlib"  # "stdlib": Python's own library; "text": a file a document; "jsonl":
+    # a line a document, .gz and .zst too; "parquet"; "tfds", "hf": a data set
+    path: str = ""  # files by glob, ** and URLs included, commas between several; "name:split" of
+    # a data set, for hf also "name:config:split"
+    text_field: str = "text"  # of a record: the text; "a.b" is field b inside field a
+    id_field: str = "id"  # of a record: part of the document's name; without it its number is
+    min_bytes: int = 0  # shorter documents are left out
+    max_document_bytes: int = 200_000_000  # longer ones too
+    extensions: tuple[str, ...] = ()  # only documents with one of these; empty: all
+    extension_field: str = "ext"
+    languages: tuple[str, ...] = ()  # the same for their language
+    language_field: str = "lang"
+    licenses: tuple[str, ...] = ()  # and for their licence
+    license_field: str = "license"
+    deduplicate: bool = True  # of documents with the same text keep the first
+    strict: bool = False  # end at the first document that cannot be used, instead of counting it
     tokenizer: str = "bpe"  # "byte"; "bpe": byte-level, trained on the training documents; or a
     # directory with a tokenizer.json (Hugging Face) or tokenizer.model (SentencePiece)
     store: str = "data/stdlib"  # directory of the token store; written when it is not there
     held_out: float = 0.02  # share of documents kept from training, by a hash of their names
+    mixture: dict[str, float] = field(default_factory=dict)  # stores to train on, each with its
+    # share of the windows, such as {"data/pile": 0.6, "data/c4": 0.4}; empty: `store` alone
     sequence_length: int = 2048  # tokens in a window
+    windows: str = "packed"  # "packed": they begin at documents where they can, in random order;
+    # "contiguous": each row of the batch reads on where its last window ended
 
     def check(self) -> None:
         """Raises `ConfigError` for a value that is no choice or out of range."""
@@ -251,9 +269,14 @@ class DataConfig:
         _check_at_least("data.sequence_length", self.sequence_length, 1)
         if self.source != "stdlib" and not self.path:
             raise ConfigError(
-                f"data.path is empty, but data.source={self.source!r} reads files: "
-                "give a glob such as 'corpus/**/*.txt'"
+                f"data.path is empty, but data.source={self.source!r} reads what it names: "
+                "give a glob such as 'corpus/**/*.txt', or a data set such as 'c4/en:train'"
             )
+        _check_at_least("data.min_bytes", self.min_bytes, 0)
+        _check_at_least("data.max_document_bytes", self.max_document_bytes, 1)
+        _check_choice("data.windows", self.windows, WINDOWS)
+        for store, weight in self.mixture.items():
+            _check_positive(f"data.mixture[{store!r}]", weight)
         if not self.store:
             raise ConfigError("data.store is empty: name the directory for the token store")
         if not 0 < self.held_out < 1:
@@ -298,6 +321,7 @@ class TrainConfig:
     steps: int = 25_000
     batch_size: int = 32  # windows in a step, over all devices and micro-batches
     micro_batches: int = 1  # a step's batch is run in this many parts, gradients summed
+    carry_state: bool = False  # a row's state goes on into its next window: RetNet, contiguous
     seed: int = 0  # of the parameters and of the order of the windows
     log_every: int = 10  # steps between lines of metrics.jsonl
     eval_every: int = 1000  # steps between evaluations on held-out windows
@@ -308,7 +332,7 @@ class TrainConfig:
     def check(self) -> None:
         """Raises `ConfigError` for a count that is too small or a batch that does not split."""
         for option in dataclasses.fields(self):
-            least = 0 if option.name == "seed" else 1
+            least = 0 if option.name in ("seed", "carry_state") else 1
             _check_at_least(f"train.{option.name}", getattr(self, option.name), least)
         if self.batch_size % self.micro_batches:
             raise ConfigError(
@@ -352,6 +376,14 @@ class Config:
         """Raises `ConfigError` naming the field, its value and what would do."""
         for section in (self.model, self.data, self.optimizer, self.train, self.mesh):
             section.check()
+        if self.train.carry_state and self.data.windows != "contiguous":
+            raise ConfigError(
+                f"train.carry_state=True needs data.windows='contiguous', not {self.data.windows!r}"
+            )
+        if self.train.carry_state and self.model.mixer != "retention":
+            raise ConfigError(
+                "train.carry_state=True needs a RetNet: a Transformer's cache grows with every step"
+            )
         if self.optimizer.warmup_steps >= self.train.steps:
             raise ConfigError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} leaves nothing of "
@@ -392,7 +424,7 @@ def read_config(path: Path) -> Config:
 
 def differences(old: Config, new: Config) -> list[str]:
     """One line, `model.d_model: 128 -> 256`, for each field in which two configs differ."""
-    old_values, new_values = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))
+    old_values, new_values = _flatten(old), _flatten(new)
     return [
         f"{name}: {old_values[name]!r} -> {new_values[name]!r}"
         for name in old_values
@@ -402,18 +434,20 @@ def differences(old: Config, new: Config) -> list[str]:
 
 def check_field(path: str) -> None:
     """Raises `ConfigError` if `path`, such as "train.steps", names no field of a `Config`."""
-    known = _flatten(dataclasses.asdict(Config()))
+    known = _flatten(Config())
     if path not in known:
         raise ConfigError(f"config.{path}: no such field{_suggestion(path, list(known))}")
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of all fields, by names such as "train.steps"."""
     flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
+    for option in dataclasses.fields(config):
+        value = getattr(config, option.name)
+        if dataclasses.is_dataclass(value):
+            flat |= _flatten(value, f"{prefix}{option.name}.")
         else:
-            flat[prefix + name] = value
+            flat[prefix + option.name] = value
     return flat
 
 
@@ -436,14 +470,22 @@ def _from_dict(kind: type, values: Any, path: str, origin: str) -> Any:
 
 def _typed(value: Any, expected: Any, where: str) -> Any:
     """`value` as `expected`, the declared type of a field; JSON has no tuples and one number."""
-    choices = typing.get_args(expected) if typing.get_origin(expected) is not tuple else ()
+    if typing.get_origin(expected) is dict and isinstance(value, dict):
+        of_keys, of_values = typing.get_args(expected)
+        return {
+            _typed(k, of_keys, where): _typed(v, of_values, f"{where}[{k!r}]")
+            for k, v in value.items()
+        }
+    plain = typing.get_origin(expected) in (tuple, dict)
+    choices = () if plain else typing.get_args(expected)
     for choice in choices or (expected,):
         if choice is type(None) and value is None:
             return None
         if typing.get_origin(choice) is tuple and isinstance(value, list | tuple):
-            return tuple(
-                _typed(v, t, where) for v, t in zip(value, typing.get_args(choice), strict=True)
-            )
+            types = typing.get_args(choice)
+            if types[-1] is Ellipsis:
+                types = types[:1] * len(value)
+            return tuple(_typed(v, t, where) for v, t in zip(value, types, strict=True))
         if choice is float and type(value) in (int, float):
             return float(value)
         if type(value) is choice:

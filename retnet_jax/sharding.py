@@ -17,6 +17,8 @@ PARAMETERS = (
     (r"(embedding|head)", PartitionSpec("tensor", "fsdp")),
     (r"(q|k|v|gate|up|linear)/kernel", PartitionSpec(None, "fsdp", "tensor")),
     (r"(out|down)/kernel", PartitionSpec(None, "tensor", "fsdp")),
+    (r"carry/layers", PartitionSpec(None, ("data", "fsdp"), "tensor")),
+    (r"carry/position", PartitionSpec(("data", "fsdp"))),
 )
 BATCH = PartitionSpec(("data", "fsdp"))
 
@@ -77,12 +79,13 @@ def with_shardings(abstract: Any, mesh: Mesh) -> Any:
         spec = next((spec for end, spec in PARAMETERS if _ends_with(name, end)), PartitionSpec())
         if leaf.ndim < len(spec):
             spec = PartitionSpec()
-        for dimension, axis in enumerate(spec):
-            if axis and leaf.shape[dimension] % mesh.shape[axis]:
-                raise ConfigError(
-                    f"mesh.{axis}={mesh.shape[axis]} does not divide dimension {dimension} of "
-                    f"{name} {leaf.shape}"
-                )
+        for dimension, axes in enumerate(spec):
+            for axis in (axes,) if isinstance(axes, str) else axes or ():
+                if leaf.shape[dimension] % mesh.shape[axis]:
+                    raise ConfigError(
+                        f"mesh.{axis}={mesh.shape[axis]} does not divide dimension {dimension} of "
+                        f"{name} {leaf.shape}"
+                    )
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree_util.tree_map_with_path(place, abstract)

@@ -52,7 +52,8 @@ def test_restore_is_exact_on_another_mesh(tmp_path):
     other = abstract_state(CONFIG, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
     checkpoints = Checkpoints(tmp_path, keep=3)
     assert checkpoints.latest_step() == 5
-    model, optimizer, next_batch = checkpoints.restore(5, other.model, other.optimizer)
+    model, optimizer, carry, next_batch = checkpoints.restore(5, other.model, other.optimizer)
+    assert carry is None
     checkpoints.close()
     expected = state_at(5)
     assert_equal((model, optimizer), (expected.model, expected.optimizer))

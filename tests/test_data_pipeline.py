@@ -1,8 +1,8 @@
 """Windows and batches: no token is lost or doubled, and a step names its batch for good."""
 
 import itertools
-import json
 import threading
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,28 +10,48 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retnet_jax.config import ConfigError
-from retnet_jax.data.pipeline import BatchStream, number_of_windows, window
+from retnet_jax.data import windows
+from retnet_jax.data.pipeline import BatchStream, number_of_windows
 from retnet_jax.data.token_store import Split
+from retnet_jax.data.windows import packed_starts, run_starts
 
-BOS = 100_000
+BOS = 1_000_000
+POLICIES = pytest.mark.parametrize("policy", ["packed", "contiguous"])
 
 
-def make_split(lengths, names_file=None):
+def make_split(lengths, first_token=0, shards=1):
     """Documents of BOS and `length` further tokens; each of these tokens exists once."""
-    documents, token = [], 0
-    for length in lengths:
-        documents.append([BOS, *range(token, token + length)])
-        token += length
-    offsets = np.cumsum([0, *map(len, documents)])
-    return Split(np.concatenate(documents), offsets, np.array(lengths), names_file)
+    groups = [list(x) for x in np.array_split(np.array(lengths, int), shards)]
+    counts, arrays, names = [], {}, {}
+    token = first_token
+    for shard, group in enumerate(groups):
+        documents = []
+        for length in group:
+            documents.append([BOS, *range(token, token + length)])
+            token += length
+        tokens = np.concatenate([[], *documents]).astype(np.uint32)
+        arrays[shard, "tokens"] = tokens
+        arrays[shard, "offsets"] = np.cumsum([0, *map(len, documents)])
+        names[shard] = [f"document {shard}.{i}" for i in range(len(group))]
+        counts.append(("", {"documents": len(group), "tokens": len(tokens), "bytes": sum(group)}))
+    split = Split("train", counts)
+    split._arrays, split._names = arrays, names
+    return split
 
 
-SPLIT = make_split([5, 0, 13, 1, 30, 8])
+SPLIT = make_split([5, 0, 13, 1, 30, 8], shards=2)
+OTHER = make_split([3, 9, 9, 2, 40, 1, 1, 6], first_token=1000, shards=3)
 
 
-def make_stream(split=SPLIT, **changes):
+@pytest.fixture(autouse=True)
+def short_runs(monkeypatch):
+    monkeypatch.setattr(windows, "_RUN_WINDOWS", 2)
+    run_starts.cache_clear()
+
+
+def make_stream(splits=(SPLIT,), weights=(1.0,), **changes):
     options = {"sequence_length": 7, "batch_size": 4, "bos_id": BOS, "seed": 3}
-    return BatchStream(split, **(options | changes))
+    return BatchStream(splits, weights, **(options | changes))
 
 
 def assert_equal(one, other):
@@ -39,82 +59,149 @@ def assert_equal(one, other):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
 
 
-def rows(batches):
-    """The windows of batches, as comparable tuples."""
-    return [tuple(row) for batch in batches for row in batch.tokens.tolist()]
+LENGTHS = st.lists(st.integers(0, 12), min_size=1, max_size=8)
 
 
 @settings(deadline=None)
-@given(lengths=st.lists(st.integers(0, 12), min_size=1, max_size=8), t=st.integers(1, 20))
-def test_windows_are_the_stream(lengths, t):
-    split = make_split(lengths)
-    windows = [window(split, i, t, BOS) for i in range(number_of_windows(split, t))]
-    tokens, targets, segment_ids, weights = (np.concatenate(x) for x in zip(*windows, strict=True))
-    n = len(split.tokens)
-    assert 0 <= len(tokens) - n < t
-    np.testing.assert_array_equal(tokens[:n], split.tokens)
-    np.testing.assert_array_equal(targets[:n], [*split.tokens[1:], BOS])
-    np.testing.assert_array_equal(weights, np.arange(len(tokens)) < n)
-    np.testing.assert_array_equal(segment_ids > 0, weights > 0)
+@given(lengths=LENGTHS, t=st.integers(1, 20), shards=st.integers(1, 3))
+def test_packed_windows_are_the_stream_and_begin_at_documents_where_they_can(lengths, t, shards):
+    split = make_split(lengths, shards=shards)
+    starts = packed_starts(split, t).tolist()
+    assert starts[0] == 0
+    assert starts[-1] == split.token_count
+    borders = {*split.borders(0, split.token_count).tolist(), split.token_count}
+    for start, stop in itertools.pairwise(starts):
+        assert 0 < stop - start <= t
+        # It ends inside a document only if that alone fills it.
+        if stop not in borders:
+            assert stop - start == t
+            assert not borders & set(range(start + 1, stop))
+        else:
+            assert not borders & set(range(stop + 1, start + t + 1))
 
 
 @settings(deadline=None)
-@given(lengths=st.lists(st.integers(0, 12), min_size=1, max_size=8), t=st.integers(1, 20))
-def test_segments_change_exactly_where_documents_do(lengths, t):
+@given(lengths=LENGTHS, t=st.integers(1, 20), shards=st.integers(1, 3))
+def test_runs_are_whole_documents(lengths, t, shards):
+    run_starts.cache_clear()
+    split = make_split(lengths, shards=shards)
+    starts = run_starts(split, t)
+    assert (np.diff(starts) > 0).all()
+    assert (starts[0], starts[-1]) == (0, split.token_count)
+    assert set(starts[:-1].tolist()) <= set(split.borders(0, split.token_count).tolist())
+
+
+@POLICIES
+@settings(deadline=None, max_examples=25)
+@given(lengths=LENGTHS, t=st.integers(1, 20))
+def test_batches_are_the_stream(policy, lengths, t):
+    run_starts.cache_clear()
     split = make_split(lengths)
-    document_of = np.repeat(np.arange(len(lengths)), np.diff(split.offsets))
-    for i in range(number_of_windows(split, t)):
-        documents = document_of[i * t : (i + 1) * t]
-        segment_ids = window(split, i, t, BOS).segment_ids[: len(documents)]
-        np.testing.assert_array_equal(segment_ids, documents - documents[0] + 1)
+    whole = split.read(0, split.token_count)
+    document_of = np.repeat(np.arange(len(lengths)), np.diff(split._arrays[0, "offsets"]))
+    stream = make_stream([split], sequence_length=t, batch_size=3, policy=policy)
+    for step in range(4):
+        batch, spans = stream[step], stream._spans[step]
+        for row, (_, start, stop, continues) in enumerate(spans):
+            n = stop - start
+            tokens, targets, segment_ids, weights, flag = (x[row] for x in batch)
+            np.testing.assert_array_equal(tokens[:n], whole[start:stop])
+            np.testing.assert_array_equal(targets[:n], [*whole, BOS][start + 1 : stop + 1])
+            np.testing.assert_array_equal(weights, np.arange(t) < n)
+            np.testing.assert_array_equal(segment_ids > 0, weights > 0)
+            documents = document_of[start:stop]
+            np.testing.assert_array_equal(segment_ids[:n], documents - documents[0] + 1)
+            assert flag == continues
 
 
-def test_window_that_is_not_there():
-    with pytest.raises(IndexError, match=r"window 9 of 9 \(sequence_length=7\)"):
-        window(SPLIT, 9, 7, BOS)
+@POLICIES
+@pytest.mark.parametrize("batch_size", [3, 4, 20])
+def test_every_token_once_in_an_epoch(policy, batch_size):
+    stream = make_stream(batch_size=batch_size, policy=policy, sequence_length=5)
+    spans = [span for step in range(300 // batch_size + 1) for span in stream._spans[step]]
+    epoch = sorted(SPLIT.read(0, SPLIT.token_count).tolist())
+    if policy == "contiguous":
+        # Epochs overlap by the runs that rows are in the middle of.
+        seen = Counter(spans)
+        tokens = [t for span in seen for t in SPLIT.read(span.start, span.stop).tolist()]
+        assert sorted(tokens) == epoch
+        assert max(seen.values()) - min(seen.values()) <= batch_size
+        assert min(seen.values()) > 5
+    else:
+        n = number_of_windows(SPLIT, 5)
+        orders = [spans[e * n : (e + 1) * n] for e in range(4)]
+        for order in orders:
+            tokens = [t for span in order for t in SPLIT.read(span.start, span.stop).tolist()]
+            assert sorted(tokens) == epoch
+        assert len(set(map(tuple, orders))) == 4
 
 
-@pytest.mark.parametrize("batch_size", [3, 4, 20])  # 9 windows: in whole batches, not, in less
-def test_every_token_once_in_an_epoch(batch_size):
-    stream = make_stream(batch_size=batch_size)
-    epochs = 4
-    n = number_of_windows(SPLIT, 7)
-    steps = -(-epochs * n // batch_size)
-    seen = rows(stream[step] for step in range(steps))
-    expected = sorted(tuple(window(SPLIT, i, 7, BOS).tokens) for i in range(n))
-    orders = [seen[epoch * n : (epoch + 1) * n] for epoch in range(epochs)]
-    assert all(sorted(order) == expected for order in orders)
-    assert len(set(map(tuple, orders))) == epochs
+def test_rows_of_contiguous_windows_read_on():
+    stream = make_stream((SPLIT, OTHER), (1.0, 2.0), policy="contiguous", batch_size=3)
+    before = stream._spans[0]
+    assert not any(span.continues for span in before)
+    went_on = 0
+    for step in range(1, 60):
+        spans = stream._spans[step]
+        for old, new in zip(before, spans, strict=True):
+            split = (SPLIT, OTHER)[new.store]
+            border = len(split.borders(new.start, new.start + 1)) == 1
+            assert new.continues == (not border)
+            if new.continues:
+                assert (old.store, old.stop) == (new.store, new.start)
+                went_on += 1
+        before = spans
+    assert went_on > 50
 
 
+@POLICIES
+def test_shares_of_a_mixture(policy):
+    splits = [SPLIT, OTHER, make_split([20] * 30, first_token=5000)]
+    stream = make_stream(splits, (0.6, 0.3, 0.1), policy=policy, batch_size=20)
+    stores = [span.store for step in range(500) for span in stream._spans[step]]
+    shares = np.bincount(stores) / len(stores)
+    assert np.abs(shares - [0.6, 0.3, 0.1]).max() < 0.01
+
+
+MIXED = {"splits": (SPLIT, OTHER), "weights": (0.7, 0.3), "batch_size": 8}
+
+
+@POLICIES
+@pytest.mark.parametrize("hosts", [2, 4, 8])
+def test_hosts_share_out_the_global_batch(policy, hosts):
+    parts = [
+        make_stream(**MIXED, policy=policy, host_index=h, host_count=hosts) for h in range(hosts)
+    ]
+    whole = make_stream(**MIXED, policy=policy)
+    for step in (*range(6), 50, 7):  # in any order: what was asked before makes no difference
+        expected = whole[step]
+        for host, part in enumerate(parts):
+            assert_equal(type(expected)(*(x[host::hosts] for x in expected)), part[step])
+
+
+@POLICIES
 @pytest.mark.parametrize("start", [0, 1, 5, 23])
-def test_resumed_equals_uninterrupted(start):
-    with make_stream().iterate() as batches:
+def test_resumed_equals_uninterrupted(policy, start):
+    with make_stream(**MIXED, policy=policy).iterate() as batches:
         uninterrupted = list(itertools.islice(batches, 30))
-    with make_stream().iterate(start) as batches:
+    with make_stream(**MIXED, policy=policy).iterate(start) as batches:
         for expected in uninterrupted[start:]:
             assert_equal(next(batches), expected)
 
 
-def test_a_step_is_a_batch_whoever_asks():
-    stream = make_stream()
+@POLICIES
+def test_a_step_is_a_batch_whoever_asks(policy):
+    stream = make_stream(**MIXED, policy=policy)
     with stream.iterate() as batches:
         for step, batch in enumerate(itertools.islice(batches, 12)):
             assert_equal(stream[step], batch)
-            assert_equal(make_stream()[step], batch)
+            assert_equal(make_stream(**MIXED, policy=policy)[step], batch)
 
 
-def test_seeds_give_other_orders():
-    assert rows([make_stream(seed=4)[0]]) != rows([make_stream(seed=3)[0]])
-
-
-@pytest.mark.parametrize("hosts", [2, 4])
-def test_hosts_share_out_the_global_batch(hosts):
-    parts = [make_stream(host_index=h, host_count=hosts) for h in range(hosts)]
-    for step in range(12):
-        whole = make_stream()[step]
-        for host, part in enumerate(parts):
-            assert_equal(type(whole)(*(x[host::hosts] for x in whole)), part[step])
+@POLICIES
+def test_seeds_give_other_orders(policy):
+    one, other = (make_stream(seed=seed, policy=policy)[0].tokens for seed in (3, 4))
+    assert (one != other).any()
 
 
 def test_batch_that_hosts_cannot_share():
@@ -122,17 +209,13 @@ def test_batch_that_hosts_cannot_share():
         make_stream(host_count=3)
 
 
-def test_document_names_are_those_in_the_batch(tmp_path):
-    path = tmp_path / "names.jsonl"
-    path.write_text("".join(json.dumps(f"document {i}") + "\n" for i in range(6)))
-    split = make_split([5, 0, 13, 1, 30, 8], path)
-    starts = {token: i for i in range(6) for token in split.document(i)[1:].tolist()}
-    stream = make_stream(split, batch_size=1)
+def test_document_names_are_those_in_the_batch():
+    starts = {token: SPLIT.name(i) for i in range(6) for token in SPLIT.document(i)[1:].tolist()}
+    stream = make_stream(batch_size=1)
     for step in range(9):
         batch = stream[step]
         names = stream.document_names(step)
-        in_batch = {f"document {starts[x]}" for x in batch.tokens.ravel().tolist() if x in starts}
-        assert in_batch <= set(names)
+        assert {starts[x] for x in batch.tokens.ravel().tolist() if x in starts} <= set(names)
         assert len(names) == batch.segment_ids.max()
 
 

@@ -1,18 +1,43 @@
 """Sources: the same documents in the same order; what is left out has a name and a reason."""
 
+import gzip
+import io
 import json
+import sys
 import sysconfig
+import types
 from pathlib import Path
 
 import pytest
 
-from retnet_jax.config import ConfigError
-from retnet_jax.data.sources import Document, read_documents
+from retnet_jax.config import ConfigError, DataConfig
+from retnet_jax.data.sources import Document, Skipped, list_pieces, read_documents, read_piece
 
 
-def read(source, path="", text_field="text"):
-    skipped = []
-    return list(read_documents(source, str(path), text_field, skipped)), skipped
+def read(source, path="", **options):
+    skipped = Skipped()
+    config = DataConfig(source=source, path=str(path), **options)
+    return list(read_documents(config, skipped)), skipped
+
+
+def compressed(path, data):
+    """The data as the end of the file's name says."""
+    if path.name.endswith(".gz"):
+        return gzip.compress(data)
+    if path.name.endswith(".zst"):
+        # Two frames, as tools that compress in parallel write them.
+        zstandard = pytest.importorskip("zstandard")
+        half = len(data) // 2
+        compress = zstandard.ZstdCompressor().compress
+        return compress(data[:half]) + compress(data[half:])
+    return data
+
+
+def write_parquet(path, rows, row_group_size):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    from pyarrow import Table
+
+    parquet.write_table(Table.from_pylist(rows), path, row_group_size=row_group_size)
 
 
 def test_text_is_one_document_a_file_sorted_by_path(tmp_path):
@@ -31,18 +56,21 @@ def test_text_is_one_document_a_file_sorted_by_path(tmp_path):
         Document(f"{tmp_path}/sub/c.txt", "drei é"),
     ]
     assert documents[2].byte_count == 7
-    assert skipped == []
+    assert skipped.count == 0
+    assert read("text", f"{tmp_path}/a.txt,{tmp_path}/b*")[0] == documents[:2]
 
 
 def test_text_that_is_empty_or_not_utf8_is_named(tmp_path):
     (tmp_path / "blank.txt").write_bytes(b" \n")
     (tmp_path / "good.txt").write_bytes(b"good")
     (tmp_path / "latin1.txt").write_bytes("é".encode("latin-1"))
-    documents, skipped = read("text", tmp_path / "*.txt")
+    (tmp_path / "long.txt").write_bytes(b"x" * 100)
+    documents, skipped = read("text", tmp_path / "*.txt", max_document_bytes=99)
     assert documents == [Document(f"{tmp_path}/good.txt", "good")]
-    assert skipped[0] == f"{tmp_path}/blank.txt: empty"
-    assert skipped[1].startswith(f"{tmp_path}/latin1.txt: 'utf-8' codec can't decode byte 0xe9")
-    assert len(skipped) == 2
+    assert skipped.first[0] == f"{tmp_path}/blank.txt: empty"
+    assert skipped.first[1].startswith(f"{tmp_path}/latin1.txt: invalid UTF-8: 'utf-8' codec")
+    assert skipped.first[2] == f"{tmp_path}/long.txt: too long: 100 bytes"
+    assert skipped.as_dict()["reasons"] == {"empty": 1, "invalid UTF-8": 1, "too long": 1}
 
 
 def test_glob_that_matches_nothing_names_the_field_and_the_pattern(tmp_path):
@@ -50,29 +78,37 @@ def test_glob_that_matches_nothing_names_the_field_and_the_pattern(tmp_path):
         read("text", tmp_path / "*.nothing")
 
 
-def test_unknown_source_is_named():
-    with pytest.raises(ConfigError, match=r"data\.source='web' is not one of 'stdlib'"):
-        read("web")
+LINES = [
+    b'{"body": "first"}',
+    b'{"body": "second", "id": "abc"}',
+    b'{"body": "third", "id": 7}',
+    b'{"body": "fourth", "id": true}',
+    b'{"text": "another field"}',
+    b'{"body": 3}',
+    b"{broken",
+    b'["a list"]',
+    b'{"body": ""}',
+    b'{"body": "\xff"}',
+    rb'{"body": "half a pair \ud800"}',
+    b"",
+    rb'{"body": "a pair \ud83d\ude00"}',
+]
+PROBLEMS = [
+    (5, "no field 'body': among 'text'"),
+    (6, "field 'body' is int, not a string"),
+    (7, "invalid JSON: "),
+    (8, "a JSON list, not an object"),
+    (9, "empty"),
+    (10, "invalid UTF-8: "),
+    (11, "half a surrogate pair"),
+    (12, "invalid JSON: "),
+]
 
 
-def test_jsonl_names_by_id_or_line_and_reports_each_bad_line(tmp_path):
-    path = tmp_path / "corpus.jsonl"
-    lines = [
-        b'{"body": "first"}',
-        b'{"body": "second", "id": "abc"}',
-        b'{"body": "third", "id": 7}',
-        b'{"body": "fourth", "id": true}',
-        b'{"text": "another field"}',
-        b'{"body": 3}',
-        b"{broken",
-        b'["a list"]',
-        b'{"body": ""}',
-        b'{"body": "\xff"}',
-        rb'{"body": "half a pair \ud800"}',
-        b"",
-        rb'{"body": "a pair \ud83d\ude00"}',
-    ]
-    path.write_bytes(b"\n".join(lines))
+@pytest.mark.parametrize("name", ["corpus.jsonl", "corpus.jsonl.gz", "a.jsonl.zst", "c4.json.gz"])
+def test_jsonl_names_by_id_or_line_and_reports_each_bad_line(name, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(compressed(path, b"\n".join(LINES)))
     documents, skipped = read("jsonl", path, text_field="body")
     assert documents == [
         Document(f"{path}:1", "first"),
@@ -81,19 +117,50 @@ def test_jsonl_names_by_id_or_line_and_reports_each_bad_line(tmp_path):
         Document(f"{path}:4", "fourth"),
         Document(f"{path}:13", "a pair 😀"),
     ]
-    reasons = [
-        (5, "no field 'body' among 'text'"),
-        (6, "field 'body' is int, not a string"),
-        (7, "invalid JSON: "),
-        (8, "a JSON list, not an object"),
-        (9, "empty"),
-        (10, "'utf-8' codec can't decode"),
-        (11, "'utf-8' codec can't encode"),
-        (12, "invalid JSON: "),
-    ]
-    assert len(skipped) == len(reasons)
-    for line, (number, reason) in zip(skipped, reasons, strict=True):
+    assert skipped.count == len(PROBLEMS)
+    for line, (number, reason) in zip(skipped.first, PROBLEMS, strict=True):
         assert line.startswith(f"{path}:{number}: {reason}")
+    with pytest.raises(ConfigError, match=r"corpus.*:5: no field 'body'|:5: no field 'body'"):
+        read("jsonl", path, text_field="body", strict=True)
+
+
+@pytest.mark.parametrize("size", [1, 20, 60, 150, 10_000])
+def test_pieces_of_a_file_are_the_file(size, tmp_path, monkeypatch):
+    from retnet_jax.data import formats
+
+    path = tmp_path / "corpus.jsonl"
+    path.write_bytes(b"\n".join(LINES * 3) + b"\n")
+    config = DataConfig(source="jsonl", path=str(path), text_field="body")
+    whole = Skipped()
+    expected = list(read_documents(config, whole))
+
+    class Blocks(io.BytesIO):
+        """Blocks of 16 bytes, so that cuts fall anywhere."""
+
+        def read(self, _=-1):
+            return super().read(16)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(formats.files, "open_binary", lambda path: Blocks(Path(path).read_bytes()))
+        pieces = list_pieces(config, piece_bytes=size)
+    assert (len(pieces) > 1) == (size < 10_000)
+    assert sum(piece.bytes for piece in pieces) == path.stat().st_size
+    skipped = Skipped()
+    found = [x for piece in pieces for x in read_piece(config, piece, skipped)]
+    assert found == expected
+    assert skipped == whole
+
+
+def test_lines_that_are_too_long_are_not_held(tmp_path):
+    path = tmp_path / "a.jsonl"
+    long = json.dumps({"text": "x" * 100_000})
+    path.write_text('{"text": "one"}\n' + long + "\n" + '{"text": "two"}\n' + long)
+    documents, skipped = read("jsonl", path, max_document_bytes=1000)
+    assert [document.text for document in documents] == ["one", "two"]
+    assert skipped.first == [
+        f"{path}:{n}: too long: {len(long) + e:,} bytes" for n, e in ((2, 1), (4, 0))
+    ]
+    assert read("jsonl", path)[1].count == 0
 
 
 def test_jsonl_keeps_line_ends_inside_a_text(tmp_path):
@@ -103,12 +170,154 @@ def test_jsonl_keeps_line_ends_inside_a_text(tmp_path):
     assert read("jsonl", path)[0] == [Document(f"{path}:1", text)]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_a_damaged_file_is_named_and_the_next_is_read(name, tmp_path):
+    rows = [{"text": f"document {number} " + "x" * 50} for number in range(3000)]
+    path, other = tmp_path / name, tmp_path / ("b" + name[1:])
+    source = "parquet" if name.endswith("parquet") else "jsonl"
+    for file, some in ((path, rows), (other, [{"text": "good"}])):
+        if source == "parquet":
+            write_parquet(file, some, 100)
+        else:
+            lines = "".join(json.dumps(row) + "\n" for row in some)
+            file.write_bytes(compressed(file, lines.encode()))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    documents, skipped = read(source, f"{path},{other}")
+    assert documents[-1].text == "good"
+    assert len(documents) < 3000
+    (line,) = skipped.first
+    assert line.startswith(f"{path}: the rest of the file is unreadable: ")
+
+
+def test_parquet_as_the_stack_has_it(tmp_path):
+    path = tmp_path / "data.parquet"
+    rows = [
+        {
+            "content": f"print({number})",
+            "ext": ["py", "rs", "PY"][number % 3],
+            "lang": ["Python", "Rust"][number % 2],
+            "max_stars_repo_licenses": [["MIT"], ["GPL-3.0", "mit"], ["GPL-3.0"]][number % 3],
+            "hexsha": f"{number:02}",
+            "unused": "x",
+        }
+        for number in range(12)
+    ]
+    rows[4]["content"] = None
+    write_parquet(path, rows, 5)
+    options = {"text_field": "content", "id_field": "hexsha"}
+    documents, skipped = read("parquet", path, **options)
+    assert [x.name for x in documents] == [f"{path}:{n:02}" for n in range(12) if n != 4]
+    assert skipped.as_dict()["reasons"] == {"no field 'content'": 1}
+    config = DataConfig(source="parquet", path=str(path), **options)
+    pieces = list_pieces(config, piece_bytes=1)
+    assert [(x.start, x.stop, x.first) for x in pieces] == [(0, 1, 0), (1, 2, 5), (2, 3, 10)]
+    assert [x for piece in pieces for x in read_piece(config, piece, Skipped())] == documents
+
+    documents, skipped = read(
+        "parquet",
+        path,
+        **options,
+        extensions=("py",),
+        licenses=("mit",),
+        license_field="max_stars_repo_licenses",
+    )
+    assert [x.text for x in documents] == ["print(0)", "print(3)", "print(6)", "print(9)"]
+    reasons = {"filtered: extensions": 4, "filtered: licenses": 4}
+    assert skipped.as_dict()["reasons"] == reasons
+    documents, skipped = read("parquet", path, **options, languages=("rust",), min_bytes=9)
+    assert [x.text for x in documents] == ["print(11)"]
+    assert skipped.reasons["filtered: min_bytes"] == 5 - (4 % 2 == 1)
+
+
+def test_fields_inside_fields(tmp_path):
+    path = tmp_path / "pile.jsonl"
+    rows = [{"meta": {"pile_set_name": name, "n": i}, "text": name} for i, name in enumerate("ab")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    documents, _ = read(
+        "jsonl", path, languages=("b",), language_field="meta.pile_set_name", id_field="meta.n"
+    )
+    assert documents == [Document(f"{path}:1", "b")]
+
+
+def test_remote_files():
+    fsspec = pytest.importorskip("fsspec")
+    system = fsspec.filesystem("memory")
+    for name in ("a", "b"):
+        system.pipe(f"/corpus/{name}.jsonl.gz", gzip.compress(b'{"text": "%s"}' % name.encode()))
+    documents, skipped = read("jsonl", "memory://corpus/*.jsonl.gz")
+    assert [x.text for x in documents] == ["a", "b"]
+    assert documents[0].name == "memory:///corpus/a.jsonl.gz:1"
+    assert skipped.count == 0
+
+
+def test_a_data_set_of_tfds(monkeypatch):
+    """A source with the two methods that tfds's have."""
+
+    class Examples:
+        def __len__(self):
+            return 25_000
+
+        def __getitem__(self, number):
+            return {"text": f"text {number}".encode(), "label": 1}
+
+    def data_source(name, split):
+        assert (name, split) == ("c4/en", "train")
+        return Examples()
+
+    fake = types.SimpleNamespace(data_source=data_source)
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", fake)
+    config = DataConfig(source="tfds", path="c4/en:train")
+    assert [(x.start, x.stop) for x in list_pieces(config)][-1] == (20_000, 25_000)
+    documents, skipped = read("tfds", "c4/en:train")
+    assert len(documents) == 25_000
+    assert documents[-1] == Document("c4/en:train:24999", "text 24999")
+    assert skipped.count == 0
+    with pytest.raises(ConfigError, match="is no data set and split"):
+        read("tfds", "c4")
+
+
+def test_a_data_set_of_hugging_face(monkeypatch):
+    class Stream:
+        num_shards = 3
+
+        def __init__(self, examples):
+            self.examples = examples
+
+        def shard(self, num_shards, index):
+            return Stream(self.examples[index::num_shards])
+
+        def __iter__(self):
+            return iter(self.examples)
+
+    def load_dataset(name, *config, split, streaming):
+        assert (name, config, split, streaming) == ("allenai/c4", ("en",), "train", True)
+        return Stream([{"text": str(number), "url": "u"} for number in range(7)])
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    documents, _ = read("hf", "allenai/c4:en:train")
+    assert [x.text for x in documents] == ["0", "3", "6", "1", "4", "2", "5"]
+    assert documents[3].name == "allenai/c4:en:train:1:0"
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch, tmp_path):
+    (tmp_path / "a.jsonl.zst").touch()
+    for module, source, path, package in (
+        ("tensorflow_datasets", "tfds", "c4/en:train", "tensorflow-datasets"),
+        ("datasets", "hf", "allenai/c4:en:train", "datasets"),
+        ("zstandard", "jsonl", tmp_path / "a.jsonl.zst", "zstandard"),
+    ):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(ConfigError, match=f"pip install {package}"):
+            read(source, path)
+
+
 def test_stdlib_leaves_out_what_is_installed(tmp_path, monkeypatch):
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     for name in ("b.py", "a/z.py", "site-packages/x.py", "a/__pycache__/y.py", "c.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"# {name}")
-    assert read("stdlib") == ([Document("a/z.py", "# a/z.py"), Document("b.py", "# b.py")], [])
+    documents, _ = read("stdlib")
+    assert documents == [Document("a/z.py", "# a/z.py"), Document("b.py", "# b.py")]
 
 
 def test_stdlib_of_this_interpreter():

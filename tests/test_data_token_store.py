@@ -1,6 +1,8 @@
 """The token store: what goes in comes out, split by name; nothing half-written is ever opened."""
 
+import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retnet_jax.config import ConfigError, DataConfig
-from retnet_jax.data import token_store
-from retnet_jax.data.token_store import build_store, is_held_out, open_or_build, open_store
+from retnet_jax.data import store_builder
+from retnet_jax.data.sources import Document
+from retnet_jax.data.store_builder import build_store, is_held_out, open_or_build
+from retnet_jax.data.token_store import open_store
 from retnet_jax.data.tokenizer import train_bpe
 
 TEXTS = {f"{i}.txt": f"document {i} says {'na ' * (i % 7)}é\r\n" for i in range(40)}
@@ -38,6 +42,10 @@ def texts_of(store, split):
     }
 
 
+def tokens_of(split):
+    return split.read(0, split.token_count)
+
+
 @pytest.mark.parametrize(("tokenizer", "vocab_size"), [("byte", 257), ("bpe", 280)])
 def test_every_document_is_in_one_split_and_comes_back(config, tokenizer, vocab_size):
     config.tokenizer = tokenizer
@@ -51,7 +59,7 @@ def test_every_document_is_in_one_split_and_comes_back(config, tokenizer, vocab_
         assert all(is_held_out(n, 0.2) == (split is store.held_out) for n in split.names)
         assert list(split.byte_counts) == [len(text.encode()) for text in texts.values()]
         assert all(split.document(i)[0] == store.tokenizer.bos_id for i in range(len(split)))
-        assert np.count_nonzero(split.tokens == store.tokenizer.bos_id) == len(split)
+        assert np.count_nonzero(tokens_of(split) == store.tokenizer.bos_id) == len(split)
 
 
 def test_manifest_says_what_is_there(config):
@@ -59,12 +67,22 @@ def test_manifest_says_what_is_there(config):
     for name, split in (("train", store.train), ("held_out", store.held_out)):
         assert store.manifest["splits"][name] == {
             "documents": len(split),
-            "tokens": len(split.tokens),
+            "tokens": split.token_count,
             "bytes": split.byte_counts.sum(),
         }
-        assert len(split.tokens) == split.byte_counts.sum() + len(split)
+        assert split.token_count == split.byte_counts.sum() + len(split)
     empty = config.path.replace("*", "empty")
-    assert store.manifest["skipped"] == {"count": 1, "first": [f"{empty}: empty"]}
+    assert store.manifest["skipped"] == {
+        "count": 1,
+        "reasons": {"empty": 1},
+        "first": [f"{empty}: empty"],
+    }
+    assert store.manifest["duplicates"] == 0
+    sources = {Path(x["path"]).name: x for x in store.manifest["sources"]}
+    assert sources.keys() == TEXTS.keys() | {"empty.txt"}
+    for name, text in TEXTS.items():
+        assert sources[name]["bytes"] == len(text.encode())
+        assert sources[name]["sha256"] == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_bpe_sees_training_documents_alone(config, monkeypatch):
@@ -74,37 +92,46 @@ def test_bpe_sees_training_documents_alone(config, monkeypatch):
         seen.extend(texts)
         return train_bpe(texts, vocab_size)
 
-    monkeypatch.setattr(token_store, "train_bpe", record)
+    monkeypatch.setattr(store_builder, "train_bpe", record)
     config.tokenizer = "bpe"
     store = build_store(config, 280)
     assert sorted(seen) == sorted(texts_of(store, store.train).values())
 
 
-def test_bpe_sample_is_bounded_and_does_not_depend_on_order(config, monkeypatch):
-    monkeypatch.setattr(token_store, "_SAMPLE_CHARACTERS", 200)
-    _, sample = token_store._survey(config)
-    in_order = token_store._read
-    monkeypatch.setattr(token_store, "_read", lambda *args: reversed(list(in_order(*args))))
-    assert token_store._survey(config)[1] == sample
-    assert 200 <= sum(map(len, sample)) < 200 + len(max(TEXTS.values(), key=len))
+def test_bpe_sample_is_bounded_and_does_not_depend_on_order(monkeypatch):
+    monkeypatch.setattr(store_builder, "_SAMPLE_CHARACTERS", 200)
+    samples = []
+    for names in (list(TEXTS), list(TEXTS)[::-1]):
+        sample, halves = store_builder._Sample(), [store_builder._Sample() for _ in range(2)]
+        for number, name in enumerate(names):
+            sample.add(Document(name, TEXTS[name]))
+            halves[number % 2].add(Document(name, TEXTS[name]))
+        merged = store_builder._Sample()
+        for half in halves:
+            for item in half.items():
+                merged.push(*item)
+        samples += [sample.items(), merged.items()]
+    assert all(sample == samples[0] for sample in samples)
+    total = sum(len(text) for _, _, text in samples[0])
+    assert 200 <= total < 200 + len(max(TEXTS.values(), key=len))
 
 
 def test_batching_changes_nothing(config, monkeypatch):
     whole = build_store(config, 0)
     config.store += "_again"
-    monkeypatch.setattr(token_store, "_BATCH_CHARACTERS", 50)
+    monkeypatch.setattr(store_builder, "_BATCH_CHARACTERS", 50)
     pieces = build_store(config, 0)
     for one, other in ((whole.train, pieces.train), (whole.held_out, pieces.held_out)):
-        np.testing.assert_array_equal(one.tokens, other.tokens)
-        np.testing.assert_array_equal(one.offsets, other.offsets)
+        np.testing.assert_array_equal(tokens_of(one), tokens_of(other))
+        np.testing.assert_array_equal(one.lengths, other.lengths)
         assert one.names == other.names
     assert whole.manifest == pieces.manifest
 
 
 def test_large_vocabularies_take_four_bytes(config, monkeypatch):
-    monkeypatch.setattr(token_store.ByteTokenizer, "vocab_size", 2**16 + 1)
+    monkeypatch.setattr(store_builder.ByteTokenizer, "vocab_size", 2**16 + 1)
     store = build_store(config, 0)
-    assert store.train.tokens.dtype == np.uint32
+    assert tokens_of(store.train).dtype == np.uint32
     assert texts_of(store, store.train) | texts_of(store, store.held_out) == TEXTS
 
 
@@ -130,9 +157,9 @@ def test_names_with_line_ends_and_quotes_come_back(config, tmp_path):
 
 def test_second_time_opens_and_does_not_build(config, monkeypatch):
     first = open_or_build(config, 257)
-    monkeypatch.setattr(token_store, "build_store", None)
+    monkeypatch.setattr(store_builder, "build_store", None)
     second = open_or_build(config, 257)
-    np.testing.assert_array_equal(first.train.tokens, second.train.tokens)
+    np.testing.assert_array_equal(tokens_of(first.train), tokens_of(second.train))
     assert second.manifest == first.manifest
 
 
@@ -151,7 +178,7 @@ def test_a_store_with_other_options_is_not_used(config):
 
 def test_options_that_are_not_read_make_no_difference(config):
     open_or_build(config, 257)
-    config.text_field, config.sequence_length = "body", 7
+    config.windows, config.sequence_length = "contiguous", 7
     assert open_or_build(config, 512).tokenizer.vocab_size == 257
 
 
@@ -166,44 +193,32 @@ def test_building_over_a_store_is_refused(config):
         build_store(config, 0)
 
 
-def test_another_process_that_was_faster_wins(config, monkeypatch):
-    def faster(_, directory):
-        monkeypatch.undo()
-        build_store(config, 0)
-        raise OSError("the directory is not empty")
-
-    monkeypatch.setattr(token_store.Path, "rename", faster)
-    store = build_store(config, 0)
-    assert texts_of(store, store.train) | texts_of(store, store.held_out) == TEXTS
-
-
-def test_a_build_that_fails_leaves_nothing(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(token_store.ByteTokenizer, "encode_batch", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        build_store(config, 0)
-    assert list((tmp_path / "deep").iterdir()) == []
-
-
-@pytest.mark.parametrize("name", ["manifest.json", "tokenizer.json", "train.tokens.npy"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "manifest.json",
+        "tokenizer.json",
+        "shards/00000/train.tokens.npy",
+        "shards/00000/held_out.names.jsonl",
+    ],
+)
 @pytest.mark.parametrize("damage", ["missing", "cut short", "other"])
 def test_a_damaged_store_is_not_opened(config, name, damage):
-    path = build_store(config, 0).directory / name
+    path = Path(build_store(config, 0).directory) / name
     if damage == "missing":
         path.unlink()
     elif damage == "cut short":
         path.write_bytes(path.read_bytes()[:-3])
-    elif path.suffix == ".npy":
-        np.save(path, np.zeros(5, np.uint16))
     else:
         path.write_text("{}")
-    with pytest.raises(ConfigError, match="missing, unfinished or damaged") as error:
+    with pytest.raises(ConfigError, match="missing or damaged") as error:
         open_or_build(config, 257)
     assert config.store in str(error.value)
     assert "delete this one" in str(error.value)
 
 
 def test_another_format_is_not_opened(config):
-    path = build_store(config, 0).directory / "manifest.json"
+    path = Path(build_store(config, 0).directory) / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
     with pytest.raises(ConfigError, match="its format is 99"):
         open_store(path.parent)
@@ -212,7 +227,7 @@ def test_another_format_is_not_opened(config):
 def test_no_documents_at_all(config):
     config.path = config.path.replace("*", "empty")
     with pytest.raises(
-        ConfigError, match=r"data\.path='.*' gives no documents; 1 skipped: .*empty"
+        ConfigError, match=r"data\.path='.*' gives no documents; 1 skipped: 1 empty"
     ):
         build_store(config, 0)
 
@@ -227,13 +242,140 @@ def test_a_split_without_documents(config, share, message):
 
 
 def test_progress_in_plain_lines(config, capsys, monkeypatch):
-    monkeypatch.setattr(token_store, "_BATCH_CHARACTERS", 1)
-    store = build_store(config, 0)
+    monkeypatch.setattr(store_builder, "_SHARD_BYTES", 1)
+    store = build_store(config, 0, processes=1)
     out, err = capsys.readouterr()
-    total = sum(len(text.encode()) for text in TEXTS.values()) / 1e6
     lines = err.splitlines()
     assert out == ""
     assert "\r" not in err
-    assert len(lines) == 11
-    assert lines[9] == f"building {store.directory}: {total:.1f} of {total:.1f} MB"
-    assert lines[10].startswith("skipped 1, the first: ")
+    assert len(lines) == 21
+    assert lines[9] == f"reading {store.directory}: 0.0 of 0.0 MB"
+    assert lines[19] == f"building {store.directory}: 0.0 of 0.0 MB"
+    assert lines[20].startswith("skipped 1: 1 empty; the first: ")
+
+
+def contents(directory):
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(Path(directory).rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_many_shards_are_one_stream(config, processes, monkeypatch):
+    whole = build_store(config, 0)
+    config.store += "_again"
+    monkeypatch.setattr(store_builder, "_SHARD_BYTES", 100)
+    monkeypatch.setattr(store_builder, "_MOST_SHARDS", 10**9)
+    store = build_store(config, 0, processes=processes)
+    assert len(store.manifest["shards"]) > 5
+    for one, other in ((whole.train, store.train), (whole.held_out, store.held_out)):
+        np.testing.assert_array_equal(tokens_of(one), tokens_of(other))
+        np.testing.assert_array_equal(one.borders(0, 10**9), other.borders(0, 10**9))
+        np.testing.assert_array_equal(one.byte_counts, other.byte_counts)
+        assert one.names == other.names
+        for index in range(len(one)):
+            np.testing.assert_array_equal(one.document(index), other.document(index))
+            assert one.name(index) == other.name(index)
+        for start in range(0, one.token_count, 37):
+            for length in (1, 50, 333):
+                stop = start + length
+                np.testing.assert_array_equal(one.read(start, stop), other.read(start, stop))
+                np.testing.assert_array_equal(one.borders(start, stop), other.borders(start, stop))
+            assert one.document_at(start) == other.document_at(start)
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
+def test_killed_anywhere_it_ends_in_the_same_bytes(config, tokenizer, monkeypatch):
+    """Every file operation is the last one once."""
+    monkeypatch.setattr(store_builder, "_SHARD_BYTES", 300)
+    monkeypatch.setattr(store_builder, "_say", lambda *_: None)
+    config.tokenizer = tokenizer
+    expected = contents(build_store(config, 280, processes=1).directory)
+
+    class Killed(BaseException):
+        pass
+
+    left = [0]
+
+    def dying(original):
+        def call(*arguments, **options):
+            left[0] -= 1
+            if left[0] == 0:
+                raise Killed
+            return original(*arguments, **options)
+
+        return call
+
+    survived, finished = 0, False
+    config.store += "_killed"
+    while not finished:
+        survived += 1
+        left[0] = 3 * survived
+        with monkeypatch.context() as patch:
+            patch.setattr(store_builder, "_write_text", dying(store_builder._write_text))
+            patch.setattr(store_builder.np, "save", dying(np.save))
+            patch.setattr(Path, "rename", dying(Path.rename))
+            patch.setattr(Path, "unlink", dying(Path.unlink))
+            try:
+                build_store(config, 280, processes=1)
+                finished = True
+            except Killed:
+                if not (Path(config.store) / "manifest.json").exists():
+                    with pytest.raises(ConfigError, match=r"is unfinished: \d+ of \d+ shards"):
+                        open_or_build(config, 280)
+                else:
+                    finished = True
+    assert survived > 2
+    found = contents(config.store)
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_an_unfinished_store_is_refused_with_the_command(config, monkeypatch):
+    monkeypatch.setattr(
+        "sys.argv", ["train.py", "--workdir=x", "--config=a.py", "--config.data.x=1"]
+    )
+    monkeypatch.setattr(store_builder, "_encode", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        build_store(config, 0)
+    with pytest.raises(ConfigError) as error:
+        open_or_build(config, 257)
+    command = "python tools/prepare_data.py --config=a.py --config.data.x=1"
+    assert str(error.value).endswith(f"0 of 1 shards are there; finish it with: {command}")
+    config.held_out = 0.3
+    with pytest.raises(ConfigError, match="was begun with other options") as error:
+        build_store(config, 0)
+    assert "data.held_out: 0.2 in the store, 0.3 asked for" in str(error.value)
+    config.held_out = 0.2
+    Path(config.path.replace("*", "new")).write_text("new")
+    with pytest.raises(ConfigError, match="was begun with other files"):
+        build_store(config, 0)
+
+
+def test_of_equal_texts_the_first_is_kept_and_no_text_is_in_both_splits(config, monkeypatch):
+    corpus = Path(config.path).parent
+    for number in range(60):
+        (corpus / f"copy{number}.txt").write_bytes(TEXTS["3.txt"].encode())
+    monkeypatch.setattr(store_builder, "_SHARD_BYTES", 200)
+    store = build_store(config, 0, processes=1)
+    train, held_out = texts_of(store, store.train), texts_of(store, store.held_out)
+    assert not set(train.values()) & set(held_out.values())
+    assert sorted((train | held_out).values()) == sorted(TEXTS.values())
+    assert store.manifest["duplicates"] == 60
+    config.deduplicate, config.store = False, config.store + "_all"
+    store = build_store(config, 0, processes=1)
+    assert len(store.train) + len(store.held_out) == len(TEXTS) + 60
+
+
+def test_a_store_on_remote_storage_is_read_by_ranges(config):
+    fsspec = pytest.importorskip("fsspec")
+    local = build_store(config, 0)
+    fsspec.filesystem("memory").put(local.directory, "/bucket/store", recursive=True)
+    remote = open_store("memory://bucket/store")
+    for one, other in ((local.train, remote.train), (local.held_out, remote.held_out)):
+        np.testing.assert_array_equal(tokens_of(one), tokens_of(other))
+        np.testing.assert_array_equal(one.borders(5, 500), other.borders(5, 500))
+        np.testing.assert_array_equal(one.read(100, 117), other.read(100, 117))
+        assert one.names == other.names
+    assert remote.tokenizer.fingerprint == local.tokenizer.fingerprint

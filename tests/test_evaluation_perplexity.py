@@ -21,7 +21,7 @@ from eval import PROTOCOLS, evaluate
 from retnet_jax import RetNet, Transformer
 from retnet_jax.checkpoint import CheckpointError, Checkpoints
 from retnet_jax.config import Config, ConfigError, DataConfig, ModelConfig
-from retnet_jax.data import ByteTokenizer, build_store, train_bpe
+from retnet_jax.data import ByteTokenizer, build_store, open_store, train_bpe
 from retnet_jax.evaluation import (
     compressed_bits_per_byte,
     document_nll_stateful,
@@ -218,13 +218,14 @@ def test_table_and_json_of_a_run(workdir, tmp_path, capsys):
     table = capsys.readouterr().out
     record = json.loads(output.read_text())
 
-    names = (workdir.parent / "store" / "held_out.names.jsonl").read_text().splitlines()
-    texts = [Path(json.loads(name)).read_text(encoding="utf-8") for name in names]
+    names = open_store(workdir.parent / "store").held_out.names
+    texts = [Path(name).read_text(encoding="utf-8") for name in names]
     documents = [np.array([ByteTokenizer.bos_id, *text.encode()]) for text in texts]
     nll = document_nll_stateful(RetNet(TINY, rngs=nnx.Rngs(0)), documents, batch_size=4)
     expected = dataclasses.asdict(perplexity_report(nll, documents, texts))
     for protocol in PROTOCOLS:  # the same, as no document is longer than the window
         found = record["protocols"][protocol]
+        assert found.pop("sources") == {}
         assert found == pytest.approx(expected, rel=1e-5)
         assert f"{found['bits_per_byte']:.4f}" in table
     assert record["compressors"] == compressed_bits_per_byte("".join(texts).encode())
@@ -232,7 +233,7 @@ def test_table_and_json_of_a_run(workdir, tmp_path, capsys):
     assert record["checkpoint"] == str(workdir)
     assert record["model"]["dtype"] == "float32"
     assert record["tokenizer"] == ByteTokenizer().fingerprint
-    assert record["data"]["store"] == str(workdir.parent / "store")
+    assert [x["store"] for x in record["data"]["stores"]] == [str(workdir.parent / "store")]
 
     before = output.read_text()
     with pytest.raises(ConfigError, match=r"result\.json exists already: name another file"):
@@ -259,9 +260,9 @@ def test_given_files(workdir, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "skipped 2:" in said
     assert "empty.txt: empty" in said
-    assert "latin1.txt: 'utf-8' codec" in said
-    assert "texts.jsonl:3: no field 'text' among 'body'" in said
-    assert len(records[0]["data"]["skipped"]) == 2
+    assert "latin1.txt: invalid UTF-8: 'utf-8' codec" in said
+    assert "texts.jsonl:3: no field 'text': among 'body'" in said
+    assert records[0]["data"]["skipped"]["count"] == 2
 
 
 def test_no_standard_error_of_one_document(workdir, tmp_path, capsys):

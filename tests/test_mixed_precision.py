@@ -32,7 +32,7 @@ def test_bfloat16_follows_float32_for_500_steps_of_32_layers(tmp_path):
         train=TrainConfig(steps=STEPS, batch_size=4),
     )
     store = open_or_build(config.data, config.model.vocab_size)
-    stream = BatchStream(store.train, sequence_length=64, batch_size=4, bos_id=256, seed=0)
+    stream = BatchStream([store.train], [1.0], sequence_length=64, batch_size=4, bos_id=256, seed=0)
 
     def curve(dtype):
         model = dataclasses.replace(config.model, dtype=dtype)

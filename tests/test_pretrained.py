@@ -120,8 +120,8 @@ def test_continued_training(directory, corpus, tmp_path):
     assert train(config, tmp_path / "run") == 0
     # The first loss is the foreign model's, on the batch that comes first.
     store = open_store(tmp_path / "store")
-    stream = BatchStream(store.train, sequence_length=16, batch_size=8, bos_id=1, seed=0)
-    loss, weight = loss_sum(interop.load(begin), jax.tree.map(jax.numpy.asarray, stream[0]))
+    stream = BatchStream([store.train], [1.0], sequence_length=16, batch_size=8, bos_id=1, seed=0)
+    loss, (weight, _) = loss_sum(interop.load(begin), jax.tree.map(jax.numpy.asarray, stream[0]))
     found = losses(tmp_path / "run")
     assert found[0] == pytest.approx(float(loss / weight), rel=1e-5)
     assert len(found) == 8

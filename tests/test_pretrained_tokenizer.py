@@ -1,5 +1,6 @@
 """Tokenizers of other models: their texts, their special ids, and texts that come in pieces."""
 
+import base64
 import functools
 import io
 import json
@@ -102,7 +103,18 @@ def sentencepiece(directory):
     return load_tokenizer(directory)
 
 
-KINDS = pytest.mark.parametrize("make", [llama, gpt, sentencepiece])
+def cl100k(directory):
+    """The tokenizer on ranks of its own: the bytes, and some words."""
+    pytest.importorskip("tiktoken")
+    tokens = [bytes([byte]) for byte in range(256)]
+    for word in (b"return", b" self", b"chunk"):
+        tokens += [word[:n] for n in range(2, len(word) + 1) if word[:n] not in tokens]
+    lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)]
+    (directory / "cl100k_base.tiktoken").write_bytes(b"".join(lines))
+    return load_tokenizer(directory)
+
+
+KINDS = pytest.mark.parametrize("make", [llama, gpt, sentencepiece, cl100k])
 
 
 @KINDS
@@ -220,7 +232,9 @@ def test_sentencepiece_knows_its_own(tmp_path):
 
 
 def test_what_is_missing_or_damaged_is_named(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=r"no tokenizer.json and no tokenizer.model"):
+    with pytest.raises(
+        FileNotFoundError, match=r"has none of tokenizer.json, tokenizer.model, cl100k"
+    ):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text(llama_like())
     with pytest.raises(ValueError, match=r"which token opens or ends a text.*tokenizer_config"):
@@ -242,6 +256,14 @@ def test_what_is_missing_or_damaged_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(ConfigError, match="pip install sentencepiece"):
         load_tokenizer(tmp_path)
+
+
+def test_ranks_of_something_else_are_refused(tmp_path):
+    pytest.importorskip("tiktoken")
+    for contents in (b"not base64 at all", b"YQ== 0\n"):
+        (tmp_path / "cl100k_base.tiktoken").write_bytes(contents)
+        with pytest.raises(ValueError, match=r"cl100k_base.tiktoken holds no tokens and ranks"):
+            load_tokenizer(tmp_path)
 
 
 def test_a_corpus_in_the_tokens_of_a_model(tmp_path):

@@ -1,7 +1,9 @@
 """train.py as a whole: what it leaves behind, how it resumes, and what it says when it cannot."""
 
+import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +23,7 @@ from retnet_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from retnet_jax.data import build_store
 from retnet_jax.metrics import MetricsLog
 from train import train
 
@@ -123,6 +126,61 @@ def test_a_signal_saves_and_the_run_goes_on_exactly(
     assert f"{signal.Signals(number).name}: stopping after step {stopped}" in capfd.readouterr().err
     assert train(config, tmp_path / "run") == 0
     assert_same_losses(tmp_path / "run", uninterrupted)
+
+
+@pytest.fixture(scope="module")
+def mixture(config, tmp_path_factory):
+    """Two stores, read on row by row with the state carried."""
+    directory = tmp_path_factory.mktemp("stores")
+    stores = {}
+    for name, pattern, weight in (("tests", "test_*.py", 3.0), ("model", "../*.py", 1.0)):
+        data = dataclasses.replace(
+            config.data, path=str(ROOT / "tests" / pattern), store=str(directory / name)
+        )
+        stores[build_store(data, 257).directory] = weight
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, mixture=stores, windows="contiguous"),
+        train=dataclasses.replace(config.train, carry_state=True, batch_size=16, micro_batches=2),
+    )
+
+
+def test_carried_states_of_a_mixture_resume_exactly(mixture, tmp_path, monkeypatch, capfd):
+    assert train(mixture, tmp_path / "whole") == 0
+    said = capfd.readouterr().err
+    assert re.search(r"75\.0% of .*/tests: [\d,]+ tokens", said)
+    with monkeypatch.context() as patch:
+        at_step(patch, 6, lambda: signal.raise_signal(signal.SIGTERM))
+        assert train(mixture, tmp_path / "run") == 0
+    assert latest_step(tmp_path / "run") < STEPS
+    assert train(mixture, tmp_path / "run") == 0
+    assert_same_losses(tmp_path / "run", tmp_path / "whole")
+    lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
+    (held_out,) = [x for x in map(json.loads, lines) if x["step"] == 5 and "held_out_loss" in x]
+    losses = [held_out[f"held_out_loss/{name}"] for name in ("tests", "model")]
+    assert held_out["held_out_loss"] == pytest.approx(0.75 * losses[0] + 0.25 * losses[1])
+    # Bytes are the tokens, but for the BOS that ends a document.
+    for name, loss in zip(("tests", "model"), losses, strict=True):
+        assert held_out[f"held_out_bits_per_byte/{name}"] == pytest.approx(loss / np.log(2))
+        assert held_out[f"held_out_perplexity/{name}"] == pytest.approx(np.exp(loss))
+    plain = dataclasses.replace(
+        mixture, train=dataclasses.replace(mixture.train, carry_state=False)
+    )
+    assert train(plain, tmp_path / "plain") == 0
+    carried, other = metrics(tmp_path / "whole"), metrics(tmp_path / "plain")
+    assert carried[1]["loss"] == other[1]["loss"]
+    assert carried[STEPS]["loss"] != other[STEPS]["loss"]
+
+
+def test_stores_of_a_mixture_that_do_not_fit_are_named(mixture, tmp_path):
+    (first, *_) = mixture.data.mixture
+    for changes, message in (
+        ({str(tmp_path / "nothing"): 1.0}, "nothing' is missing or damaged"),
+        ({first: 1.0, first + "/": 1.0}, "two stores with the name 'tests'"),
+    ):
+        bad = dataclasses.replace(mixture, data=dataclasses.replace(mixture.data, mixture=changes))
+        with pytest.raises(ConfigError, match=message):
+            train(bad, tmp_path / "run")
 
 
 def run_killed_at(config_file, workdir, step):

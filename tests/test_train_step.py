@@ -11,11 +11,17 @@ from flax import nnx
 from tolerances import assert_close
 
 from retnet_jax import Config, ModelConfig
-from retnet_jax.config import ConfigError, MeshConfig, OptimizerConfig, TrainConfig
+from retnet_jax.config import ConfigError, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from retnet_jax.data import Batch
 from retnet_jax.optim import learning_rate_factor, make_optimizer
 from retnet_jax.sharding import batch_sharding, check_batch, make_mesh, path_name
-from retnet_jax.train_step import abstract_state, gradient_sums, initial_state, train_step
+from retnet_jax.train_step import (
+    abstract_state,
+    gradient_sums,
+    initial_state,
+    loss_sum,
+    train_step,
+)
 
 CONFIG = Config(
     model=ModelConfig(vocab_size=48, d_model=16, n_layers=2, n_heads=2, tie_embeddings=True),
@@ -30,7 +36,9 @@ def batch(step, b=8, t=12):
     tokens = rng.integers(0, 48, (b, t + 1)).astype(np.int32)
     segments = np.sort(rng.integers(1, 4, (b, t)), axis=1).astype(np.int32)
     real = np.arange(t) < rng.integers(3, t + 1, (b, 1))
-    return Batch(tokens[:, :-1], tokens[:, 1:], segments * real, real.astype(np.float32))
+    continues = rng.integers(0, 2, b).astype(bool)
+    segments = segments * real
+    return Batch(tokens[:, :-1], tokens[:, 1:], segments, real.astype(np.float32), continues)
 
 
 def losses_of(config, mesh_config, devices):
@@ -72,6 +80,55 @@ def test_micro_batches_weigh_tokens_not_parts(micro_batches):
     model.embedding = nnx.Param(50 * model.embedding[...])
     sums = jax.jit(gradient_sums, static_argnums=2)
     assert_close(sums(model, batch(0), micro_batches), sums(model, batch(0), 1))
+
+
+def test_halves_of_windows_with_their_state_carried_are_the_whole():
+    """A document that goes on, one that begins anew, and one that ends in padding."""
+    model = initial_state(CONFIG).model
+    whole = batch(0, b=3)._replace(continues=np.zeros(3, bool))
+    segments = np.array([[1] * 12, [1] * 6 + [2] * 6, [1] * 9 + [0] * 3], np.int32)
+    whole = whole._replace(segment_ids=segments, weights=(segments > 0).astype(np.float32))
+    halves = [Batch(*(x[:, part] for x in whole[:4]), None) for part in (np.s_[:6], np.s_[6:])]
+    first = halves[0]._replace(continues=np.array([True, True, False]))
+    second = halves[1]._replace(continues=np.array([True, False, True]))
+    sums = jax.jit(loss_sum)
+    empty = model.init_state(3, capacity=0)
+    expected, (weight, nothing) = sums(model, whole)
+    assert nothing is None
+    begun, (first_weight, carry) = sums(model, first, empty)
+    ended, (second_weight, carry) = sums(model, second, carry)
+    assert_close(begun + ended, expected)
+    assert float(first_weight + second_weight) == float(weight)
+    assert carry.position.tolist() == [12, 6, 9]
+    # Without the carried state the losses are others.
+    alone, _ = sums(model, second, empty)
+    assert abs(float(alone - ended)) > 1e-3 * float(ended)
+
+
+@pytest.mark.parametrize("micro_batches", [2, 8])
+def test_micro_batches_carry_the_state_of_their_rows(micro_batches):
+    model = initial_state(CONFIG).model
+    model.embedding = nnx.Param(50 * model.embedding[...])
+    sums = jax.jit(gradient_sums, static_argnums=2)
+    carry = model.init_state(8, capacity=0)
+    *_, carry = sums(model, batch(0), 1, carry)
+    expected = sums(model, batch(1), 1, carry)
+    assert_close(sums(model, batch(1), micro_batches, carry), expected)
+    assert (np.asarray(expected[3].position) > 0).all()
+
+
+def test_eight_devices_carry_what_one_does():
+    config = dataclasses.replace(
+        CONFIG,
+        data=DataConfig(windows="contiguous"),
+        train=dataclasses.replace(CONFIG.train, carry_state=True),
+    )
+    config.check()
+    one = losses_of(config, MeshConfig(), jax.devices()[:1])
+    assert_close(losses_of(config, MeshConfig(data=2, fsdp=2, tensor=2), jax.devices()), one)
+    plain = losses_of(CONFIG, MeshConfig(), jax.devices()[:1])
+    assert plain[0] == one[0]
+    assert abs(plain[2] - one[2]) > 1e-5
 
 
 def test_loss_is_the_mean_over_real_positions():

@@ -1,35 +1,45 @@
 r"""Builds the token store of a config ahead of training, and prints what it holds.
 
-    python tools/prepare_data.py --config=configs/FILE.py [--config.data.path=...]
+    python tools/prepare_data.py --config=configs/FILE.py --config.data.source=jsonl \
+        --config.data.path='pile/*.jsonl.zst' --config.data.store=data/pile [--processes=8]
 
-A store that is there already is checked against the config and printed.
+Killed at any point, the same command goes on with what is left to do. A store that is complete is
+checked against the config and printed.
 """
 
+from pathlib import Path
+
+from absl import flags
+
 from retnet_jax import command_line
-from retnet_jax.data import TokenStore, open_or_build
+from retnet_jax.data import TokenStore, build_store, open_or_build
 from retnet_jax.pretrained import with_initial_model
 
-command_line.define_config()
+flags.DEFINE_integer("processes", None, "that work in parallel; else one for each core", 1)
 
 
 def main() -> None:
-    """Builds or opens the store that the config names."""
+    """Builds, finishes or opens the store that the config names."""
     config = with_initial_model(command_line.given_config())
+    if not (Path(config.data.store) / "manifest.json").exists():
+        build_store(config.data, config.model.vocab_size, flags.FLAGS.processes)
     print(table(open_or_build(config.data, config.model.vocab_size)))
 
 
 def table(store: TokenStore) -> str:
-    """Counts of each split, and what was skipped."""
+    """Counts of each split, and what was left out."""
     rows = [("", "documents", "tokens", "bytes", "bytes/token")]
     for name, counts in store.manifest["splits"].items():
         numbers = [f"{counts[key]:,}" for key in ("documents", "tokens", "bytes")]
         rows.append((name, *numbers, f"{counts['bytes'] / counts['tokens']:.2f}"))
     lines = [f"{row[0]:<10}" + "".join(f"{cell:>15}" for cell in row[1:]) for row in rows]
     skipped = store.manifest["skipped"]
-    lines.append(f"skipped {skipped['count']}")
-    lines += [f"  {line}" for line in skipped["first"][:5]]
-    return "\n".join([str(store.directory), *lines])
+    lines.append(f"{store.manifest['duplicates']:,} duplicates, {skipped['count']:,} skipped")
+    lines += [f"  {count:,} {reason}" for reason, count in skipped["reasons"].items()]
+    lines += [f"    {line}" for line in skipped["first"][:5]]
+    return "\n".join([store.directory, *lines])
 
 
 if __name__ == "__main__":
+    command_line.define_config()
     command_line.run(main)

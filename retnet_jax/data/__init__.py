@@ -1,19 +1,30 @@
 """From documents to batches.
 
-    sources.py      documents: (name, text) pairs, read in the same order every time
+    sources.py      a corpus in pieces, and their documents; formats.py: files and data sets
     tokenizer.py    text <-> token ids: bytes, or a byte-level BPE trained here
     pretrained_tokenizer.py  those that came with a model
     token_store.py  a directory that holds all tokens of a corpus, split into train and held out
-    pipeline.py     windows of the token stream, and batches of windows addressed by (seed, step)
+    store_builder.py  writes it, in parallel
+    windows.py      how its stream is cut into windows, and in which order they come
+    pipeline.py     batches of windows addressed by (seed, step)
+    files.py        local files, and those on gs:// and the like
 
 A document begins with the id of `<bos>`; where one ends and the next begins is seen again in the
-`segment_ids` of a batch. `tokenizers`, `grain` and `tqdm` are imported where they are used.
+`segment_ids` of a batch. `tokenizers`, `grain`, `tqdm` and what reads a format are imported where
+they are used.
 """
 
-from retnet_jax.data.pipeline import Batch, BatchStream, number_of_windows, window
+from retnet_jax.data.pipeline import Batch, BatchStream, number_of_windows
 from retnet_jax.data.pretrained_tokenizer import has_tokenizer, load_tokenizer
-from retnet_jax.data.sources import Document, read_documents
-from retnet_jax.data.token_store import Split, TokenStore, build_store, open_or_build, open_store
+from retnet_jax.data.sources import Document, Skipped, read_documents
+from retnet_jax.data.store_builder import (
+    Stores,
+    build_store,
+    open_or_build,
+    open_stores,
+    train_tokenizer,
+)
+from retnet_jax.data.token_store import Split, TokenStore, open_store
 from retnet_jax.data.tokenizer import (
     BPETokenizer,
     ByteTokenizer,
@@ -28,7 +39,9 @@ __all__ = [
     "BatchStream",
     "ByteTokenizer",
     "Document",
+    "Skipped",
     "Split",
+    "Stores",
     "TextStream",
     "TokenStore",
     "Tokenizer",
@@ -38,7 +51,8 @@ __all__ = [
     "number_of_windows",
     "open_or_build",
     "open_store",
+    "open_stores",
     "read_documents",
     "train_bpe",
-    "window",
+    "train_tokenizer",
 ]

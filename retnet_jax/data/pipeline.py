@@ -1,69 +1,48 @@
-"""Windows of the token stream, and batches of windows addressed by (seed, step).
+"""Batches of windows, addressed by (seed, step).
 
-The stream of a split is its documents end to end, each opened by BOS. Window i of length t covers
-the positions [i t, (i + 1) t) of the stream; the last one is padded.
+`windows.py` says which windows there are and in which order they come; here they are read.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from retnet_jax.config import ConfigError
 from retnet_jax.data.token_store import Split
+from retnet_jax.data.windows import ContiguousSchedule, Span, packed_starts
+
+_MOST_STEPS = 2**40
 
 
 class Batch(NamedTuple):
-    """Windows on top of each other, or (from `window`) a single one, without the axis b."""
+    """Windows on top of each other."""
 
     tokens: np.ndarray  # int32 [b t]
     targets: np.ndarray  # int32 [b t]: the next token of the stream; after a document BOS
     segment_ids: np.ndarray  # int32 [b t]: 1, 2, ... count a window's documents; 0 is padding
     weights: np.ndarray  # float32 [b t]: 1, and 0 on padding
-
-
-def number_of_windows(split: Split, sequence_length: int) -> int:
-    """Windows of `sequence_length` tokens that cover a split."""
-    return -(-len(split.tokens) // sequence_length)
-
-
-def window(split: Split, index: int, sequence_length: int, bos_id: int) -> Batch:
-    """Window `index` of the split's stream: four arrays [t].
-
-    Raises:
-      IndexError: if the split has no such window.
-    """
-    start, stop = _span(split, index, sequence_length)
-    # Filled with BOS, a valid id for the padding and the right target at the end of the stream.
-    tokens = np.full(sequence_length, bos_id, np.int32)
-    targets = np.full(sequence_length, bos_id, np.int32)
-    segment_ids = np.zeros(sequence_length, np.int32)
-    weights = np.zeros(sequence_length, np.float32)
-    tokens[: stop - start] = split.tokens[start:stop]
-    following = split.tokens[start + 1 : stop + 1]
-    targets[: len(following)] = following
-    documents = _documents(split, start, stop)
-    borders = split.offsets[documents.start + 1 : documents.stop]
-    segment_ids[: stop - start] = 1 + np.searchsorted(borders, np.arange(start, stop), "right")
-    weights[: stop - start] = 1
-    return Batch(tokens, targets, segment_ids, weights)
+    continues: np.ndarray  # bool [b]: the row goes on with the document its last window ended in
 
 
 class BatchStream:
     """An endless sequence of batches, in which `stream[step]` depends on (seed, step) alone.
 
-    Every window comes once in an epoch, in a new order each time; a batch can reach from one epoch
-    into the next. So the step is all there is to save and restore, on any number of hosts.
+    Every window comes once in an epoch of its store, in a new order each time; a batch can reach
+    from one epoch into the next. So the step is all there is to save and restore, on any number of
+    hosts.
 
     Args:
-      split: the documents.
+      splits: the documents, of one store or several with one tokenizer.
+      weights: share of each in the windows.
       sequence_length: tokens in a window.
       batch_size: windows in a batch, over all hosts.
       bos_id: the tokenizer's.
       seed: of the order of the windows, 0 to 2^32 - 1.
+      policy: "packed" or "contiguous", see `windows.py`.
       host_index: this process; row j of its batch is row j * host_count + host_index of all.
       host_count: processes among which each batch is split.
 
@@ -73,12 +52,14 @@ class BatchStream:
 
     def __init__(
         self,
-        split: Split,
+        splits: Sequence[Split],
+        weights: Sequence[float],
         *,
         sequence_length: int,
         batch_size: int,
         bos_id: int,
         seed: int,
+        policy: str = "packed",
         host_index: int = 0,
         host_count: int = 1,
     ):
@@ -89,13 +70,20 @@ class BatchStream:
             )
         import grain
 
-        self._split = split
+        self._splits = splits
         self._sequence_length = sequence_length
         self._bos_id = bos_id
-        windows = grain.MapDataset.range(number_of_windows(split, sequence_length))
-        windows = windows.seed(seed).shuffle().repeat()
-        self._indices = windows[host_index::host_count].batch(batch_size // host_count)
-        self._batches = self._indices.map(self._read)
+        if policy == "packed":
+            spans = grain.MapDataset.mix(
+                [_packed(i, s, sequence_length, seed) for i, s in enumerate(splits)], list(weights)
+            )
+        else:
+            schedule = ContiguousSchedule(splits, weights, sequence_length, batch_size, seed)
+            spans = grain.MapDataset.range(_MOST_STEPS).map(
+                lambda index: schedule.span(*divmod(int(index), batch_size))
+            )
+        self._spans = spans[host_index::host_count].batch(batch_size // host_count, batch_fn=tuple)
+        self._batches = self._spans.map(self._read)
         # grain's default, 16 threads and 500 batches ahead, could fill the memory.
         self._options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 
@@ -120,32 +108,52 @@ class BatchStream:
 
     def document_names(self, step: int) -> list[str]:
         """The names of the documents in the batch of one step, to look a bad batch up."""
-        documents = set()
-        for index in self._indices[step]:
-            start, stop = _span(self._split, int(index), self._sequence_length)
-            documents.update(_documents(self._split, start, stop))
-        return [self._split.names[document] for document in sorted(documents)]
+        names = set()
+        for store, start, stop, _ in self._spans[step]:
+            split = self._splits[store]
+            documents = range(split.document_at(start), split.document_at(stop - 1) + 1)
+            names.update(split.name(document) for document in documents)
+        return sorted(names)
 
-    def _read(self, indices: np.ndarray) -> Batch:
-        windows = [
-            window(self._split, int(index), self._sequence_length, self._bos_id)
-            for index in indices
-        ]
-        return Batch(*map(np.stack, zip(*windows, strict=True)))
-
-
-def _span(split: Split, index: int, sequence_length: int) -> tuple[int, int]:
-    """The positions [start, stop) of the stream that a window covers."""
-    if not 0 <= index < number_of_windows(split, sequence_length):
-        raise IndexError(
-            f"window {index} of {number_of_windows(split, sequence_length)} "
-            f"(sequence_length={sequence_length})"
+    def _read(self, spans: Sequence[Span]) -> Batch:
+        shape = (len(spans), self._sequence_length)
+        # Filled with BOS, a valid id for the padding and the right target at a document's end.
+        batch = Batch(
+            tokens=np.full(shape, self._bos_id, np.int32),
+            targets=np.full(shape, self._bos_id, np.int32),
+            segment_ids=np.zeros(shape, np.int32),
+            weights=np.zeros(shape, np.float32),
+            continues=np.array([span.continues for span in spans]),
         )
-    start = index * sequence_length
-    return start, min(start + sequence_length, len(split.tokens))
+        for row, span in enumerate(spans):
+            split, count = self._splits[span.store], span.stop - span.start
+            # One more than the window: the target of its last token.
+            tokens = split.read(span.start, span.stop + 1)
+            batch.tokens[row, :count] = tokens[:count]
+            batch.targets[row, : len(tokens) - 1] = tokens[1:]
+            borders = split.borders(span.start + 1, span.stop) - span.start
+            segments = batch.segment_ids[row, :count]
+            segments[0] = 1
+            segments[borders] = 1
+            np.cumsum(segments, out=segments)
+            batch.weights[row, :count] = 1
+        return batch
 
 
-def _documents(split: Split, start: int, stop: int) -> range:
-    """The documents that have a token at the positions [start, stop) of the stream."""
-    first = int(np.searchsorted(split.offsets, start, "right")) - 1
-    return range(first, int(np.searchsorted(split.offsets, stop, "left")))
+def _packed(store: int, split: Split, length: int, seed: int):
+    """The windows of one store, shuffled anew each epoch, without end."""
+    import grain
+
+    starts = packed_starts(split, length)
+    return (
+        grain.MapDataset.range(len(starts) - 1)
+        .seed(seed + store)
+        .shuffle()
+        .repeat()
+        .map(lambda i: Span(store, int(starts[i]), int(starts[i + 1]), False))
+    )
+
+
+def number_of_windows(split: Split, sequence_length: int) -> int:
+    """Windows of the packed policy in an epoch."""
+    return len(packed_starts(split, sequence_length)) - 1

@@ -1,4 +1,4 @@
-"""Tokenizers that come with a model: of Hugging Face (tokenizer.json) and SentencePiece.
+"""Tokenizers that others made: of Hugging Face (tokenizer.json), SentencePiece, and tiktoken.
 
 Which ids open and end a text stands beside the tokenizer's file, in any of several places. Special
 tokens are put in by this project's programs alone: none is added to a text that is encoded, and
@@ -10,10 +10,12 @@ come back.
 
 from __future__ import annotations
 
+import base64
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from retnet_jax.config import ConfigError
 from retnet_jax.data.tokenizer import (
@@ -26,7 +28,9 @@ from retnet_jax.data.tokenizer import (
 )
 
 SENTENCEPIECE_NAME = "tokenizer.model"
+TIKTOKEN_NAME = "cl100k_base.tiktoken"
 CONFIG_NAME = "tokenizer_config.json"
+NAMES = (FILE_NAME, SENTENCEPIECE_NAME, TIKTOKEN_NAME)
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -40,12 +44,14 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         return _load_json(directory)
     if (directory / SENTENCEPIECE_NAME).is_file():
         return _load_sentencepiece(directory)
-    raise FileNotFoundError(f"{directory} has no {FILE_NAME} and no {SENTENCEPIECE_NAME}")
+    if (directory / TIKTOKEN_NAME).is_file():
+        return Cl100kTokenizer((directory / TIKTOKEN_NAME).read_bytes())
+    raise FileNotFoundError(f"{directory} has none of {', '.join(NAMES)}")
 
 
 def has_tokenizer(directory: Path) -> bool:
     """Whether `load_tokenizer` would find a file."""
-    return any((directory / name).is_file() for name in (FILE_NAME, SENTENCEPIECE_NAME))
+    return any((directory / name).is_file() for name in NAMES)
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -106,6 +112,62 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         special = {self.bos_id, self.end_id}
         return self._model.decode([i for i in ids if i not in special])
+
+
+class Cl100kTokenizer(Tokenizer):
+    """tiktoken's cl100k_base, the vocabulary of arXiv 2307.08621; `<|endoftext|>` is its BOS.
+
+    Args:
+      ranks: the contents of cl100k_base.tiktoken: a token in base64 and its id a line.
+
+    Raises:
+      ValueError: if they are something else.
+      ConfigError: if the package tiktoken is not there.
+    """
+
+    vocab_size = 100_277
+    bos_id = end_id = 100_257
+    _special: ClassVar = {
+        "<|endoftext|>": 100_257,
+        "<|fim_prefix|>": 100_258,
+        "<|fim_middle|>": 100_259,
+        "<|fim_suffix|>": 100_260,
+        "<|endofprompt|>": 100_276,
+    }
+    # Contractions, words, numbers of up to three digits, punctuation, line ends, spaces.
+    _pattern = (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+|"
+        r" ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+    )
+
+    def __init__(self, ranks: bytes):
+        try:
+            import tiktoken
+        except ImportError as error:
+            raise ConfigError(
+                f"{TIKTOKEN_NAME} needs the package tiktoken: pip install tiktoken"
+            ) from error
+        try:
+            pairs = (line.split() for line in ranks.splitlines() if line)
+            merges = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+            if not {bytes([byte]) for byte in range(256)} <= merges.keys():
+                raise ValueError("it lacks some of the 256 bytes")
+        except ValueError as error:
+            raise ValueError(f"{TIKTOKEN_NAME} holds no tokens and ranks: {error}") from error
+        self.files = {TIKTOKEN_NAME: ranks}
+        self._encoding = tiktoken.Encoding(
+            "cl100k_base",
+            pat_str=self._pattern,
+            mergeable_ranks=merges,
+            special_tokens=self._special,
+        )
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._encoding.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        plain = [i for i in ids if i < self.bos_id]
+        return self._encoding.decode_bytes(plain).decode("utf-8", errors="replace")
 
 
 def _load_json(directory: Path) -> Tokenizer:

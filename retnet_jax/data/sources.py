@@ -1,17 +1,26 @@
-"""Documents: where the text comes from."""
+"""Documents: where the text comes from.
+
+A corpus is a list of pieces, each of which one process reads in one go. Which pieces there are and
+what is in them depends on the files alone. What cannot be used is left out, counted and named.
+"""
 
 from __future__ import annotations
 
-import functools
 import glob
-import json
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from retnet_jax.config import SOURCES, ConfigError
+from retnet_jax.config import SOURCES, ConfigError, DataConfig
+from retnet_jax.data import files, formats
+from retnet_jax.data.formats import Record, UnreadableError
+
+_PIECE_BYTES = 64_000_000
+_EXAMPLES = 10_000  # of a data set that is read by index, in a piece
 
 
 @dataclass(frozen=True)
@@ -26,97 +35,247 @@ class Document:
         return len(self.text.encode("utf-8"))
 
 
-def read_documents(
-    source: str, path: str, text_field: str, skipped: list[str]
-) -> Iterator[Document]:
-    """The documents of a source, in an order that depends on their names alone.
+@dataclass(frozen=True)
+class Piece:
+    """A part of a corpus.
 
-    What cannot be used (an empty text, bytes that are not UTF-8, a line that is no JSON object or
-    lacks the field) is left out, and appended to `skipped` as "name: reason".
+    Attributes:
+      path: a file or URL; the name of a data set.
+      start: its first byte, row group, example or shard.
+      stop: the end of it; None: the end of the file.
+      first: number of its first line, row or example in the file.
+      bytes: about how much of the file it is.
+    """
+
+    path: str
+    start: int = 0
+    stop: int | None = None
+    first: int = 0
+    bytes: int = 0
+
+
+@dataclass
+class Skipped:
+    """What was left out: how often for which reason, and the first examples."""
+
+    reasons: Counter[str] = field(default_factory=Counter)
+    first: list[str] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        return self.reasons.total()
+
+    def add(self, name: str, reason: str, detail: str = "") -> None:
+        self.reasons[reason] += 1
+        self._keep([f"{name}: {reason}{': ' if detail else ''}{detail}"])
+
+    def merge(self, other: Skipped) -> None:
+        self.reasons += other.reasons
+        self._keep(other.first)
+
+    def as_dict(self) -> dict[str, Any]:
+        reasons = dict(sorted(self.reasons.items()))
+        return {"count": self.count, "reasons": reasons, "first": self.first}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Skipped:
+        return cls(Counter(values["reasons"]), list(values["first"]))
+
+    def _keep(self, examples: list[str]) -> None:
+        self.first += examples[: 100 - len(self.first)]
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
+        return f"{counts}; the first: {self.first[0]}" if self.first else "nothing"
+
+
+class UnusableError(Exception):
+    """A document that is left out: its reason, and perhaps details."""
+
+
+def list_pieces(config: DataConfig, piece_bytes: int = _PIECE_BYTES) -> list[Piece]:
+    """The pieces of a corpus, in their order.
 
     Args:
-      source: "stdlib" is the source code of the running Python's standard library, each file named
-        by its path inside it. "text" is one document a file, named by its path. "jsonl" is one
-        document a line, named "path:id" if the record has a string or an integer in its field "id"
-        and "path:line number" if not.
-      path: for "text" and "jsonl", the files by glob, `**` included.
-      text_field: for "jsonl", the field that holds the text.
+      config: the source. "stdlib" is the source code of the running Python's standard library;
+        "text" one document a file; "jsonl" one a line, of .jsonl and .json files, plain or ending
+        in .gz or .zst; "parquet" one a row; "tfds" and "hf" one an example of the data set
+        "name:split" or "name:config:split".
+      piece_bytes: about how much a piece of a large file is.
+
+    Raises:
+      ConfigError: if `data.path` matches no file, or a package is missing that is needed.
+    """
+    if config.source == "stdlib":
+        root = _stdlib_root()
+        return [Piece(name, bytes=(root / name).stat().st_size) for name in _stdlib_names(root)]
+    if config.source == "tfds":
+        count = len(formats.tfds_source(config.path))
+        return [
+            Piece(config.path, start, min(start + _EXAMPLES, count), first=start, bytes=_EXAMPLES)
+            for start in range(0, count, _EXAMPLES)
+        ]
+    if config.source == "hf":
+        shards = formats.hf_shards(config.path)
+        return [Piece(config.path, shard, shard + 1, bytes=1) for shard in range(shards)]
+    pieces = []
+    for path in _matches(config.path):
+        if config.source == "parquet":
+            parts = formats.parquet_parts(path, piece_bytes)
+        elif config.source == "jsonl":
+            parts = formats.line_parts(path, piece_bytes)
+        else:
+            parts = [(0, None, 0, files.size(path))]
+        pieces += [Piece(path, *part) for part in parts]
+    return pieces
+
+
+def read_piece(config: DataConfig, piece: Piece, skipped: Skipped) -> Iterator[Document]:
+    """The documents of a piece, in their order.
+
+    A file that cannot be read further is skipped from there on.
+
+    Args:
+      config: the source, the names of fields, and filters.
+      piece: from `list_pieces`.
       skipped: grows while the documents are read.
 
     Raises:
-      ConfigError: for an unknown source, and if `path` matches no file.
+      ConfigError: with `config.strict`, for the first document that cannot be used.
     """
-    if source == "stdlib":
-        pieces, parse = _whole_files(_stdlib_files()), _parse_text
-    elif source == "text":
-        pieces, parse = _whole_files((name, Path(name)) for name in _matches(path)), _parse_text
-    elif source == "jsonl":
-        pieces = _lines(_matches(path))
-        parse = functools.partial(_parse_record, text_field=text_field)
-    else:
-        raise ConfigError(f"data.source={source!r} is not one of {', '.join(map(repr, SOURCES))}")
-    for name, data in pieces:
+    records = _records(config, piece)
+    while True:
         try:
-            document = parse(name, data)
-        except ValueError as error:
-            skipped.append(f"{name}: {error}")
+            record = next(records, None)
+            if record is None:
+                return
+            document = _document(config, record)
+        except (UnusableError, UnreadableError) as error:
+            name = record.name if isinstance(error, UnusableError) else piece.path
+            if config.strict and not str(error.args[0]).startswith("filtered"):
+                raise ConfigError(f"{name}: {': '.join(error.args)} (data.strict)") from None
+            skipped.add(name, *error.args)
         else:
             yield document
 
 
-def _stdlib_files() -> list[tuple[str, Path]]:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    relative_paths = (path.relative_to(root) for path in root.rglob("*.py"))
-    installed = {"site-packages", "dist-packages", "__pycache__"}
-    names = sorted(path.as_posix() for path in relative_paths if not installed & set(path.parts))
-    return [(name, root / name) for name in names]
+def file_of(config: DataConfig, piece: Piece) -> str | None:
+    """The file that a piece is of; None for a part of a data set."""
+    if config.source in ("tfds", "hf"):
+        return None
+    return str(_stdlib_root() / piece.path) if config.source == "stdlib" else piece.path
 
 
-def _matches(pattern: str) -> list[str]:
-    paths = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+def read_documents(config: DataConfig, skipped: Skipped) -> Iterator[Document]:
+    """All documents of a corpus, in their order; as `list_pieces` and `read_piece`."""
+    for piece in list_pieces(config):
+        yield from read_piece(config, piece, skipped)
+
+
+def _records(config: DataConfig, piece: Piece) -> Iterator[Record]:
+    if config.source in ("stdlib", "text"):
+        return formats.whole_file(file_of(config, piece), piece.path, config.max_document_bytes)
+    span = (piece.path, piece.start, piece.stop, piece.first)
+    if config.source == "jsonl":
+        return formats.json_lines(*span, config.max_document_bytes)
+    if config.source == "parquet":
+        return formats.parquet_rows(*span, columns=_columns(config))
+    if config.source == "tfds":
+        return formats.tfds_examples(*span[:3])
+    if config.source == "hf":
+        return formats.hf_examples(*span[:2])
+    raise ConfigError(
+        f"data.source={config.source!r} is not one of {', '.join(map(repr, SOURCES))}"
+    )
+
+
+def _document(config: DataConfig, record: Record) -> Document:
+    """Raises `UnusableError` for what is no document, or filtered."""
+    if record.problem is not None:
+        raise UnusableError(*record.problem)
+    if isinstance(record.value, str | bytes):
+        text, name = record.value, record.name
+    else:
+        _filter(config, record.value)
+        text = _field(record.value, config.text_field)
+        if text is None:
+            known = ", ".join(map(repr, record.value))
+            raise UnusableError(f"no field {config.text_field!r}", f"among {known}")
+        number = _field(record.value, config.id_field)
+        name = record.name
+        if type(number) in (str, int):
+            name = f"{record.path}:{number}"
+    if isinstance(text, bytes):
+        try:
+            text = text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UnusableError("invalid UTF-8", str(error)) from None
+    if not isinstance(text, str):
+        raise UnusableError(f"field {config.text_field!r} is {type(text).__name__}, not a string")
+    try:
+        size = len(text.encode("utf-8"))
+    except UnicodeEncodeError:  # half a surrogate pair, which a JSON escape can spell
+        raise UnusableError("half a surrogate pair") from None
+    if not text.strip():
+        raise UnusableError("empty")
+    if size > config.max_document_bytes:
+        raise UnusableError(formats.TOO_LONG, f"{size:,} bytes")
+    if size < config.min_bytes:
+        raise UnusableError("filtered: min_bytes")
+    return Document(name, text)
+
+
+def _filter(config: DataConfig, record: dict[str, Any]) -> None:
+    for name, allowed, key in (
+        ("extensions", config.extensions, config.extension_field),
+        ("languages", config.languages, config.language_field),
+        ("licenses", config.licenses, config.license_field),
+    ):
+        if not allowed:
+            continue
+        found = _field(record, key)
+        found = found if isinstance(found, list | tuple) else [found]
+        if not {str(x).lower() for x in found} & {x.lower() for x in allowed}:
+            raise UnusableError(f"filtered: {name}")
+
+
+def _field(record: dict[str, Any], name: str) -> Any:
+    """A field by its name; "meta.pile_set_name" is a field inside a field."""
+    value: Any = record
+    for part in (name,) if name in record else name.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _columns(config: DataConfig) -> set[str]:
+    used = {config.text_field, config.id_field}
+    used |= {config.extension_field} if config.extensions else set()
+    used |= {config.language_field} if config.languages else set()
+    used |= {config.license_field} if config.licenses else set()
+    return {name.split(".")[0] for name in used}
+
+
+def _matches(patterns: str) -> list[str]:
+    paths: set[str] = set()
+    for pattern in patterns.split(","):
+        if files.is_remote(pattern):
+            paths |= set(files.matches(pattern))
+        else:
+            found = glob.glob(pattern, recursive=True)
+            paths |= {path for path in found if os.path.isfile(path)}
     if not paths:
         raise ConfigError(
-            f"data.path={pattern!r} matches no file (from {os.getcwd()}); "
+            f"data.path={patterns!r} matches no file (from {os.getcwd()}); "
             "give a file or a glob such as 'corpus/**/*.txt'"
         )
-    return paths
+    return sorted(paths)
 
 
-def _whole_files(files: Iterable[tuple[str, Path]]) -> Iterator[tuple[str, bytes]]:
-    for name, path in files:
-        yield name, path.read_bytes()
+def _stdlib_root() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
 
 
-def _lines(paths: list[str]) -> Iterator[tuple[str, bytes]]:
-    for path in paths:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                yield f"{path}:{number}", line
-
-
-def _parse_text(name: str, data: bytes) -> Document:
-    return Document(name, _usable(data.decode("utf-8")))
-
-
-def _parse_record(name: str, data: bytes, text_field: str) -> Document:
-    try:
-        record = json.loads(data.decode("utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"invalid JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"a JSON {type(record).__name__}, not an object")
-    if text_field not in record:
-        raise ValueError(f"no field {text_field!r} among {', '.join(map(repr, record))}")
-    text = record[text_field]
-    if not isinstance(text, str):
-        raise ValueError(f"field {text_field!r} is {type(text).__name__}, not a string")
-    if type(record.get("id")) in (str, int):
-        name = f"{name.rpartition(':')[0]}:{record['id']}"
-    return Document(name, _usable(text))
-
-
-def _usable(text: str) -> str:
-    if not text.strip():
-        raise ValueError("empty")
-    text.encode("utf-8")  # raises for half a surrogate pair, which a JSON escape can spell
-    return text
+def _stdlib_names(root: Path) -> list[str]:
+    paths = (path.relative_to(root) for path in root.rglob("*.py"))
+    installed = {"site-packages", "dist-packages", "__pycache__"}
+    return sorted(path.as_posix() for path in paths if not installed & set(path.parts))

@@ -132,7 +132,10 @@ class Attention(nnx.Module):
         # The document in each slot: 0 for the one the row opens with, -1 for what none can see.
         real, _, index = documents(segment_ids)
         slot_document = jax.lax.dynamic_update_slice_in_dim(
-            jnp.where(state.visible, 0, -1), jnp.where(real, index, -1), state.length, axis=1
+            jnp.where(state.visible, jnp.int32(0), -1),
+            jnp.where(real, index, -1),
+            state.length,
+            axis=1,
         )
         slots = jnp.arange(slot_document.shape[1])
         seen = (slots <= state.length + jnp.arange(length)[:, None]) & (

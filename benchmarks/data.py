@@ -1,0 +1,175 @@
+"""The road from text to batches: preparing, serving, starting, and the memory of each.
+
+    python -m benchmarks.data --directory=SCRATCH [--tokens=550_000_000]
+
+Preparing is measured on one core (`taskset`), in turn with the `tokenizers` package alone on the
+same text. Serving is one thread that makes batches of windows of 2048 tokens. Starting is a fresh
+process that opens a store of over 1 GB and makes its first batch, at step 0 and in its middle.
+"""
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from absl import app, flags
+
+from benchmarks.measure import write_results
+
+# Before tokenizers is imported: its own threads would be more than the one core measured.
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from retnet_jax.config import DataConfig
+from retnet_jax.data import BatchStream, Skipped, build_store, open_store, read_documents
+from retnet_jax.data.store_builder import train_tokenizer
+from retnet_jax.data.tokenizer import hugging_face
+
+START = """
+import re, sys, time
+from pathlib import Path
+from retnet_jax.data import BatchStream, open_store
+begin = time.perf_counter()
+store = open_store(sys.argv[1])
+stream = BatchStream([store.train], [1.0], sequence_length=2048, batch_size=32,
+                     bos_id=store.tokenizer.bos_id, seed=0, policy=sys.argv[2])
+with stream.iterate(int(sys.argv[3])) as batches:
+    next(batches)
+    seconds = time.perf_counter() - begin
+    for _ in range(200):
+        next(batches)
+status = Path("/proc/self/status").read_text()
+anonymous = int(re.search(r"RssAnon:\\s+(\\d+)", status)[1])
+print(seconds, anonymous)
+"""
+
+
+def preparing(scratch: Path) -> dict:
+    """Tokens a second of one core: our builder, and `tokenizers` alone."""
+    os.sched_setaffinity(0, {0})
+    source = DataConfig(held_out=0.02)
+    texts = [document.text for document in read_documents(source, Skipped())]
+    bpe = train_tokenizer([source], 4096)
+    (scratch / "tokenizer").mkdir(parents=True, exist_ok=True)
+    bpe.save(scratch / "tokenizer")
+    alone = hugging_face().Tokenizer.from_file(str(scratch / "tokenizer/tokenizer.json"))
+    alone.encode_special_tokens = True
+
+    def build(tokenizer: str) -> tuple[float, int]:
+        shutil.rmtree(scratch / "store", ignore_errors=True)
+        config = DataConfig(tokenizer=tokenizer, store=str(scratch / "store"))
+        begin = time.perf_counter()
+        store = build_store(config, 4096, processes=1)
+        return time.perf_counter() - begin, store.train.token_count + store.held_out.token_count
+
+    seconds: dict[str, list[float]] = {"tokenizers alone": [], "bpe": [], "byte": []}
+    for _ in range(3):
+        begin = time.perf_counter()
+        encodings = alone.encode_batch_fast(texts)
+        total = sum(len(encoding.ids) for encoding in encodings)
+        seconds["tokenizers alone"].append(time.perf_counter() - begin)
+        del encodings
+        taken, bpe_tokens = build(str(scratch / "tokenizer"))
+        seconds["bpe"].append(taken)
+        taken, byte_tokens = build("byte")
+        seconds["byte"].append(taken)
+    ratios = [a / b for a, b in zip(seconds["tokenizers alone"], seconds["bpe"], strict=True)]
+    middle = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "tokenizers_alone_tokens_per_second": total / middle["tokenizers alone"],
+        "bpe_tokens_per_second": bpe_tokens / middle["bpe"],
+        "byte_tokens_per_second": byte_tokens / middle["byte"],
+        "bpe_share_of_tokenizers_alone": statistics.median(ratios),
+        "rounds": seconds,
+    }
+
+
+def large_store(scratch: Path, tokens: int) -> dict:
+    """Builds a store of over a gigabyte, of the standard library over and over, as bytes."""
+    texts = [document.text for document in read_documents(DataConfig(), Skipped())]
+    path, written = scratch / "corpus.jsonl", 0
+    with path.open("w", encoding="utf-8") as file:
+        while written < tokens:
+            for text in texts:
+                file.write(json.dumps({"text": text}) + "\n")
+                written += len(text.encode())
+    config = DataConfig(
+        source="jsonl",
+        path=str(path),
+        tokenizer="byte",
+        deduplicate=False,
+        held_out=0.001,
+        store=str(scratch / "large"),
+    )
+    shutil.rmtree(config.store, ignore_errors=True)
+    begin = time.perf_counter()
+    store = build_store(config, 257)
+    return {
+        "train_tokens": store.train.token_count,
+        "shards": len(store.manifest["shards"]),
+        "build_seconds": time.perf_counter() - begin,
+        "build_processes": os.cpu_count(),
+    }
+
+
+def serving(directory: Path, policy: str) -> float:
+    """Tokens a second of one thread, borders and all."""
+    store = open_store(directory)
+    stream = BatchStream(
+        [store.train],
+        [1.0],
+        sequence_length=2048,
+        batch_size=32,
+        bos_id=store.tokenizer.bos_id,
+        seed=0,
+        policy=policy,
+    )
+    rates = []
+    for start in range(100, 600, 100):
+        begin = time.perf_counter()
+        for step in range(start, start + 100):
+            stream[step]
+        rates.append(100 * 32 * 2048 / (time.perf_counter() - begin))
+    return statistics.median(rates)
+
+
+def starting(directory: Path, policy: str, step: int) -> dict:
+    """Seconds to the first batch of a fresh process, and its own memory after 200 more."""
+    done = subprocess.run(
+        [sys.executable, "-c", START, str(directory), policy, str(step)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    seconds, kilobytes = done.stdout.split()
+    return {"seconds_to_first_batch": float(seconds), "anonymous_bytes": 1024 * int(kilobytes)}
+
+
+def main(_) -> None:
+    scratch = Path(flags.FLAGS.directory)
+    scratch.mkdir(parents=True, exist_ok=True)
+    results = {"large_store": large_store(scratch, flags.FLAGS.tokens)}
+    middle = results["large_store"]["train_tokens"] // (2 * 32 * 2048)
+    small = scratch / "small"
+    shutil.rmtree(small, ignore_errors=True)
+    build_store(DataConfig(tokenizer="byte", store=str(small)), 257)
+    for policy in ("packed", "contiguous"):
+        results[policy] = {
+            "tokens_per_second": serving(scratch / "large", policy),
+            "at_step_0": starting(scratch / "large", policy, 0),
+            "in_the_middle": starting(scratch / "large", policy, middle),
+            "small_store": starting(small, policy, 0),
+        }
+    results["preparing"] = preparing(scratch)
+    print(json.dumps(results, indent=1))
+    print(write_results("data", results))
+    shutil.rmtree(scratch)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("directory", None, "scratch directory, for about 2 GB", required=True)
+    flags.DEFINE_integer("tokens", 550_000_000, "of the large store, two bytes each")
+    app.run(main)

@@ -1,0 +1,98 @@
+"""Files on local disk by path, and on gs://, s3:// and the like by URL, through fsspec."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is a URL."""
+    return "://" in path
+
+
+def exists(path: str) -> bool:
+    """Whether there is a file or directory."""
+    if is_remote(path):
+        system, inner = _remote(path)
+        return system.exists(inner)
+    return os.path.exists(path)
+
+
+def size(path: str) -> int:
+    """Bytes of a file."""
+    if is_remote(path):
+        system, inner = _remote(path)
+        return system.size(inner)
+    return os.path.getsize(path)
+
+
+def read_bytes(path: str) -> bytes:
+    """The contents of a file."""
+    if is_remote(path):
+        system, inner = _remote(path)
+        return system.cat_file(inner)
+    return Path(path).read_bytes()
+
+
+def sha256(path: str) -> str:
+    """SHA-256 of a file's contents, in hex."""
+    digest = hashlib.sha256()
+    with open_binary(path) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def open_binary(path: str):
+    """A file to read from, buffered."""
+    if is_remote(path):
+        system, inner = _remote(path)
+        return system.open(inner, "rb")
+    return open(path, "rb")
+
+
+def matches(pattern: str) -> list[str]:
+    """The files that a URL with wildcards matches."""
+    system, inner = _remote(pattern)
+    return [system.unstrip_protocol(path) for path in system.glob(inner) if system.isfile(path)]
+
+
+def open_array(path: str) -> np.ndarray | RemoteArray:
+    """A one-dimensional .npy file: mapped to memory, or read by byte ranges."""
+    return RemoteArray(path) if is_remote(path) else np.load(path, mmap_mode="r")
+
+
+class RemoteArray:
+    """A one-dimensional .npy file on remote storage; each slice is one request."""
+
+    def __init__(self, path: str):
+        self._system, self._path = _remote(path)
+        with self._system.open(self._path, "rb") as file:
+            version = np.lib.format.read_magic(file)
+            if version != (1, 0):
+                raise ValueError(f"{path} is .npy of version {version}, not 1.0")
+            self.shape, _, self.dtype = np.lib.format.read_array_header_1_0(file)
+            self._data_start = file.tell()
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: slice) -> np.ndarray:
+        start, stop, step = index.indices(len(self))
+        if step != 1:
+            raise ValueError(f"a slice with the step {step}; only 1 is read at once")
+        first, last = (
+            self._data_start + i * self.dtype.itemsize for i in (start, max(start, stop))
+        )
+        data = self._system.cat_file(self._path, first, last) if last > first else b""
+        return np.frombuffer(data, self.dtype)
+
+
+def _remote(path: str):
+    import fsspec
+
+    return fsspec.core.url_to_fs(path)

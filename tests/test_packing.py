@@ -1,0 +1,84 @@
+"""Packed is separate: through the real store, the real batches and the real models."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tolerances import assert_close
+
+from retnet_jax import ModelConfig, RetNet, Transformer
+from retnet_jax.config import DataConfig
+from retnet_jax.data import BatchStream, build_store, open_store
+
+MODELS = {
+    **{form: (RetNet, form) for form in ("parallel", "chunkwise", "recurrent")},
+    "attention": (Transformer, "parallel"),
+}
+
+
+@pytest.fixture(scope="module")
+def batch(tmp_path_factory):
+    """A window of several documents, and one that begins inside a document."""
+    directory = tmp_path_factory.mktemp("packing")
+    texts = [{"text": f"{number} " * (1 + number * 7 % 11)} for number in range(30)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)  # names, and with them the split, should not depend on the place
+        Path("corpus.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+        config = DataConfig(
+            source="jsonl", path="corpus.jsonl", tokenizer="byte", store="store", held_out=0.2
+        )
+        build_store(config, 257)
+    store = open_store(directory / "store")
+    stream = BatchStream([store.train], [1.0], sequence_length=24, batch_size=3, bos_id=256, seed=0)
+    chosen = next(
+        found
+        for found in map(stream.__getitem__, range(100))
+        if found.segment_ids.max() > 2 and (found.tokens[:, 0] != 256).any()
+    )
+    return chosen
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_gradients_of_a_batch_are_those_of_its_documents_alone(name, batch):
+    kind, form = MODELS[name]
+    # In float64, so that what remains is not rounding.
+    config = ModelConfig(
+        vocab_size=257, d_model=16, n_layers=2, n_heads=2, chunk_size=8, dtype="float64"
+    )
+    with jax.enable_x64(True):
+        check_packing(kind(config, rngs=nnx.Rngs(0)), form, batch)
+
+
+def check_packing(model, form, batch):
+    model.embedding = nnx.Param(25 * model.embedding[...])
+    tokens, segments = jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids)
+    parts = [
+        (row, np.flatnonzero(batch.segment_ids[row] == segment))
+        for row in range(len(tokens))
+        for segment in range(1, batch.segment_ids[row].max() + 1)
+    ]
+    assert len(parts) > 4
+
+    @jax.jit
+    def packed(model):
+        logits, _ = model(tokens, segment_ids=segments, form=form)
+        return logits * (segments > 0)[..., None]
+
+    @jax.jit
+    def alone(model):
+        logits = jnp.zeros((*tokens.shape, 257))
+        for row, places in parts:
+            found, _ = model(tokens[row, places][None], form=form)
+            logits = logits.at[row, places].set(found[0])
+        return logits
+
+    assert_close(packed(model), alone(model), "float64")
+    gradients = (
+        jax.jit(jax.grad(lambda model, f=function: (f(model) ** 2).sum()))(model)
+        for function in (packed, alone)
+    )
+    assert_close(*gradients)  # parameters are float32, and so are these

@@ -1,0 +1,158 @@
+r"""Shows what a token store holds, and what the trainer makes of it.
+
+    python tools/inspect_data.py --store=data/stdlib
+    python tools/inspect_data.py --store=data/pile --split=held_out --documents=5
+    python tools/inspect_data.py --config=configs/quickstart.py --step=100 --rows=2
+    python tools/inspect_data.py --store=data/pile --plot=lengths.png
+
+With --config the batch of a step is shown as the trainer sees it, its documents set apart.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from retnet_jax import command_line
+from retnet_jax.config import Config, ConfigError
+from retnet_jax.data import BatchStream, Split, Tokenizer, TokenStore, open_store, open_stores
+from retnet_jax.data.windows import packed_starts
+
+flags.DEFINE_string("store", None, "directory or URL of a store")
+flags.DEFINE_enum("split", "train", ["train", "held_out"], "whose documents and lengths are shown")
+flags.DEFINE_integer("documents", 2, "documents that are shown", 0)
+flags.DEFINE_integer("characters", 300, "of a document, or of a document's part in a window", 1)
+flags.DEFINE_integer("sequence_length", 2048, "tokens in a window, without --config", 1)
+flags.DEFINE_integer("step", 0, "whose batch is shown", 0)
+flags.DEFINE_integer("rows", 4, "of that batch", 0)
+flags.DEFINE_string("plot", None, "file for a plot of the lengths of documents")
+config_flags.DEFINE_config_file("config", None, "experiment file, whose stores and batch are shown")
+
+
+def main() -> None:
+    """Prints what the flags ask for."""
+    given = flags.FLAGS
+    if (given.store is None) == (given.config is None):
+        raise ConfigError("give either --store=DIRECTORY or --config=FILE")
+    config = None if given.config is None else command_line.given_config()
+    if config is None:
+        stores = [open_store(given.store)]
+    else:
+        found = open_stores(config.data, config.model.vocab_size)
+        stores = list(found.stores.values())
+    length = given.sequence_length if config is None else config.data.sequence_length
+    for store in stores:
+        print("\n".join(describe(store, given.split, length)))
+        print("\n".join(first_documents(store, given.split, given.documents, given.characters)))
+    if config is not None:
+        print("\n".join(batch_rows(config, found, given.step, given.rows, given.characters)))
+    if given.plot is not None:
+        plot(stores, given.split, given.plot)
+
+
+def describe(store: TokenStore, split: str, sequence_length: int) -> Iterator[str]:
+    """Counts, what was left out, lengths of documents, and how windows fill."""
+    manifest = store.manifest
+    yield store.directory
+    options = ", ".join(f"{k}={v}" for k, v in manifest["options"].items() if v not in ("", [], 0))
+    yield f"  built with {options}"
+    yield f"  {'':<9}{'documents':>14}{'tokens':>18}{'bytes':>18}{'bytes/token':>13}"
+    for name, counts in manifest["splits"].items():
+        ratio = counts["bytes"] / counts["tokens"]
+        cells = f"{counts['documents']:>14,}{counts['tokens']:>18,}{counts['bytes']:>18,}"
+        yield f"  {name:<9}{cells}{ratio:>13.2f}"
+    skipped = manifest["skipped"]
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped["reasons"].items())
+    yield f"  {manifest['duplicates']:,} duplicates and {skipped['count']:,} others left out"
+    if reasons:
+        yield f"    {reasons}"
+    documents: Split = getattr(store, split)
+    lengths = documents.lengths
+    quantiles = np.quantile(lengths, [0, 0.1, 0.5, 0.9, 1]).astype(int)
+    shown = ", ".join(f"{x:,}" for x in quantiles)
+    yield f"  tokens in a document of {split}: least, 10%, median, 90%, most: {shown}"
+    yield from histogram(lengths)
+    windows = len(packed_starts(documents, sequence_length)) - 1
+    padding = 1 - documents.token_count / (windows * sequence_length)
+    yield f"  packed windows of {sequence_length:,} tokens: {windows:,}, {padding:.1%} padding"
+
+
+def histogram(lengths: np.ndarray) -> Iterator[str]:
+    """A bar for each power of two."""
+    powers = np.bincount(np.log2(np.maximum(lengths, 1)).astype(int))
+    for power in range(int(np.flatnonzero(powers)[0]), len(powers)):
+        bar = "#" * round(50 * powers[power] / powers.max())
+        yield f"    {2**power:>10,} to {2 ** (power + 1) - 1:>10,} {powers[power]:>12,} {bar}"
+
+
+def first_documents(store: TokenStore, split: str, count: int, characters: int) -> Iterator[str]:
+    """The first documents of a split, as text."""
+    documents: Split = getattr(store, split)
+    for index in range(min(count, len(documents))):
+        tokens = documents.document(index)
+        yield f"  --- {documents.name(index)}: {len(tokens):,} tokens"
+        yield shortened(store.tokenizer, tokens, characters)
+
+
+def batch_rows(config: Config, stores, step: int, rows: int, characters: int) -> Iterator[str]:
+    """The first rows of the batch of a step."""
+    stream = BatchStream(
+        [store.train for store in stores.stores.values()],
+        stores.weights,
+        sequence_length=config.data.sequence_length,
+        batch_size=config.train.batch_size,
+        bos_id=stores.tokenizer.bos_id,
+        seed=config.train.seed,
+        policy=config.data.windows,
+    )
+    batch = stream[step]
+    real = batch.segment_ids > 0
+    yield (
+        f"batch of step {step}: {len(batch.tokens)} windows of {config.data.sequence_length} "
+        f"tokens, {config.data.windows}; {batch.segment_ids.max(axis=1).sum()} parts of documents, "
+        f"{1 - real.mean():.1%} padding"
+    )
+    for row in range(min(rows, len(batch.tokens))):
+        goes_on = ", goes on from its last window" if batch.continues[row] else ""
+        yield f"  === row {row}: {real[row].sum()} tokens{goes_on}"
+        for segment in range(1, batch.segment_ids[row].max() + 1):
+            tokens = batch.tokens[row][batch.segment_ids[row] == segment]
+            yield f"  --- part {segment}: {len(tokens):,} tokens"
+            yield shortened(stores.tokenizer, tokens, characters)
+
+
+def shortened(tokenizer: Tokenizer, tokens: np.ndarray, characters: int) -> str:
+    """The beginning of a text, and its end if something between is left out."""
+    text = tokenizer.decode(tokens.tolist())
+    if len(text) > characters:
+        half = characters // 2
+        text = f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
+    return "\n".join(f"    {line}" for line in text.splitlines())
+
+
+def plot(stores: list[TokenStore], split: str, path: str) -> None:
+    """The distribution of documents and of tokens over the lengths of documents."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for store in stores:
+        lengths = np.sort(getattr(store, split).lengths)
+        share = np.cumsum(lengths) / lengths.sum()
+        name = store.directory.rstrip("/").rpartition("/")[2]
+        (line,) = axes.plot(lengths, np.arange(1, len(lengths) + 1) / len(lengths), label=name)
+        axes.plot(lengths, share, "--", color=line.get_color(), label=f"{name}, by tokens")
+    axes.set_xscale("log")
+    axes.set_xlabel("tokens in a document")
+    axes.set_ylabel("share of documents that are no longer")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    print(f"{path}: the lengths of documents")
+
+
+if __name__ == "__main__":
+    command_line.run(main)

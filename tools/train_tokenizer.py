@@ -1,0 +1,46 @@
+r"""Trains a byte-level BPE for one or more corpora, before their stores are built.
+
+    python tools/train_tokenizer.py --config=configs/FILE.py --output=data/tokenizer \
+        --vocab_size=32000 --corpus='jsonl:pile/*.jsonl.zst' --corpus='parquet:stack/*.parquet'
+
+The stores are then built with --config.data.tokenizer=data/tokenizer. Each --corpus is read as the
+config's data is, with another source and path; as much text is taken from each. Without --corpus
+the config's own is read.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from absl import flags
+
+from retnet_jax import command_line
+from retnet_jax.config import ConfigError
+from retnet_jax.data import train_tokenizer
+
+flags.DEFINE_multi_string("corpus", [], "SOURCE:PATH, as data.source and data.path")
+flags.DEFINE_string("output", None, "directory to write tokenizer.json to", required=True)
+flags.DEFINE_integer("vocab_size", None, "tokens; if not given as model.vocab_size", 257)
+
+
+def main() -> None:
+    """Trains and writes the tokenizer that the flags describe."""
+    given, config = flags.FLAGS, command_line.given_config()
+    output = Path(given.output)
+    if (output / "tokenizer.json").exists():
+        raise ConfigError(f"--output={output} has a tokenizer.json already; name a new directory")
+    corpora = [config.data]
+    if given.corpus:
+        corpora = []
+        for corpus in given.corpus:
+            source, _, path = corpus.partition(":")
+            corpora.append(dataclasses.replace(config.data, source=source, path=path))
+            corpora[-1].check()
+    tokenizer = train_tokenizer(corpora, given.vocab_size or config.model.vocab_size)
+    output.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(output)
+    print(f"{output}: {tokenizer.vocab_size:,} tokens, {tokenizer.fingerprint[:12]}")
+
+
+if __name__ == "__main__":
+    command_line.define_config()
+    command_line.run(main)
