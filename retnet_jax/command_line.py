@@ -15,8 +15,30 @@ from retnet_jax.config import Config, ConfigError, check_field
 from retnet_jax.errors import CheckpointError
 
 
+class SharesParser(flags.ArgumentParser):
+    """Reads shares of a mixture: data/pile:0.6,data/c4:0.4."""
+
+    def parse(self, argument):
+        if isinstance(argument, dict):
+            return argument
+        shares = {}
+        for part in argument.split(",") if argument else []:
+            name, _, share = part.rpartition(":")
+            try:
+                shares[name] = float(share)
+            except ValueError:
+                name = ""
+            if not name:
+                raise ValueError(f"{part!r} is no store and share, such as data/pile:0.6")
+        return shares
+
+    def flag_type(self):
+        return "shares"
+
+
 def define_config() -> None:
     """The flag --config=FILE[:ARGUMENT] and its overrides --config.SECTION.FIELD=VALUE."""
+    config_flags.register_flag_parser_for_type(dict[str, float], SharesParser())
     config_flags.DEFINE_config_file(
         "config", None, "experiment file, such as configs/quickstart.py"
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from eval import evaluate
 from retnet_jax.checkpoint import Checkpoints
 from retnet_jax.config import (
     Config,
@@ -133,7 +134,10 @@ def mixture(config, tmp_path_factory):
     """Two stores, read on row by row with the state carried."""
     directory = tmp_path_factory.mktemp("stores")
     stores = {}
-    for name, pattern, weight in (("tests", "test_*.py", 3.0), ("model", "../*.py", 1.0)):
+    for name, pattern, weight in (
+        ("tests", "test_*.py", 3.0),
+        ("model", "../retnet_jax/**/*.py", 1.0),
+    ):
         data = dataclasses.replace(
             config.data, path=str(ROOT / "tests" / pattern), store=str(directory / name)
         )
@@ -163,6 +167,21 @@ def test_carried_states_of_a_mixture_resume_exactly(mixture, tmp_path, monkeypat
     for name, loss in zip(("tests", "model"), losses, strict=True):
         assert held_out[f"held_out_bits_per_byte/{name}"] == pytest.approx(loss / np.log(2))
         assert held_out[f"held_out_perplexity/{name}"] == pytest.approx(np.exp(loss))
+    evaluate(
+        tmp_path / "whole",
+        data=None,
+        protocols=["window"],
+        window_length=None,
+        batch_size=4,
+        compressors=False,
+        output=tmp_path / "result.json",
+    )
+    record = json.loads((tmp_path / "result.json").read_text())["protocols"]["window"]
+    assert record["sources"].keys() == mixture.data.mixture.keys()
+    for kind in ("documents", "tokens", "bytes"):
+        assert sum(found[kind] for found in record["sources"].values()) == record[kind]
+    bits = [found["bits_per_byte"] for found in record["sources"].values()]
+    assert min(bits) < record["bits_per_byte"] < max(bits)
     plain = dataclasses.replace(
         mixture, train=dataclasses.replace(mixture.train, carry_state=False)
     )
