@@ -6,100 +6,150 @@
 
 The same command again resumes from the newest checkpoint, or says that the run is finished. Ctrl-C
 and SIGTERM save and end with status 0.
+
+Many processes train one model: TPU pods, SLURM and MPI are recognised; elsewhere each process gets
+
+    --coordinator_address=HOST:PORT --num_processes=N --process_id=I
 """
 
 import contextlib
 import math
 import operator
-import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import jax
+import numpy as np
 from absl import flags
+from etils import epath
 
-from retnet_jax import command_line
-from retnet_jax.checkpoint import CheckpointError, Checkpoints
+from retnet_jax import command_line, processes
+from retnet_jax.checkpoint import Checkpoints
+from retnet_jax.clock import Clock
 from retnet_jax.config import Config
-from retnet_jax.data import BatchStream, Split, Stores, number_of_windows, open_stores
-from retnet_jax.metrics import MetricsLog, peak_flops
+from retnet_jax.data import (
+    Batch,
+    BatchStream,
+    Split,
+    Stores,
+    batch_numbers,
+    number_of_windows,
+    open_stores,
+)
+from retnet_jax.errors import CheckpointError, DamagedCheckpointError
+from retnet_jax.metrics import MetricsLog, NoLog, peak_flops
 from retnet_jax.pretrained import load_checkpoint, run_options, with_initial_model
-from retnet_jax.sharding import batch_sharding, check_batch, make_mesh
+from retnet_jax.sharding import check_fit, local_rows, make_mesh, place_batch
 from retnet_jax.train_step import (
     StepMetrics,
     TrainState,
     abstract_state,
     initial_state,
     loss_sum,
+    make_step,
     state_of,
-    train_step,
 )
-from retnet_jax.workdir import open_workdir
+from retnet_jax.workdir import locked, open_workdir
 
 
 def main() -> int:
     """Trains as the flags, defined below, say."""
-    return train(command_line.given_config(), Path(flags.FLAGS.workdir))
+    given = flags.FLAGS
+    config = command_line.given_config()
+    processes.connect(
+        given.coordinator_address, given.num_processes, given.process_id, given.connect_seconds
+    )
+    with processes.ending_with_the_others("The same command goes on from the newest checkpoint."):
+        return train(config, epath.Path(given.workdir))
 
 
-def train(config: Config, workdir: Path) -> int:
+def train(config: Config, workdir: epath.PathLike) -> int:
     """Trains, from the beginning or from the newest checkpoint in `workdir`.
 
     Returns:
-      The exit status: 0 when the run is finished or was asked to stop, 1 after a loss that is not
-      finite or a last checkpoint that could not be written.
+      The exit status: 0 when the run is finished or was asked to stop, 1 after too many bad steps
+      or a last checkpoint that could not be written.
 
     Raises:
       ConfigError, CheckpointError: before anything is changed, for input that does not fit.
     """
+    workdir = epath.Path(workdir)
     config = with_initial_model(config, workdir)
+    processes.check_alike(config)
     mesh = make_mesh(config.mesh)
-    check_batch(mesh, config.train.batch_size, config.train.micro_batches)
+    check_fit(mesh, config)
     state_shape = abstract_state(config, mesh)
+    # A store that is not there yet is built by the first process.
+    processes.once(lambda: open_stores(config.data, config.model.vocab_size))
     stores = open_stores(config.data, config.model.vocab_size)
-    open_workdir(workdir, config, stores.tokenizer)
-    checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep_checkpoints)
-    clock = Clock(
-        tokens_per_step=config.train.batch_size * config.data.sequence_length,
-        flops_per_token=config.model.training_flops_per_token(config.data.sequence_length),
-        peak_flops=mesh.devices.size * peak_flops(mesh.devices.flat[0]),
-    )
-    with stop_signals() as stop, jax.set_mesh(mesh), contextlib.closing(checkpoints):
-        state, next_batch = start_or_restore(config, mesh, state_shape, checkpoints)
-        start = int(state.step)
-        log = MetricsLog(workdir, start, config.train.steps)
-        with contextlib.closing(log):
-            log.say(describe(config, stores, state, mesh))
-            run = Run(config, stores, mesh, state_shape, checkpoints, log, clock)
-            try:
-                state, done = run.advance(state, start, next_batch, config.train.steps, stop)
-            except NonFiniteLossError as error:
-                log.say(str(error))
-                return 1
-            if stop:
-                log.say(f"{stop[0]}: stopping after step {done}")
-            return run.finish(state, done)
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(processes.stop_signals())
+        processes.once(lambda: stack.enter_context(locked(workdir)))
+        changes = processes.once(lambda: open_workdir(workdir, config, stores.tokenizer))
+        peak = mesh.devices.size * peak_flops(jax.local_devices()[0])
+        stack.enter_context(jax.set_mesh(mesh))
+        keep = config.train.keep_checkpoints, config.train.keep_every
+        checkpoints = Checkpoints(workdir / "checkpoints", *keep)
+        stack.enter_context(contextlib.closing(checkpoints))
+        state, next_batch, damage = start_or_restore(config, mesh, state_shape, checkpoints)
+        start, steps = int(state.step), config.train.steps
+        log = NoLog()
+        if processes.is_first():
+            log = MetricsLog(workdir, start, steps, config.train.wandb)
+        stack.enter_context(contextlib.closing(log))
+        for change in changes or ():
+            log.say(f"goes on with another {change}")
+        for problem in damage:
+            log.say(problem)
+        log.say(describe(config, stores, state, mesh))
+        run = Run(config, stores, mesh, state_shape, checkpoints, log, peak, workdir / "profile")
+        try:
+            state, done = run.advance(state, start, next_batch, steps, stop)
+        except DivergedError as error:
+            log.say(str(error))
+            return 1
+        if done < steps:
+            log.say(f"{stop.name}: stopping after step {done}")
+        return run.finish(state, done)
 
 
 def start_or_restore(
     config: Config, mesh: jax.sharding.Mesh, state_shape: TrainState, checkpoints: Checkpoints
-) -> tuple[TrainState, int]:
-    """The state of the newest checkpoint or a fresh one, and the number of the next batch."""
-    step = checkpoints.latest_step()
+) -> tuple[TrainState, int, list[str]]:
+    """The state of the newest whole checkpoint or a fresh one.
+
+    Returns:
+      The state, the number of the next batch, and what was found damaged on the way.
+
+    Raises:
+      CheckpointError: if there are checkpoints but none is whole.
+    """
     shardings = jax.tree.map(lambda x: x.sharding, state_shape)
-    if step is None and config.init_from:
-        model, _ = load_checkpoint(Path(config.init_from), mesh, **run_options(config.model))
+    problems: list[str] = []
+    for step in checkpoints.steps():
+        try:
+            items, next_batch = checkpoints.restore(step, items_of(state_shape))
+        except DamagedCheckpointError as error:
+            problems.append(f"{error}; it is set aside, and the one before is used")
+            checkpoints.set_aside(step)
+            continue
+        count = jax.device_put(np.int32(step), shardings.step)
+        return TrainState(step=count, **items), next_batch, problems
+    if problems:
+        raise CheckpointError("\n".join([*problems, "there is no other checkpoint"]))
+    if config.init_from:
+        model, _ = load_checkpoint(epath.Path(config.init_from), mesh, **run_options(config.model))
         begin = jax.jit(partial(state_of, config), out_shardings=shardings, donate_argnums=0)
-        return begin(model), 0
-    if step is None:
-        return jax.jit(partial(initial_state, config), out_shardings=shardings)(), 0
-    model, optimizer, carry, next_batch = checkpoints.restore(
-        step, state_shape.model, state_shape.optimizer, state_shape.carry
-    )
-    count = jax.device_put(jax.numpy.int32(step), shardings.step)
-    return TrainState(count, model, optimizer, carry), next_batch
+        return begin(model), 0, []
+    return jax.jit(partial(initial_state, config), out_shardings=shardings)(), 0, []
+
+
+def items_of(state: TrainState) -> dict:
+    """What of a state a checkpoint holds, by name; the step is the checkpoint's own."""
+    items = state._asdict()
+    del items["step"]
+    return items
 
 
 def describe(config: Config, stores: Stores, state: TrainState, mesh: jax.sharding.Mesh) -> str:
@@ -107,9 +157,10 @@ def describe(config: Config, stores: Stores, state: TrainState, mesh: jax.shardi
     tokens = config.train.batch_size * config.data.sequence_length
     axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
     shares = stores.weights / stores.weights.sum()
+    several = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     return (
         f"{type(state.model).__name__} of {config.model.parameter_count():,} parameters, "
-        f"{jax.devices()[0].device_kind} mesh {axes}\n"
+        f"{jax.devices()[0].device_kind} mesh {axes}{several}\n"
         f"steps {state.step} to {config.train.steps} of {tokens:,} tokens in "
         f"{config.data.windows} windows"
         + "".join(
@@ -120,8 +171,8 @@ def describe(config: Config, stores: Stores, state: TrainState, mesh: jax.shardi
     )
 
 
-class NonFiniteLossError(Exception):
-    """A loss or a gradient that is NaN or infinite."""
+class DivergedError(Exception):
+    """Too many steps in a row that had to be passed over."""
 
 
 class Run:
@@ -134,20 +185,27 @@ class Run:
         mesh: jax.sharding.Mesh,
         state_shape: TrainState,
         checkpoints: Checkpoints,
-        log: MetricsLog,
-        clock: "Clock",
+        log: MetricsLog | NoLog,
+        peak: float,
+        trace_directory: epath.Path,
     ):
         self.config = config
+        self.mesh = mesh
         self.checkpoints = checkpoints
         self.log = log
-        self.clock = clock
-        self.batch_sharding = batch_sharding(mesh)
-        shardings = jax.tree.map(lambda x: x.sharding, state_shape)
-        self.step = jax.jit(
-            partial(train_step, config), donate_argnums=0, out_shardings=(shardings, None)
+        self.trace_directory = trace_directory
+        began, training_seconds = log.begin(processes.facts())
+        self.clock = Clock(
+            tokens_per_step=config.train.batch_size * config.data.sequence_length,
+            flops_per_token=config.model.training_flops_per_token(config.data.sequence_length),
+            peak_flops=peak,
+            run_began=began,
+            training_seconds=training_seconds,
         )
+        self.step = make_step(config, state_shape)
         self.loss_sum = jax.jit(loss_sum)
         self.stores = stores
+        self.rows = local_rows(mesh, config.train.batch_size)
         self.train_stream = self._stream(
             [store.train for store in stores.stores.values()], stores.weights, config.data.windows
         )
@@ -155,53 +213,96 @@ class Run:
             name: self._stream([store.held_out], [1.0], "packed")
             for name, store in stores.stores.items()
         }
+        self.bad_batches: list[int] = []  # of the steps passed over in a row
 
     def advance(
-        self, state: TrainState, done: int, next_batch: int, last: int, stop: list[str]
+        self,
+        state: TrainState,
+        done: int,
+        next_batch: int,
+        last: int,
+        stop: processes.StopRequest,
     ) -> tuple[TrainState, int]:
-        """Steps from `done` to `last`, or until `stop` holds a signal, with all that is due.
+        """Steps from `done` to `last`, or until a signal came, with all that is due.
 
         Raises:
-          NonFiniteLossError: naming the step and the documents of its batch.
+          DivergedError: naming the batches and their documents.
         """
-        train = self.config.train
-        self.saved = done
+        train, profile = self.config.train, self.config.profile
+        self.saved, self.saved_at, self.next_batch = done, time.monotonic(), next_batch
+        skip = frozenset(self.config.data.skip_steps)
         pending = None  # a step whose metrics have not been read
-        with self.train_stream.iterate(next_batch) as batches:
-            self.clock.start(done)
-            while done < last and not stop:
-                batch = jax.device_put(next(batches), self.batch_sharding)
+        with (
+            self.train_stream.iterate(next_batch, skip) as batches,
+            contextlib.ExitStack() as trace,
+        ):
+            numbers = batch_numbers(next_batch, skip)
+            self.clock.start()
+            while done < last and not stop.seen(done):
+                if profile.steps and done + 1 == profile.start:
+                    trace.enter_context(jax.profiler.trace(str(self.trace_directory)))
+                with self.clock.waiting("data"):
+                    batch, number = self.place(next(batches)), next(numbers)
                 state, metrics = self.step(state, batch)
                 # The step before is read while this one runs, so that neither waits.
                 if pending is not None:
                     self.report(*pending)
-                done, pending = done + 1, (done + 1, metrics)
+                done, pending, self.next_batch = done + 1, (done + 1, number, metrics), number + 1
                 evaluate = done % train.eval_every == 0 or done == train.steps
-                save = done % train.checkpoint_every == 0
-                if evaluate or save:
+                save = done % train.checkpoint_every == 0 or self.save_is_due(done)
+                traced = profile.steps and done + 1 == profile.start + profile.steps
+                if evaluate or save or traced:
                     self.report(*pending)
                     pending = None
-                    with self.clock.paused():
-                        if evaluate:
-                            self.evaluate(done, state)
-                        if save:
-                            self.save(done, state)
+                if traced:
+                    trace.close()
+                if evaluate:
+                    with self.clock.waiting("evaluation"):
+                        self.evaluate(done, state)
+                if save:
+                    with self.clock.waiting("checkpoint"):
+                        self.save(done, state)
             if pending is not None:
                 self.report(*pending)
         return state, done
 
-    def report(self, step: int, metrics: StepMetrics) -> None:
-        """Waits for a step, and logs it if it is due."""
+    def place(self, batch: Batch) -> Batch:
+        """This process's rows as its part of a batch on all devices."""
+        return place_batch(self.mesh, batch, self.rows, self.config.train.batch_size)
+
+    def report(self, step: int, batch: int, metrics: StepMetrics) -> None:
+        """Waits for a step, judges it, and logs it if it is due.
+
+        Raises:
+          DivergedError: as `advance`.
+        """
         values = {name: float(x) for name, x in zip(metrics._fields, metrics, strict=True)}
+        self.clock.step()
         self.log.advance(step)
-        if not math.isfinite(values["loss"]) or not math.isfinite(values["gradient_norm"]):
-            raise NonFiniteLossError(
-                f"step {step}: the loss is {values['loss']}, the norm of its gradient "
-                f"{values['gradient_norm']}. No checkpoint has it. The batch held parts of\n  "
-                + "\n  ".join(self.train_stream.document_names(step - 1))
+        skipped = int(values.pop("skipped"))
+        self.bad_batches = [*self.bad_batches, batch] if skipped else []
+        if skipped:
+            self.log.say(
+                f"step {step} is passed over: with batch {batch} the loss is {values['loss']:.4g}, "
+                f"the norm of its gradient {values['gradient_norm']:.4g}"
             )
+        if skipped >= self.config.train.most_skipped:
+            raise DivergedError(self._divergence(step))
         if step % self.config.train.log_every == 0 or step == self.config.train.steps:
-            self.log.write(step, values | self.clock.lap(step))
+            self.log.write(step, values | self.clock.lap())
+
+    def _divergence(self, step: int) -> str:
+        documents = {
+            name for batch in self.bad_batches for name in self.train_stream.document_names(batch)
+        }
+        numbers = ",".join(map(str, self.bad_batches))
+        return (
+            f"the last {len(self.bad_batches)} steps, to step {step}, were passed over, and no "
+            "checkpoint has them. Their batches held parts of\n  "
+            + "\n  ".join(sorted(documents))
+            + f"\nThe same command with --config.data.skip_steps='({numbers},)' goes on from the "
+            "newest checkpoint without them; if the trouble goes on too, it is not the data"
+        )
 
     def evaluate(self, step: int, state: TrainState) -> None:
         """Logs the mean loss over the first windows of what each store holds out.
@@ -226,19 +327,26 @@ class Run:
         config, split = self.config, self.stores.stores[name].held_out
         windows = number_of_windows(split, config.data.sequence_length)
         batches = min(config.train.eval_batches, math.ceil(windows / config.train.batch_size))
-        sums = []
-        for number in range(batches):
-            batch = jax.device_put(self.held_out[name][number], self.batch_sharding)
-            loss, (weight, _) = self.loss_sum(state.model, batch)
-            sums.append((loss, weight))
-        loss, weight = (sum(map(float, column)) for column in zip(*sums, strict=True))
-        return loss / weight
+        found = [
+            self.loss_sum(state.model, self.place(self.held_out[name][number]))[1]
+            for number in range(batches)
+        ]
+        return sum(float(x.loss) for x in found) / sum(float(x.weight) for x in found)
+
+    def save_is_due(self, step: int) -> bool:
+        """Whether `checkpoint_minutes` have passed: by the first process, at logged steps."""
+        minutes = self.config.train.checkpoint_minutes
+        if not minutes or step % self.config.train.log_every:
+            return False
+        passed = time.monotonic() - self.saved_at > 60 * minutes
+        return processes.any_of_us(processes.is_first() and passed)
 
     def save(self, step: int, state: TrainState) -> None:
         """Begins a checkpoint. A failure is said and training goes on: the next may succeed."""
         self.written()  # the one before; its failure should not cost this one
+        self.saved_at = time.monotonic()
         try:
-            self.checkpoints.save(step, state.model, state.optimizer, state.carry)
+            self.checkpoints.save(step, items_of(state), self.next_batch)
             self.saved = step
         except CheckpointError as error:
             self.log.say(f"step {step}: {error}")
@@ -273,53 +381,13 @@ class Run:
             bos_id=self.stores.tokenizer.bos_id,
             seed=self.config.train.seed,
             policy=policy,
+            rows=self.rows,
         )
-
-
-class Clock:
-    """Training speed between logged steps, evaluations and checkpoints left out."""
-
-    def __init__(self, tokens_per_step: int, flops_per_token: float, peak_flops: float):
-        self._tokens_per_step = tokens_per_step
-        self._peak_tokens_per_second = peak_flops / flops_per_token
-
-    def start(self, step: int) -> None:
-        self._step, self._since = step, time.perf_counter()
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """What happens inside does not count."""
-        begin = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - begin
-
-    def lap(self, step: int) -> dict[str, float]:
-        """Tokens/s and model FLOPs utilisation since the last lap."""
-        seconds = time.perf_counter() - self._since
-        speed = (step - self._step) * self._tokens_per_step / seconds
-        self.start(step)
-        return {"tokens_per_second": speed, "mfu": speed / self._peak_tokens_per_second}
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[str]]:
-    """A list that gets the name of a SIGINT or SIGTERM. The second one acts as usual."""
-    received: list[str] = []
-
-    def note(number, _):
-        received.append(signal.Signals(number).name)
-        signal.signal(number, before[number])
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "directory of the run, made if it does not exist")
     flags.mark_flag_as_required("workdir")
+    command_line.define_processes()
     command_line.define_config()
     command_line.run(main)

@@ -22,7 +22,7 @@ def paper_model(*, n_layers: int, d_model: int) -> ModelConfig:
         n_layers=n_layers,
         n_heads=d_model // 256,
         dtype="bfloat16",
-        remat=True,
+        remat="full",
     )
 
 

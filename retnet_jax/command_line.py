@@ -45,6 +45,14 @@ def define_config() -> None:
     flags.mark_flag_as_required("config")
 
 
+def define_processes() -> None:
+    """The flags of a program that runs in several processes, where nothing else says how many."""
+    flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, for all processes")
+    flags.DEFINE_integer("num_processes", None, "processes that work together", 1)
+    flags.DEFINE_integer("process_id", None, "number of this one, from 0", 0)
+    flags.DEFINE_integer("connect_seconds", 300, "to wait for the other processes", 1)
+
+
 def define_dtype() -> None:
     """The flag --dtype of programs that use a trained model."""
     flags.DEFINE_enum(

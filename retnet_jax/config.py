@@ -29,6 +29,10 @@ TOKENIZERS = ("byte", "bpe")
 WINDOWS = ("packed", "contiguous")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
+REMATS = ("none", "full", "dots")
+# Activations of a layer that `model.remat` can name.
+KEPT = ("mixer_input", "q", "k", "v", "gate", "retention", "ffn_input", "up", "linear")
+MOMENT_DTYPES = ("float32", "bfloat16")
 
 
 class ConfigError(ValueError):
@@ -73,7 +77,9 @@ class ModelConfig:
     # sums, "absolute", that of 2023 "signed"; a range guard for fp16 that no other form has
     dtype: str = "float32"  # of activations; parameters, decay, state and loss stay float32.
     # "float64" is for reference computations: all is float64 but the parameters
-    remat: bool = False  # recompute each layer in the backward pass instead of storing it
+    remat: str = "none"  # what the backward pass computes again instead of storing it: "none",
+    # "full": each layer, "dots": all but its matrix products; or the activations of a layer that
+    # are stored, such as "q,k,v,up", or with "offload:q,k,v,up" stored in the host's memory
     chunk_size: int | None = None  # of the chunkwise form; None: fastest for backend and length
 
     @property
@@ -101,6 +107,11 @@ class ModelConfig:
         return self.ffn.endswith("glu")
 
     @property
+    def kept_activations(self) -> tuple[str, ...]:
+        """The activations that `remat` names."""
+        return tuple(self.remat.removeprefix("offload:").split(","))
+
+    @property
     def state_dtype(self) -> str:
         """Dtype of decay, state, norm statistics and logits."""
         return "float64" if self.dtype == "float64" else "float32"
@@ -117,6 +128,11 @@ class ModelConfig:
             _check_choice("model.ffn_norm", self.ffn_norm, NORMS)
         if self.score_clamp is not None:
             _check_choice("model.score_clamp", self.score_clamp, SCORE_CLAMPS)
+        if self.remat not in REMATS and not set(self.kept_activations) <= set(KEPT):
+            raise ConfigError(
+                f"model.remat={self.remat!r} is not one of {', '.join(map(repr, REMATS))}, and "
+                f"names of activations are {','.join(KEPT)}, behind offload: or not"
+            )
         if self.head_norm_scale and self.norm != "rms":
             raise ConfigError(
                 f"model.head_norm_scale=True is for model.norm='rms', not {self.norm!r}"
@@ -257,6 +273,7 @@ class DataConfig:
     sequence_length: int = 2048  # tokens in a window
     windows: str = "packed"  # "packed": they begin at documents where they can, in random order;
     # "contiguous": each row of the batch reads on where its last window ended
+    skip_steps: tuple[int, ...] = ()  # numbers of batches that are passed over
 
     def check(self) -> None:
         """Raises `ConfigError` for a value that is no choice or out of range."""
@@ -275,6 +292,8 @@ class DataConfig:
         _check_at_least("data.min_bytes", self.min_bytes, 0)
         _check_at_least("data.max_document_bytes", self.max_document_bytes, 1)
         _check_choice("data.windows", self.windows, WINDOWS)
+        for number in self.skip_steps:
+            _check_at_least("data.skip_steps", number, 0)
         for store, weight in self.mixture.items():
             _check_positive(f"data.mixture[{store!r}]", weight)
         if not self.store:
@@ -297,12 +316,14 @@ class OptimizerConfig:
     clip_norm: float = 2.0  # largest global norm of the gradient
     schedule: str = "linear"  # after warm-up: "constant", "linear", "cosine" or "wsd"
     warmup_steps: int = 375
+    moment_dtype: str = "float32"  # in which AdamW's and muon's moments are kept; or "bfloat16"
     decay_share: float = 0.5  # wsd: the share of all steps in which the rate falls to zero
 
     def check(self) -> None:
         """Raises `ConfigError` for a value that is no choice or out of range."""
         _check_choice("optimizer.name", self.name, OPTIMIZERS)
         _check_choice("optimizer.schedule", self.schedule, SCHEDULES)
+        _check_choice("optimizer.moment_dtype", self.moment_dtype, MOMENT_DTYPES)
         for name in ("learning_rate", "muon_learning_rate", "epsilon", "clip_norm"):
             _check_positive(f"optimizer.{name}", getattr(self, name))
         for name in ("beta1", "beta2"):
@@ -322,18 +343,30 @@ class TrainConfig:
     batch_size: int = 32  # windows in a step, over all devices and micro-batches
     micro_batches: int = 1  # a step's batch is run in this many parts, gradients summed
     carry_state: bool = False  # a row's state goes on into its next window: RetNet, contiguous
+    z_loss: float = (
+        0.0  # coefficient of the squared log normaliser, arXiv 2204.02311; 1e-4 is usual
+    )
+    spike_deviations: float = 10.0  # a step whose loss or gradient norm is so many standard
+    # deviations above its running mean is passed over; 0: only one that is not finite
+    most_skipped: int = 5  # so many in a row end the run
     seed: int = 0  # of the parameters and of the order of the windows
     log_every: int = 10  # steps between lines of metrics.jsonl
     eval_every: int = 1000  # steps between evaluations on held-out windows
     eval_batches: int = 16  # batches in such an evaluation
     checkpoint_every: int = 1000  # steps between checkpoints
+    checkpoint_minutes: float = 0.0  # also when this time has passed since the last; 0: never
     keep_checkpoints: int = 3  # the newest that are kept
+    keep_every: int = 0  # checkpoints of steps divisible by this are kept for ever; 0: none
+    wandb: str = ""  # project of Weights & Biases that gets the metrics too
 
     def check(self) -> None:
         """Raises `ConfigError` for a count that is too small or a batch that does not split."""
-        for option in dataclasses.fields(self):
-            least = 0 if option.name in ("seed", "carry_state") else 1
-            _check_at_least(f"train.{option.name}", getattr(self, option.name), least)
+        for name in ("seed", "z_loss", "spike_deviations", "checkpoint_minutes", "keep_every"):
+            _check_at_least(f"train.{name}", getattr(self, name), 0)
+        for name in ("steps", "batch_size", "micro_batches", "most_skipped", "log_every"):
+            _check_at_least(f"train.{name}", getattr(self, name), 1)
+        for name in ("eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints"):
+            _check_at_least(f"train.{name}", getattr(self, name), 1)
         if self.batch_size % self.micro_batches:
             raise ConfigError(
                 f"train.batch_size={self.batch_size} is not divisible by "
@@ -348,6 +381,7 @@ class MeshConfig:
 
     data: int = -1  # batch split, parameters copied
     fsdp: int = 1  # batch and parameters split
+    seq: int = 1  # positions of each row split: RetNet hands states on, Transformer gathers k and v
     tensor: int = 1  # heads, feed-forward width and vocabulary split
 
     def check(self) -> None:
@@ -361,6 +395,19 @@ class MeshConfig:
 
 
 @dataclass(kw_only=True)
+class ProfileConfig:
+    """A trace of some steps, for XProf or Perfetto, in `workdir/profile`."""
+
+    start: int = 10  # the first step traced
+    steps: int = 0  # how many; 0: none
+
+    def check(self) -> None:
+        """Raises `ConfigError` for a negative number."""
+        _check_at_least("profile.start", self.start, 1)
+        _check_at_least("profile.steps", self.steps, 0)
+
+
+@dataclass(kw_only=True)
 class Config:
     """One experiment."""
 
@@ -369,12 +416,14 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     init_from: str = ""  # directory of a trained model, own or foreign, that the run begins with:
     # model (but for dtype, remat and chunk_size) and tokenizer are that directory's
 
     def check(self) -> None:
         """Raises `ConfigError` naming the field, its value and what would do."""
-        for section in (self.model, self.data, self.optimizer, self.train, self.mesh):
+        sections = (self.model, self.data, self.optimizer, self.train, self.mesh, self.profile)
+        for section in sections:
             section.check()
         if self.train.carry_state and self.data.windows != "contiguous":
             raise ConfigError(
@@ -424,7 +473,7 @@ def read_config(path: Path) -> Config:
 
 def differences(old: Config, new: Config) -> list[str]:
     """One line, `model.d_model: 128 -> 256`, for each field in which two configs differ."""
-    old_values, new_values = _flatten(old), _flatten(new)
+    old_values, new_values = flatten(old), flatten(new)
     return [
         f"{name}: {old_values[name]!r} -> {new_values[name]!r}"
         for name in old_values
@@ -434,18 +483,18 @@ def differences(old: Config, new: Config) -> list[str]:
 
 def check_field(path: str) -> None:
     """Raises `ConfigError` if `path`, such as "train.steps", names no field of a `Config`."""
-    known = _flatten(Config())
+    known = flatten(Config())
     if path not in known:
         raise ConfigError(f"config.{path}: no such field{_suggestion(path, list(known))}")
 
 
-def _flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """The values of all fields, by names such as "train.steps"."""
     flat: dict[str, Any] = {}
     for option in dataclasses.fields(config):
         value = getattr(config, option.name)
         if dataclasses.is_dataclass(value):
-            flat |= _flatten(value, f"{prefix}{option.name}.")
+            flat |= flatten(value, f"{prefix}{option.name}.")
         else:
             flat[prefix + option.name] = value
     return flat

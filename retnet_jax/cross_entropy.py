@@ -6,16 +6,19 @@ along with the loss: three matrix products with the head in all, as many as with
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from retnet_jax.compiler import materialized
 from retnet_jax.shapes import Array, Float, Int
+from retnet_jax.sharding import axis_size, layout
 
 
 def logits_at_once() -> int:
-    """Most logits to hold, over all devices.
+    """Most logits that a device holds.
 
     Accelerators: 2^25, 128 MiB in float32; not yet measured. CPU: 2^21, which stay in its caches:
     68 ms against 105 for the loss and gradients of 2048 tokens, d 128 and a vocabulary of 4096, of
@@ -24,7 +27,6 @@ def logits_at_once() -> int:
     return 2**21 if jax.default_backend() == "cpu" else 2**25
 
 
-@jax.custom_vjp
 def cross_entropy_sum(
     hidden: Float[Array, "b t d"],
     head: Float[Array, "w d"],
@@ -32,7 +34,24 @@ def cross_entropy_sum(
     weights: Float[Array, "b t"],
 ) -> Float[Array, ""]:
     """Sum over positions of weight times -log softmax(hidden head^T)[target], in nats, float32."""
-    return _loss_and_gradients(hidden, head, targets, weights)[0]
+    return objective_sum(hidden, head, targets, weights, 0.0)[0]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def objective_sum(
+    hidden: Float[Array, "b t d"],
+    head: Float[Array, "w d"],
+    targets: Int[Array, "b t"],
+    weights: Float[Array, "b t"],
+    z_loss: float,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """What training makes small, and the cross-entropy in it, as `cross_entropy_sum`.
+
+    The first is the second plus `z_loss` times the weighted sum of the squared log normalisers,
+    which keeps logits from drifting (arXiv 2204.02311, section 5). The first alone has a gradient.
+    On a mesh (`jax.set_mesh`) each device has its part of the rows, positions and vocabulary.
+    """
+    return _objective_and_gradients(hidden, head, targets, weights, z_loss)[0]
 
 
 def token_cross_entropy(
@@ -50,30 +69,86 @@ def token_cross_entropy(
     return _join(losses, targets.shape[1])
 
 
-def _loss_and_gradients(hidden, head, targets, weights):
+def _objective_and_gradients(hidden, head, targets, weights, z_loss):
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return _of_this_device(hidden, head, targets, weights, z_loss, _Split())
+    tokens = layout("bt", targets.shape)
+    words = PartitionSpec(layout("w", head.shape[:1])[0], None)
+    over = [axis for axes in tokens for axis in ((axes,) if isinstance(axes, str) else axes or ())]
+    # The head's gradient is handed out as the head itself is stored; the rest of it is summed up.
+    scattered = "fsdp" in over and head.shape[1] % axis_size("fsdp") == 0
+    split = _Split(
+        tokens=tuple(axis for axis in over if not (scattered and axis == "fsdp")),
+        scattered="fsdp" if scattered else None,
+        words=words[0],
+    )
+    return jax.shard_map(
+        partial(_of_this_device, z_loss=z_loss, split=split),
+        in_specs=(PartitionSpec(*tokens, None), words, tokens, tokens),
+        out_specs=(
+            (PartitionSpec(), PartitionSpec()),
+            (PartitionSpec(*tokens, None), PartitionSpec(words[0], split.scattered)),
+        ),
+        check_vma=False,
+    )(hidden, head, targets, weights)
+
+
+class _Split(NamedTuple):
+    """Mesh axes along which the devices have different tokens and different words."""
+
+    tokens: tuple[str, ...] = ()  # of which the head's gradient is summed up
+    scattered: str | None = None  # of which each keeps its columns of that sum
+    words: str | None = None
+
+
+def _of_this_device(hidden, head, targets, weights, z_loss, split):
+    """Objective, cross-entropy and gradients, from this device's tokens and words."""
+    over_words = partial(_over, split.words)
+    first_word = 0 if split.words is None else jax.lax.axis_index(split.words) * head.shape[0]
+
     def chunk(carry, inputs):
-        loss, d_head = carry
+        sums, d_head = carry
         hidden, targets, weights = inputs
         logits = _logits(hidden, head)
         # The exponentials serve the sum and the gradient; logits are not looked at again.
-        top = logits.max(-1, keepdims=True)
+        top = over_words(jax.lax.pmax, logits.max(-1, keepdims=True))
         exponentials = jnp.exp(logits - top)
-        total = exponentials.sum(-1, keepdims=True)
-        losses = (jnp.log(total) + top)[..., 0] - _target_logits(hidden, head, targets)
+        total = over_words(jax.lax.psum, exponentials.sum(-1, keepdims=True))
+        log_normalizer = jnp.log(total) + top
+        word = targets - first_word
+        own = (word >= 0) & (word < head.shape[0])
+        target_logits = _target_logits(hidden, head, jnp.where(own, word, 0))
+        target_logits = over_words(jax.lax.psum, jnp.where(own, target_logits, 0))
+        losses = log_normalizer[..., 0] - target_logits
+        squares = jnp.square(log_normalizer[..., 0])
 
         weights = weights[..., None]
-        is_target = targets[..., None] == jnp.arange(head.shape[0])
-        d_logits = exponentials * (weights / total) - jnp.where(is_target, weights, 0)
+        is_target = word[..., None] == jnp.arange(head.shape[0])
+        scale = weights * (1 + 2 * z_loss * log_normalizer) / total
+        d_logits = exponentials * scale - jnp.where(is_target, weights, 0)
         d_logits = materialized(d_logits.astype(hidden.dtype))
         d_hidden = jnp.einsum("bcw,wd->bcd", d_logits, head.astype(hidden.dtype))
         d_head += _head_gradient(hidden, d_logits, head.dtype)
-        return (loss + (losses * weights[..., 0]).sum(), d_head), d_hidden
+        sums += jnp.stack([(x * weights[..., 0]).sum() for x in (losses, squares)])
+        return (sums, d_head), over_words(jax.lax.psum, d_hidden)
 
     size = _chunk_size(hidden.shape, head.shape[0])
-    start = (jnp.zeros((), jnp.promote_types(jnp.float32, hidden.dtype)), jnp.zeros_like(head.T))
+    start = (jnp.zeros(2, jnp.promote_types(jnp.float32, hidden.dtype)), jnp.zeros_like(head.T))
     inputs = tuple(_chunks(x, size) for x in (hidden, targets, weights))
-    (loss, d_head), d_hidden = jax.lax.scan(chunk, start, inputs)
-    return loss, (_join(d_hidden, hidden.shape[1]), d_head.T)
+    (sums, d_head), d_hidden = jax.lax.scan(chunk, start, inputs)
+    if split.scattered is not None:
+        sums = jax.lax.psum(sums, split.scattered)
+        d_head = jax.lax.psum_scatter(d_head, split.scattered, scatter_dimension=0, tiled=True)
+    if split.tokens:
+        sums, d_head = jax.lax.psum((sums, d_head), split.tokens)
+    cross_entropy, squares = sums
+    gradients = _join(d_hidden, hidden.shape[1]), d_head.T
+    return (cross_entropy + z_loss * squares, cross_entropy), gradients
+
+
+def _over(axis, reduce, x):
+    return x if axis is None else reduce(x, axis)
 
 
 def _head_gradient(hidden, d_logits, dtype):
@@ -89,13 +164,13 @@ def _head_gradient(hidden, d_logits, dtype):
     )
 
 
-def _scale(gradients, cotangent):
-    d_hidden, d_head = gradients
-    scaled = (cotangent * d_hidden).astype(d_hidden.dtype), cotangent * d_head
-    return (*scaled, None, None)
+def _scale(z_loss, gradients, cotangents):
+    cotangent, _ = cotangents
+    d_hidden, d_head = ((cotangent * x).astype(x.dtype) for x in gradients)
+    return d_hidden, d_head, None, None
 
 
-cross_entropy_sum.defvjp(_loss_and_gradients, _scale)
+objective_sum.defvjp(_objective_and_gradients, _scale)
 
 
 def _logits(hidden, head):

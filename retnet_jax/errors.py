@@ -3,3 +3,7 @@
 
 class CheckpointError(Exception):
     """A checkpoint that cannot be read, or could not be written."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint of which files are missing, cut off or unreadable."""

@@ -1,13 +1,17 @@
-"""What a run reports: metrics.jsonl, TensorBoard events, and a line or a bar on the terminal."""
+"""What a run reports: metrics.jsonl, TensorBoard, Weights & Biases, and the terminal."""
 
 import json
+import math
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from retnet_jax.config import ConfigError
 
 # Dense bfloat16 FLOP/s of one device, by the start of `jax.Device.device_kind` (makers' data
 # sheets). The first that matches counts.
@@ -30,7 +34,7 @@ def peak_flops(device: jax.Device) -> float:
         if device.device_kind.startswith(kind):
             return peak
     size = 1024
-    x = jax.device_put(jnp.ones((size, size)), device)
+    x = jax.device_put(np.ones((size, size), np.float32), device)
     product = jax.jit(jnp.matmul)
     product(x, x).block_until_ready()
     seconds = []
@@ -52,21 +56,35 @@ class MetricsLog:
         are taken away; the steps will be run again.
       first_step: steps taken before.
       steps: steps of the whole run.
+      wandb: project of Weights & Biases that gets the metrics too; "": none.
     """
 
-    def __init__(self, workdir: Path, first_step: int, steps: int):
+    def __init__(self, workdir: epath.PathLike, first_step: int, steps: int, wandb: str = ""):
         from tensorboardX import SummaryWriter
         from tqdm import tqdm
 
-        path = workdir / "metrics.jsonl"
-        _keep_steps_up_to(path, first_step)
-        self._file = path.open("a", encoding="utf-8")
+        workdir = epath.Path(workdir)
+        self._lines = _Lines(workdir / "metrics.jsonl", first_step)
+        self._starts = _Lines(workdir / "starts.jsonl")
         self._events = SummaryWriter(str(workdir), purge_step=first_step + 1)
+        self._wandb = _wandb_run(wandb, workdir) if wandb else None
         self._bar = None
         if sys.stderr.isatty():
             self._bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True)
         self._steps = steps
         self._session = (first_step, time.perf_counter())
+
+    def begin(self, facts: dict[str, Any]) -> tuple[float, float]:
+        """Records a start in starts.jsonl.
+
+        Returns:
+          When the run was started first, seconds since 1970, and the `training_seconds` of the last
+          line of metrics.jsonl.
+        """
+        now = time.time()
+        self._starts.append({"time": now, "step": self._session[0], **facts})
+        trained = [x["training_seconds"] for x in self._lines.records if "training_seconds" in x]
+        return self._starts.records[0]["time"], max(trained, default=0.0)
 
     def advance(self, step: int) -> None:
         """Moves the bar to a step that is done."""
@@ -74,10 +92,13 @@ class MetricsLog:
             self._bar.update(step - self._bar.n)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Records the values of one step."""
-        print(json.dumps({"step": step, **values}), file=self._file, flush=True)
+        """Records the values of one step; one that is not finite is null in JSON."""
+        finite = {name: x if math.isfinite(x) else None for name, x in values.items()}
+        self._lines.append({"step": step, **finite})
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
         shown = "  ".join(_SHOWN[name].format(values[name]) for name in values if name in _SHOWN)
         if self._bar is not None and "loss" in values:
             self._bar.set_postfix_str(shown)
@@ -92,8 +113,9 @@ class MetricsLog:
             print(message, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        self._file.close()
         self._events.close()
+        if self._wandb is not None:
+            self._wandb.finish()
         if self._bar is not None:
             self._bar.close()
 
@@ -114,17 +136,68 @@ _SHOWN = {
 }
 
 
-def _keep_steps_up_to(path: Path, last_step: int) -> None:
-    """Drops later lines, and a last one that was cut off in the middle."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= last_step:
-                kept.append(line + "\n")
-        except ValueError:
-            break
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text("".join(kept), encoding="utf-8")
-    unfinished.rename(path)
+class NoLog:
+    """What the processes have that leave logging to the first."""
+
+    def begin(self, facts: dict[str, Any]) -> tuple[float, float]:
+        return time.time(), 0.0
+
+    def advance(self, step: int) -> None:
+        pass
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        pass
+
+    def say(self, message: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class _Lines:
+    """A file of JSON lines that grows; on object stores it is written anew each time.
+
+    Args:
+      path: of the file.
+      last_step: lines of later steps are dropped; None: of none. A last line that was cut off in
+        the middle is, always.
+    """
+
+    def __init__(self, path: epath.Path, last_step: int | None = None):
+        self._path = path
+        self.records: list[dict[str, Any]] = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break
+            if last_step is None or record["step"] <= last_step:
+                self.records.append(record)
+        if path.exists():
+            unfinished = path.with_name(path.name + ".unfinished")
+            unfinished.write_text(self._text(self.records))
+            unfinished.replace(path)
+
+    def append(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+        if "://" in str(self._path):
+            self._path.write_text(self._text(self.records))
+        else:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(self._text([record]))
+
+    @staticmethod
+    def _text(records: list[dict[str, Any]]) -> str:
+        return "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+
+
+def _wandb_run(project: str, workdir: epath.Path):
+    try:
+        import wandb
+    except ImportError:
+        raise ConfigError(
+            f"train.wandb={project!r} needs the package wandb: pip install wandb"
+        ) from None
+    name = workdir.name
+    return wandb.init(project=project, name=name, id=name, resume="allow", dir=str(workdir))

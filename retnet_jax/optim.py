@@ -58,7 +58,29 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             adam_learning_rate=rate(config.learning_rate),
             muon_weight_dimension_numbers=_muon_dimensions,
         )
+    if config.moment_dtype != "float32":
+        optimizer = _moments_kept_in(config.moment_dtype, optimizer)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+
+
+def _moments_kept_in(
+    dtype: str, optimizer: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """The optimiser with its moments rounded between the steps; it computes in float32."""
+
+    def cast(state, dtype):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: x.astype(dtype) if {"mu", "nu"} & set(_names(path)) else x, state
+        )
+
+    def init(params):
+        return cast(optimizer.init(params), dtype)
+
+    def update(updates, state, params=None):
+        updates, state = optimizer.update(updates, cast(state, "float32"), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(init, update)
 
 
 def _is_matrix(model):

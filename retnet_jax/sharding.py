@@ -1,5 +1,6 @@
-"""The device mesh, and the one table that lays parameters on it."""
+"""The device mesh, and the two tables that lay parameters and activations on it."""
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -7,9 +8,10 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from retnet_jax.config import ConfigError, MeshConfig
+from retnet_jax.config import Config, ConfigError, MeshConfig
 
-AXES = ("data", "fsdp", "tensor")
+# In the order of the devices: those next to each other exchange the most, within `tensor`.
+AXES = ("data", "fsdp", "seq", "tensor")
 
 # The end of a parameter's path -> mesh axis of each dimension. Optimiser moments have the same
 # ends; what matches nothing is copied to all devices.
@@ -20,7 +22,10 @@ PARAMETERS = (
     (r"carry/layers", PartitionSpec(None, ("data", "fsdp"), "tensor")),
     (r"carry/position", PartitionSpec(("data", "fsdp"))),
 )
-BATCH = PartitionSpec(("data", "fsdp"))
+
+# Letter of an activation's dimension (see `shapes.py`) -> mesh axes; others are not split.
+ACTIVATIONS = {"b": ("data", "fsdp"), "t": "seq", "h": "tensor", "f": "tensor", "w": "tensor"}
+BATCH = PartitionSpec(("data", "fsdp"), "seq")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -46,18 +51,73 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def axis_size(axis: str) -> int:
+    """Devices along an axis of the mesh that is set; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape.get(axis, 1)
+
+
+def layout(dimensions: str, shape: Sequence[int]) -> PartitionSpec:
+    """How the mesh that is set splits an activation.
+
+    Args:
+      dimensions: a letter for each, such as "btd".
+      shape: its sizes. One that its axes do not divide is not split.
+    """
+    places = []
+    for letter, size in zip(dimensions, shape, strict=True):
+        axes = ACTIVATIONS.get(letter, ())
+        parts = math.prod(map(axis_size, (axes,) if isinstance(axes, str) else axes))
+        places.append(axes if axes and size % parts == 0 else None)
+    return PartitionSpec(*places)
+
+
+def constrain(x: Any, dimensions: str) -> Any:
+    """An activation laid on the mesh that is set as `layout` says."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or not set(AXES) <= set(mesh.axis_names):
+        return x
+    return jax.lax.with_sharding_constraint(x, layout(dimensions, x.shape))
+
+
 def first_device() -> Mesh:
     """A mesh of the first device alone."""
     return make_mesh(MeshConfig(), jax.devices()[:1])
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over the axes `data` and `fsdp`."""
-    return NamedSharding(mesh, BATCH)
+def batch_shardings(mesh: Mesh, batch: Any) -> Any:
+    """For each array of a batch: rows over `data` and `fsdp`, positions over `seq`."""
+    return jax.tree.map(lambda x: NamedSharding(mesh, PartitionSpec(*BATCH[: x.ndim])), batch)
 
 
-def check_batch(mesh: Mesh, batch_size: int, micro_batches: int) -> None:
-    """Raises `ConfigError` if the rows of a micro-batch do not divide over the mesh."""
+def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """The rows of a batch that devices of this process hold."""
+    rows = NamedSharding(mesh, PartitionSpec(BATCH[0]))
+    held = rows.addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for (part,) in held for row in range(*part.indices(batch_size))})
+
+
+def place_batch(mesh: Mesh, batch: Any, rows: Sequence[int], batch_size: int) -> Any:
+    """A batch on the mesh, from the rows that `local_rows` names."""
+    shardings = batch_shardings(mesh, batch)
+    if len(rows) == batch_size and jax.process_count() == 1:
+        return jax.device_put(batch, shardings)
+    place = {row: i for i, row in enumerate(rows)}
+
+    def global_array(local, sharding):
+        def part(index):
+            wanted = range(*index[0].indices(batch_size))
+            return local[(slice(place[wanted[0]], place[wanted[-1]] + 1), *index[1:])]
+
+        shape = (batch_size, *local.shape[1:])
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return jax.tree.map(global_array, batch, shardings)
+
+
+def check_fit(mesh: Mesh, config: Config) -> None:
+    """Raises `ConfigError` if rows, positions or heads do not divide over the mesh."""
+    batch_size, micro_batches = config.train.batch_size, config.train.micro_batches
     rows, parts = batch_size // micro_batches, mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % parts:
         raise ConfigError(
@@ -65,6 +125,12 @@ def check_batch(mesh: Mesh, batch_size: int, micro_batches: int) -> None:
             f"rows, which do not divide over mesh.data * mesh.fsdp = {parts} devices; "
             f"a batch_size divisible by {parts * micro_batches} would do"
         )
+    for axis, name, size in (
+        ("seq", "data.sequence_length", config.data.sequence_length),
+        ("tensor", "model.n_heads", config.model.n_heads),
+    ):
+        if size % mesh.shape[axis]:
+            raise ConfigError(f"mesh.{axis}={mesh.shape[axis]} does not divide {name}={size}")
 
 
 def with_shardings(abstract: Any, mesh: Mesh) -> Any:

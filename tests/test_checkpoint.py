@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import json
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -11,8 +13,9 @@ import numpy as np
 import pytest
 from test_train_step import CONFIG
 
-from retnet_jax.checkpoint import CheckpointError, Checkpoints, restore_model
+from retnet_jax.checkpoint import Checkpoints, restore_model
 from retnet_jax.config import MeshConfig
+from retnet_jax.errors import CheckpointError, DamagedCheckpointError
 from retnet_jax.sharding import make_mesh
 from retnet_jax.train_step import abstract_state, initial_state
 
@@ -33,11 +36,15 @@ def state_at(step):
     return jax.tree.map(lambda x: x + step, initial())
 
 
-def save(directory, steps, keep=3):
-    checkpoints = Checkpoints(directory, keep=keep)
+def items_of(state):
+    return {"model": state.model, "optimizer": state.optimizer, "carry": state.carry}
+
+
+def save(directory, steps, keep=3, keep_every=0):
+    checkpoints = Checkpoints(directory, keep=keep, keep_every=keep_every)
     for step in steps:
         state = state_at(step)
-        checkpoints.save(step, state.model, state.optimizer)
+        checkpoints.save(step, items_of(state), step)
     checkpoints.wait()
     checkpoints.close()
 
@@ -52,11 +59,12 @@ def test_restore_is_exact_on_another_mesh(tmp_path):
     other = abstract_state(CONFIG, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
     checkpoints = Checkpoints(tmp_path, keep=3)
     assert checkpoints.latest_step() == 5
-    model, optimizer, carry, next_batch = checkpoints.restore(5, other.model, other.optimizer)
-    assert carry is None
+    items, next_batch = checkpoints.restore(5, items_of(other))
+    model = items["model"]
+    assert items["carry"] is None
     checkpoints.close()
     expected = state_at(5)
-    assert_equal((model, optimizer), (expected.model, expected.optimizer))
+    assert_equal(items, items_of(expected))
     assert next_batch == 5
     kernel = model.layers.mixer.q.kernel[...]
     assert kernel.sharding.is_equivalent_to(other.model.layers.mixer.q.kernel.sharding, 3)
@@ -68,7 +76,7 @@ def test_what_is_saved_does_not_change_while_training_goes_on(tmp_path):
     state = state_at(1)
     expected = jax.device_get(state.model)
     overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 + 7, tree), donate_argnums=0)
-    checkpoints.save(1, state.model, state.optimizer)
+    checkpoints.save(1, items_of(state), 1)
     overwritten = overwrite(state)
     jax.block_until_ready(overwritten)
     checkpoints.wait()
@@ -90,6 +98,48 @@ def test_the_newest_are_kept(tmp_path, shape):
     model, step = restore_model(tmp_path, shape.model)
     assert step == 4
     assert_equal(model, state_at(4).model)
+
+
+def test_every_mth_is_kept_for_ever(tmp_path):
+    save(tmp_path, [1, 2, 3, 4, 5, 6, 7], keep=2, keep_every=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "6", "7"]
+
+
+@pytest.mark.parametrize("harm", ["cut off", "deleted"])
+def test_every_file_of_a_checkpoint_is_needed(tmp_path, shape, harm):
+    save(tmp_path, [1, 2])
+    files = sorted(path for path in (tmp_path / "2").rglob("*") if path.is_file())
+    names = [str(path.relative_to(tmp_path / "2")) for path in files]
+    written_last = ("files.json", "_CHECKPOINT_METADATA", "commit_success.txt")
+    names = [name for name in names if Path(name).name not in written_last]
+    assert sorted(json.loads((tmp_path / "2" / "files.json").read_text())) == names
+    for name in names:
+        path = tmp_path / "2" / name
+        content = path.read_bytes()
+        if harm == "deleted":
+            path.unlink()
+        elif content:
+            path.write_bytes(content[:-1])
+        else:
+            continue
+        with pytest.raises(DamagedCheckpointError, match=re.escape(f"damaged: {name} ")):
+            restore_model(tmp_path, shape.model)
+        path.write_bytes(content)
+    assert restore_model(tmp_path, shape.model)[1] == 2
+
+
+def test_a_damaged_checkpoint_is_set_aside(tmp_path):
+    save(tmp_path, [1, 2])
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    checkpoints.set_aside(2)
+    assert checkpoints.steps() == [1]
+    checkpoints.save(2, items_of(state_at(7)), 2)
+    checkpoints.wait()
+    items, _ = checkpoints.restore(2, items_of(initial()))
+    checkpoints.close()
+    assert_equal(items["model"], state_at(7).model)
+    (aside,) = tmp_path.glob("2.damaged-*")
+    assert (aside / "model").is_dir()
 
 
 def test_an_unfinished_checkpoint_is_never_loaded(tmp_path, shape):
@@ -120,7 +170,7 @@ def test_no_room_on_the_disk_is_said_before_anything_is_written(tmp_path, monkey
     with pytest.raises(
         CheckpointError, match=r"needed, 1 are free .* newest good one is of step 1"
     ):
-        checkpoints.save(2, state_at(2).model, state_at(2).optimizer)
+        checkpoints.save(2, items_of(state_at(2)), 2)
     checkpoints.close()
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
 

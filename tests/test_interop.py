@@ -255,11 +255,11 @@ def test_sharded_import_equals_the_whole():
 
 
 def test_what_changes_no_parameter_can_be_given(tmp_path):
-    model = load_pretrained(FIXTURES / "fla/default", dtype="bfloat16", chunk_size=7, remat=True)
+    model = load_pretrained(FIXTURES / "fla/default", dtype="bfloat16", chunk_size=7, remat="full")
     assert (model.config.dtype, model.config.chunk_size, model.config.remat) == (
         "bfloat16",
         7,
-        True,
+        "full",
     )
     with pytest.raises(ConfigError, match="n_layers=3 needs other parameters"):
         load_pretrained(FIXTURES / "fla/default", n_layers=3)

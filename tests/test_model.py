@@ -39,7 +39,7 @@ def tokens(b, t, seed=0):
     [
         {},
         {"decay": "powers_of_two", "norm": "rms", "ffn": "swiglu", "tie_embeddings": True},
-        {"key_dim": 16, "value_dim": 48, "remat": True, "n_layers": 5},
+        {"key_dim": 16, "value_dim": 48, "remat": "full", "n_layers": 5},
         {
             "rotation": "torchscale",
             "norm": "rms",

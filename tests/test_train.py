@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 
 from eval import evaluate
 from retnet_jax.checkpoint import Checkpoints
@@ -20,13 +21,16 @@ from retnet_jax.config import (
     Config,
     ConfigError,
     DataConfig,
+    MeshConfig,
     ModelConfig,
     OptimizerConfig,
     TrainConfig,
 )
 from retnet_jax.data import build_store
+from retnet_jax.errors import CheckpointError
 from retnet_jax.metrics import MetricsLog
-from train import train
+from retnet_jax.workdir import locked
+from train import Run, train
 
 ROOT = Path(__file__).parent.parent
 STEPS = 10
@@ -259,7 +263,7 @@ def patched(self, step, values):
         while not (Path(sys.argv[-1].removeprefix("--workdir=")) / "checkpoints" / "4").exists():
             time.sleep(0.01)
         # Less than a checkpoint needs, more than metrics.jsonl does.
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16384, resource.RLIM_INFINITY))
 
 metrics.MetricsLog.write = patched
 if sys.argv.pop(1) == "freed":
@@ -280,7 +284,7 @@ exec(compile(Path("train.py").read_text(), "train.py", "exec"))
 def test_a_full_disk_costs_a_checkpoint_and_nothing_else(
     config, config_file, uninterrupted, tmp_path, disk
 ):
-    """Files may not grow beyond 4 kB from step 5 on, or until the first failure is reported."""
+    """Files may not grow beyond 16 kB from step 5 on, or until the first failure is reported."""
     arguments = [disk, f"--config={config_file}", f"--workdir={tmp_path / 'run'}"]
     command = [sys.executable, "-c", FULL_DISK, *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -296,20 +300,52 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(
     assert_same_losses(tmp_path / "run", uninterrupted)
 
 
-def test_a_loss_that_is_not_finite_stops_and_names_the_documents(config, tmp_path, capfd):
-    values = json.loads(config.to_json())
-    values["optimizer"] |= {"learning_rate": 1e30, "clip_norm": 1e30, "warmup_steps": 0}
-    values["train"] |= {"checkpoint_every": 1}
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(values))
-    from retnet_jax.config import read_config
-
-    assert train(read_config(path), tmp_path / "run") == 1
+def test_steps_that_are_not_finite_are_passed_over_and_end_the_run(config, tmp_path, capfd):
+    optimizer = dataclasses.replace(
+        config.optimizer, learning_rate=1e30, clip_norm=1e30, warmup_steps=0
+    )
+    train_config = dataclasses.replace(config.train, most_skipped=3, checkpoint_every=100)
+    bad = dataclasses.replace(config, optimizer=optimizer, train=train_config)
+    assert train(bad, tmp_path / "run") == 1
     errors = capfd.readouterr().err
-    assert "the loss is nan" in errors or "the loss is inf" in errors
-    assert "tests/test_" in errors.split("The batch held parts of")[1]
-    # The state of the bad step was not saved.
-    assert latest_step(tmp_path / "run") < int(errors.split("step ")[-1].split(":")[0])
+    assert "step 2 is passed over: with batch 1 the loss is " in errors
+    assert "the last 3 steps, to step 4, were passed over" in errors
+    assert "tests/test_" in errors.split("Their batches held parts of")[1]
+    assert "--config.data.skip_steps='(1,2,3,)' goes on" in errors
+    assert [line["loss"] for line in list(metrics(tmp_path / "run").values())[1:]] == [None] * 2
+    # Without these batches, from the newest checkpoint: here from the beginning.
+    passing = dataclasses.replace(bad, data=dataclasses.replace(config.data, skip_steps=(1, 2, 3)))
+    assert train(passing, tmp_path / "run") == 1
+    errors = capfd.readouterr().err
+    assert "goes on with another data.skip_steps: () -> (1, 2, 3)" in errors
+    assert "step 2 is passed over: with batch 4 the loss is " in errors
+
+
+def test_a_spike_is_passed_over_and_the_run_goes_on(config, tmp_path, monkeypatch, capfd):
+    """One batch whose targets are of another kind than all the others."""
+    steps, spike = 80, 60
+    train_config = dataclasses.replace(
+        config.train, steps=steps, checkpoint_every=55, spike_deviations=3.0
+    )
+    long = dataclasses.replace(config, train=train_config)
+    place = Run.place
+
+    def spoilt(self, batch):
+        spoilt.calls += 1
+        if spoilt.calls == spike:
+            batch = batch._replace(targets=np.full_like(batch.targets, 255))
+        return place(self, batch)
+
+    spoilt.calls = 0
+    monkeypatch.setattr(Run, "place", spoilt)
+    monkeypatch.setattr(Run, "evaluate", lambda *_: None)
+    assert train(long, tmp_path / "run") == 0
+    said = capfd.readouterr().err
+    assert re.findall(r"step (\d+) is passed over: with batch (\d+)", said) == [("60", "59")]
+    lines = metrics(tmp_path / "run")
+    assert lines[60]["loss"] > lines[59]["loss"] + 1
+    assert lines[61]["parameter_norm"] == lines[60]["parameter_norm"]
+    assert lines[60]["parameter_norm"] != lines[59]["parameter_norm"]
 
 
 def test_a_finished_run_is_left_as_it_is(config, uninterrupted, capfd):
@@ -336,20 +372,69 @@ def test_a_directory_of_something_else_is_not_written_to(config, tmp_path):
     assert os.listdir(tmp_path) == ["thesis.tex"]
 
 
-def test_a_truncated_checkpoint_is_named(config_file, uninterrupted, tmp_path):
-    """In a process of its own: Orbax leaves the reads of other arrays behind when one fails."""
+@pytest.mark.parametrize("harm", ["cut off", "deleted"])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
+    config, uninterrupted, tmp_path, harm, capfd
+):
     shutil.copytree(uninterrupted, tmp_path / "run")
     newest = tmp_path / "run" / "checkpoints" / str(STEPS)
-    for path in (newest / "model").rglob("*"):
-        if path.is_file() and path.stat().st_size > 64 and "d" in path.parts:
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    status, lines = run_killed_at(config_file, tmp_path / "run", None)
-    assert status == 2
-    assert f"checkpoint {newest} is damaged" in "".join(lines)
-    shutil.rmtree(newest)
-    status, lines = run_killed_at(config_file, tmp_path / "run", None)
-    assert status == 0
+    path = next(path for path in (newest / "model").rglob("d/*") if path.stat().st_size > 64)
+    if harm == "cut off":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    else:
+        path.unlink()
+    assert train(config, tmp_path / "run") == 0
+    said = capfd.readouterr().err
+    assert f"checkpoint {newest} is damaged: model/" in said
+    assert "it is set aside, and the one before is used" in said
+    assert "steps 8 to 10" in said
     assert_same_losses(tmp_path / "run", uninterrupted)
+    assert len(list(newest.parent.glob(f"{STEPS}.damaged-*"))) == 1
+
+
+def test_no_checkpoint_left_is_an_error(config, uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    for directory in (tmp_path / "run" / "checkpoints").iterdir():
+        (directory / "model" / "_METADATA").unlink()
+    with pytest.raises(CheckpointError, match="(?s)8 is damaged.*there is no other checkpoint"):
+        train(config, tmp_path / "run")
+
+
+def test_a_workdir_in_use_is_refused(config, tmp_path):
+    with (
+        locked(epath.Path(tmp_path / "run")),
+        pytest.raises(ConfigError, match=rf"is in use by another run \(process {os.getpid()} on "),
+    ):
+        train(config, tmp_path / "run")
+
+
+def test_how_a_run_is_computed_may_change(config, uninterrupted, tmp_path, capfd):
+    """Stopped on one mesh and gone on with on another, with another split of the batch."""
+    other = dataclasses.replace(
+        config,
+        mesh=MeshConfig(data=2, fsdp=2, seq=2),
+        train=dataclasses.replace(config.train, micro_batches=2),
+    )
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / str(STEPS))
+    assert train(other, tmp_path / "run") == 0
+    said = capfd.readouterr().err
+    assert "goes on with another mesh.fsdp: 1 -> 2" in said
+    assert "steps 8 to 10" in said
+    found, expected = metrics(tmp_path / "run"), metrics(uninterrupted)
+    assert found.keys() == expected.keys()
+    for step in expected:
+        assert found[step]["loss"] == pytest.approx(expected[step]["loss"], rel=1e-5)
+
+
+def test_a_run_goes_on_with_the_seconds_it_has(config, uninterrupted):
+    lines = metrics(uninterrupted)
+    for name in ("tokens_per_second", "mfu", "step_seconds_p50", "training_seconds"):
+        assert all(line[name] > 0 for line in lines.values())
+    assert all(0 <= line["data_wait"] <= 1 for line in lines.values())
+    assert all(0 < line["goodput"] <= 1 for line in lines.values())
+    trained = [line["training_seconds"] for line in lines.values()]
+    assert trained == sorted(trained)
 
 
 def test_another_tokenizer_is_refused(config, uninterrupted, tmp_path):

@@ -1,6 +1,7 @@
 """The training step: sums, micro-batches, meshes, schedules and decay masks."""
 
 import dataclasses
+import functools
 from functools import partial
 
 import jax
@@ -14,7 +15,7 @@ from retnet_jax import Config, ModelConfig
 from retnet_jax.config import ConfigError, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from retnet_jax.data import Batch
 from retnet_jax.optim import learning_rate_factor, make_optimizer
-from retnet_jax.sharding import batch_sharding, check_batch, make_mesh, path_name
+from retnet_jax.sharding import batch_shardings, check_fit, make_mesh, path_name
 from retnet_jax.train_step import (
     abstract_state,
     gradient_sums,
@@ -41,35 +42,73 @@ def batch(step, b=8, t=12):
     return Batch(tokens[:, :-1], tokens[:, 1:], segments, real.astype(np.float32), continues)
 
 
-def losses_of(config, mesh_config, devices):
-    """Losses of three steps on a mesh."""
+def run_on(mesh_config, config=CONFIG, devices=None, steps=3):
+    """The model after the first step on a mesh, and the losses of some."""
     mesh = make_mesh(mesh_config, devices)
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
-    state = jax.jit(partial(initial_state, config), out_shardings=shardings)()
-    step = jax.jit(partial(train_step, config), out_shardings=(shardings, None))
-    losses = []
-    for number in range(3):
-        state, metrics = step(state, jax.device_put(batch(number), batch_sharding(mesh)))
-        losses.append(metrics.loss)
-    return np.asarray(losses)
+    with jax.set_mesh(mesh):
+        state = jax.jit(partial(initial_state, config), out_shardings=shardings)()
+        step = jax.jit(partial(train_step, config), out_shardings=(shardings, None))
+        losses, first = [], None
+        for number in range(steps):
+            windows = batch(number)
+            state, metrics = step(state, jax.device_put(windows, batch_shardings(mesh, windows)))
+            losses.append(metrics.loss)
+            first = state.model if number == 0 else first
+    return jax.device_get(first), np.asarray(losses)
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "mixer", "mesh"),
-    [
-        ("adamw", "retention", MeshConfig()),
-        ("muon", "retention", MeshConfig(data=2, fsdp=2, tensor=2)),
-        ("adamw", "attention", MeshConfig(data=2, fsdp=2, tensor=2)),
-    ],
-)
-def test_eight_devices_compute_what_one_does(optimizer, mixer, mesh):
-    config = dataclasses.replace(
+def losses_of(config, mesh_config, devices):
+    return run_on(mesh_config, config, devices)[1]
+
+
+def variant(mixer="retention", optimizer="adamw", **model):
+    return dataclasses.replace(
         CONFIG,
-        model=dataclasses.replace(CONFIG.model, mixer=mixer),
-        optimizer=dataclasses.replace(CONFIG.optimizer, name=optimizer),
+        # In float64, so that what differs is no rounding but that of the parameters.
+        model=dataclasses.replace(
+            CONFIG.model, mixer=mixer, n_heads=8, d_model=32, dtype="float64", **model
+        ),
+        # Adam turns rounding errors of gradients near 0 into steps as long as any; an epsilon
+        # above those errors makes parameters comparable.
+        optimizer=dataclasses.replace(CONFIG.optimizer, name=optimizer, epsilon=1e-3),
+        train=dataclasses.replace(CONFIG.train, z_loss=1e-3),
     )
-    one = losses_of(config, MeshConfig(), jax.devices()[:1])
-    assert_close(losses_of(config, mesh, jax.devices()), one)
+
+
+MESHES = [
+    {"data": 8},
+    {"fsdp": 8},
+    {"tensor": 8},
+    {"seq": 4, "data": 2},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"fsdp": 2, "seq": 2, "tensor": 2},
+]
+
+
+@functools.cache
+def on_one_device(mixer):
+    with jax.enable_x64(True):
+        return run_on(MeshConfig(), variant(mixer), jax.devices()[:1])
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("mixer", ["retention", "attention"])
+def test_eight_devices_compute_what_one_does(mixer, mesh):
+    """Losses and updated parameters, for each axis alone and for mixtures."""
+    one, losses = on_one_device(mixer)
+    with jax.enable_x64(True):
+        eight, losses_of_eight = run_on(MeshConfig(**({"data": 1} | mesh)), variant(mixer))
+    assert_close(losses_of_eight, losses)
+    assert_close(eight, one)
+
+
+def test_eight_devices_compute_what_one_does_with_muon():
+    config = variant(optimizer="muon")
+    with jax.enable_x64(True):
+        one = losses_of(config, MeshConfig(), jax.devices()[:1])
+        eight = losses_of(config, MeshConfig(data=2, fsdp=2, tensor=2), jax.devices())
+    assert_close(eight, one)
 
 
 @pytest.mark.parametrize("micro_batches", [2, 8])
@@ -91,17 +130,20 @@ def test_halves_of_windows_with_their_state_carried_are_the_whole():
     halves = [Batch(*(x[:, part] for x in whole[:4]), None) for part in (np.s_[:6], np.s_[6:])]
     first = halves[0]._replace(continues=np.array([True, True, False]))
     second = halves[1]._replace(continues=np.array([True, False, True]))
-    sums = jax.jit(loss_sum)
+
+    def sums(*arguments):
+        return jax.jit(loss_sum)(*arguments)[1]
+
     empty = model.init_state(3, capacity=0)
-    expected, (weight, nothing) = sums(model, whole)
+    expected, weight, nothing = sums(model, whole)
     assert nothing is None
-    begun, (first_weight, carry) = sums(model, first, empty)
-    ended, (second_weight, carry) = sums(model, second, carry)
+    begun, first_weight, carry = sums(model, first, empty)
+    ended, second_weight, carry = sums(model, second, carry)
     assert_close(begun + ended, expected)
     assert float(first_weight + second_weight) == float(weight)
     assert carry.position.tolist() == [12, 6, 9]
     # Without the carried state the losses are others.
-    alone, _ = sums(model, second, empty)
+    alone = sums(model, second, empty).loss
     assert abs(float(alone - ended)) > 1e-3 * float(ended)
 
 
@@ -111,10 +153,10 @@ def test_micro_batches_carry_the_state_of_their_rows(micro_batches):
     model.embedding = nnx.Param(50 * model.embedding[...])
     sums = jax.jit(gradient_sums, static_argnums=2)
     carry = model.init_state(8, capacity=0)
-    *_, carry = sums(model, batch(0), 1, carry)
+    carry = sums(model, batch(0), 1, carry)[1].carry
     expected = sums(model, batch(1), 1, carry)
     assert_close(sums(model, batch(1), micro_batches, carry), expected)
-    assert (np.asarray(expected[3].position) > 0).all()
+    assert (np.asarray(expected[1].carry.position) > 0).all()
 
 
 def test_eight_devices_carry_what_one_does():
@@ -217,11 +259,16 @@ def test_meshes_that_do_not_fit_the_devices(mesh, message):
 
 
 def test_batches_and_parameters_that_do_not_divide():
-    mesh = make_mesh(MeshConfig())
+    train = dataclasses.replace(CONFIG.train, batch_size=12, micro_batches=2)
     with pytest.raises(
         ConfigError, match=r"batch_size=12 .* a batch_size divisible by 16 would do"
     ):
-        check_batch(mesh, 12, micro_batches=2)
+        check_fit(make_mesh(MeshConfig()), dataclasses.replace(CONFIG, train=train))
+    data = dataclasses.replace(CONFIG.data, sequence_length=12)
+    with pytest.raises(ConfigError, match=r"mesh.seq=8 does not divide data.sequence_length=12"):
+        check_fit(make_mesh(MeshConfig(data=1, seq=8)), dataclasses.replace(CONFIG, data=data))
+    with pytest.raises(ConfigError, match=r"mesh.tensor=8 does not divide model.n_heads=2"):
+        check_fit(make_mesh(MeshConfig(data=1, tensor=8)), CONFIG)
     odd = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, vocab_size=49))
     with pytest.raises(
         ConfigError, match=r"mesh.tensor=8 does not divide dimension 0 of model/emb"

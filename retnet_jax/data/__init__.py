@@ -14,7 +14,7 @@ A document begins with the id of `<bos>`; where one ends and the next begins is 
 they are used.
 """
 
-from retnet_jax.data.pipeline import Batch, BatchStream, number_of_windows
+from retnet_jax.data.pipeline import Batch, BatchStream, batch_numbers, number_of_windows
 from retnet_jax.data.pretrained_tokenizer import has_tokenizer, load_tokenizer
 from retnet_jax.data.sources import Document, Skipped, read_documents
 from retnet_jax.data.store_builder import (
@@ -45,6 +45,7 @@ __all__ = [
     "TextStream",
     "TokenStore",
     "Tokenizer",
+    "batch_numbers",
     "build_store",
     "has_tokenizer",
     "load_tokenizer",

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from retnet_jax.config import ConfigError
 from retnet_jax.data.token_store import Split
 from retnet_jax.data.windows import ContiguousSchedule, Span, packed_starts
 
@@ -43,11 +43,7 @@ class BatchStream:
       bos_id: the tokenizer's.
       seed: of the order of the windows, 0 to 2^32 - 1.
       policy: "packed" or "contiguous", see `windows.py`.
-      host_index: this process; row j of its batch is row j * host_count + host_index of all.
-      host_count: processes among which each batch is split.
-
-    Raises:
-      ConfigError: if the batch does not split evenly among the hosts.
+      rows: of each batch that are read, such as those of this process's devices; None: all.
     """
 
     def __init__(
@@ -60,14 +56,8 @@ class BatchStream:
         bos_id: int,
         seed: int,
         policy: str = "packed",
-        host_index: int = 0,
-        host_count: int = 1,
+        rows: Sequence[int] | None = None,
     ):
-        if batch_size % host_count:
-            raise ConfigError(
-                f"train.batch_size={batch_size} is not divisible by the number of hosts, "
-                f"{host_count}"
-            )
         import grain
 
         self._splits = splits
@@ -82,38 +72,45 @@ class BatchStream:
             spans = grain.MapDataset.range(_MOST_STEPS).map(
                 lambda index: schedule.span(*divmod(int(index), batch_size))
             )
-        self._spans = spans[host_index::host_count].batch(batch_size // host_count, batch_fn=tuple)
-        self._batches = self._spans.map(self._read)
+        self._spans, self._batch_size = spans, batch_size
+        self._rows = range(batch_size) if rows is None else rows
+        self._batches = grain.MapDataset.range(_MOST_STEPS).map(
+            lambda step: self._read(self._spans_of(int(step), self._rows))
+        )
         # grain's default, 16 threads and 500 batches ahead, could fill the memory.
         self._options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 
     def __getitem__(self, step: int) -> Batch:
-        """The batch of one step, read now."""
+        """The batch of one step, or this process's rows of it, read now."""
         return self._batches[step]
 
     @contextlib.contextmanager
-    def iterate(self, start_step: int = 0) -> Iterator[Iterator[Batch]]:
-        """The batches from `start_step` on, read ahead in background threads.
+    def iterate(self, start: int = 0, skip: Collection[int] = ()) -> Iterator[Iterator[Batch]]:
+        """The batches from `start` on but for those of `skip`, read ahead in background threads.
 
-            with stream.iterate(start_step) as batches:
-                for step, batch in enumerate(batches, start_step): ...
+            with stream.iterate(start) as batches:
+                for number, batch in zip(batch_numbers(start), batches): ...
 
         A context manager, because an iterator still alive when Python exits can leave a traceback
         behind: leaving the `with`, also by an exception, ends the threads.
         """
         iterator = iter(self._batches.to_iter_dataset(self._options))
         with contextlib.closing(iterator):
-            iterator.set_state({"next_index": start_step})
-            yield iterator
+            iterator.set_state({"next_index": start})
+            numbered = zip(itertools.count(start), iterator)
+            yield (batch for number, batch in numbered if number not in skip)
 
     def document_names(self, step: int) -> list[str]:
-        """The names of the documents in the batch of one step, to look a bad batch up."""
+        """The names of the documents in the whole batch of one step, to look a bad batch up."""
         names = set()
-        for store, start, stop, _ in self._spans[step]:
+        for store, start, stop, _ in self._spans_of(step, range(self._batch_size)):
             split = self._splits[store]
             documents = range(split.document_at(start), split.document_at(stop - 1) + 1)
             names.update(split.name(document) for document in documents)
         return sorted(names)
+
+    def _spans_of(self, step: int, rows: Sequence[int]) -> list[Span]:
+        return [self._spans[step * self._batch_size + row] for row in rows]
 
     def _read(self, spans: Sequence[Span]) -> Batch:
         shape = (len(spans), self._sequence_length)
@@ -138,6 +135,11 @@ class BatchStream:
             np.cumsum(segments, out=segments)
             batch.weights[row, :count] = 1
         return batch
+
+
+def batch_numbers(start: int = 0, skip: Collection[int] = ()) -> Iterator[int]:
+    """The numbers of the batches that `BatchStream.iterate` gives."""
+    return (number for number in itertools.count(start) if number not in skip)
 
 
 def _packed(store: int, split: Split, length: int, seed: int):

@@ -602,7 +602,7 @@ def _options(config: DataConfig, vocab_size: int) -> dict[str, Any]:
 
 
 # What the trainer does with a store, not what is in it.
-_NOT_STORED = {"store", "sequence_length", "mixture", "windows", "strict"}
+_NOT_STORED = {"store", "sequence_length", "mixture", "windows", "skip_steps", "strict"}
 
 
 def _tokenizer_option(config: DataConfig) -> str | None:

@@ -10,11 +10,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from retnet_jax.config import ModelConfig
 from retnet_jax.model.layers import Linear, Rotation, rotate, rotation, split_heads
 from retnet_jax.retention import documents, positions
 from retnet_jax.shapes import Array, Bool, Float, Int
+from retnet_jax.sharding import constrain
 
 
 class KeysValues(NamedTuple):
@@ -79,9 +81,13 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], KeysValues]:
         """Attention has one form; the name of any is accepted and computes the same."""
         config = self.config
-        q, k, v = (split_heads(f(x), config.n_heads) for f in (self.q, self.k, self.v))
+        q, k, v = (
+            split_heads(checkpoint_name(getattr(self, name)(x), name), config.n_heads)
+            for name in ("q", "k", "v")
+        )
         q, k = (rotate(y, context.turn, config.rotation) for y in (q, k))
-        new = KeysValues(k, v)
+        # Where positions are split, each device needs the keys and values of all.
+        new = KeysValues(constrain(k, "bshk"), constrain(v, "bshv"))
         if state is not None:
             new = jax.tree.map(
                 lambda old, x: jax.lax.dynamic_update_slice_in_dim(
@@ -91,6 +97,7 @@ class Attention(nnx.Module):
                 new,
             )
         y = jax.nn.dot_product_attention(q, *new, mask=context.mask, is_causal=context.mask is None)
+        y = checkpoint_name(constrain(y, "bthv"), "retention")
         return self.out(y.reshape(*x.shape[:2], -1)), new
 
     @staticmethod

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from retnet_jax.compiler import materialized
 from retnet_jax.config import ModelConfig
@@ -54,9 +55,9 @@ def _product_backward(operands, d_y):
     # What autodiff would do, but for `materialized`.
     x, kernel = operands
     x, d_y = materialized((x, d_y))
-    d_x = d_y @ kernel.T
-    d_kernel = x.reshape(-1, x.shape[-1]).T @ d_y.reshape(-1, d_y.shape[-1])
-    return d_x, d_kernel
+    # Not of rows flattened: a row's positions and the rows may be split over devices, both.
+    leading = tuple(range(x.ndim - 1))
+    return d_y @ kernel.T, jnp.tensordot(x, d_y, axes=(leading, leading))
 
 
 _product.defvjp(_product_forward, _product_backward)
@@ -123,9 +124,9 @@ class FeedForward(nnx.Module):
         self.config = config
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        inner = ACTIVATIONS[self.config.ffn](self.up(x))
+        inner = ACTIVATIONS[self.config.ffn](checkpoint_name(self.up(x), "up"))
         if self.config.ffn_gated:
-            inner = inner * self.linear(x)
+            inner = inner * checkpoint_name(self.linear(x), "linear")
         if self.config.ffn_norm is not None:
             inner = self.norm(inner)
         return self.down(inner)

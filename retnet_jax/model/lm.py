@@ -14,12 +14,14 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from retnet_jax.config import ConfigError, ModelConfig
 from retnet_jax.model.attention import Attention, KVCache
 from retnet_jax.model.layers import NORMS, FeedForward, normal
 from retnet_jax.model.multi_scale_retention import MultiScaleRetention, RetentionState
 from retnet_jax.shapes import Array, Float, Int
+from retnet_jax.sharding import constrain
 
 State = RetentionState | KVCache
 
@@ -51,9 +53,11 @@ class Block(nnx.Module):
             y, state = self.mixer(x, state, context, form)
             x = self.mixer_norm(self.residual_scale * x + y)
             return self.ffn_norm(self.residual_scale * x + self.ffn(x)), state
-        y, state = self.mixer(self.mixer_norm(x), state, context, form)
+        y = checkpoint_name(self.mixer_norm(x), "mixer_input")
+        y, state = self.mixer(y, state, context, form)
         x = self.residual_scale * x + y
-        return self.residual_scale * x + self.ffn(self.ffn_norm(x)), state
+        y = checkpoint_name(self.ffn_norm(x), "ffn_input")
+        return self.residual_scale * x + self.ffn(y), state
 
 
 class LanguageModel(nnx.Module):
@@ -126,10 +130,11 @@ class LanguageModel(nnx.Module):
 
         def layer(x, layer_and_state):
             block, layer_state = layer_and_state
-            return block(x, layer_state, context, form)
+            x, layer_state = block(x, layer_state, context, form)
+            return constrain(x, "btd"), layer_state
 
-        if config.remat:
-            layer = jax.checkpoint(layer, prevent_cse=False)
+        if config.remat != "none":
+            layer = jax.checkpoint(layer, prevent_cse=False, policy=_kept(config))
         # A loop zeroes and fills a stack for each thing the backward pass needs; a few layers are
         # faster written out (a 4-layer step on 2 cores: 201 ms for 227).
         unroll = config.n_layers if config.n_layers <= 4 else 1
@@ -140,10 +145,11 @@ class LanguageModel(nnx.Module):
 
     def _embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         config = self.config
-        x = self.embedding[...][tokens].astype(config.dtype)
+        # Rows of a table that is whole but for the words: each device looks its own up.
+        x = constrain(self.embedding[...], "wd")[tokens].astype(config.dtype)
         if config.embedding_scale:
             x = x * config.d_model**0.5
-        return self.embedding_norm(x) if config.embedding_norm else x
+        return constrain(self.embedding_norm(x) if config.embedding_norm else x, "btd")
 
     def logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t w"]:
         """The output head: float32 logits of the normed activations."""
@@ -167,6 +173,28 @@ class LanguageModel(nnx.Module):
             a RetNet's state is of one size.
         """
         return self.mixer_type.init_state(self.config, batch_size, capacity)
+
+
+def _kept(config: ModelConfig):
+    """What of a layer is stored for the backward pass, as `config.remat` says.
+
+    Always the state before a device's part of a row: it came from the other devices.
+    """
+    policies = jax.checkpoint_policies
+    states = policies.save_only_these_names("state_before")
+    if config.remat == "full":
+        return states
+    if config.remat == "dots":
+        return policies.save_from_both_policies(states, policies.dots_with_no_batch_dims_saveable)
+    names = config.kept_activations
+    if config.remat.startswith("offload:"):
+        return policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=["state_before"],
+            names_which_can_be_offloaded=list(names),
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    return policies.save_only_these_names("state_before", *names)
 
 
 class RetNet(LanguageModel):

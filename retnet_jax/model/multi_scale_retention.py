@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from retnet_jax.config import ModelConfig
 from retnet_jax.model.layers import (
@@ -16,7 +17,15 @@ from retnet_jax.model.layers import (
     rotation,
     split_heads,
 )
-from retnet_jax.retention import log_decay, positions, retention, row_normalizer, score_clamp
+from retnet_jax.retention import (
+    SplitRows,
+    log_decay,
+    positions,
+    retention,
+    row_normalizer,
+    score_clamp,
+    split_rows,
+)
 from retnet_jax.shapes import Array, Float, Int
 
 
@@ -33,7 +42,7 @@ class RetentionContext(NamedTuple):
     turn: Rotation
     log_decay: Float[Array, " h"]
     row_scale: Float[Array, "b t h"] | None  # None: outputs are not scaled by position
-    segment_ids: Int[Array, "b t"] | None
+    rows: SplitRows | None  # None: each row is one document
 
 
 class MultiScaleRetention(nnx.Module):
@@ -60,7 +69,10 @@ class MultiScaleRetention(nnx.Module):
         form: str,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b h k v"]]:
         config = self.config
-        q, k, v = (split_heads(f(x), config.n_heads) for f in (self.q, self.k, self.v))
+        q, k, v = (
+            split_heads(checkpoint_name(getattr(self, name)(x), name), config.n_heads)
+            for name in ("q", "k", "v")
+        )
         q, k = (rotate(y, context.turn, config.rotation) for y in (q, k))
         if config.rotation == "rope":
             q = q * q.shape[-1] ** -0.5
@@ -72,7 +84,7 @@ class MultiScaleRetention(nnx.Module):
             v,
             context.log_decay,
             state,
-            context.segment_ids,
+            context.rows,
             form=form,
             chunk_size=config.chunk_size if form == "chunkwise" else None,
         )
@@ -80,8 +92,9 @@ class MultiScaleRetention(nnx.Module):
             y = y * context.row_scale[..., None]
         if config.score_clamp is not None:
             y = y * self._score_scale(q, k, state, context, form)[..., None]
-        y = self._norm(y).astype(x.dtype).reshape(*x.shape[:2], -1)
-        return self.out(jax.nn.silu(self.gate(x)) * y), new_state
+        y = self._norm(checkpoint_name(y, "retention")).astype(x.dtype).reshape(*x.shape[:2], -1)
+        gate = checkpoint_name(self.gate(x), "gate")
+        return self.out(jax.nn.silu(gate) * y), new_state
 
     def _norm(self, y: Float[Array, "b t h v"]) -> Float[Array, "b t h v"]:
         if self.config.head_norm_scale:
@@ -100,7 +113,7 @@ class MultiScaleRetention(nnx.Module):
             k,
             context.log_decay,
             context.row_scale,
-            context.segment_ids,
+            None if context.rows is None else context.rows.documents,
             self.config.score_clamp,
         )
 
@@ -136,6 +149,6 @@ class MultiScaleRetention(nnx.Module):
             ),
             log_decay=decay,
             row_scale=row_normalizer(decay, place) if config.row_normalizer else None,
-            segment_ids=segment_ids,
+            rows=None if segment_ids is None else split_rows(segment_ids),
         )
         return context, state._replace(position=after)

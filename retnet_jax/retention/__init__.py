@@ -7,17 +7,28 @@ arXiv 2307.08621, with the rotation already in q and k):
 
 `retention` computes it in parallel, chunk by chunk, or token by token: three ways to the same
 outputs, final state and gradients. It is linear; scaling, normalisers and gates are its caller's.
+On a mesh that splits positions (`jax.set_mesh`, axis "seq") the chunkwise form runs on all of it.
 """
 
 import jax.numpy as jnp
 
-from retnet_jax.retention import xla
+from retnet_jax.retention import sequence_parallel, xla
 from retnet_jax.retention.decay import log_decay, row_normalizer
 from retnet_jax.retention.documents import documents, positions
 from retnet_jax.retention.score_clamp import score_clamp
+from retnet_jax.retention.sequence_parallel import SplitRows, split_rows
 from retnet_jax.shapes import Array, Float, Int
 
-__all__ = ["documents", "log_decay", "positions", "retention", "row_normalizer", "score_clamp"]
+__all__ = [
+    "SplitRows",
+    "documents",
+    "log_decay",
+    "positions",
+    "retention",
+    "row_normalizer",
+    "score_clamp",
+    "split_rows",
+]
 
 FORMS = ("parallel", "chunkwise", "recurrent")
 IMPLEMENTATIONS = ("xla",)
@@ -29,7 +40,7 @@ def retention(
     v: Float[Array, "b t h v"],
     log_decay: Float[Array, " h"],
     state: Float[Array, "b h k v"] | None = None,
-    segment_ids: Int[Array, "b t"] | None = None,
+    segment_ids: Int[Array, "b t"] | SplitRows | None = None,
     form: str = "chunkwise",
     chunk_size: int | None = None,
     implementation: str | None = None,
@@ -44,7 +55,8 @@ def retention(
       state: S before the first token, float32, of the document that each row opens with; None: 0.
       segment_ids: documents and padding. 0 is padding, which neither writes nor decays the state
         and whose output is 0; a change of id from one real token to the next is a border, where
-        the state is 0. None: each row is one document.
+        the state is 0. None: each row is one document. `split_rows(segment_ids)` serves many
+        calls: it numbers the documents once.
       form: "parallel" (Eq. 5, O(t^2)), "chunkwise" (Eq. 7) or "recurrent" (Eq. 6).
       chunk_size: tokens in a chunk of the chunkwise form, of any length; None: the fastest.
       implementation: "xla"; None: the best there is for the backend.
@@ -64,14 +76,20 @@ def retention(
         raise ValueError(f"chunk_size={chunk_size} is for form='chunkwise', not form={form!r}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} is less than 1")
+    rows = segment_ids
+    if rows is not None and not isinstance(rows, SplitRows):
+        rows = split_rows(rows)
+    if form == "chunkwise" and sequence_parallel.parts(q.shape[1]) > 1:
+        return sequence_parallel.chunkwise(q, k, v, log_decay, state, rows, chunk_size)
+    row = None if rows is None else rows.documents
     if state is None:
         shape = (q.shape[0], q.shape[2], q.shape[3], v.shape[3])
         state = jnp.zeros(shape, _state_dtype(q))
     if form == "parallel":
-        return xla.parallel(q, k, v, log_decay, state, segment_ids)
+        return xla.parallel(q, k, v, log_decay, state, row)
     if form == "recurrent":
-        return xla.recurrent(q, k, v, log_decay, state, segment_ids)
-    return xla.chunkwise(q, k, v, log_decay, state, segment_ids, chunk_size)
+        return xla.recurrent(q, k, v, log_decay, state, row)
+    return xla.chunkwise(q, k, v, log_decay, state, row, chunk_size)
 
 
 def _check(q, k, v, log_decay, state, segment_ids) -> None:
@@ -80,6 +98,8 @@ def _check(q, k, v, log_decay, state, segment_ids) -> None:
             f"q {q.shape} and v {v.shape} must have the dimensions [b t h k], [b t h v]"
         )
     b, t, h, width = q.shape
+    if isinstance(segment_ids, SplitRows):
+        segment_ids = segment_ids.documents.index
     if t == 0:
         raise ValueError(f"q {q.shape} has no tokens; at least one is needed")
     expected = {

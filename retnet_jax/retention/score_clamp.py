@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+from retnet_jax.retention.documents import Documents
 from retnet_jax.retention.xla import decay_mask
-from retnet_jax.shapes import Array, Float, Int
+from retnet_jax.shapes import Array, Float
 
 
 def score_clamp(
@@ -12,7 +13,7 @@ def score_clamp(
     k: Float[Array, "b t h k"],
     log_decay: Float[Array, " h"],
     row_scale: Float[Array, "b t h"] | None,
-    segment_ids: Int[Array, "b t"] | None,
+    row: Documents | None,
     rule: str,
 ) -> Float[Array, "b t h"]:
     """1 / z, with which torchscale's parallel form multiplies the output at each position.
@@ -30,11 +31,11 @@ def score_clamp(
       k: keys.
       log_decay: log gamma of each head.
       row_scale: s_n^(-1/2), as from `row_normalizer`; None: 1.
-      segment_ids: documents and padding, as for `retention`.
+      row: documents and padding, as from `documents`.
       rule: "absolute" (torchscale since October 2023, syncdoth) or "signed" (before).
     """
     scores = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=log_decay.dtype)
-    scores *= decay_mask(log_decay, q.shape[1], segment_ids)
+    scores *= decay_mask(log_decay, q.shape[1], row)
     if row_scale is not None:
         scores *= row_scale.swapaxes(1, 2)[..., None]
     if rule == "absolute":

@@ -21,16 +21,23 @@ from retnet_jax.shapes import Array, Float, Int
 State = Float[Array, "b h k v"]
 
 
+class Before(NamedTuple):
+    """What a chunk knows of the tokens before it, along with their state."""
+
+    count: Int[Array, " b"]  # how many were real
+    index: Int[Array, " b"]  # number of the document they ended in, and the state belongs to
+
+
 def parallel(
     q: Float[Array, "b t h k"],
     k: Float[Array, "b t h k"],
     v: Float[Array, "b t h v"],
     log_decay: Float[Array, " h"],
     state: State,
-    segment_ids: Int[Array, "b t"] | None,
+    row: Documents | None,
 ) -> tuple[Float[Array, "b t h v"], State]:
     """The whole row at once (Eq. 5): O(t^2) work and memory. Kept for study and as a check."""
-    return chunkwise(q, k, v, log_decay, state, segment_ids, chunk_size=q.shape[1])
+    return chunkwise(q, k, v, log_decay, state, row, chunk_size=q.shape[1])
 
 
 def chunkwise(
@@ -39,22 +46,20 @@ def chunkwise(
     v: Float[Array, "b t h v"],
     log_decay: Float[Array, " h"],
     state: State,
-    segment_ids: Int[Array, "b t"] | None,
+    row: Documents | None,
     chunk_size: int | None = None,
+    before: Before | None = None,
 ) -> tuple[Float[Array, "b t h v"], State]:
     """Parallel inside chunks, recurrent between them (Eq. 7): O(t) work and memory.
 
-    The last chunk is as short as the length leaves it. Of each chunk the backward pass keeps the
+    `before` says what was counted in front of the row, if it is a part of one. The last chunk is as short as the length leaves it. Of each chunk the backward pass keeps the
     inputs and the state, and computes the scores again. `chunk_size=None` is `best_chunk_size`.
     """
     length = q.shape[1]
     size = min(chunk_size or best_chunk_size(), length)
     n_chunks, rest = divmod(length, size)
     # Heads before time inside, so that XLA's matrix products find their batch dimensions in front.
-    row = _Row(
-        *(x.swapaxes(1, 2) for x in (q, k, v)),
-        documents=None if segment_ids is None else documents(segment_ids),
-    )
+    tokens = _Row(*(x.swapaxes(1, 2) for x in (q, k, v)), documents=row)
 
     @jax.checkpoint
     def step(carry, chunk):
@@ -63,18 +68,17 @@ def chunkwise(
             decays = _decays(log_decay, chunk.q.shape[2])
         else:
             decays = _document_decays(log_decay, chunk.documents, before)
-            before = _Before(chunk.documents.count[:, -1], chunk.documents.index[:, -1])
+            before = Before(chunk.documents.count[:, -1], chunk.documents.index[:, -1])
         y, state = _chunk(chunk, state, decays)
         return (state, before), y
 
-    nothing = jnp.zeros(q.shape[0], jnp.int32)
-    carry = (state, _Before(count=nothing, index=nothing))
+    carry = (state, _nothing(q.shape[0]) if before is None else before)
     # A loop costs a copy of each slice; a few chunks are faster written out (CPU, 2 cores).
     unroll = n_chunks if n_chunks <= 4 else 1
-    carry, ys = jax.lax.scan(step, carry, row.chunks(n_chunks, size), unroll=unroll)
+    carry, ys = jax.lax.scan(step, carry, tokens.chunks(n_chunks, size), unroll=unroll)
     y = jnp.moveaxis(ys, 0, 2).reshape(*ys.shape[1:3], n_chunks * size, ys.shape[-1])
     if rest:
-        carry, y_rest = step(carry, row.after(n_chunks * size))
+        carry, y_rest = step(carry, tokens.after(n_chunks * size))
         y = jnp.concatenate([y, y_rest], axis=2)
     return y.swapaxes(1, 2), carry[0]
 
@@ -96,7 +100,7 @@ def recurrent(
     v: Float[Array, "b t h v"],
     log_decay: Float[Array, " h"],
     state: State,
-    segment_ids: Int[Array, "b t"] | None,
+    row: Documents | None,
 ) -> tuple[Float[Array, "b t h v"], State]:
     """One token after the other (Eq. 6): O(1) memory beyond inputs and outputs.
 
@@ -115,9 +119,9 @@ def recurrent(
         y = jnp.einsum("bhk,bhkv->bhv", q.astype(state.dtype), state)
         return state, jnp.where(real[:, None, None], y, 0.0).astype(v.dtype)
 
-    if segment_ids is None:
-        segment_ids = jnp.ones(q.shape[:2], jnp.int32)
-    real, _, index = documents(segment_ids)
+    if row is None:
+        row = documents(jnp.ones(q.shape[:2], jnp.int32))
+    real, _, index = row
     opens = jnp.diff(index, axis=1, prepend=0) > 0
     tokens = jax.tree.map(lambda x: x.swapaxes(0, 1), (q, k, v, real, opens))
     state, y = jax.lax.scan(step, state, tokens)
@@ -129,8 +133,8 @@ def _recurrent_forward(*inputs):
 
 
 def _recurrent_backward(inputs, cotangents):
-    *arrays, segment_ids = inputs
-    _, backward = jax.vjp(lambda *arrays: chunkwise(*arrays, segment_ids), *arrays)
+    *arrays, row = inputs
+    _, backward = jax.vjp(lambda *arrays: chunkwise(*arrays, row), *arrays)
     return (*backward(cotangents), None)
 
 
@@ -138,14 +142,12 @@ recurrent.defvjp(_recurrent_forward, _recurrent_backward)
 
 
 def decay_mask(
-    log_decay: Float[Array, " h"], length: int, segment_ids: Int[Array, "b t"] | None
+    log_decay: Float[Array, " h"], length: int, row: Documents | None
 ) -> Float[Array, "#b h t s"]:
     """gamma^(n-m) from key m to query n (Eq. 5's D), 0 where n does not see m."""
-    if segment_ids is None:
+    if row is None:
         return _decays(log_decay, length).within
-    nothing = jnp.zeros(segment_ids.shape[0], jnp.int32)
-    row = documents(segment_ids)
-    return _document_decays(log_decay, row, _Before(count=nothing, index=nothing)).within
+    return _document_decays(log_decay, row, _nothing(row.count.shape[0])).within
 
 
 class _Row(NamedTuple):
@@ -176,11 +178,9 @@ class _Row(NamedTuple):
         return _Row(*heads, jax.tree.map(lambda x: function(x, 1), self.documents))
 
 
-class _Before(NamedTuple):
-    """What a chunk knows of the tokens before it, along with their state."""
-
-    count: Int[Array, " b"]  # how many were real
-    index: Int[Array, " b"]  # number of the document they ended in, and the state belongs to
+def _nothing(rows: int) -> Before:
+    zeros = jnp.zeros(rows, jnp.int32)
+    return Before(count=zeros, index=zeros)
 
 
 class _Decays(NamedTuple):
@@ -196,7 +196,7 @@ def _decays(log_decay: Float[Array, " h"], length: int) -> _Decays:
     """One document, no padding."""
     places = jnp.arange(length)
     distance = places[:, None] - places[None, :]
-    power = partial(_power, log_decay)
+    power = partial(power_of_decay, log_decay)
     return _Decays(
         within=power(distance[None], distance[None] >= 0),
         from_start=power(places[None] + 1),
@@ -205,12 +205,12 @@ def _decays(log_decay: Float[Array, " h"], length: int) -> _Decays:
     )
 
 
-def _document_decays(log_decay: Float[Array, " h"], chunk: Documents, before: _Before) -> _Decays:
+def _document_decays(log_decay: Float[Array, " h"], chunk: Documents, before: Before) -> _Decays:
     """Documents and padding: distances count real tokens, and no power crosses a border."""
     real, count, index = chunk
     end_count, end_index = count[:, -1], index[:, -1]
     places = jnp.arange(count.shape[1])
-    power = partial(_power, log_decay)
+    power = partial(power_of_decay, log_decay)
     sees = (
         (places[:, None] >= places[None, :])
         & (index[:, :, None] == index[:, None, :])
@@ -224,7 +224,7 @@ def _document_decays(log_decay: Float[Array, " h"], chunk: Documents, before: _B
     )
 
 
-def _power(log_decay, exponent, where=None):
+def power_of_decay(log_decay, exponent, where=None):
     """gamma^exponent [b h ...] for exponents [b ...], 0 outside the mask `where`."""
     heads = log_decay.reshape(1, -1, *[1] * (exponent.ndim - 1))
     log_power = heads * jnp.expand_dims(exponent, 1)

@@ -1,0 +1,176 @@
+"""Retention of rows whose positions are split over devices: the mesh axis "seq".
+
+Each device runs its part of a row from the empty state. The n states are exchanged once, and what
+came before a part is added to its outputs: retention is linear in the state. So the devices tell
+each other (n - 1) [b h k v] float32 numbers in a layer, however long the rows are.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+
+from retnet_jax.retention import xla
+from retnet_jax.retention.documents import Documents, documents
+from retnet_jax.shapes import Array, Float, Int
+from retnet_jax.sharding import axis_size, layout
+
+# With more parts than this, states are summed up in log2 n messages between neighbours at growing
+# distance, and none of the devices holds all n of them.
+_MOST_GATHERED = 8
+
+
+class SplitRows(NamedTuple):
+    """Documents of whole rows, and where those parts of the rows end that devices have."""
+
+    documents: Documents
+    end_count: Int[Array, "b n"]  # real tokens of the row up to the end of a part
+    end_index: Int[Array, "b n"]  # number of the document that holds the last of them
+
+
+def split_rows(segment_ids: Int[Array, "b t"]) -> SplitRows:
+    """Numbers the documents of each row, for the mesh that is set."""
+    found = documents(segment_ids)
+    size = segment_ids.shape[1] // parts(segment_ids.shape[1])
+    return SplitRows(found, found.count[:, size - 1 :: size], found.index[:, size - 1 :: size])
+
+
+def parts(length: int) -> int:
+    """Into how many parts rows are split: those of the mesh, or 1 where the length has no such."""
+    n = axis_size("seq")
+    return n if length % n == 0 else 1
+
+
+def chunkwise(
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b t h k"],
+    v: Float[Array, "b t h v"],
+    log_decay: Float[Array, " h"],
+    state: Float[Array, "b h k v"] | None,
+    rows: SplitRows | None,
+    chunk_size: int | None = None,
+    most_gathered: int = _MOST_GATHERED,
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
+    """`retention.xla.chunkwise` of rows split over the axis "seq"; the state is each device's."""
+    n, length = axis_size("seq"), q.shape[1]
+    wide = layout("bthk", q.shape)
+    state_layout = layout("bhkv", (q.shape[0], *q.shape[2:], v.shape[3]))
+    by_row = PartitionSpec(wide[0])
+    operands = {
+        "q": (q, wide),
+        "k": (k, wide),
+        "v": (v, layout("bthv", v.shape)),
+        "log_decay": (log_decay, PartitionSpec(wide[2])),
+        "state": (state, state_layout),
+        "rows": (
+            rows,
+            SplitRows(Documents(*[PartitionSpec(wide[0], "seq")] * 3), by_row, by_row),
+        ),
+    }
+    operands = {name: pair for name, pair in operands.items() if pair[0] is not None}
+
+    @partial(
+        jax.shard_map,
+        in_specs=({name: specification for name, (_, specification) in operands.items()},),
+        out_specs=(layout("bthv", v.shape), state_layout),
+        check_vma=False,
+    )
+    def run(part):
+        q, v = part["q"], part["v"]
+        initial = part.get("state")
+        if initial is None:
+            shape = (q.shape[0], q.shape[2], q.shape[3], v.shape[3])
+            initial = jnp.zeros(shape, jnp.promote_types(jnp.float32, q.dtype))
+        rows = part.get("rows")
+        cuts = _Cuts.of(rows, n, length // n)
+        here = jax.lax.axis_index("seq")
+        y, after = xla.chunkwise(
+            q,
+            part["k"],
+            v,
+            part["log_decay"],
+            jnp.zeros_like(initial),
+            None if rows is None else rows.documents,
+            chunk_size,
+            before=None if rows is None else cuts.at(here),
+        )
+        exchange = _gathered if n <= most_gathered else _passed_on
+        before, final = exchange(initial, after, part["log_decay"], cuts, n)
+        before = checkpoint_name(before, "state_before")
+        reach = cuts.reach(part["log_decay"], here, rows, q.shape[1])
+        old = jnp.einsum(
+            "bthk,bhkv->bthv", q, before.astype(q.dtype), preferred_element_type=before.dtype
+        )
+        y = y.astype(old.dtype) + old * reach.swapaxes(1, 2)[..., None]
+        return y.astype(v.dtype), final
+
+    return run({name: array for name, (array, _) in operands.items()})
+
+
+class _Cuts(NamedTuple):
+    """What was counted at each of the n + 1 cuts: before the first part, and after each."""
+
+    count: Int[Array, "#b m"]  # real tokens
+    index: Int[Array, "#b m"]  # number of the document
+
+    @staticmethod
+    def of(rows: SplitRows | None, n: int, size: int) -> "_Cuts":
+        if rows is None:
+            count = size * jnp.arange(n + 1, dtype=jnp.int32)[None]
+            return _Cuts(count, jnp.zeros_like(count))
+        start = ((0, 0), (1, 0))
+        return _Cuts(jnp.pad(rows.end_count, start), jnp.pad(rows.end_index, start))
+
+    def at(self, cut) -> xla.Before:
+        return xla.Before(self.count[:, cut], self.index[:, cut])
+
+    def between(self, log_decay, starts, end) -> Float[Array, "#b h m"]:
+        """gamma^tokens from each cut of `starts` to the cut `end`; 0 from another document."""
+        tokens = self.count[:, end, None] - self.count[:, starts]
+        same = self.index[:, end, None] == self.index[:, starts]
+        return xla.power_of_decay(log_decay, tokens, same & (starts <= end))
+
+    def reach(self, log_decay, cut, rows: SplitRows | None, size: int) -> Float[Array, "#b h t"]:
+        """gamma^tokens from a cut to each token of the part behind it; 0 in other documents."""
+        if rows is None:
+            return xla.power_of_decay(log_decay, jnp.arange(1, size + 1)[None])
+        real, count, index = rows.documents
+        before = self.at(cut)
+        return xla.power_of_decay(
+            log_decay, count - before.count[:, None], real & (index == before.index[:, None])
+        )
+
+
+def _gathered(initial, after, log_decay, cuts: _Cuts, n: int):
+    """The state before this device's part, and the one after the row, from the states of all."""
+    states = jnp.concatenate([initial[None], jax.lax.all_gather(after, "seq")])
+
+    def state_at(cut):
+        decays = cuts.between(log_decay, jnp.arange(n + 1), cut)
+        return jnp.einsum(
+            "bhj,jbhkv->bhkv", jnp.broadcast_to(decays, (*states.shape[1:3], n + 1)), states
+        )
+
+    return state_at(jax.lax.axis_index("seq")), state_at(n)
+
+
+def _passed_on(initial, after, log_decay, cuts: _Cuts, n: int):
+    """The same from log2 n messages: after the i-th a device knows of 2^i parts before its own."""
+    here = jax.lax.axis_index("seq")
+
+    def decayed(state, start, end):
+        return cuts.between(log_decay, jnp.array([start]), end)[..., None] * state
+
+    before = jax.lax.ppermute(after, "seq", [(i, i + 1) for i in range(n - 1)])
+    before = jnp.where(here == 0, initial, before)
+    distance = 1
+    while distance < n:
+        pairs = [(i, i + distance) for i in range(n - distance)]
+        earlier = jax.lax.ppermute(before, "seq", pairs)  # 0 where there is none
+        before += decayed(earlier, jnp.maximum(here - distance, 0), here)
+        distance *= 2
+    final = after + decayed(before, n - 1, n)
+    return before, jax.lax.psum(jnp.where(here == n - 1, final, 0), "seq")
