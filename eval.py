@@ -22,8 +22,8 @@ import jax
 import numpy as np
 from absl import flags
 
-from retnet_jax import command_line
-from retnet_jax.config import Config, ConfigError, DataConfig
+from retnet_jax import command_line, processes
+from retnet_jax.config import Config, ConfigError, DataConfig, MeshConfig
 from retnet_jax.data import Skipped, Tokenizer, files, open_store, read_documents
 from retnet_jax.evaluation import (
     PerplexityReport,
@@ -34,7 +34,7 @@ from retnet_jax.evaluation import (
 )
 from retnet_jax.model import LanguageModel
 from retnet_jax.pretrained import load_checkpoint, read_pretrained
-from retnet_jax.sharding import first_device
+from retnet_jax.sharding import make_mesh
 
 PROTOCOLS = ("window", "stateful")
 
@@ -42,16 +42,21 @@ PROTOCOLS = ("window", "stateful")
 def main() -> None:
     """Evaluates as the flags say."""
     given = flags.FLAGS
-    evaluate(
-        Path(given.workdir or given.checkpoint),
-        data=given.data,
-        protocols=PROTOCOLS if given.protocol == "both" else (given.protocol,),
-        window_length=given.window_length,
-        changes=command_line.given_dtype(),
-        batch_size=given.batch_size,
-        compressors=given.compressors,
-        output=None if given.output is None else Path(given.output),
+    processes.connect(
+        given.coordinator_address, given.num_processes, given.process_id, given.connect_seconds
     )
+    with processes.ending_with_the_others("Nothing was written."):
+        evaluate(
+            Path(given.workdir or given.checkpoint),
+            data=given.data,
+            protocols=PROTOCOLS if given.protocol == "both" else (given.protocol,),
+            window_length=given.window_length,
+            changes=command_line.given_dtype(),
+            batch_size=given.batch_size,
+            fsdp=given.fsdp,
+            compressors=given.compressors,
+            output=None if given.output is None else Path(given.output),
+        )
 
 
 def define_flags() -> None:
@@ -79,8 +84,14 @@ def define_flags() -> None:
     flags.DEFINE_integer("window_length", None, "tokens; if not given as in training", 1)
     command_line.define_dtype()
     flags.DEFINE_integer(
-        "batch_size", 4, "windows or documents at once; accelerators are faster with more", 1
+        "batch_size",
+        4,
+        "windows or documents at once, shared out among as many devices as divide it; "
+        "accelerators are faster with more",
+        1,
     )
+    flags.DEFINE_bool("fsdp", False, "split the parameters over these devices too")
+    command_line.define_processes()
     flags.DEFINE_bool("compressors", False, "also compress the text, with gzip -9 and xz -9")
     flags.DEFINE_string("output", None, "JSON file to write; it must not exist")
 
@@ -95,6 +106,7 @@ def evaluate(
     compressors: bool,
     output: Path | None,
     changes: dict[str, str] | None = None,
+    fsdp: bool = False,
 ) -> None:
     """Evaluates the model in a directory; the arguments are the flags of those names,
     and `changes` fields of its `ModelConfig`, such as dtype.
@@ -110,7 +122,7 @@ def evaluate(
         if data is None
         else given_text(data, config.data.text_field, tokenizer)
     )
-    mesh = first_device()
+    mesh = evaluation_mesh(batch_size, fsdp)
     model, step = load_checkpoint(directory, mesh, **(changes or {}))
     window_length = window_length or config.data.sequence_length
 
@@ -119,13 +131,16 @@ def evaluate(
         f"{model.config.parameter_count():,} parameters, {model.config.dtype}\n"
         f"{text.description}"
     )
-    print(title, end="\n\n", flush=True)
+    if processes.is_first():
+        print(title, end="\n\n", flush=True)
     # On the mesh from the start, or the first piece's state would have a compilation of its own.
     with jax.set_mesh(mesh):
         reports = {
             protocol: report(model, text, protocol, window_length, batch_size)
             for protocol in protocols
         }
+    if not processes.is_first():
+        return
     compressed = compressed_bits_per_byte(text.joined) if compressors else {}
     print(table(reports, window_length, compressed))
     if output is not None:
@@ -147,6 +162,15 @@ def evaluate(
             "versions": versions(),
         }
         write_json(output, record)
+
+
+def evaluation_mesh(batch_size: int, fsdp: bool) -> jax.sharding.Mesh:
+    """A mesh of as many devices as divide the rows of a batch; of several processes, of all."""
+    devices = jax.devices()
+    if jax.process_count() == 1:
+        devices = devices[: math.gcd(len(devices), batch_size)]
+    axes = {"data": 1, "fsdp": -1} if fsdp else {"data": -1}
+    return make_mesh(MeshConfig(**axes), devices)
 
 
 class Text(NamedTuple):

@@ -20,9 +20,10 @@ from retnet_jax import command_line
 from retnet_jax.checkpoint import Checkpoints
 from retnet_jax.data import open_stores
 from retnet_jax.metrics import MetricsLog
+from retnet_jax.processes import StopRequest
 from retnet_jax.sharding import make_mesh
 from retnet_jax.train_step import abstract_state
-from train import Clock, Run, start_or_restore
+from train import Run, start_or_restore
 
 flags.DEFINE_integer("segments", 6, "timed segments of each loop")
 flags.DEFINE_integer("steps", 40, "steps in a segment")
@@ -35,20 +36,19 @@ def main() -> None:
     mesh = make_mesh(config.mesh)
     stores = open_stores(config.data, config.model.vocab_size)
     state_shape = abstract_state(config, mesh)
-    clock = Clock(config.train.batch_size * config.data.sequence_length, 1.0, 1.0)
     looped, bare = [], []
     with tempfile.TemporaryDirectory() as directory, jax.set_mesh(mesh):
         checkpoints = Checkpoints(Path(directory) / "checkpoints", keep=1)
         log = MetricsLog(Path(directory), 0, 10**9)
         with contextlib.closing(checkpoints), contextlib.closing(log):
-            run = Run(config, stores, mesh, state_shape, checkpoints, log, clock)
-            state, _ = start_or_restore(config, mesh, state_shape, checkpoints)
-            batches = [
-                jax.device_put(run.train_stream[step], run.batch_sharding) for step in range(8)
-            ]
+            run = Run(config, stores, mesh, state_shape, checkpoints, log, 1.0, Path(directory))
+            state, *_ = start_or_restore(config, mesh, state_shape, checkpoints)
+            batches = [run.place(run.train_stream[step]) for step in range(8)]
             for segment in range(segments):
                 start = time.perf_counter()
-                state, _ = run.advance(state, segment * steps, 0, (segment + 1) * steps, [])
+                state, _ = run.advance(
+                    state, segment * steps, 0, (segment + 1) * steps, StopRequest()
+                )
                 looped.append((time.perf_counter() - start) / steps)
 
                 start = time.perf_counter()

@@ -343,9 +343,7 @@ class TrainConfig:
     batch_size: int = 32  # windows in a step, over all devices and micro-batches
     micro_batches: int = 1  # a step's batch is run in this many parts, gradients summed
     carry_state: bool = False  # a row's state goes on into its next window: RetNet, contiguous
-    z_loss: float = (
-        0.0  # coefficient of the squared log normaliser, arXiv 2204.02311; 1e-4 is usual
-    )
+    z_loss: float = 0.0  # coefficient of the squared log normaliser (arXiv 2204.02311), as 1e-4
     spike_deviations: float = 10.0  # a step whose loss or gradient norm is so many standard
     # deviations above its running mean is passed over; 0: only one that is not finite
     most_skipped: int = 5  # so many in a row end the run

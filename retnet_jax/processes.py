@@ -10,6 +10,7 @@ import hashlib
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -226,20 +227,40 @@ def stop_signals() -> Iterator[StopRequest]:
 
 @contextlib.contextmanager
 def ending_with_the_others(advice: str) -> Iterator[None]:
-    """Ends this process with a message when an operation fails that others take part in.
+    """Has one of several processes end with a message when another one did.
 
-    At once, because the usual end of a program waits for the other processes too.
+    An operation that others take part in may then fail, or never end, until JAX or the library that
+    carries it ends this process from within. A small process of its own sees that and says so.
     """
+    if jax.process_count() == 1:
+        yield
+        return
+    who = f"process {jax.process_index()} of {jax.process_count()}"
+    watch = subprocess.Popen(
+        [
+            *(sys.executable, "-S", "-c", _LAST_WORDS),
+            f"{who} ended abruptly: it was killed, or another was and it could not go on without. "
+            + advice,
+        ],
+        stdin=subprocess.PIPE,
+        start_new_session=True,  # out of reach of Ctrl-C
+    )
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
         brief = " ".join(str(error).split())[:300]
-        print(
-            f"process {jax.process_index()} of {jax.process_count()} ends, because another has "
-            f"ended or cannot be reached ({brief}). {advice}",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(1)
+        message = f"{who} ends, because another has ended or cannot be reached ({brief}). {advice}"
+        print(message, file=sys.stderr, flush=True)
+        watch.communicate(b"said")
+        os._exit(1)  # at once: the usual end of a program waits for the other processes
+    finally:
+        if watch.poll() is None:
+            watch.communicate(b"said")
+
+
+# Its input ends when the process that holds the other end of it does, however that ends.
+_LAST_WORDS = """
+import sys
+if not sys.stdin.buffer.read():
+    print(sys.argv[1], file=sys.stderr, flush=True)
+"""

@@ -53,12 +53,12 @@ def locked(workdir: epath.Path) -> Iterator[None]:
     """
     # What a start leaves that is cut off before it has recorded a config.
     ours = {*NAMES, CONFIG_NAME, "config.json.unfinished", LOCK}
-    if workdir.is_dir() and not (workdir / "config.json").exists():
-        if {path.name for path in workdir.iterdir()} - ours:
-            raise ConfigError(
-                f"--workdir={workdir} has files in it but no config.json, so it is no run to "
-                "resume; name a new or an empty directory"
-            )
+    names = {path.name for path in workdir.iterdir()} if workdir.is_dir() else set()
+    if "config.json" not in names and names - ours:
+        raise ConfigError(
+            f"--workdir={workdir} has files in it but no config.json, so it is no run to resume; "
+            "name a new or an empty directory"
+        )
     workdir.mkdir(parents=True, exist_ok=True)
     if "://" in str(workdir):
         yield

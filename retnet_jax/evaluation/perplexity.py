@@ -22,6 +22,7 @@ import numpy as np
 from retnet_jax.cross_entropy import token_cross_entropy
 from retnet_jax.model import LanguageModel, State
 from retnet_jax.shapes import Array, Float, Int
+from retnet_jax.sharding import constrain
 
 # Most tokens of a document that are read at once. What bounds it is a Transformer's attention to
 # its whole cache: batch * heads * piece * capacity scores.
@@ -133,8 +134,9 @@ def _piece_nll(
     targets: Int[Array, "b t"],
     segment_ids: Int[Array, "b t"],
 ) -> tuple[Float[Array, "b t"], State]:
-    hidden, state = model.hidden(tokens, state, segment_ids)
-    return token_cross_entropy(hidden, model.head_matrix(), targets), state
+    hidden, state = model.hidden(constrain(tokens, "bt"), state, segment_ids)
+    losses = token_cross_entropy(hidden, model.head_matrix(), targets)
+    return constrain(losses, "  "), state  # whole, for every process to read
 
 
 def _power_of_two(least: int) -> int:

@@ -150,9 +150,8 @@ def _gathered(initial, after, log_decay, cuts: _Cuts, n: int):
 
     def state_at(cut):
         decays = cuts.between(log_decay, jnp.arange(n + 1), cut)
-        return jnp.einsum(
-            "bhj,jbhkv->bhkv", jnp.broadcast_to(decays, (*states.shape[1:3], n + 1)), states
-        )
+        decays = jnp.broadcast_to(decays, (*states.shape[1:3], n + 1))
+        return jnp.einsum("bhj,jbhkv->bhkv", decays, states)
 
     return state_at(jax.lax.axis_index("seq")), state_at(n)
 

@@ -52,8 +52,9 @@ def chunkwise(
 ) -> tuple[Float[Array, "b t h v"], State]:
     """Parallel inside chunks, recurrent between them (Eq. 7): O(t) work and memory.
 
-    `before` says what was counted in front of the row, if it is a part of one. The last chunk is as short as the length leaves it. Of each chunk the backward pass keeps the
-    inputs and the state, and computes the scores again. `chunk_size=None` is `best_chunk_size`.
+    `before` says what was counted in front of the row, if it is a part of one. The last chunk is as
+    short as the length leaves it. Of each chunk the backward pass keeps the inputs and the state,
+    and computes the scores again. `chunk_size=None` is `best_chunk_size`.
     """
     length = q.shape[1]
     size = min(chunk_size or best_chunk_size(), length)
