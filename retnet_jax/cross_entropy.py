@@ -5,6 +5,7 @@ training step. Here they exist for one chunk of positions at a time, and the gra
 along with the loss: three matrix products with the head in all, as many as with all logits kept.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from jax.sharding import PartitionSpec
 
 from retnet_jax.compiler import materialized
 from retnet_jax.shapes import Array, Float, Int
-from retnet_jax.sharding import axis_size, layout
+from retnet_jax.sharding import axis_size, backend, layout
 
 
 def logits_at_once() -> int:
@@ -24,7 +25,7 @@ def logits_at_once() -> int:
     68 ms against 105 for the loss and gradients of 2048 tokens, d 128 and a vocabulary of 4096, of
     2^18 to 2^25 (2 cores, float32).
     """
-    return 2**21 if jax.default_backend() == "cpu" else 2**25
+    return 2**21 if backend() == "cpu" else 2**25
 
 
 def cross_entropy_sum(
@@ -77,7 +78,8 @@ def _objective_and_gradients(hidden, head, targets, weights, z_loss):
     words = PartitionSpec(layout("w", head.shape[:1])[0], None)
     over = [axis for axes in tokens for axis in ((axes,) if isinstance(axes, str) else axes or ())]
     # The head's gradient is handed out as the head itself is stored; the rest of it is summed up.
-    scattered = "fsdp" in over and head.shape[1] % axis_size("fsdp") == 0
+    stored = ("tensor", "fsdp")
+    scattered = "fsdp" in over and head.shape[0] % math.prod(map(axis_size, stored)) == 0
     split = _Split(
         tokens=tuple(axis for axis in over if not (scattered and axis == "fsdp")),
         scattered="fsdp" if scattered else None,
@@ -88,7 +90,7 @@ def _objective_and_gradients(hidden, head, targets, weights, z_loss):
         in_specs=(PartitionSpec(*tokens, None), words, tokens, tokens),
         out_specs=(
             (PartitionSpec(), PartitionSpec()),
-            (PartitionSpec(*tokens, None), PartitionSpec(words[0], split.scattered)),
+            (PartitionSpec(*tokens, None), PartitionSpec(stored if scattered else words[0], None)),
         ),
         check_vma=False,
     )(hidden, head, targets, weights)
@@ -98,7 +100,7 @@ class _Split(NamedTuple):
     """Mesh axes along which the devices have different tokens and different words."""
 
     tokens: tuple[str, ...] = ()  # of which the head's gradient is summed up
-    scattered: str | None = None  # of which each keeps its columns of that sum
+    scattered: str | None = None  # of which each keeps its words of that sum
     words: str | None = None
 
 
@@ -139,7 +141,7 @@ def _of_this_device(hidden, head, targets, weights, z_loss, split):
     (sums, d_head), d_hidden = jax.lax.scan(chunk, start, inputs)
     if split.scattered is not None:
         sums = jax.lax.psum(sums, split.scattered)
-        d_head = jax.lax.psum_scatter(d_head, split.scattered, scatter_dimension=0, tiled=True)
+        d_head = jax.lax.psum_scatter(d_head, split.scattered, scatter_dimension=1, tiled=True)
     if split.tokens:
         sums, d_head = jax.lax.psum((sums, d_head), split.tokens)
     cross_entropy, squares = sums

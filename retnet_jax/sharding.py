@@ -14,11 +14,12 @@ from retnet_jax.config import Config, ConfigError, MeshConfig
 AXES = ("data", "fsdp", "seq", "tensor")
 
 # The end of a parameter's path -> mesh axis of each dimension. Optimiser moments have the same
-# ends; what matches nothing is copied to all devices.
+# ends; what matches nothing is copied to all devices. `fsdp` never splits the last dimension: a TPU
+# keeps it in tiles of 128, and gathers narrower parts at twice the cost.
 PARAMETERS = (
-    (r"(embedding|head)", PartitionSpec("tensor", "fsdp")),
+    (r"(embedding|head)", PartitionSpec(("tensor", "fsdp"), None)),
     (r"(q|k|v|gate|up|linear)/kernel", PartitionSpec(None, "fsdp", "tensor")),
-    (r"(out|down)/kernel", PartitionSpec(None, "tensor", "fsdp")),
+    (r"(out|down)/kernel", PartitionSpec(None, ("tensor", "fsdp"), None)),
     (r"carry/layers", PartitionSpec(None, ("data", "fsdp"), "tensor")),
     (r"carry/position", PartitionSpec(("data", "fsdp"))),
 )
@@ -49,6 +50,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             "where one of them may be -1"
         )
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def backend() -> str:
+    """What computes: the platform of the mesh that is set, else of jax's default device.
+
+    A program can be compiled for devices that this machine does not have.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
 def axis_size(axis: str) -> int:
@@ -146,12 +156,13 @@ def with_shardings(abstract: Any, mesh: Mesh) -> Any:
         if leaf.ndim < len(spec):
             spec = PartitionSpec()
         for dimension, axes in enumerate(spec):
-            for axis in (axes,) if isinstance(axes, str) else axes or ():
-                if leaf.shape[dimension] % mesh.shape[axis]:
-                    raise ConfigError(
-                        f"mesh.{axis}={mesh.shape[axis]} does not divide dimension {dimension} of "
-                        f"{name} {leaf.shape}"
-                    )
+            axes = (axes,) if isinstance(axes, str) else axes or ()
+            parts = math.prod(mesh.shape[axis] for axis in axes)
+            if leaf.shape[dimension] % parts:
+                shown = " * ".join(f"mesh.{axis}" for axis in axes if mesh.shape[axis] > 1)
+                raise ConfigError(
+                    f"{shown}={parts} does not divide dimension {dimension} of {name} {leaf.shape}"
+                )
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree_util.tree_map_with_path(place, abstract)

@@ -79,7 +79,7 @@ def locked(workdir: epath.Path) -> Iterator[None]:
         yield
 
 
-def open_workdir(workdir: epath.Path, config: Config, tokenizer: Tokenizer) -> list[str]:
+def open_workdir(workdir: epath.PathLike, config: Config, tokenizer: Tokenizer) -> list[str]:
     """Records config and tokenizer in a new workdir, or compares them with what it records.
 
     Returns:
@@ -88,7 +88,9 @@ def open_workdir(workdir: epath.Path, config: Config, tokenizer: Tokenizer) -> l
     Raises:
       ConfigError: if the workdir belongs to a run with another config or tokenizer.
     """
+    workdir = epath.Path(workdir)
     if not (workdir / "config.json").exists():
+        workdir.mkdir(parents=True, exist_ok=True)
         tokenizer.save(workdir)
         # Written last: what has a config.json is a workdir.
         _record(workdir, config)

@@ -224,7 +224,7 @@ def workdir(tmp_path):
     config = Config(model=CONFIG, data=DataConfig(tokenizer="byte"))
     open_workdir(tmp_path, config, ByteTokenizer())
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
-    checkpoints.save(0, build(RetNet), {"count": jnp.zeros(())})
+    checkpoints.save(0, {"model": build(RetNet)}, next_batch=0)
     checkpoints.close()
     return tmp_path
 

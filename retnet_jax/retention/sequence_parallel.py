@@ -20,7 +20,7 @@ from retnet_jax.sharding import axis_size, layout
 
 # With more parts than this, states are summed up in log2 n messages between neighbours at growing
 # distance, and none of the devices holds all n of them.
-_MOST_GATHERED = 8
+MOST_GATHERED = 8
 
 
 class SplitRows(NamedTuple):
@@ -52,7 +52,6 @@ def chunkwise(
     state: Float[Array, "b h k v"] | None,
     rows: SplitRows | None,
     chunk_size: int | None = None,
-    most_gathered: int = _MOST_GATHERED,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
     """`retention.xla.chunkwise` of rows split over the axis "seq"; the state is each device's."""
     n, length = axis_size("seq"), q.shape[1]
@@ -97,7 +96,7 @@ def chunkwise(
             chunk_size,
             before=None if rows is None else cuts.at(here),
         )
-        exchange = _gathered if n <= most_gathered else _passed_on
+        exchange = _gathered if n <= MOST_GATHERED else _passed_on
         before, final = exchange(initial, after, part["log_decay"], cuts, n)
         before = checkpoint_name(before, "state_before")
         reach = cuts.reach(part["log_decay"], here, rows, q.shape[1])

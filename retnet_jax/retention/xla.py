@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from retnet_jax.retention.documents import Documents, documents
 from retnet_jax.shapes import Array, Float, Int
+from retnet_jax.sharding import backend
 
 State = Float[Array, "b h k v"]
 
@@ -58,7 +59,7 @@ def chunkwise(
     """
     length = q.shape[1]
     size = min(chunk_size or best_chunk_size(), length)
-    n_chunks, rest = divmod(length, size)
+    n_chunks = length // size
     # Heads before time inside, so that XLA's matrix products find their batch dimensions in front.
     tokens = _Row(*(x.swapaxes(1, 2) for x in (q, k, v)), documents=row)
 
@@ -74,24 +75,27 @@ def chunkwise(
         return (state, before), y
 
     carry = (state, _nothing(q.shape[0]) if before is None else before)
+    ys, looped = [], 0
     # A loop costs a copy of each slice; a few chunks are faster written out (CPU, 2 cores).
-    unroll = n_chunks if n_chunks <= 4 else 1
-    carry, ys = jax.lax.scan(step, carry, tokens.chunks(n_chunks, size), unroll=unroll)
-    y = jnp.moveaxis(ys, 0, 2).reshape(*ys.shape[1:3], n_chunks * size, ys.shape[-1])
-    if rest:
-        carry, y_rest = step(carry, tokens.after(n_chunks * size))
-        y = jnp.concatenate([y, y_rest], axis=2)
+    if n_chunks > 4:
+        carry, y = jax.lax.scan(step, carry, tokens.chunks(n_chunks, size))
+        looped = n_chunks * size
+        ys.append(jnp.moveaxis(y, 0, 2).reshape(*y.shape[1:3], looped, y.shape[-1]))
+    for start in range(looped, length, size):
+        carry, y = step(carry, tokens.part(start, min(start + size, length)))
+        ys.append(y)
+    y = jnp.concatenate(ys, axis=2)
     return y.swapaxes(1, 2), carry[0]
 
 
 def best_chunk_size() -> int:
-    """The chunk length that is fastest on the default backend.
+    """The chunk length that is fastest on what computes.
 
     CPU: 64, of 32, 64 and 128 with four heads of 64/128 at lengths 2048 and 8192, float32
     (`benchmarks/retention.py`). Accelerators: 512, where states that pass through memory cost as
     much as the scores inside chunks by the roofline; not yet measured.
     """
-    return 64 if jax.default_backend() == "cpu" else 512
+    return 64 if backend() == "cpu" else 512
 
 
 @jax.custom_vjp
@@ -170,9 +174,9 @@ class _Row(NamedTuple):
 
         return self._map(split)
 
-    def after(self, start: int) -> "_Row":
-        """The tokens from `start` on."""
-        return self._map(lambda x, axis: jax.lax.slice_in_dim(x, start, None, axis=axis))
+    def part(self, start: int, end: int) -> "_Row":
+        """The tokens from `start` to before `end`."""
+        return self._map(lambda x, axis: jax.lax.slice_in_dim(x, start, end, axis=axis))
 
     def _map(self, function) -> "_Row":
         heads = (function(x, 2) for x in self[:3])
