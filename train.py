@@ -3,6 +3,7 @@
     python train.py --config=configs/quickstart.py --workdir=runs/quickstart
     python train.py --config=FILE[:ARGUMENT] --workdir=DIR --config.train.steps=100 ...
     python train.py ... --config.init_from=DIR          begins with a trained model, own or foreign
+    python train.py ... --compiled=FILE                 with what tools/compile_ahead.py saved
 
 The same command again resumes from the newest checkpoint, or says that the run is finished. Ctrl-C
 and SIGTERM save and end with status 0.
@@ -16,15 +17,16 @@ import contextlib
 import math
 import operator
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
 from absl import flags
 from etils import epath
 
-from retnet_jax import command_line, processes
+from retnet_jax import ahead, command_line, processes
 from retnet_jax.checkpoint import Checkpoints
 from retnet_jax.clock import Clock
 from retnet_jax.config import Config
@@ -61,11 +63,16 @@ def main() -> int:
         given.coordinator_address, given.num_processes, given.process_id, given.connect_seconds
     )
     with processes.ending_with_the_others("The same command goes on from the newest checkpoint."):
-        return train(config, epath.Path(given.workdir))
+        return train(config, epath.Path(given.workdir), given.compiled)
 
 
-def train(config: Config, workdir: epath.PathLike) -> int:
+def train(config: Config, workdir: epath.PathLike, compiled: str | None = None) -> int:
     """Trains, from the beginning or from the newest checkpoint in `workdir`.
+
+    Args:
+      config: what to train.
+      workdir: of the run, new or begun.
+      compiled: file with the compiled step; None: it is compiled here.
 
     Returns:
       The exit status: 0 when the run is finished or was asked to stop, 1 after too many bad steps
@@ -80,6 +87,10 @@ def train(config: Config, workdir: epath.PathLike) -> int:
     mesh = make_mesh(config.mesh)
     check_fit(mesh, config)
     state_shape = abstract_state(config, mesh)
+    if compiled is None:
+        step = make_step(config, state_shape)
+    else:
+        step = ahead.load(Path(compiled), config, mesh, state_shape)
     # A store that is not there yet is built by the first process.
     processes.once(lambda: open_stores(config.data, config.model.vocab_size))
     stores = open_stores(config.data, config.model.vocab_size)
@@ -103,7 +114,7 @@ def train(config: Config, workdir: epath.PathLike) -> int:
         for problem in damage:
             log.say(problem)
         log.say(describe(config, stores, state, mesh))
-        run = Run(config, stores, mesh, state_shape, checkpoints, log, peak, workdir / "profile")
+        run = Run(config, stores, mesh, step, checkpoints, log, peak, workdir / "profile")
         try:
             state, done = run.advance(state, start, next_batch, steps, stop)
         except DivergedError as error:
@@ -183,7 +194,7 @@ class Run:
         config: Config,
         stores: Stores,
         mesh: jax.sharding.Mesh,
-        state_shape: TrainState,
+        step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]],
         checkpoints: Checkpoints,
         log: MetricsLog | NoLog,
         peak: float,
@@ -202,7 +213,7 @@ class Run:
             run_began=began,
             training_seconds=training_seconds,
         )
-        self.step = make_step(config, state_shape)
+        self.step = step
         self.loss_sum = jax.jit(loss_sum)
         self.stores = stores
         self.rows = local_rows(mesh, config.train.batch_size)
@@ -388,6 +399,7 @@ class Run:
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "directory of the run, made if it does not exist")
     flags.mark_flag_as_required("workdir")
+    flags.DEFINE_string("compiled", None, "step that tools/compile_ahead.py --save wrote")
     command_line.define_processes()
     command_line.define_config()
     command_line.run(main)

@@ -22,7 +22,7 @@ from retnet_jax.data import open_stores
 from retnet_jax.metrics import MetricsLog
 from retnet_jax.processes import StopRequest
 from retnet_jax.sharding import make_mesh
-from retnet_jax.train_step import abstract_state
+from retnet_jax.train_step import abstract_state, make_step
 from train import Run, start_or_restore
 
 flags.DEFINE_integer("segments", 6, "timed segments of each loop")
@@ -41,7 +41,8 @@ def main() -> None:
         checkpoints = Checkpoints(Path(directory) / "checkpoints", keep=1)
         log = MetricsLog(Path(directory), 0, 10**9)
         with contextlib.closing(checkpoints), contextlib.closing(log):
-            run = Run(config, stores, mesh, state_shape, checkpoints, log, 1.0, Path(directory))
+            step = make_step(config, state_shape)
+            run = Run(config, stores, mesh, step, checkpoints, log, 1.0, Path(directory))
             state, *_ = start_or_restore(config, mesh, state_shape, checkpoints)
             batches = [run.place(run.train_stream[step]) for step in range(8)]
             for segment in range(segments):

@@ -11,28 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from retnet_jax.chips import chip
 from retnet_jax.config import ConfigError
-
-# Dense bfloat16 FLOP/s of one device, by the start of `jax.Device.device_kind` (makers' data
-# sheets). The first that matches counts.
-PEAK_FLOPS = (
-    ("TPU v4", 275e12),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5", 459e12),
-    ("TPU v6 lite", 918e12),
-    ("TPU7x", 2307e12),
-    ("NVIDIA A100", 312e12),
-    ("NVIDIA H100", 989e12),
-    ("NVIDIA H200", 989e12),
-    ("NVIDIA B200", 2250e12),
-)
 
 
 def peak_flops(device: jax.Device) -> float:
     """FLOP/s that MFU is measured against: the data sheet's, or else a measured float32 product."""
-    for kind, peak in PEAK_FLOPS:
-        if device.device_kind.startswith(kind):
-            return peak
+    known = chip(device.device_kind)
+    if known is not None:
+        return known.flops
     size = 1024
     x = jax.device_put(np.ones((size, size), np.float32), device)
     product = jax.jit(jnp.matmul)

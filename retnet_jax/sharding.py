@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from retnet_jax.config import Config, ConfigError, MeshConfig
@@ -49,7 +50,24 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"{shown} does not fit {count} devices: the sizes must multiply to {count}, "
             "where one of them may be -1"
         )
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1:
+        return _mesh_of_slices(sizes, slices, devices)
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def _mesh_of_slices(sizes: list[int], slices: int, devices: Sequence[jax.Device]) -> Mesh:
+    """A mesh of several TPU slices, between which only `data` exchanges: once a step."""
+    data, *others = sizes
+    if data % slices:
+        raise ConfigError(
+            f"mesh.data={data} does not divide over {slices} slices, whose network is slow: only "
+            f"mesh.data can lie across them; {slices} or a multiple of it would do"
+        )
+    within = mesh_utils.create_hybrid_device_mesh(
+        (data // slices, *others), (slices, *[1] * len(others)), devices=devices
+    )
+    return Mesh(within, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def backend() -> str:
@@ -59,6 +77,12 @@ def backend() -> str:
     """
     mesh = jax.sharding.get_abstract_mesh()
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+
+
+def many_devices() -> bool:
+    """Whether a mesh of ours is set that has more than one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1 and set(AXES) <= set(mesh.axis_names)
 
 
 def axis_size(axis: str) -> int:
@@ -82,10 +106,15 @@ def layout(dimensions: str, shape: Sequence[int]) -> PartitionSpec:
     return PartitionSpec(*places)
 
 
+def axes_of(layout: PartitionSpec) -> tuple[str, ...]:
+    """All mesh axes that a layout splits something over."""
+    each = ((axes,) if isinstance(axes, str) else axes or () for axes in layout)
+    return tuple(axis for axes in each for axis in axes)
+
+
 def constrain(x: Any, dimensions: str) -> Any:
     """An activation laid on the mesh that is set as `layout` says."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or not set(AXES) <= set(mesh.axis_names):
+    if not many_devices():
         return x
     return jax.lax.with_sharding_constraint(x, layout(dimensions, x.shape))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     "config": 0,
+    "chips": 0,
     "errors": 0,
     "presets": 0,
     "shapes": 1,
@@ -24,6 +25,7 @@ FLOORS = {
     "checkpoint": 1,
     "workdir": 1,
     "model": 2,
+    "ahead": 3,
     "train_step": 3,
     "generate": 3,
     "interop": 3,

@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from retnet_jax.config import ConfigError, ModelConfig
 from retnet_jax.model.attention import Attention, KVCache
+from retnet_jax.model.embedding import look_up
 from retnet_jax.model.layers import NORMS, FeedForward, normal
 from retnet_jax.model.multi_scale_retention import MultiScaleRetention, RetentionState
 from retnet_jax.shapes import Array, Float, Int
@@ -145,8 +146,7 @@ class LanguageModel(nnx.Module):
 
     def _embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         config = self.config
-        # Rows of a table that is whole but for the words: each device looks its own up.
-        x = constrain(self.embedding[...], "wd")[tokens].astype(config.dtype)
+        x = look_up(self.embedding[...], tokens, config.dtype)
         if config.embedding_scale:
             x = x * config.d_model**0.5
         return constrain(self.embedding_norm(x) if config.embedding_norm else x, "btd")

@@ -1,0 +1,117 @@
+"""Devices that this machine does not have, as the compilers describe them.
+
+TPUs need the package `libtpu` that belongs to the installed jax (`pip install 'jax[tpu]'`), GPUs
+jax-cuda12-plugin, jax-cuda12-pjrt and nvidia-cuda-nvcc-cu12. Nothing is run on them.
+"""
+
+import os
+from collections.abc import Sequence
+
+import jax
+from jax.experimental import topologies
+
+from retnet_jax.config import ConfigError
+
+GPUS = ("h100", "h200")
+
+# What XLA has to know of a GPU: `GpuTargetConfigProto` of its device_description.proto.
+_GPU_DESCRIPTION = """
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  memory_bandwidth: {bandwidth}
+  device_memory_size: {memory}
+  cuda_compute_capability {{ major: 9 }}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+device_description_str: "{name}"
+"""
+_GPU_NUMBERS = {
+    "h100": {"name": "NVIDIA H100", "bandwidth": 3352320000000, "memory": 84942979072},
+    "h200": {"name": "NVIDIA H200", "bandwidth": 4800000000000, "memory": 151397597184},
+}
+
+
+def prepare() -> None:
+    """Settings for compilers without their devices; to be called before jax is used."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # libtpu would ask the cloud's metadata server who it is.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # Kernels are chosen by running them, which needs the device.
+    flags = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
+
+
+def tpus(topology: str, slices: int = 1) -> Sequence[jax.Device]:
+    """The devices of TPU slices.
+
+    Args:
+      topology: generation and shape of one, such as "v5p:4x4x4" or "v5e:16x16".
+      slices: how many.
+
+    Raises:
+      ConfigError: if there is no such topology or no libtpu.
+    """
+    try:
+        import libtpu  # noqa: F401 (jax would say that the platform is unknown)
+    except ImportError:
+        raise ConfigError(
+            f"--topology={topology} needs the package libtpu: pip install 'jax[tpu]'"
+        ) from None
+    several = {"num_slices": slices} if slices > 1 else {}
+    if topology.startswith("v4:"):
+        several["chip_config_name"] = "megacore"  # a chip is one device, as it is when it runs
+    try:
+        return topologies.get_topology_desc(
+            platform="tpu", topology_name=topology, **several
+        ).devices
+    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
+        raise ConfigError(
+            f"--topology={topology} is none that libtpu knows ({_brief(error)}); there are v4 and "
+            "v5p with three sizes, such as v5p:4x4x4, v5e and v6e with two, such as v6e:16x16, "
+            "and tpu7x with three"
+        ) from error
+
+
+def gpus(name: str, count: int = 1) -> Sequence[jax.Device]:
+    """GPUs of one node.
+
+    Raises:
+      ConfigError: for a kind that is not described here, or without the compiler for it.
+    """
+    if name not in _GPU_NUMBERS:
+        raise ConfigError(f"--gpu={name} is not one of {', '.join(GPUS)}")
+    try:
+        return topologies.get_topology_desc(
+            platform="cuda",
+            topology_name=name,
+            topology=f"1x1x{count}",
+            target_config=_GPU_DESCRIPTION.format(**_GPU_NUMBERS[name]),
+        ).devices
+    except (jax.errors.JaxRuntimeError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise ConfigError(
+            f"--gpu={name} needs XLA's compiler for it ({_brief(error)}): pip install "
+            f"jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__} "
+            "nvidia-cuda-nvcc-cu12"
+        ) from error
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,40 @@
+"""Accelerators: what one device can compute, hold and exchange.
+
+Numbers of the makers' data sheets, for one `jax.Device`: a TPU7x chip is two of them, a v4 or v5p
+chip one. Bandwidths are one way, links those of one slice (ICI) or of one node (NVLink), network
+what a device has to other slices and nodes.
+"""
+
+from typing import NamedTuple
+
+
+class Chip(NamedTuple):
+    """Dense bfloat16 FLOP/s, bytes, bytes/s and Hz of one device."""
+
+    kind: str  # start of `jax.Device.device_kind`
+    flops: float
+    memory: float
+    memory_bandwidth: float
+    links_bandwidth: float  # of all links of a device together
+    network_bandwidth: float
+    clock: float = 0.0  # of a TPU's cores; follows from the peak and the units of its cores
+
+
+_GIB = 2**30
+
+CHIPS = (
+    Chip("TPU v4", 275e12, 32 * _GIB, 1.23e12, 300e9, 6.25e9, 1.05e9),
+    Chip("TPU v5 lite", 197e12, 16 * _GIB, 0.82e12, 200e9, 3.1e9, 1.5e9),
+    Chip("TPU v5", 459e12, 95 * _GIB, 2.77e12, 600e9, 6.25e9, 1.75e9),
+    Chip("TPU v6 lite", 918e12, 32 * _GIB, 1.64e12, 400e9, 12.5e9, 1.75e9),
+    Chip("TPU7x", 1153e12, 96 * _GIB, 3.69e12, 300e9, 6.25e9),
+    Chip("NVIDIA A100", 312e12, 79 * _GIB, 2.04e12, 300e9, 25e9),
+    Chip("NVIDIA H100", 989e12, 79 * _GIB, 3.35e12, 450e9, 50e9),
+    Chip("NVIDIA H200", 989e12, 141 * _GIB, 4.8e12, 450e9, 50e9),
+    Chip("NVIDIA B200", 2250e12, 178 * _GIB, 7.7e12, 900e9, 50e9),
+)
+
+
+def chip(device_kind: str) -> Chip | None:
+    """The chip of a device by its `device_kind`; None for one that is not listed."""
+    return next((chip for chip in CHIPS if device_kind.startswith(chip.kind)), None)

@@ -1,0 +1,228 @@
+"""Programs compiled ahead: what is read from them, and that they are those that train.py runs."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from test_train import config, metrics, uninterrupted
+from test_train_step import CONFIG
+
+import train as training
+from retnet_jax import ahead
+from retnet_jax.ahead import topologies
+from retnet_jax.ahead.fit import layouts
+from retnet_jax.ahead.program import flops_of
+from retnet_jax.chips import chip
+from retnet_jax.config import ConfigError, MeshConfig, ModelConfig
+from retnet_jax.model import build_model
+from retnet_jax.sharding import make_mesh
+from train import Run, train
+
+__all__ = ["config", "uninterrupted"]  # fixtures
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def tpus():
+    """Four v5e chips, as libtpu describes them."""
+    pytest.importorskip("libtpu", reason="pip install libtpu, of the version of jax's extra tpu")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("XLA_FLAGS", "TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE"):
+            patch.setenv(name, "")
+            patch.delenv(name)
+        topologies.prepare()
+        yield topologies.tpus("v5e:2x2")
+
+
+def program(function, mesh, *arguments):
+    with jax.set_mesh(mesh):
+        traced = jax.jit(function).trace(*arguments)
+        return ahead.Program(traced.lower().compile(), traced.jaxpr, mesh)
+
+
+def test_messages_in_loops_are_counted_as_often_as_they_run():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    numbers, loops = 2**19, 3
+
+    def exchange(x):
+        def step(total, _):
+            gathered = jax.lax.all_gather(total, "fsdp", tiled=True)
+            scattered = jax.lax.psum_scatter(gathered, ("data", "tensor"), tiled=True)
+            shifted = jax.lax.ppermute(total, "tensor", [(0, 1), (1, 0)])
+            return total + shifted + jnp.tile(scattered, 2), None
+
+        total, _ = jax.lax.scan(step, x, None, length=loops)
+        return jax.lax.psum(total, ("data", "fsdp"))
+
+    shared = jax.shard_map(exchange, in_specs=P(), out_specs=P(), check_vma=False)
+    found = program(shared, mesh, jnp.zeros(numbers)).messages
+    size = 4 * numbers
+    assert {(x.kind, x.axes): (x.count, x.bytes) for x in found} == {
+        ("all-gather", ("fsdp",)): (loops, loops * size),
+        ("reduce-scatter", ("data", "tensor")): (loops, loops * 3 * size // 2),
+        ("collective-permute", ("tensor",)): (loops, loops * size),
+        ("all-reduce", ("data", "fsdp")): (1, 2 * 3 * size // 4),
+    }
+
+
+@pytest.mark.parametrize(
+    ("groups", "expected"),
+    [
+        ("replica_groups={{0,2},{1,3}}, x", [0, 2]),
+        ("replica_groups=[4,2]<=[8], x", [0, 1]),
+        ("replica_groups=[2,4]<=[4,2]T(1,0), x", [0, 2, 4, 6]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}, x", [0, 4]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}, x", [0, 1, 2, 3]),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}, x", [0, 4]),
+        ("source_target_pairs={{1,3},{3,1}}", [1, 3]),
+        ("replica_groups={}", list(range(8))),
+    ],
+)
+def test_groups_of_devices(groups, expected):
+    from retnet_jax.ahead.program import _group
+
+    assert _group(f"all-reduce(%x), {groups}", 8) == expected
+
+
+@pytest.mark.parametrize("mixer", ["retention", "attention"])
+def test_flops_are_those_of_the_formula_and_of_the_compiler(mixer):
+    """The compiler counts loops once, so it gets a model of one layer and one chunk."""
+    model = ModelConfig(vocab_size=512, d_model=64, n_layers=1, n_heads=2, mixer=mixer)
+    length = 64
+    tokens = jnp.zeros((2, length), int)
+
+    def loss(model):
+        return (model(tokens, form="parallel")[0] ** 2).sum()
+
+    built = build_model(model, rngs=nnx.Rngs(0))
+    found = flops_of(jax.grad(loss), built) / tokens.size
+    compiled = jax.jit(jax.grad(loss)).lower(built).compile().cost_analysis()["flops"] / tokens.size
+    # The compiler has elementwise work too.
+    assert 0.85 * compiled < found < compiled
+    # All scores of the parallel form, where the formula has what each algorithm needs.
+    formula = model.training_flops_per_token(length)
+    assert formula < found < 1.35 * formula
+    deep = dataclasses.replace(model, n_layers=7)
+    many = flops_of(jax.grad(loss), build_model(deep, rngs=nnx.Rngs(0))) / tokens.size
+    a_layer = (many - found) / 6
+    assert many == pytest.approx(found + 6 * a_layer)
+    head = 6 * model.vocab_size * model.d_model
+    assert found == pytest.approx(head + a_layer, rel=1e-6)
+
+
+def test_recomputation_is_counted():
+    remat = dataclasses.replace(
+        CONFIG, model=dataclasses.replace(CONFIG.model, n_layers=6, remat="full")
+    )
+    stored = dataclasses.replace(remat, model=dataclasses.replace(remat.model, remat="none"))
+    again, once = (ahead.report(ahead.compile_step(x)).flops for x in (remat, stored))
+    assert 1.15 * once < again < 4 / 3 * once
+
+
+def test_it_compiles_the_step_that_train_runs(config, tmp_path, monkeypatch):
+    model = dataclasses.replace(config.model, vocab_size=258)
+    config = dataclasses.replace(config, model=model, mesh=MeshConfig(data=2, seq=2, tensor=2))
+    lowered = []
+
+    def look(self, state, *_):
+        batch = self.place(self.train_stream[0])
+        lowered.append(self.step.lower(state, batch).as_text())
+        return state, 0
+
+    monkeypatch.setattr(Run, "advance", look)
+    monkeypatch.setattr(Run, "finish", lambda *_: 0)
+    assert train(config, tmp_path / "run") == 0
+    assert lowered == [ahead.compile_step(config).lowered.as_text()]
+
+
+def test_a_saved_step_trains_alike(config, uninterrupted, tmp_path, monkeypatch):
+    step = ahead.compile_step(config)
+    ahead.save(step, tmp_path / "step")
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "make_step", None)  # it has to do without
+        assert train(config, tmp_path / "run", compiled=str(tmp_path / "step")) == 0
+    found, expected = metrics(tmp_path / "run"), metrics(uninterrupted)
+    assert {i: x["loss"] for i, x in found.items()} == {i: x["loss"] for i, x in expected.items()}
+    other = dataclasses.replace(config, mesh=MeshConfig(data=4, fsdp=2))
+    with pytest.raises(ConfigError, match=r"holds another step than this one:\n  mesh: "):
+        train(other, tmp_path / "other", compiled=str(tmp_path / "step"))
+    (tmp_path / "text").write_text("no program")
+    with pytest.raises(ConfigError, match="is no compiled step"):
+        train(config, tmp_path / "other", compiled=str(tmp_path / "text"))
+    with pytest.raises(ConfigError, match="does not exist"):
+        train(config, tmp_path / "other", compiled=str(tmp_path / "nothing"))
+
+
+def on_four(**changes):
+    model = dataclasses.replace(
+        CONFIG.model, n_layers=6, d_model=256, n_heads=2, dtype="bfloat16", **changes
+    )
+    return dataclasses.replace(CONFIG, model=model, mesh=MeshConfig(data=2, fsdp=2))
+
+
+def test_a_step_for_tpus(tpus):
+    config = on_four()
+    step = ahead.compile_step(config, tpus)
+    found = ahead.report(step)
+    assert found.device == "TPU v5 lite"
+    parameters = 4 * config.model.parameter_count()
+    assert parameters / 2 < found.parameter_bytes < 0.55 * parameters  # norms are not split
+    assert found.optimizer_bytes == pytest.approx(2 * found.parameter_bytes, rel=0.01)
+    memory = step.compiled.memory_analysis()
+    assert found.peak_bytes >= memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    assert found.estimated_seconds > found.compute_seconds > 0
+    assert 0 < found.mfu < 1
+    assert {"fsdp", "data"} <= {axis for x in found.messages for axis in x.axes}
+    assert json.loads(json.dumps(found.as_dict()))["mfu"] == found.mfu
+    assert f"MFU {found.mfu:.1%}" in found.text()
+
+
+def test_what_does_not_fit_is_refused_with_numbers(tpus):
+    huge = dataclasses.replace(on_four(), model=ModelConfig(d_model=8192, n_layers=30, n_heads=32))
+    with pytest.raises(ahead.DoesNotFitError, match=r"needs [\d.]+ GiB of [\d.]+ GiB.*mesh.fsdp=4"):
+        ahead.compile_step(huge, tpus)
+
+
+def test_the_fastest_layouts_first(tpus):
+    config = on_four()
+    found = ahead.fit(config, tpus, most=2)
+    seconds = [x.step_seconds for x in found]
+    assert seconds == sorted(seconds)
+    assert len(found) == 2
+    assert all(np.prod(list(x.mesh.values())) == 4 for x in found)
+    table = ahead.ranking(found).splitlines()
+    assert [f"{x.mfu:.1%}" in line for x, line in zip(found, table[2:], strict=True)] == [True] * 2
+    for layout in layouts(config, tpus):
+        assert layout.config.train.batch_size == config.train.batch_size
+        assert layout.bytes < chip("TPU v5 lite").memory
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topology=v9:2x2"], "--topology=v9:2x2 is none that libtpu knows"),
+        (["--topology=v5e:2x2", "--config.mesh.data=3"], "mesh.data=3"),
+        (["--topology=v5e:2x2", "--gpu=h200"], "give one of them"),
+        (["--gpu=gtx"], "--gpu=gtx is not one of h100, h200"),
+    ],
+)
+def test_command_line_errors(tpus, arguments, message):
+    done = subprocess.run(
+        [sys.executable, "tools/compile_ahead.py", "--config=configs/quickstart.py", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
