@@ -5,12 +5,14 @@ from functools import partial
 from typing import Any
 
 from retnet_jax.config import ConfigError, ModelConfig
-from retnet_jax.interop.layout import Layout, check_exact
+from retnet_jax.interop.layout import Layout, check_exact, check_types, refuse_features
 from retnet_jax.interop.sources import Description
 from retnet_jax.interop.tensor_files import TensorInfo
 from retnet_jax.interop.torchscale import (
+    ABSENT,
     GATED,
     REASONS,
+    TYPES,
     activation,
     buffers,
     normalizes_before,
@@ -24,6 +26,8 @@ from retnet_jax.presets import SYNCDOTH
 
 def read_config(values: dict[str, Any], infos: Mapping[str, TensorInfo]) -> Description:
     """The description in a `config.json`; what is left out has syncdoth's defaults."""
+    check_types("syncdoth", values, TYPES)
+    refuse_features("syncdoth", values, ABSENT)
     gated = values.get("use_glu", True)
     plain = activation(values, "syncdoth")
     ffn_norm = None
