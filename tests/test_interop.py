@@ -19,7 +19,7 @@ from retnet_jax import interop, load_pretrained, presets
 from retnet_jax.config import ConfigError, MeshConfig, ModelConfig
 from retnet_jax.errors import CheckpointError
 from retnet_jax.interop import Description
-from retnet_jax.interop.layout import config_values
+from retnet_jax.interop.layout import LayoutSource, config_values
 from retnet_jax.model import build_model
 from retnet_jax.sharding import make_mesh
 
@@ -264,10 +264,24 @@ def test_a_pickle_is_loaded_as_tensors_alone(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_sharded_import_equals_the_whole():
+def test_sharded_import_equals_the_whole(monkeypatch):
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     whole = interop.load(FIXTURES / "fla/default")
+    matrices = {leaf.shape for leaf in jax.tree.leaves(whole) if leaf.size > 1000}
+    before, read, copies = jax.live_arrays(), LayoutSource.read, []
+
+    def watched(self, *place):
+        old = set(map(id, before))
+        copies.extend(
+            array.shape
+            for array in jax.live_arrays()
+            if id(array) not in old and array.shape in matrices and array.is_fully_replicated
+        )
+        return read(self, *place)
+
+    monkeypatch.setattr(LayoutSource, "read", watched)
     sharded = interop.load(FIXTURES / "fla/default", mesh)
+    assert copies == []  # at no time
     assert len(mesh.devices.flat) == 8
     split = 0
     for ours, theirs in zip(jax.tree.leaves(sharded), jax.tree.leaves(whole), strict=True):
