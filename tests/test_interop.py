@@ -356,6 +356,44 @@ def test_what_is_not_exact_is_refused_with_the_reasons(case, layout, reasons, tm
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("preset", "sizes", "options", "post_norm"),
+    [
+        ("torchscale", {"deepnorm": True, "post_norm": True}, {"deepnorm": True}, True),
+        ("torchscale", {"deepnorm": True}, {"deepnorm": True}, False),
+        ("torchscale", {"post_norm": True}, {"decoder_normalize_before": False}, True),
+        (
+            "paper",
+            {"deepnorm": True, "post_norm": True, "ffn_norm": None},
+            {"deepnorm": True},
+            True,
+        ),
+        ("paper", {}, {"decoder_normalize_before": False}, False),
+    ],
+)
+def test_where_torchscales_norms_are(preset, sizes, options, post_norm, tmp_path):
+    """Its versions differ in what deepnorm and subln make of decoder_normalize_before."""
+    config = getattr(presets, preset)(d_model=8, n_layers=1, n_heads=2, vocab_size=5, **sizes)
+    interop.torchscale.save(build_model(config, rngs=nnx.Rngs(0)), tmp_path / "in")
+    values = config_values(tmp_path / "in")
+    for name in ("deepnorm", "subln", "decoder_normalize_before"):
+        del values[name]
+    (tmp_path / "in/config.json").write_text(json.dumps(values | options))
+    found = interop.load(tmp_path / "in").config
+    assert (found.post_norm, found.deepnorm, found.ffn_norm) == (
+        post_norm,
+        config.deepnorm,
+        config.ffn_norm,
+    )
+
+
+def test_norms_that_torchscale_of_2023_would_move_are_refused(tmp_path):
+    for sizes in ({"post_norm": True}, {"deepnorm": True, "ffn_norm": None}):
+        model = build_model(presets.paper(d_model=8, n_heads=2, **sizes), rngs=nnx.Rngs(0))
+        with pytest.raises(ConfigError, match=r"model\.post_norm is"):
+            interop.torchscale.save(model, tmp_path / "out")
+
+
 def test_a_transformer_is_refused(tmp_path):
     model = build_model(ModelConfig(d_model=32, mixer="attention"), rngs=nnx.Rngs(0))
     with pytest.raises(ConfigError, match="this is a Transformer"):

@@ -257,7 +257,8 @@ def random_checkpoint(layout, config, rng):
     [
         ("paper", {"d_model": 12, "n_heads": 3, "ffn_dim": 7, "embedding_scale": True}),
         ("paper", {"d_model": 8, "n_heads": 1, "ffn": "relu", "ffn_norm": None}),
-        ("paper", {"d_model": 8, "n_heads": 2, "post_norm": True, "tie_embeddings": True}),
+        ("paper", {"d_model": 8, "n_heads": 2, "post_norm": True, "ffn_norm": None}),
+        ("paper", {"d_model": 8, "n_heads": 2, "tie_embeddings": True}),
         (
             "paper",
             {"d_model": 8, "n_heads": 4, "post_norm": True, "deepnorm": True, "ffn_norm": None},

@@ -74,6 +74,10 @@ def read_config(values: dict[str, Any], infos: Mapping[str, TensorInfo]) -> Desc
     values = {name: value for name, value in values.items() if value is not None}
     if "embed_tokens.weight" in infos:
         values = {"vocab_size": infos["embed_tokens.weight"].shape[0]} | values
+    if normalizes_before(values) != settled_before(values):
+        # Until December 2023 its RetNetConfig settled this, since then it does not, and fairseq's
+        # options went around it. Models that norm after their layers have no norm at the end.
+        values |= {"decoder_normalize_before": "layer_norm.weight" in infos}
     check_types("torchscale", values, TYPES)
     refuse_features("torchscale", values, ABSENT)
     if any(name.endswith("retention.q_proj.bias") for name in infos):
@@ -111,13 +115,14 @@ def write_config(description: Description) -> dict[str, Any]:
     expected = expected | {"ffn": _ffn(model, gated=not before), "q_width": model.d_model}
     if before:
         expected["v_width"] = 2 * model.d_model
+        expected["post_norm"] = settled_post_norm(model)
         if model.ffn_norm is not None:
             expected |= {"ffn_norm": "layer", "deepnorm": False}
     check_exact("torchscale", model, expected, REASONS)
     own = {} if before else {"decoder_value_embed_dim": model.v_width}
     return own | {
         **options(model),
-        "subln": model.ffn_norm is not None or not (before or model.deepnorm),
+        "subln": model.ffn_norm is not None or not (before or model.post_norm or model.deepnorm),
         "max_target_positions": description.context_length,
         "share_decoder_input_output_embed": model.tie_embeddings,
     }
@@ -192,6 +197,18 @@ def sublayer_norm(values: Mapping[str, Any]) -> bool:
 def normalizes_before(values: Mapping[str, Any]) -> bool:
     """Whether a norm comes before its layer."""
     return values.get("decoder_normalize_before", True)
+
+
+def settled_before(values: Mapping[str, Any]) -> bool:
+    """The same where deepnorm turns it off, and sub-LayerNorm on, whatever the option says."""
+    if values.get("deepnorm", False):
+        return False
+    return sublayer_norm(values) or normalizes_before(values)
+
+
+def settled_post_norm(model: ModelConfig) -> bool:
+    """What `settled_before` makes of this model's options."""
+    return model.deepnorm or (model.post_norm and model.ffn_norm is None)
 
 
 def _ffn(model: ModelConfig, *, gated: bool) -> str:
