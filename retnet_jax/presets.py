@@ -32,7 +32,7 @@ def fla(**options: Any) -> ModelConfig:
 
 def syncdoth(**options: Any) -> ModelConfig:
     """As syncdoth/RetNet: torchscale since October 2023 in Hugging Face's format."""
-    return ModelConfig(**(SYNCDOTH | {"ffn": "geglu"} | options))
+    return ModelConfig(**(SYNCDOTH | {"ffn": "geglu", "decay": "powers_of_two"} | options))
 
 
 # What is the same in every checkpoint of an implementation.

@@ -16,16 +16,41 @@ ACTIVATIONS = {
 
 
 def torchscale(weights, config, tokens):
-    """Logits [b t w] of torchscale since October 2023, by its recurrent form."""
+    """Logits [b t w] of torchscale, by its recurrent form.
+
+    Before October 2023 where there are biases: then with LayerNorm for RMSNorm, and no gate in the
+    feed-forward layer.
+    """
+    gammas = 1 - 2.0 ** (-5 - np.arange(config["decoder_retention_heads"]))
+    old = "layers.0.retention.q_proj.bias" in weights
+    return _torchscale(weights, config, tokens, gammas, "layer" if old else "rms")
+
+
+def syncdoth(weights, config, tokens):
+    """Logits [b t w] of syncdoth/RetNet: torchscale's with other names, and some options more."""
+    heads = config["decoder_retention_heads"]
+    gammas = 1 - 2.0 ** (-5 - np.arange(heads))
+    if config["use_lm_decay"]:
+        gammas = 1 - np.exp(np.linspace(math.log(1 / 32), math.log(1 / 512), heads))
+    weights = {name.removeprefix("model."): value for name, value in weights.items()}
+    head = "embed_tokens" if config["tie_word_embeddings"] else "lm_head"
+    weights["output_projection.weight"] = weights[head + ".weight"]
+    return _torchscale(weights, config, tokens, gammas, "rms")
+
+
+def _torchscale(weights, config, tokens, gammas, kind):
     heads, epsilon = config["decoder_retention_heads"], config["layernorm_eps"]
     width = config["decoder_embed_dim"]
 
     def linear(name, x):
-        return x @ weights[name + ".weight"].T
+        return x @ weights[name + ".weight"].T + weights.get(name + ".bias", 0.0)
 
-    def rms(x, name=None):
+    def norm(x, name=None, kind=kind):
+        x = x - x.mean(-1, keepdims=True) if kind == "layer" else x
         y = x / np.sqrt(np.mean(x**2, -1, keepdims=True) + epsilon)
-        return y if name is None else y * weights[name + ".weight"]
+        if name is None:
+            return y
+        return y * weights[name + ".weight"] + weights.get(name + ".bias", 0.0)
 
     def turn(x, n):
         angle = np.repeat(10_000.0 ** -np.linspace(0, 1, x.shape[-1] // 2), 2) * n
@@ -40,12 +65,12 @@ def torchscale(weights, config, tokens):
         q, k, v = (y.reshape(b, t, heads, -1) for y in (q, k, v))
         k = k * k.shape[-1] ** -0.5
         state = np.zeros((b, heads, v.shape[-1], k.shape[-1]))
-        gamma, total, outputs = 1 - 2.0 ** (-5 - np.arange(heads)), np.zeros(heads), []
+        total, outputs = np.zeros(heads), []
         for n in range(t):
-            total = total * gamma + 1
-            state = state * gamma[:, None, None] + v[:, n, :, :, None] * turn(k[:, n, :, None], n)
+            total = total * gammas + 1
+            state = state * gammas[:, None, None] + v[:, n, :, :, None] * turn(k[:, n, :, None], n)
             y = (state @ turn(q[:, n], n)[..., None])[..., 0] / np.sqrt(total)[:, None]
-            outputs.append(rms(y).reshape(b, -1))
+            outputs.append(norm(y).reshape(b, -1))
         return linear(
             f"layers.{layer}.retention.out_proj", ACTIVATIONS["swish"](gate) * np.stack(outputs, 1)
         )
@@ -53,20 +78,25 @@ def torchscale(weights, config, tokens):
     def ffn(x, layer):
         name = f"layers.{layer}.ffn."
         inner = ACTIVATIONS[config["activation_fn"]](linear(name + "fc1", x))
-        return linear(name + "fc2", inner * linear(name + "gate", x))
+        if name + "gate.weight" in weights:
+            inner = inner * linear(name + "gate", x)
+        if name + "ffn_layernorm.weight" in weights:
+            biased = name + "ffn_layernorm.bias" in weights
+            inner = norm(inner, name + "ffn_layernorm", "layer" if biased else "rms")
+        return linear(name + "fc2", inner)
 
     x = weights["embed_tokens.weight"][tokens]
     x = x if config["no_scale_embedding"] else x * math.sqrt(width)
-    x = rms(x, "layernorm_embedding") if config["layernorm_embedding"] else x
+    x = norm(x, "layernorm_embedding") if config["layernorm_embedding"] else x
     alpha = (2 * config["decoder_layers"]) ** 0.25 if config["deepnorm"] else 1.0
     for layer in range(config["decoder_layers"]):
-        for part, norm in ((retention, "retention_layer_norm"), (ffn, "final_layer_norm")):
-            norm = f"layers.{layer}.{norm}"
+        for part, name in ((retention, "retention_layer_norm"), (ffn, "final_layer_norm")):
+            name = f"layers.{layer}.{name}"
             if config["decoder_normalize_before"]:
-                x = alpha * x + part(rms(x, norm), layer)
+                x = alpha * x + part(norm(x, name), layer)
             else:
-                x = rms(alpha * x + part(x, layer), norm)
-    x = rms(x, "layer_norm") if config["decoder_normalize_before"] else x
+                x = norm(alpha * x + part(x, layer), name)
+    x = norm(x, "layer_norm") if config["decoder_normalize_before"] else x
     return linear("output_projection", x)
 
 

@@ -1,5 +1,6 @@
 """Checkpoints of other implementations: in and out, converted, refused."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -14,10 +15,11 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from retnet_jax import interop, load_pretrained
+from retnet_jax import interop, load_pretrained, presets
 from retnet_jax.config import ConfigError, MeshConfig, ModelConfig
 from retnet_jax.errors import CheckpointError
-from retnet_jax.interop.layout import config_values
+from retnet_jax.interop import Description
+from retnet_jax.interop.layout import LayoutSource, config_values
 from retnet_jax.model import build_model
 from retnet_jax.sharding import make_mesh
 
@@ -158,6 +160,24 @@ def test_files_divided_over_an_index(tmp_path):
         interop.load(tmp_path / "parts")
 
 
+@pytest.mark.parametrize(
+    ("values", "width"), [({}, 512), ({"hidden_ratio": None}, 1024), ({"hidden_ratio": 3}, 768)]
+)
+def test_the_feed_forward_width_that_fla_derives(values, width):
+    # Two thirds of ratio * hidden_size, up to a multiple of 256; without a ratio it is 2.
+    assert interop.fla.read_config({"hidden_size": 384} | values, {}).model.ffn_width == width
+
+
+@pytest.mark.parametrize(("width", "expanded"), [(100, 58), (60, 123), (1000, 1001), (48, 96)])
+def test_expansions_survive_any_rounding(width, expanded):
+    config = presets.fla(d_model=width, n_heads=1, key_dim=width, value_dim=expanded)
+    written = interop.fla.LAYOUT.write_config(Description(config))
+    assert int(width * written["expand_v"]) == expanded
+    assert interop.fla.read_config(written, {}).model == dataclasses.replace(
+        config, ffn_dim=config.ffn_width
+    )
+
+
 def test_gates_that_older_fla_fused_are_split(tmp_path):
     directory = copy_of("fla/default", tmp_path / "old")
 
@@ -206,6 +226,14 @@ def test_torch_files(tmp_path):
     options = argparse.Namespace(**config_values(FIXTURES / "torchscale_head/a_h4"))
     torch.save(content | {"cfg": {"model": options}}, tmp_path / "fairseq/model.pt")
     (tmp_path / "fairseq/config.json").unlink()
+    shutil.copytree(tmp_path / "fairseq", tmp_path / "old")
+    del options.vocab_size  # fairseq's dictionary knows it
+    options.max_target_positions = options.moe_freq = None
+    torch.save(
+        content | {"args": options},
+        tmp_path / "old/model.pt",
+        _use_new_zipfile_serialization=False,
+    )
     plain = copy_of("torchscale_head/a_h4", tmp_path / "plain")
     state = {
         name: torch.from_numpy(value).to(torch.bfloat16) for name, value in tensors(plain).items()
@@ -214,6 +242,7 @@ def test_torch_files(tmp_path):
     (plain / "weights.safetensors").unlink()
     for directory, dtype in (
         (tmp_path / "fairseq", np.float32),
+        (tmp_path / "old", np.float32),
         (plain, ml_dtypes.bfloat16),
     ):
         for ours, theirs in zip(leaves(interop.load(directory)), leaves(expected), strict=True):
@@ -235,10 +264,24 @@ def test_a_pickle_is_loaded_as_tensors_alone(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_sharded_import_equals_the_whole():
+def test_sharded_import_equals_the_whole(monkeypatch):
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     whole = interop.load(FIXTURES / "fla/default")
+    matrices = {leaf.shape for leaf in jax.tree.leaves(whole) if leaf.size > 1000}
+    before, read, copies = jax.live_arrays(), LayoutSource.read, []
+
+    def watched(self, *place):
+        old = set(map(id, before))
+        copies.extend(
+            array.shape
+            for array in jax.live_arrays()
+            if id(array) not in old and array.shape in matrices and array.is_fully_replicated
+        )
+        return read(self, *place)
+
+    monkeypatch.setattr(LayoutSource, "read", watched)
     sharded = interop.load(FIXTURES / "fla/default", mesh)
+    assert copies == []  # at no time
     assert len(mesh.devices.flat) == 8
     split = 0
     for ours, theirs in zip(jax.tree.leaves(sharded), jax.tree.leaves(whole), strict=True):
@@ -311,6 +354,44 @@ def test_what_is_not_exact_is_refused_with_the_reasons(case, layout, reasons, tm
     for reason in reasons:
         assert re.search(reason, str(error.value)), str(error.value)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("preset", "sizes", "options", "post_norm"),
+    [
+        ("torchscale", {"deepnorm": True, "post_norm": True}, {"deepnorm": True}, True),
+        ("torchscale", {"deepnorm": True}, {"deepnorm": True}, False),
+        ("torchscale", {"post_norm": True}, {"decoder_normalize_before": False}, True),
+        (
+            "paper",
+            {"deepnorm": True, "post_norm": True, "ffn_norm": None},
+            {"deepnorm": True},
+            True,
+        ),
+        ("paper", {}, {"decoder_normalize_before": False}, False),
+    ],
+)
+def test_where_torchscales_norms_are(preset, sizes, options, post_norm, tmp_path):
+    """Its versions differ in what deepnorm and subln make of decoder_normalize_before."""
+    config = getattr(presets, preset)(d_model=8, n_layers=1, n_heads=2, vocab_size=5, **sizes)
+    interop.torchscale.save(build_model(config, rngs=nnx.Rngs(0)), tmp_path / "in")
+    values = config_values(tmp_path / "in")
+    for name in ("deepnorm", "subln", "decoder_normalize_before"):
+        del values[name]
+    (tmp_path / "in/config.json").write_text(json.dumps(values | options))
+    found = interop.load(tmp_path / "in").config
+    assert (found.post_norm, found.deepnorm, found.ffn_norm) == (
+        post_norm,
+        config.deepnorm,
+        config.ffn_norm,
+    )
+
+
+def test_norms_that_torchscale_of_2023_would_move_are_refused(tmp_path):
+    for sizes in ({"post_norm": True}, {"deepnorm": True, "ffn_norm": None}):
+        model = build_model(presets.paper(d_model=8, n_heads=2, **sizes), rngs=nnx.Rngs(0))
+        with pytest.raises(ConfigError, match=r"model\.post_norm is"):
+            interop.torchscale.save(model, tmp_path / "out")
 
 
 def test_a_transformer_is_refused(tmp_path):
@@ -396,6 +477,14 @@ def test_all_wrong_tensors_are_listed_before_anything_is_written(tmp_path):
         ("torchscale_head/a_h4", {"multiway": True}, "multiway"),
         ("torchscale_head/a_h4", {"activation_fn": "tanh"}, "activation_fn='tanh'"),
         ("torchscale_head/a_h4", {"vocab_size": -1}, "vocab_size=-1"),
+        ("torchscale_head/a_h4", {"decoder_layers": "2"}, "decoder_layers='2' is no int"),
+        (
+            "fla/default",
+            {"hidden_size": "32", "expand_k": "1"},
+            "'32' is no int\n.*'1' is no float",
+        ),
+        ("syncdoth/glu", {"moe_freq": 2, "multiway": True}, "mixture of experts\n.*multiway"),
+        ("syncdoth/glu", {"vocab_size": 96.0}, "vocab_size=96.0 is no int"),
         (
             "syncdoth/ffn",
             {"subln": True},

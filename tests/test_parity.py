@@ -253,8 +253,45 @@ def random_checkpoint(layout, config, rng):
 
 
 @pytest.mark.parametrize(
-    ("layout", "sizes"),
+    ("preset", "sizes"),
     [
+        ("paper", {"d_model": 12, "n_heads": 3, "ffn_dim": 7, "embedding_scale": True}),
+        ("paper", {"d_model": 8, "n_heads": 1, "ffn": "relu", "ffn_norm": None}),
+        ("paper", {"d_model": 8, "n_heads": 2, "post_norm": True, "ffn_norm": None}),
+        ("paper", {"d_model": 8, "n_heads": 2, "tie_embeddings": True}),
+        (
+            "paper",
+            {"d_model": 8, "n_heads": 4, "post_norm": True, "deepnorm": True, "ffn_norm": None},
+        ),
+        ("paper", {"d_model": 20, "n_heads": 2, "embedding_norm": True, "n_layers": 3}),
+        ("syncdoth", {"d_model": 6, "n_heads": 3, "value_dim": 15, "ffn_dim": 5, "ffn": "swiglu"}),
+        ("syncdoth", {"d_model": 8, "n_heads": 4, "tie_embeddings": True, "decay": "log_spaced"}),
+        ("syncdoth", {"d_model": 8, "n_heads": 2, "post_norm": True, "deepnorm": True}),
+        ("syncdoth", {"d_model": 8, "n_heads": 1, "ffn": "relu", "ffn_bias": True}),
+        (
+            "syncdoth",
+            {
+                "d_model": 12,
+                "n_heads": 2,
+                "ffn": "gelu",
+                "ffn_bias": True,
+                "ffn_dim": 12,
+                "ffn_norm": "layer",
+                "embedding_norm": True,
+            },
+        ),
+        (
+            "syncdoth",
+            {
+                "d_model": 12,
+                "n_heads": 2,
+                "ffn": "swish",
+                "ffn_bias": True,
+                "ffn_dim": 12,
+                "ffn_norm": "rms",
+                "embedding_scale": True,
+            },
+        ),
         ("torchscale", {"d_model": 6, "n_heads": 3, "value_dim": 9, "ffn_dim": 5, "ffn": "reglu"}),
         ("torchscale", {"d_model": 20, "n_heads": 2, "value_dim": 14, "ffn": "swiglu"}),
         ("torchscale", {"d_model": 8, "n_heads": 1, "embedding_scale": True, "post_norm": True}),
@@ -265,9 +302,10 @@ def random_checkpoint(layout, config, rng):
         ("fla", {"d_model": 16, "n_heads": 1, "tie_embeddings": True, "n_layers": 5}),
     ],
 )
-def test_other_shapes(layout, sizes, tmp_path):
+def test_other_shapes(preset, sizes, tmp_path):
     rng = np.random.default_rng(0)
-    config = getattr(presets, layout)(**({"vocab_size": 23, "n_layers": 2} | sizes))
+    layout = "torchscale" if preset == "paper" else preset
+    config = getattr(presets, preset)(**({"vocab_size": 23, "n_layers": 2} | sizes))
     weights, values = random_checkpoint(interop.LAYOUTS[layout], config, rng)
     tokens = rng.integers(0, 23, (2, 19))
     wide = {name: value.astype(np.float64) for name, value in weights.items()}

@@ -1,5 +1,6 @@
 """flash-linear-attention: Hugging Face directories such as fla-hub/retnet-1.3B-100B."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -8,11 +9,16 @@ from typing import Any
 import numpy as np
 
 from retnet_jax.config import ConfigError, ModelConfig
-from retnet_jax.interop.layout import Layout, Rule, check_exact, refuse_features
+from retnet_jax.interop.layout import Layout, Rule, check_exact, check_types, refuse_features
 from retnet_jax.interop.sources import Description
 from retnet_jax.interop.tensor_files import TensorFiles, TensorInfo
 from retnet_jax.presets import FLA
 
+TYPES = {
+    int: "hidden_size num_heads num_hidden_layers vocab_size max_position_embeddings",
+    float: "expand_k expand_v norm_eps",
+    bool: "tie_word_embeddings",
+}
 _LAYER = "model.layers.{layer}."
 RULES = (
     Rule("embedding", "model.embeddings.weight"),
@@ -38,6 +44,7 @@ UNFUSED_RULES = tuple(
 def read_config(values: dict[str, Any], infos: Mapping[str, TensorInfo]) -> Description:
     """The description in a `config.json`; what is left out has fla's defaults."""
     heads = values.get("num_heads", 8)
+    check_types("fla", values, TYPES)
     refuse_features(
         "fla",
         values,
@@ -89,8 +96,8 @@ def write_config(description: Description, *, fused: bool) -> dict[str, Any]:
         "conv_size": 4,
         "elementwise_affine": model.head_norm_scale,
         "eos_token_id": description.eos_id,
-        "expand_k": model.q_width / model.d_model,
-        "expand_v": model.v_width / model.d_model,
+        "expand_k": _factor(model.d_model, model.q_width),
+        "expand_v": _factor(model.d_model, model.v_width),
         "feature_map": None,
         "fuse_cross_entropy": True,
         "fuse_norm": fused,
@@ -155,9 +162,16 @@ def _expanded(width: int, factor: float, name: str) -> int:
     return round(expanded)
 
 
+def _factor(width: int, expanded: int) -> float:
+    """What `width` is multiplied by; some versions of fla round the product down."""
+    factor = expanded / width
+    return factor if int(width * factor) == expanded else math.nextafter(factor, math.inf)
+
+
 def _default_ffn(width: int, values: Mapping[str, Any]) -> int:
     """fla's: two thirds of hidden_ratio * hidden_size, up to the next multiple of 256."""
-    inner = int(width * (values.get("hidden_ratio") or 4) * 2 / 3)
+    ratio = values.get("hidden_ratio", 2)
+    inner = int(width * (4 if ratio is None else ratio) * 2 / 3)
     return 256 * -(-inner // 256)
 
 

@@ -365,6 +365,24 @@ def refuse_features(layout: str, found: Mapping[str, Any], allowed: Mapping[str,
         )
 
 
+def check_types(layout: str, found: Mapping[str, Any], expected: Mapping[type, str]) -> None:
+    """Raises `ConfigError` for values of another type than the fields have.
+
+    Args:
+      layout: its name.
+      found: a checkpoint's config.
+      expected: for int, float and bool the names of the fields; a float may be written as an int.
+    """
+    wrong = [
+        f"{name}={found[name]!r} is no {kind.__name__}"
+        for kind, names in expected.items()
+        for name in names.split()
+        if name in found and type(found[name]) not in ((int, float) if kind is float else (kind,))
+    ]
+    if wrong:
+        raise ConfigError(f"config.json is not that of a {layout} model:\n  " + "\n  ".join(wrong))
+
+
 def _foreign_shape(rule: Rule, layer: int | None, config: ModelConfig) -> tuple[int, ...]:
     shape = parameter_shape(config, rule.own, layer)
     return shape[::-1] if rule.transposed else shape

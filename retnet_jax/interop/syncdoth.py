@@ -5,17 +5,20 @@ from functools import partial
 from typing import Any
 
 from retnet_jax.config import ConfigError, ModelConfig
-from retnet_jax.interop.layout import Layout, check_exact
+from retnet_jax.interop.layout import Layout, check_exact, check_types, refuse_features
 from retnet_jax.interop.sources import Description
 from retnet_jax.interop.tensor_files import TensorInfo
 from retnet_jax.interop.torchscale import (
+    ABSENT,
     GATED,
     REASONS,
+    TYPES,
     activation,
     buffers,
-    normalizes_before,
     options,
     rules,
+    settled_before,
+    settled_post_norm,
     shape,
     sublayer_norm,
 )
@@ -24,6 +27,8 @@ from retnet_jax.presets import SYNCDOTH
 
 def read_config(values: dict[str, Any], infos: Mapping[str, TensorInfo]) -> Description:
     """The description in a `config.json`; what is left out has syncdoth's defaults."""
+    check_types("syncdoth", values, TYPES)
+    refuse_features("syncdoth", values, ABSENT)
     gated = values.get("use_glu", True)
     plain = activation(values, "syncdoth")
     ffn_norm = None
@@ -36,11 +41,7 @@ def read_config(values: dict[str, Any], infos: Mapping[str, TensorInfo]) -> Desc
                 f"activations as if they were decoder_embed_dim={width} wide, so "
                 f"decoder_ffn_embed_dim={values.get('decoder_ffn_embed_dim', 1280)} cannot run"
             )
-    # As `write_config` has it.
-    before = not values.get("deepnorm", False) and (
-        sublayer_norm(values) or normalizes_before(values)
-    )
-    values = values | {"decoder_normalize_before": before}
+    values = values | {"decoder_normalize_before": settled_before(values)}
     model = ModelConfig(
         **SYNCDOTH,
         **shape(values, tied="tie_word_embeddings"),
@@ -70,8 +71,7 @@ def write_config(description: Description) -> dict[str, Any]:
     expected = SYNCDOTH | {
         "ffn_bias": not gated,
         "q_width": model.d_model,
-        # There deepnorm is always post-norm, and sub-LayerNorm always pre-norm.
-        "post_norm": model.deepnorm or (model.post_norm and model.ffn_norm is None),
+        "post_norm": settled_post_norm(model),
     }
     if model.decay == "log_spaced":
         expected["decay_range"] = (1 / 32, 1 / 512)

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import struct
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +124,12 @@ class TorchFile:
         try:
             # fairseq's options are an argparse.Namespace, which holds data alone.
             with torch.serialization.safe_globals([argparse.Namespace]):
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                content = torch.load(
+                    path,
+                    map_location="cpu",
+                    weights_only=True,
+                    mmap=zipfile.is_zipfile(path),  # older files are none, and read as a whole
+                )
         except Exception as error:  # torch raises whatever its parts do
             first = str(error).strip().split("\n")[0]
             raise CheckpointError(

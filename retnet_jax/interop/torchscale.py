@@ -11,13 +11,26 @@ from typing import Any
 import numpy as np
 
 from retnet_jax.config import ConfigError, ModelConfig
-from retnet_jax.interop.layout import Layout, Rule, check_exact, refuse_features
+from retnet_jax.interop.layout import Layout, Rule, check_exact, check_types, refuse_features
 from retnet_jax.interop.sources import Description
 from retnet_jax.interop.tensor_files import TensorInfo
 from retnet_jax.presets import TORCHSCALE, TORCHSCALE_2023
 
+TYPES = {
+    int: "vocab_size decoder_embed_dim decoder_value_embed_dim decoder_ffn_embed_dim "
+    "decoder_layers decoder_retention_heads",
+    float: "layernorm_eps",
+    bool: "decoder_normalize_before deepnorm layernorm_embedding no_scale_embedding subln "
+    "share_decoder_input_output_embed tie_word_embeddings use_ffn_rms_norm use_glu use_lm_decay",
+}
 _ACTIVATIONS = ("relu", "gelu", "swish")
 GATED = {"relu": "reglu", "gelu": "geglu", "swish": "swiglu"}
+# What this project does not have, as `refuse_features` takes it.
+ABSENT = {
+    "moe_freq": ("mixture of experts", 0),
+    "multiway": ("multiway (two sets of parameters)", False),
+    "no_output_layer": ("no output layer", False),
+}
 
 
 def rules(prefix: str, head: str) -> tuple[Rule, ...]:
@@ -55,22 +68,25 @@ def rules(prefix: str, head: str) -> tuple[Rule, ...]:
 def read_config(values: dict[str, Any], infos: Mapping[str, TensorInfo]) -> Description:
     """The description in torchscale's options; what is left out has torchscale's defaults.
 
-    Whether it is the shape before October 2023 is told by the names: that one has biases.
+    Whether it is the shape before October 2023 is told by the names: that one has biases. fairseq
+    has None for an option that is left out, and the size of the vocabulary nowhere.
     """
-    refuse_features(
-        "torchscale",
-        values,
-        {
-            "moe_freq": ("mixture of experts", 0),
-            "multiway": ("multiway (two sets of parameters)", False),
-            "no_output_layer": ("no output layer", False),
-        },
-    )
+    values = {name: value for name, value in values.items() if value is not None}
+    if "embed_tokens.weight" in infos:
+        values = {"vocab_size": infos["embed_tokens.weight"].shape[0]} | values
+    if normalizes_before(values) != settled_before(values):
+        # Until December 2023 its RetNetConfig settled this, since then it does not, and fairseq's
+        # options went around it. Models that norm after their layers have no norm at the end.
+        values |= {"decoder_normalize_before": "layer_norm.weight" in infos}
+    check_types("torchscale", values, TYPES)
+    refuse_features("torchscale", values, ABSENT)
     if any(name.endswith("retention.q_proj.bias") for name in infos):
         width = values.get("decoder_embed_dim", 768)
         model = ModelConfig(
             **TORCHSCALE_2023,
-            **shape(values, tied="share_decoder_input_output_embed"),
+            **shape(
+                {"decoder_ffn_embed_dim": 1536} | values, tied="share_decoder_input_output_embed"
+            ),
             value_dim=2 * width,
             ffn=activation(values, "torchscale"),
             ffn_norm="layer" if sublayer_norm(values) else None,
@@ -99,13 +115,14 @@ def write_config(description: Description) -> dict[str, Any]:
     expected = expected | {"ffn": _ffn(model, gated=not before), "q_width": model.d_model}
     if before:
         expected["v_width"] = 2 * model.d_model
+        expected["post_norm"] = settled_post_norm(model)
         if model.ffn_norm is not None:
             expected |= {"ffn_norm": "layer", "deepnorm": False}
     check_exact("torchscale", model, expected, REASONS)
     own = {} if before else {"decoder_value_embed_dim": model.v_width}
     return own | {
         **options(model),
-        "subln": model.ffn_norm is not None or not (before or model.deepnorm),
+        "subln": model.ffn_norm is not None or not (before or model.post_norm or model.deepnorm),
         "max_target_positions": description.context_length,
         "share_decoder_input_output_embed": model.tie_embeddings,
     }
@@ -180,6 +197,18 @@ def sublayer_norm(values: Mapping[str, Any]) -> bool:
 def normalizes_before(values: Mapping[str, Any]) -> bool:
     """Whether a norm comes before its layer."""
     return values.get("decoder_normalize_before", True)
+
+
+def settled_before(values: Mapping[str, Any]) -> bool:
+    """The same where deepnorm turns it off, and sub-LayerNorm on, whatever the option says."""
+    if values.get("deepnorm", False):
+        return False
+    return sublayer_norm(values) or normalizes_before(values)
+
+
+def settled_post_norm(model: ModelConfig) -> bool:
+    """What `settled_before` makes of this model's options."""
+    return model.deepnorm or (model.post_norm and model.ffn_norm is None)
 
 
 def _ffn(model: ModelConfig, *, gated: bool) -> str:
