@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retnet_jax.config import ConfigError, DataConfig
-from retnet_jax.data import store_builder
+from retnet_jax.data import BatchStream, store_builder
 from retnet_jax.data.sources import Document
 from retnet_jax.data.store_builder import build_store, is_held_out, open_or_build
 from retnet_jax.data.token_store import check_files, open_store
@@ -435,6 +435,43 @@ def test_a_store_is_not_built_on_remote_storage(config, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="missing or damaged"):
         open_or_build(config, 257)
     assert not list(tmp_path.glob("memory*"))
+
+
+@pytest.mark.parametrize("windows", ["packed", "contiguous"])
+@pytest.mark.parametrize("deduplicate", [True, False])
+def test_no_batch_has_a_held_out_document_and_an_epoch_has_all_others(config, windows, deduplicate):
+    corpus = Path(config.path).parent
+    for number in range(30):
+        (corpus / f"copy{number}.txt").write_text(f"<{number % 10}>")
+        (corpus / f"alone{number}.txt").write_text(f"<{100 + number}" + number * "x" + ">")
+    config.deduplicate = deduplicate
+    store = build_store(config, 257)
+    train, held_out = (
+        {tuple(split.document(i).tolist()) for i in range(len(split))}
+        for split in (store.train, store.held_out)
+    )
+    assert not train & held_out
+    stream = BatchStream(
+        [store.train],
+        [1.0],
+        sequence_length=60,
+        batch_size=4,
+        bos_id=256,
+        seed=0,
+        policy=windows,
+    )
+    found, read = set(), [()] * 4  # what each row has read of a document
+    for step in range(2 * store.train.token_count // 60):  # a row alone reads all
+        batch = stream[step]
+        for row, segments in enumerate(batch.segment_ids):
+            for segment in range(1, segments.max() + 1):
+                tokens = tuple(batch.tokens[row][segments == segment].tolist())
+                goes_on = segment == 1 and batch.continues[row]
+                read[row] = read[row] + tokens if goes_on else tokens
+                found.add(read[row])
+                assert any(document[: len(read[row])] == read[row] for document in train)
+    assert found >= train
+    assert not found & held_out
 
 
 def test_a_store_on_remote_storage_is_read_by_ranges(config):

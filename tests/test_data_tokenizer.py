@@ -90,6 +90,25 @@ def test_saved_and_loaded_is_the_same(make, tmp_path):
     assert loaded.encode(text) == tokenizer.encode(text)
 
 
+def test_a_vocabulary_and_merges_are_the_tokenizer_they_came_from(tmp_path):
+    library = pytest.importorskip("tokenizers")
+    contents = bpe().files["tokenizer.json"].decode()
+    library.Tokenizer.from_str(contents).model.save(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"eos_token_id": 0}')
+    loaded = load_tokenizer(tmp_path)
+    assert (loaded.vocab_size, loaded.bos_id, loaded.end_id) == (300, 0, 0)
+    for text in WORDS:
+        assert loaded.encode(text) == bpe().encode(text)
+        assert loaded.decode(loaded.encode(text)) == text
+    (tmp_path / "again").mkdir()
+    loaded.save(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again").encode(WORDS[0]) == bpe().encode(WORDS[0])
+    (tmp_path / "vocab.json").write_text('{"a": 0}')
+    (tmp_path / "merges.txt").write_text("")
+    with pytest.raises(ValueError, match=r"vocab\.json lacks some of the 256 bytes"):
+        load_tokenizer(tmp_path)
+
+
 def test_byte_ids_are_bytes():
     assert ByteTokenizer().encode("aé") == [97, 0xC3, 0xA9]
     assert (ByteTokenizer().bos_id, ByteTokenizer().vocab_size) == (256, 257)
