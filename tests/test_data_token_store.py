@@ -174,6 +174,7 @@ def test_a_store_with_other_options_is_not_used(config):
     assert "model.vocab_size: None in the store, 300 asked for" in message
     assert "data.path" not in message
     assert "name another directory in data.store, or delete" in message
+    assert "build it again with: python tools/prepare_data.py" in message
 
 
 def test_options_that_are_not_read_make_no_difference(config):

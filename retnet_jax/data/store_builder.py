@@ -123,7 +123,8 @@ def open_or_build(config: DataConfig, vocab_size: int) -> TokenStore:
     if differences:
         raise ConfigError(
             f"data.store={config.store!r} was built with other options:{differences}\n"
-            "name another directory in data.store, or delete this one to have it built again"
+            "name another directory in data.store, or delete this one and build it again with: "
+            f"{_command()}"
         )
     _check_vocabulary(store, vocab_size)
     return store
