@@ -4,13 +4,13 @@ import gzip
 import io
 import json
 import sys
-import sysconfig
 import types
 from pathlib import Path
 
 import pytest
 
 from retnet_jax.config import ConfigError, DataConfig
+from retnet_jax.data import sources
 from retnet_jax.data.sources import Document, Skipped, list_pieces, read_documents, read_piece
 
 
@@ -370,7 +370,7 @@ def test_a_package_that_is_missing_is_named(monkeypatch, tmp_path):
 
 
 def test_stdlib_leaves_out_what_is_installed(tmp_path, monkeypatch):
-    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    monkeypatch.setattr(sources, "_stdlib_root", lambda: tmp_path)
     for name in ("b.py", "a/z.py", "site-packages/x.py", "a/__pycache__/y.py", "c.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"# {name}")

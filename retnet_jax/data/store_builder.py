@@ -604,11 +604,13 @@ def _grouped(pieces: list[Piece]) -> Iterator[list[Piece]]:
     """Pieces in shards, of files alone: the same for any number of processes."""
     size = max(_SHARD_BYTES, sum(piece.bytes for piece in pieces) // _MOST_SHARDS)
     group: list[Piece] = []
+    total = 0
     for piece in pieces:
         group.append(piece)
-        if sum(p.bytes for p in group) >= size or len(group) >= 10_000:
+        total += piece.bytes
+        if total >= size or len(group) >= 10_000:
             yield group
-            group = []
+            group, total = [], 0
     if group:
         yield group
 
