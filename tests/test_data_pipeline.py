@@ -159,7 +159,8 @@ def test_rows_of_contiguous_windows_read_on():
 
 @POLICIES
 def test_shares_of_a_mixture(policy):
-    splits = [SPLIT, OTHER, make_split([20] * 30, first_token=5000)]
+    long = [10_000, 50, 9, 20, 4000]  # a row has the first one for 1,429 steps
+    splits = [make_split(long, first_token=10_000), OTHER, make_split([20] * 30, first_token=5000)]
     stream = make_stream(splits, (0.6, 0.3, 0.1), policy=policy, batch_size=20)
     stores = [stream._spans[i].store for i in range(500 * 20)]
     shares = np.bincount(stores) / len(stores)

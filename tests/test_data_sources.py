@@ -4,13 +4,13 @@ import gzip
 import io
 import json
 import sys
-import sysconfig
 import types
 from pathlib import Path
 
 import pytest
 
 from retnet_jax.config import ConfigError, DataConfig
+from retnet_jax.data import sources
 from retnet_jax.data.sources import Document, Skipped, list_pieces, read_documents, read_piece
 
 
@@ -250,6 +250,14 @@ def test_remote_files():
     assert skipped.count == 0
 
 
+@pytest.mark.parametrize("scheme", ["gs", "s3", "nothing"])
+def test_remote_files_without_what_reads_them(scheme, monkeypatch):
+    for package in ("gcsfs", "s3fs"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError, match=f"{scheme}://bucket/.* cannot be read: "):
+        read("jsonl", f"{scheme}://bucket/*.jsonl")
+
+
 def test_a_data_set_of_tfds(monkeypatch):
     """A source with the two methods that tfds's have."""
 
@@ -299,6 +307,56 @@ def test_a_data_set_of_hugging_face(monkeypatch):
     assert documents[3].name == "allenai/c4:en:train:1:0"
 
 
+def test_a_prepared_data_set_of_tfds(tmp_path, monkeypatch):
+    """Written and read by the library, without TensorFlow."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+
+    class Tiny(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            yield from ((number, {"text": f"größer {number}"}) for number in range(30))
+
+    Tiny(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    del Tiny
+    for path, count in (("tiny:train", 30), ("tiny:1.0.0:train", 30), ("tiny:train[5:12]", 7)):
+        documents, skipped = read("tfds", path)
+        assert [x.name for x in documents] == [f"{path}:{number}" for number in range(count)]
+        assert {x.text for x in documents} <= {f"größer {number}" for number in range(30)}
+        assert len({x.text for x in documents}) == count
+        assert skipped.count == 0
+    assert "tensorflow" not in sys.modules
+    with pytest.raises(ConfigError, match="'none/such:train' cannot be opened"):
+        read("tfds", "none/such:train")
+
+
+def test_a_streamed_data_set_of_hugging_face(tmp_path, monkeypatch):
+    """A directory as on the hub, its files gzipped as C4's are."""
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c4").mkdir()
+    for number in range(3):
+        lines = [json.dumps({"text": f"{number}.{i} é", "url": f"u{i}"}) for i in range(4)]
+        data = "\n".join(lines).encode()
+        (tmp_path / "c4" / f"train-{number:05}-of-00003.json.gz").write_bytes(gzip.compress(data))
+    config = DataConfig(source="hf", path=f"{tmp_path}/c4:train", id_field="url")
+    pieces = list_pieces(config)
+    assert len(pieces) in (1, 3)  # shards are read apart where the library can
+    documents = [x for piece in pieces for x in read_piece(config, piece, Skipped())]
+    assert [x.text for x in documents] == [f"{n}.{i} é" for n in range(3) for i in range(4)]
+    assert documents[5].name == f"{tmp_path}/c4:train:u1"
+    with pytest.raises(ConfigError, match="nothing:train' cannot be opened"):
+        read("hf", f"{tmp_path}/nothing:train")
+
+
 def test_a_package_that_is_missing_is_named(monkeypatch, tmp_path):
     (tmp_path / "a.jsonl.zst").touch()
     for module, source, path, package in (
@@ -312,7 +370,7 @@ def test_a_package_that_is_missing_is_named(monkeypatch, tmp_path):
 
 
 def test_stdlib_leaves_out_what_is_installed(tmp_path, monkeypatch):
-    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    monkeypatch.setattr(sources, "_stdlib_root", lambda: tmp_path)
     for name in ("b.py", "a/z.py", "site-packages/x.py", "a/__pycache__/y.py", "c.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"# {name}")

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retnet_jax.config import ConfigError, DataConfig
-from retnet_jax.data import store_builder
+from retnet_jax.data import BatchStream, store_builder
 from retnet_jax.data.sources import Document
 from retnet_jax.data.store_builder import build_store, is_held_out, open_or_build
-from retnet_jax.data.token_store import open_store
+from retnet_jax.data.token_store import check_files, open_store
 from retnet_jax.data.tokenizer import train_bpe
 
 TEXTS = {f"{i}.txt": f"document {i} says {'na ' * (i % 7)}é\r\n" for i in range(40)}
@@ -174,6 +174,7 @@ def test_a_store_with_other_options_is_not_used(config):
     assert "model.vocab_size: None in the store, 300 asked for" in message
     assert "data.path" not in message
     assert "name another directory in data.store, or delete" in message
+    assert "build it again with: python tools/prepare_data.py" in message
 
 
 def test_options_that_are_not_read_make_no_difference(config):
@@ -214,7 +215,24 @@ def test_a_damaged_store_is_not_opened(config, name, damage):
     with pytest.raises(ConfigError, match="missing or damaged") as error:
         open_or_build(config, 257)
     assert config.store in str(error.value)
-    assert "delete this one" in str(error.value)
+    assert "delete this one and build it again" in str(error.value)
+    assert name == "manifest.json" or "with: python tools/prepare_data.py" in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["tokens.npy", "offsets.npy", "bytes.npy", "names.jsonl"])
+def test_a_changed_byte_is_found(config, kind):
+    store = build_store(config, 0)
+    check_files(store)
+    path = Path(store.directory) / "shards" / "00000" / f"train.{kind}"
+    data = bytearray(path.read_bytes())
+    data[-4] ^= 1
+    path.write_bytes(data)
+    store = open_store(store.directory)
+    with pytest.raises(ConfigError, match=rf"is damaged: 1 files .*train\.{kind}; .* with: python"):
+        check_files(store)
+    if kind == "offsets.npy":
+        with pytest.raises(ConfigError, match=r"train\.offsets\.npy is damaged"):
+            store.train.borders(0, 10)
 
 
 def test_another_format_is_not_opened(config):
@@ -325,11 +343,8 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(config, tokenizer, monkeypatc
                 if not (Path(config.store) / "manifest.json").exists():
                     with pytest.raises(ConfigError, match=r"is unfinished: \d+ of \d+ shards"):
                         open_or_build(config, 280)
-                else:
-                    finished = True
     assert survived > 2
-    found = contents(config.store)
-    assert {name: found[name] for name in expected} == expected
+    assert contents(config.store) == expected
 
 
 def test_an_unfinished_store_is_refused_with_the_command(config, monkeypatch):
@@ -365,7 +380,99 @@ def test_of_equal_texts_the_first_is_kept_and_no_text_is_in_both_splits(config, 
     assert store.manifest["duplicates"] == 60
     config.deduplicate, config.store = False, config.store + "_all"
     store = build_store(config, 0, processes=1)
-    assert len(store.train) + len(store.held_out) == len(TEXTS) + 60
+    train, held_out = texts_of(store, store.train), texts_of(store, store.held_out)
+    assert not set(train.values()) & set(held_out.values())
+    names = [path.name for path in corpus.iterdir() if path.stat().st_size]
+    assert set(held_out) == {name for name in names if is_held_out(f"{corpus}/{name}", 0.2)}
+    assert sum(text == TEXTS["3.txt"] for text in held_out.values()) > 1
+    left_out = set(names) - set(held_out) - set(train)
+    assert len(left_out) == store.manifest["duplicates"] > 0
+    texts = set(held_out.values())
+    assert {(corpus / name).read_bytes().decode() for name in left_out} <= texts
+
+
+def test_files_that_change_between_the_passes_are_noticed(config, monkeypatch):
+    survey = store_builder._survey
+
+    def then_changed(job, task):
+        shard = survey(job, task)
+        path = Path(config.path.replace("*", "3"))
+        path.write_bytes(path.read_bytes().replace(b"says", b"sees"))
+        return shard
+
+    monkeypatch.setattr(store_builder, "_survey", then_changed)
+    with pytest.raises(ConfigError, match="has changed since the build began"):
+        build_store(config, 0, processes=1)
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
+def test_long_documents_are_encoded_in_parts(config, tokenizer, monkeypatch):
+    config.tokenizer = tokenizer
+    path = Path(config.path.replace("*", "long"))
+    path.write_text("a very long document says na na naé " * 200, encoding="utf-8")
+    whole = build_store(config, 280)
+    config.store += "_again"
+    monkeypatch.setattr(store_builder, "_PART_CHARACTERS", 100)
+    monkeypatch.setattr(store_builder, "_BATCH_CHARACTERS", 250)
+    parts = build_store(config, 280)
+    assert max(*whole.train.lengths, *whole.held_out.lengths) > 500
+    assert contents(whole.directory).keys() == contents(parts.directory).keys()
+    assert whole.manifest == parts.manifest
+
+
+def test_the_command_that_finishes_has_the_config_however_it_was_given(monkeypatch):
+    monkeypatch.setattr(
+        "sys.argv", ["x", "--config", "a b.py", "--workdir", "w", "-config.train.steps", "5"]
+    )
+    command = "python tools/prepare_data.py --config 'a b.py' -config.train.steps 5"
+    assert store_builder._command() == command
+
+
+def test_a_store_is_not_built_on_remote_storage(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config.store = "memory://nowhere/store"
+    with pytest.raises(ConfigError, match="stores are built on local disk"):
+        build_store(config, 0)
+    with pytest.raises(ConfigError, match="missing or damaged"):
+        open_or_build(config, 257)
+    assert not list(tmp_path.glob("memory*"))
+
+
+@pytest.mark.parametrize("windows", ["packed", "contiguous"])
+@pytest.mark.parametrize("deduplicate", [True, False])
+def test_no_batch_has_a_held_out_document_and_an_epoch_has_all_others(config, windows, deduplicate):
+    corpus = Path(config.path).parent
+    for number in range(30):
+        (corpus / f"copy{number}.txt").write_text(f"<{number % 10}>")
+        (corpus / f"alone{number}.txt").write_text(f"<{100 + number}" + number * "x" + ">")
+    config.deduplicate = deduplicate
+    store = build_store(config, 257)
+    train, held_out = (
+        {tuple(split.document(i).tolist()) for i in range(len(split))}
+        for split in (store.train, store.held_out)
+    )
+    assert not train & held_out
+    stream = BatchStream(
+        [store.train],
+        [1.0],
+        sequence_length=60,
+        batch_size=4,
+        bos_id=256,
+        seed=0,
+        policy=windows,
+    )
+    found, read = set(), [()] * 4  # what each row has read of a document
+    for step in range(2 * store.train.token_count // 60):  # a row alone reads all
+        batch = stream[step]
+        for row, segments in enumerate(batch.segment_ids):
+            for segment in range(1, segments.max() + 1):
+                tokens = tuple(batch.tokens[row][segments == segment].tolist())
+                goes_on = segment == 1 and batch.continues[row]
+                read[row] = read[row] + tokens if goes_on else tokens
+                found.add(read[row])
+                assert any(document[: len(read[row])] == read[row] for document in train)
+    assert found >= train
+    assert not found & held_out
 
 
 def test_a_store_on_remote_storage_is_read_by_ranges(config):
@@ -379,3 +486,8 @@ def test_a_store_on_remote_storage_is_read_by_ranges(config):
         np.testing.assert_array_equal(one.read(100, 117), other.read(100, 117))
         assert one.names == other.names
     assert remote.tokenizer.fingerprint == local.tokenizer.fingerprint
+    check_files(remote)
+    path = "/bucket/store/shards/00000/train.tokens.npy"
+    fsspec.filesystem("memory").pipe(path, b"short")
+    with pytest.raises(ConfigError, match=r"train\.tokens\.npy has 5 bytes"):
+        open_store("memory://bucket/store")

@@ -1,6 +1,7 @@
 """Tokenizers: every string comes back exactly, and no string makes a BOS."""
 
 import functools
+import itertools
 
 import pytest
 from hypothesis import given, settings
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from retnet_jax.config import ConfigError
 from retnet_jax.data import load_tokenizer
-from retnet_jax.data.tokenizer import BPETokenizer, ByteTokenizer, train_bpe
+from retnet_jax.data.tokenizer import BPETokenizer, ByteTokenizer, text_parts, train_bpe
 
 WORDS = ["def return self retention state chunk", "größer → 😀 naïve", "for i in range(10):\n    x"]
 
@@ -34,6 +35,25 @@ def test_every_text_comes_back(make, text):
     assert tokenizer.decode(ids) == text
     assert tokenizer.bos_id not in ids
     assert all(0 <= i < tokenizer.vocab_size for i in ids)
+
+
+@given(text=TEXTS, most=st.integers(1, 9))
+def test_parts_are_the_text(text, most):
+    parts = list(text_parts(text, most))
+    assert "".join(parts) == text
+    assert all(0 < len(part) <= most for part in parts) or parts == [""]
+
+
+@TOKENIZERS
+@settings(deadline=None)
+@given(words=st.lists(st.sampled_from(["def", "größer", "10", "x\n\n", "", "'re,", "²½", "漢字"])))
+def test_parts_cut_between_words_have_the_tokens_of_the_whole(make, words):
+    text = " ".join(words)
+    parts = list(text_parts(text, 8))
+    cuts = [one[-1] + other[:2] for one, other in itertools.pairwise(parts)]
+    if all(cut[0].isalnum() and cut[1] == " " and cut[2:].isalnum() for cut in cuts):
+        ids = [i for part in make().encode_batch(parts) for i in part]
+        assert ids == make().encode(text)
 
 
 @TOKENIZERS
@@ -68,6 +88,25 @@ def test_saved_and_loaded_is_the_same(make, tmp_path):
     assert (loaded.vocab_size, loaded.bos_id) == (tokenizer.vocab_size, tokenizer.bos_id)
     text = " <bos>".join(WORDS)
     assert loaded.encode(text) == tokenizer.encode(text)
+
+
+def test_a_vocabulary_and_merges_are_the_tokenizer_they_came_from(tmp_path):
+    library = pytest.importorskip("tokenizers")
+    contents = bpe().files["tokenizer.json"].decode()
+    library.Tokenizer.from_str(contents).model.save(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"eos_token_id": 0}')
+    loaded = load_tokenizer(tmp_path)
+    assert (loaded.vocab_size, loaded.bos_id, loaded.end_id) == (300, 0, 0)
+    for text in WORDS:
+        assert loaded.encode(text) == bpe().encode(text)
+        assert loaded.decode(loaded.encode(text)) == text
+    (tmp_path / "again").mkdir()
+    loaded.save(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again").encode(WORDS[0]) == bpe().encode(WORDS[0])
+    (tmp_path / "vocab.json").write_text('{"a": 0}')
+    (tmp_path / "merges.txt").write_text("")
+    with pytest.raises(ValueError, match=r"vocab\.json lacks some of the 256 bytes"):
+        load_tokenizer(tmp_path)
 
 
 def test_byte_ids_are_bytes():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from retnet_jax.config import DataConfig
-from retnet_jax.data import build_store, load_tokenizer, open_store
+from retnet_jax.data import build_store, load_tokenizer, open_store, train_bpe
 
 ROOT = Path(__file__).parent.parent
 
@@ -67,6 +67,34 @@ def test_from_text_to_a_look_at_a_batch(corpora, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_document_of_200_megabytes(tmp_path):
+    """It fits into 4 GB of address space; one byte more than the limit is counted and named."""
+    lines = [{"text": f"short {number}"} for number in range(40)]
+    lines[20:20] = [{"text": ("some words " * 20_000_000)[: 200_000_000 + more]} for more in (0, 1)]
+    with (tmp_path / "corpus.jsonl").open("w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    train_bpe(["some words short 1 2 3 4 5 6 7 8 9 0"] * 3, 270).save(tmp_path)
+    arguments = ["--config=configs/quickstart.py", "--processes=1", "--config.data.source=jsonl"]
+    arguments += [
+        f"--config.data.path={tmp_path}/corpus.jsonl",
+        f"--config.data.store={tmp_path}/s",
+    ]
+    arguments += [f"--config.data.tokenizer={tmp_path}", "--config.data.held_out=0.2"]
+    limit = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30)); "
+    limit += "os.execv(sys.argv[1], sys.argv[1:])"
+    command = [sys.executable, "-c", limit, sys.executable, "tools/prepare_data.py", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    manifest = open_store(tmp_path / "s").manifest
+    assert sum(counts["documents"] for counts in manifest["splits"].values()) == 41
+    assert sum(counts["bytes"] for counts in manifest["splits"].values()) > 200_000_000
+    assert manifest["skipped"]["reasons"] == {"too long": 1}
+    assert manifest["skipped"]["first"] == [
+        f"{tmp_path}/corpus.jsonl:22: too long: 200,000,001 bytes"
+    ]
+
+
+@pytest.mark.slow
 def test_preparation_killed_again_and_again(tmp_path):
     """kill -9 at random moments, with two processes at work."""
     for number in range(4):
@@ -107,10 +135,11 @@ def test_preparation_killed_again_and_again(tmp_path):
         for name in ("whole", "killed")
     )
     assert whole == killed
-    # The manifests differ in nothing but what the model's size puts into the options.
+    # The manifests differ in nothing but how the builds were called.
     manifests = [
         json.loads((tmp_path / x / "manifest.json").read_text()) for x in ("whole", "killed")
     ]
     for manifest in manifests:
         manifest["options"].pop("data.held_out")
+        manifest.pop("command")
     assert manifests[0] == manifests[1]

@@ -4,15 +4,13 @@ r"""Builds the token store of a config ahead of training, and prints what it hol
         --config.data.path='pile/*.jsonl.zst' --config.data.store=data/pile [--processes=8]
 
 Killed at any point, the same command goes on with what is left to do. A store that is complete is
-checked against the config and printed.
+checked against the config and against the hashes of its files, and printed.
 """
-
-from pathlib import Path
 
 from absl import flags
 
 from retnet_jax import command_line
-from retnet_jax.data import TokenStore, build_store, open_or_build
+from retnet_jax.data import TokenStore, build_store, check_files, files, open_or_build
 from retnet_jax.pretrained import with_initial_model
 
 flags.DEFINE_integer("processes", None, "that work in parallel; else one for each core", 1)
@@ -21,9 +19,14 @@ flags.DEFINE_integer("processes", None, "that work in parallel; else one for eac
 def main() -> None:
     """Builds, finishes or opens the store that the config names."""
     config = with_initial_model(command_line.given_config())
-    if not (Path(config.data.store) / "manifest.json").exists():
+    manifest, plan = (f"{config.data.store}/{name}.json" for name in ("manifest", "plan"))
+    complete = files.exists(manifest) and not files.exists(plan)
+    if not complete:
         build_store(config.data, config.model.vocab_size, flags.FLAGS.processes)
-    print(table(open_or_build(config.data, config.model.vocab_size)))
+    store = open_or_build(config.data, config.model.vocab_size)
+    if complete:
+        check_files(store)
+    print(table(store))
 
 
 def table(store: TokenStore) -> str:

@@ -24,7 +24,7 @@ from retnet_jax.data.store_builder import (
     open_stores,
     train_tokenizer,
 )
-from retnet_jax.data.token_store import Split, TokenStore, open_store
+from retnet_jax.data.token_store import Split, TokenStore, check_files, open_store
 from retnet_jax.data.tokenizer import (
     BPETokenizer,
     ByteTokenizer,
@@ -47,6 +47,7 @@ __all__ = [
     "Tokenizer",
     "batch_numbers",
     "build_store",
+    "check_files",
     "has_tokenizer",
     "load_tokenizer",
     "number_of_windows",

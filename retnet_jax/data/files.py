@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from retnet_jax.config import ConfigError
+
 
 def is_remote(path: str) -> bool:
     """Whether a path is a URL."""
@@ -28,6 +30,17 @@ def size(path: str) -> int:
         system, inner = _remote(path)
         return system.size(inner)
     return os.path.getsize(path)
+
+
+def sizes(directory: str) -> dict[str, int]:
+    """Bytes of each file in a directory and below, by its path from there: one request."""
+    if is_remote(directory):
+        system, inner = _remote(directory)
+        found = system.find(inner, detail=True)
+        root = inner.rstrip("/") + "/"
+        return {path.removeprefix(root): about["size"] for path, about in found.items()}
+    paths = (Path(parent) / name for parent, _, names in os.walk(directory) for name in names)
+    return {path.relative_to(directory).as_posix(): path.stat().st_size for path in paths}
 
 
 def read_bytes(path: str) -> bytes:
@@ -95,4 +108,7 @@ class RemoteArray:
 def _remote(path: str):
     import fsspec
 
-    return fsspec.core.url_to_fs(path)
+    try:
+        return fsspec.core.url_to_fs(path)
+    except (ImportError, ValueError) as error:  # no package for it; no such protocol
+        raise ConfigError(f"{path} cannot be read: {error}") from error

@@ -153,11 +153,13 @@ def parquet_rows(
 
 def tfds_source(path: str):
     """The data set "name:split" of tensorflow_datasets, by index and without TensorFlow."""
-    name, _, split = path.rpartition(":")
+    outside, bracket, of_split = path.partition("[")  # "c4/en:train[:1000]"
+    name, _, split = outside.rpartition(":")
     if not name:
         raise ConfigError(f"data.path={path!r} is no data set and split, such as 'c4/en:train'")
     tfds = _package("tensorflow_datasets", "tensorflow-datasets")
-    return tfds.data_source(name, split=split)
+    with _opening(path):
+        return tfds.data_source(name, split=split + bracket + of_split)
 
 
 def tfds_examples(path: str, start: int, stop: int) -> Iterator[Record]:
@@ -189,7 +191,17 @@ def _hf_stream(path: str):
             f"data.path={path!r} is no data set and split, such as 'allenai/c4:en:train'"
         )
     datasets = _package("datasets", "datasets")
-    return datasets.load_dataset(name, *config, split=split, streaming=True)
+    with _opening(path):
+        return datasets.load_dataset(name, *config, split=split, streaming=True)
+
+
+@contextlib.contextmanager
+def _opening(path: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # each library has many of its own, for a wrong name above all
+        kind = type(error).__name__
+        raise ConfigError(f"data.path={path!r} cannot be opened: {kind}: {error}") from error
 
 
 @contextlib.contextmanager

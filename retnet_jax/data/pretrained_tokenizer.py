@@ -31,6 +31,7 @@ SENTENCEPIECE_NAME = "tokenizer.model"
 TIKTOKEN_NAME = "cl100k_base.tiktoken"
 CONFIG_NAME = "tokenizer_config.json"
 NAMES = (FILE_NAME, SENTENCEPIECE_NAME, TIKTOKEN_NAME)
+_OLD_NAMES = ("vocab.json", "merges.txt")  # of GPT-2 and its like, before tokenizer.json
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -46,12 +47,17 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         return _load_sentencepiece(directory)
     if (directory / TIKTOKEN_NAME).is_file():
         return Cl100kTokenizer((directory / TIKTOKEN_NAME).read_bytes())
-    raise FileNotFoundError(f"{directory} has none of {', '.join(NAMES)}")
+    if has_tokenizer(directory):
+        return _load_vocabulary(directory)
+    raise FileNotFoundError(
+        f"{directory} has none of {', '.join(NAMES)}, nor {' and '.join(_OLD_NAMES)}"
+    )
 
 
 def has_tokenizer(directory: Path) -> bool:
     """Whether `load_tokenizer` would find a file."""
-    return any((directory / name).is_file() for name in NAMES)
+    old = all((directory / name).is_file() for name in _OLD_NAMES)
+    return old or any((directory / name).is_file() for name in NAMES)
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -186,6 +192,26 @@ def _load_json(directory: Path) -> Tokenizer:
         raise ValueError(f"{path} is no tokenizer: {error}") from error
     special = _special_ids(directory, found.token_to_id, found.id_to_token)
     return HuggingFaceTokenizer(serialised, *special)
+
+
+def _load_vocabulary(directory: Path) -> Tokenizer:
+    """A byte-level BPE of a vocabulary and merges; what is saved is its tokenizer.json."""
+    library = hugging_face()
+    try:
+        model = library.models.BPE.from_file(*(str(directory / name) for name in _OLD_NAMES))
+    except Exception as error:  # `tokenizers` raises nothing narrower
+        raise ValueError(f"{directory / _OLD_NAMES[0]} is no vocabulary: {error}") from error
+    bpe = library.Tokenizer(model)
+    alphabet = library.pre_tokenizers.ByteLevel.alphabet()
+    if any(bpe.token_to_id(character) is None for character in alphabet):
+        raise ValueError(f"{directory / _OLD_NAMES[0]} lacks some of the 256 bytes")
+    in_front = bool(_values(directory / CONFIG_NAME).get("add_prefix_space", False))
+    bpe.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=in_front)
+    bpe.decoder = library.decoders.ByteLevel()
+    added = _values(directory / "added_tokens.json")
+    bpe.add_special_tokens(sorted(added, key=added.__getitem__))
+    special = _special_ids(directory, bpe.token_to_id, bpe.id_to_token)
+    return HuggingFaceTokenizer(bpe.to_str(), *special)
 
 
 def _load_sentencepiece(directory: Path) -> Tokenizer:

@@ -6,6 +6,7 @@ what is in them depends on the files alone. What cannot be used is left out, cou
 
 from __future__ import annotations
 
+import functools
 import glob
 import os
 import sysconfig
@@ -271,6 +272,7 @@ def _matches(patterns: str) -> list[str]:
     return sorted(paths)
 
 
+@functools.cache  # asked for with every file
 def _stdlib_root() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 

@@ -51,12 +51,19 @@ from retnet_jax.data.token_store import (
     TokenStore,
     open_store,
 )
-from retnet_jax.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, train_bpe
+from retnet_jax.data.tokenizer import (
+    BPETokenizer,
+    ByteTokenizer,
+    Tokenizer,
+    text_parts,
+    train_bpe,
+)
 
 _SHARD_BYTES = 64_000_000  # of source files
 _MOST_SHARDS = 4096
 _SAMPLE_CHARACTERS = 8_000_000  # that a BPE is trained on; more hardly changes the merges
 _BATCH_CHARACTERS = 2_000_000  # encoded at once: enough for all threads, little in memory
+_PART_CHARACTERS = 1_000_000  # of a document; `tokenizers` takes 90 times as much memory as text
 
 
 class Stores(NamedTuple):
@@ -116,7 +123,8 @@ def open_or_build(config: DataConfig, vocab_size: int) -> TokenStore:
     if differences:
         raise ConfigError(
             f"data.store={config.store!r} was built with other options:{differences}\n"
-            "name another directory in data.store, or delete this one to have it built again"
+            "name another directory in data.store, or delete this one and build it again with: "
+            f"{_command()}"
         )
     _check_vocabulary(store, vocab_size)
     return store
@@ -134,8 +142,16 @@ def build_store(config: DataConfig, vocab_size: int, processes: int | None = Non
       ConfigError: if the store is complete already, or was begun with other options or files; if
         there are no documents, none or all are held out, or no BPE of that size can be trained.
     """
+    if files.is_remote(config.store):
+        raise ConfigError(
+            f"data.store={config.store!r} is not there, and stores are built on local disk: build "
+            "it in a directory and copy that; the copy is read where it is"
+        )
     directory = Path(config.store)
     if (directory / "manifest.json").exists():
+        if (directory / "plan.json").exists():  # killed at the very end
+            _tidy(directory)
+            return open_store(directory)
         raise ConfigError(f"data.store={config.store!r} exists already; delete it to build it anew")
     plan = _begin(config, vocab_size, directory)
     shards = [[Piece(**piece) for piece in pieces] for pieces in plan["shards"]]
@@ -149,7 +165,7 @@ def build_store(config: DataConfig, vocab_size: int, processes: int | None = Non
     _run(task, [(i, shards[i]) for i in undone], sizes, processes, f"reading {directory}")
     surveys = [json.loads(job.survey_path(i).read_text()) for i in range(len(shards))]
     _check_splits(config, surveys)
-    duplicates = _mark_duplicates(job, len(shards)) if config.deduplicate else 0
+    duplicates = _mark_duplicates(job, len(shards))
 
     if not has_tokenizer(directory):
         tokenizer = _make_tokenizer(config, vocab_size, job, len(shards))
@@ -255,21 +271,23 @@ def _survey(job: _Job, task: tuple[int, list[Piece]]) -> int:
     """Reads a shard for its duplicates and for text to train a BPE on."""
     shard, pieces = task
     config, skipped = job.config, Skipped()
-    digests, counts, total_bytes = bytearray(), dict.fromkeys(SPLITS, 0), 0
+    digests, held_out, counts = bytearray(), bytearray(), dict.fromkeys(SPLITS, 0)
     sample = _Sample()
     for document in _documents(config, pieces, skipped):
         split = _split_of(document, config.held_out)
         counts[split] += 1
-        total_bytes += document.byte_count
-        digests += hashlib.blake2b(document.text.encode(), digest_size=16).digest()
+        digests += _digest(document)
+        held_out.append(split == "held_out")
         if split == "train" and config.tokenizer == "bpe":
             sample.add(document)
-    np.save(job.digests_path(shard), np.frombuffer(digests, "V16"))
+    table = np.empty(len(held_out), [("digest", "V16"), ("held_out", bool)])
+    table["digest"] = np.frombuffer(digests, "V16")
+    table["held_out"] = np.frombuffer(held_out, bool)
+    np.save(job.digests_path(shard), table)
     paths = {piece.path: file_of(config, piece) for piece in pieces if piece.start == 0}
     found = {
         "sources": {name: files.sha256(path) for name, path in paths.items() if path is not None},
         "documents": counts,
-        "bytes": total_bytes,
         "content": hashlib.sha256(digests).hexdigest(),
         "skipped": skipped.as_dict(),
         "sample": sample.items(),
@@ -284,30 +302,38 @@ def _encode(job: _Job, task: tuple[int, list[Piece]]) -> int:
     config, tokenizer = job.config, load_tokenizer(Path(job.directory))
     target = job.shard_path(shard)
     survey = json.loads(job.survey_path(shard).read_text())
-    kept = np.load(job.kept_path(shard)) if job.kept_path(shard).exists() else None
+    kept = np.load(job.kept_path(shard))
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
         # A directory inside, because a temporary directory itself can be read by its owner alone.
         unfinished = Path(scratch) / target.name
         unfinished.mkdir()
         writers = {split: _SplitWriter(unfinished, split, tokenizer) for split in SPLITS}
-        count = 0
-        for documents in _batches(_documents(config, pieces, Skipped())):
-            numbers = range(count, count + len(documents))
-            count += len(documents)
-            if kept is not None:
-                documents = [x for x, n in zip(documents, numbers, strict=True) if kept[n]]
-            ids = tokenizer.encode_batch([document.text for document in documents])
-            encoded = list(zip(documents, ids, strict=True))
+        digests = bytearray()
+
+        def parts() -> Iterator[_Part]:
+            for number, document in enumerate(_documents(config, pieces, Skipped())):
+                digests.extend(_digest(document))
+                if kept[number : number + 1].any():
+                    split = _split_of(document, config.held_out)
+                    for place, text in enumerate(text_parts(document.text, _PART_CHARACTERS)):
+                        yield _Part(document, split, text, opens=place == 0)
+
+        for batch in _batches(parts()):
+            ids = tokenizer.encode_batch([part.text for part in batch])
+            encoded = list(zip(batch, ids, strict=True))
             for split, writer in writers.items():
-                writer.append([x for x in encoded if _split_of(x[0], config.held_out) == split])
-        if count != sum(survey["documents"].values()):
+                writer.append([x for x in encoded if x[0].split == split])
+        if hashlib.sha256(digests).hexdigest() != survey["content"]:
             raise ConfigError(
-                f"{pieces[0].path} gave {sum(survey['documents'].values())} documents and then "
-                f"{count}: it has changed; delete {job.directory} and build it anew"
+                f"{pieces[0].path} or a file after it has changed since the build began; delete "
+                f"{job.directory} and build it anew"
             )
         splits = {split: writer.finish() for split, writer in writers.items()}
-        sizes = {path.name: path.stat().st_size for path in sorted(unfinished.iterdir())}
-        record = {"name": target.name, "splits": splits, "sizes": sizes}
+        written = {
+            path.name: {"bytes": path.stat().st_size, "sha256": files.sha256(str(path))}
+            for path in sorted(unfinished.iterdir())
+        }
+        record = {"name": target.name, "splits": splits, "files": written}
         _write_text(unfinished / "shard.json", json.dumps(record | {"content": survey["content"]}))
         try:
             unfinished.rename(target)
@@ -332,6 +358,7 @@ def _finish(job: _Job, plan: dict[str, Any], surveys: list[dict], duplicates: in
         sources[piece["path"]] = sources.get(piece["path"], 0) + piece["bytes"]
     manifest = {
         "format": FORMAT,
+        "command": plan["command"],
         "options": plan["options"],
         "fingerprint": load_tokenizer(directory).fingerprint,
         "versions": _versions(),
@@ -351,10 +378,17 @@ def _finish(job: _Job, plan: dict[str, Any], surveys: list[dict], duplicates: in
         "shards": shards,
     }
     _write_text(directory / "manifest.json", json.dumps(manifest, indent=1) + "\n")
-    shutil.rmtree(directory / "work")
-    (directory / "plan.json").unlink()
+    _tidy(directory)
     if skipped.count:
         _say(f"skipped {skipped.count}: {skipped}")
+
+
+def _tidy(directory: Path) -> None:
+    """Leaves of a build what belongs to the store; the plan goes last."""
+    shutil.rmtree(directory / "work", ignore_errors=True)
+    for leftover in directory.glob("shards/.*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    (directory / "plan.json").unlink()
 
 
 def _check_splits(config: DataConfig, surveys: list[dict]) -> None:
@@ -384,18 +418,24 @@ def _check_splits(config: DataConfig, surveys: list[dict]) -> None:
 def _mark_duplicates(job: _Job, shards: int) -> int:
     """Writes which documents of each shard are kept; returns how many are not.
 
-    Of documents with the same text the first is kept, in the order of shards, so no text is in both
-    splits. All digests are in memory at once, 16 bytes a document.
+    Of documents with the same text the first is kept, in the order of shards. Without
+    deduplication all are, but to train on a text that is held out. So no text is in both splits.
+    All digests are in memory at once, 16 bytes a document.
     """
-    digests = [
-        np.load(job.digests_path(shard)).view("<u8").reshape(-1, 2) for shard in range(shards)
-    ]
-    words = np.concatenate(digests)
+    found = [np.load(job.digests_path(shard)) for shard in range(shards)]
+    words = np.concatenate([x["digest"] for x in found]).view("<u8").reshape(-1, 2)
     order = np.lexsort((words[:, 1], words[:, 0]))  # stable: equal texts stay in their order
     ordered = words[order]
+    first = np.ones(len(words), bool)  # of its text, in that order
+    first[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
     kept = np.ones(len(words), bool)
-    kept[order[1:]] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    for shard, mask in enumerate(np.split(kept, np.cumsum([len(x) for x in digests])[:-1])):
+    if job.config.deduplicate:
+        kept[order] = first
+    else:
+        held_out = np.concatenate([x["held_out"] for x in found])[order]
+        text = np.cumsum(first) - 1
+        kept[order] = held_out | ~np.isin(text, text[held_out])
+    for shard, mask in enumerate(np.split(kept, np.cumsum([len(x) for x in found])[:-1])):
         np.save(job.kept_path(shard), mask)
     return int(len(kept) - kept.sum())
 
@@ -438,6 +478,15 @@ class _Sample:
         return sorted((-fraction, name, text) for fraction, name, text in self._heap)
 
 
+class _Part(NamedTuple):
+    """What is encoded at once of a document."""
+
+    document: Document
+    split: str
+    text: str
+    opens: bool  # whether it is the first
+
+
 class _SplitWriter:
     """Appends documents to the files of one split, so that they need not fit in memory."""
 
@@ -451,17 +500,20 @@ class _SplitWriter:
         self._write_header("wb")
         self._path("names.jsonl").touch()
 
-    def append(self, encoded: list[tuple[Document, list[int]]]) -> None:
+    def append(self, encoded: list[tuple[_Part, list[int]]]) -> None:
         tokens: list[int] = []
-        for document, ids in encoded:
-            tokens.append(self._bos_id)
+        for part, ids in encoded:
+            if part.opens:
+                tokens.append(self._bos_id)
+                self._offsets.append(self._offsets[-1] + 1)
+                self._byte_counts.append(part.document.byte_count)
             tokens += ids
-            self._offsets.append(self._offsets[-1] + 1 + len(ids))
-            self._byte_counts.append(document.byte_count)
+            self._offsets[-1] += len(ids)
+        names = (part.document.name for part, _ in encoded if part.opens)
         with self._path("tokens.npy").open("ab") as file:
             np.array(tokens, self._dtype).tofile(file)
         with self._path("names.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(document.name) + "\n" for document, _ in encoded)
+            file.writelines(json.dumps(name) + "\n" for name in names)
 
     def finish(self) -> dict[str, int]:
         """Completes the files; returns the split's counts for the manifest."""
@@ -552,20 +604,22 @@ def _grouped(pieces: list[Piece]) -> Iterator[list[Piece]]:
     """Pieces in shards, of files alone: the same for any number of processes."""
     size = max(_SHARD_BYTES, sum(piece.bytes for piece in pieces) // _MOST_SHARDS)
     group: list[Piece] = []
+    total = 0
     for piece in pieces:
         group.append(piece)
-        if sum(p.bytes for p in group) >= size or len(group) >= 10_000:
+        total += piece.bytes
+        if total >= size or len(group) >= 10_000:
             yield group
-            group = []
+            group, total = [], 0
     if group:
         yield group
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+def _batches(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
     batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
+    for part in parts:
+        batch.append(part)
+        size += len(part.text)
         if size >= _BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
@@ -578,6 +632,10 @@ def _fraction(name: str) -> float:
     # A file name that is not UTF-8 reaches Python as surrogates.
     digest = hashlib.sha256(name.encode("utf-8", errors="surrogatepass")).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def _digest(document: Document) -> bytes:
+    return hashlib.blake2b(document.text.encode(), digest_size=16).digest()
 
 
 def _split_of(document: Document, share: float) -> str:
@@ -649,17 +707,25 @@ def _differences(built: dict[str, Any], asked: dict[str, Any]) -> str:
 
 def _command() -> str:
     """The command that goes on with what this process begins."""
-    options = [argument for argument in sys.argv[1:] if argument.startswith("--config")]
+    options, taken = [], False
+    for argument in sys.argv[1:]:
+        if argument.startswith("-"):
+            taken = argument.lstrip("-").startswith("config")
+        if taken:  # "--config=FILE", or "--config" and "FILE"
+            options.append(argument)
     return shlex.join(["python", "tools/prepare_data.py", *options])
 
 
 def _versions() -> dict[str, str]:
     """Of what the contents of a store come from."""
     found = {"python": platform.python_version()}
-    for package in ("retnet-jax", "tokenizers"):
+    for package in ("retnet-jax", "tokenizers", "tiktoken", "sentencepiece"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-    return found
+    code = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        code.update(path.read_bytes())
+    return found | {"retnet_jax/data": code.hexdigest()[:16]}
 
 
 def _write_text(path: Path, text: str) -> None:

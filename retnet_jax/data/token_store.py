@@ -30,7 +30,7 @@ from retnet_jax.data import files
 from retnet_jax.data.pretrained_tokenizer import CONFIG_NAME, NAMES, load_tokenizer
 from retnet_jax.data.tokenizer import Tokenizer
 
-FORMAT = 2
+FORMAT = 3
 SPLITS = ("train", "held_out")
 KINDS = ("tokens", "offsets", "bytes")
 
@@ -150,8 +150,11 @@ class Split:
         if (shard, kind) not in self._arrays:
             path = f"{self._shards[shard][0]}/{self._name}.{kind}.npy"
             array = files.open_array(path)
-            if kind == "offsets" and files.is_remote(path):  # searched in, so it has to be here
-                array = array[:]
+            if kind == "offsets":
+                if files.is_remote(path):  # searched in, so it has to be here
+                    array = array[:]
+                if array[-1] != self._shards[shard][1]["tokens"] or (np.diff(array) < 1).any():
+                    raise ConfigError(f"{path} is damaged; tools/prepare_data.py finds all that is")
             self._arrays[shard, kind] = array
         return self._arrays[shard, kind]
 
@@ -170,7 +173,8 @@ def open_store(directory: str | Path) -> TokenStore:
       ConfigError: if it is unfinished, with the command that finishes it; if a file is missing or
         damaged; or if the format is another one.
     """
-    directory = str(directory)
+    directory = str(directory).rstrip("/")
+    command = ""
     manifest_path, plan_path = f"{directory}/manifest.json", f"{directory}/plan.json"
     if not files.exists(manifest_path) and files.exists(plan_path):
         raise ConfigError(unfinished_message(directory))
@@ -178,14 +182,16 @@ def open_store(directory: str | Path) -> TokenStore:
         manifest = json.loads(files.read_bytes(manifest_path))
         if manifest["format"] != FORMAT:
             raise ValueError(f"its format is {manifest['format']}, this program reads {FORMAT}")
+        command = f" with: {manifest['command']}"
         tokenizer = _load_tokenizer(directory)
         if tokenizer.fingerprint != manifest["fingerprint"]:
             raise ValueError("tokenizer.json is not the one that it was built with")
+        found = files.sizes(f"{directory}/shards")
         for shard in manifest["shards"]:
-            for name, expected in shard["sizes"].items():
-                path = f"{directory}/shards/{shard['name']}/{name}"
-                if (found := files.size(path)) != expected:
-                    raise ValueError(f"{path} has {found} bytes, not {expected}")
+            for name, about in shard["files"].items():
+                path = f"{shard['name']}/{name}"
+                if found[path] != about["bytes"]:
+                    raise ValueError(f"{path} has {found[path]} bytes, not {about['bytes']}")
         train, held_out = (
             Split(
                 split,
@@ -202,9 +208,30 @@ def open_store(directory: str | Path) -> TokenStore:
         raise ConfigError(
             f"the token store {directory!r} is missing or damaged "
             f"({type(error).__name__}: {error}); name another directory in data.store, "
-            "or delete this one to have it built again"
+            f"or delete this one and build it again{command}"
         ) from error
     return TokenStore(directory, manifest, tokenizer, train, held_out)
+
+
+def check_files(store: TokenStore) -> None:
+    """Reads every file of a store to the end, to find what has changed but not in size.
+
+    Raises:
+      ConfigError: naming the files whose hash is not the manifest's.
+    """
+    damaged = [
+        path
+        for shard in store.manifest["shards"]
+        for name, about in shard["files"].items()
+        if files.sha256(path := f"{store.directory}/shards/{shard['name']}/{name}")
+        != about["sha256"]
+    ]
+    if damaged:
+        raise ConfigError(
+            f"the token store {store.directory!r} is damaged: {len(damaged)} files are not what "
+            f"was written, the first {damaged[0]}; delete it and build it again with: "
+            f"{store.manifest['command']}"
+        )
 
 
 def unfinished_message(directory: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import ClassVar, Protocol
@@ -79,6 +79,25 @@ class TextStream:
     def rest(self) -> str:
         """What was held back, if no more comes."""
         return self._tokenizer.decode(self._ids)[self._shown :]
+
+
+def text_parts(text: str, most: int) -> Iterator[str]:
+    """A text in parts of at most `most` characters, in order.
+
+    It is cut in front of a space between two words, where byte-level BPE and cl100k_base cut too,
+    so the tokens of the parts are those of the whole; but where half of `most` has no such place,
+    anywhere. A tokenizer that puts a space in front of each text puts one in front of each part.
+    """
+    start = 0
+    while len(text) - start > most:
+        least, cut = start + most // 2, start + most
+        while (cut := text.rfind(" ", least, cut)) > 0:
+            if text[cut - 1].isalnum() and text[cut + 1].isalnum():
+                break
+        cut = cut if cut > start else start + most
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
 
 
 class ByteTokenizer(Tokenizer):

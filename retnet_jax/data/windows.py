@@ -88,8 +88,10 @@ class ContiguousSchedule:
     """Which part of which stream each row of the batch reads at each step.
 
     Runs of all stores are dealt to the rows: the store that is furthest behind its share gives the
-    next run, in a new random order each epoch, and the row that is done first gets it. So the
-    schedule is a function of its arguments alone; it is computed as far as it is asked for.
+    next run, in a new random order each epoch, and the row that is done first gets it. A run that
+    is longer than others, of a long document, counts for its store bit by bit as it is read, or the
+    share would fall behind meanwhile. So the schedule is a function of its arguments alone; it is
+    computed as far as it is asked for.
 
     Args:
       splits: the streams.
@@ -107,6 +109,7 @@ class ContiguousSchedule:
         self._starts = [run_starts(split, length) for split in splits]
         self._lanes = [_Lane([], []) for _ in range(rows)]
         self._free_from = [(0, lane) for lane in range(rows)]  # a heap
+        self._rest = [0] * rows  # windows of a lane's last run that are not counted yet
         self._given = np.zeros(len(splits))  # windows of each store
         self._next_run = [0] * len(splits)
         self._orders: dict[int, np.ndarray] = {}
@@ -125,6 +128,19 @@ class ContiguousSchedule:
         return Span(store, begin, min(begin + self._length, stop), goes_on)
 
     def _deal(self) -> None:
+        first, row = heapq.heappop(self._free_from)
+        lane = self._lanes[row]
+        if not self._rest[row]:
+            store, start, stop = self._take_run()
+            lane.first_steps.append(first)
+            lane.runs.append((store, start, stop))
+            self._rest[row] = -(-(stop - start) // self._length)
+        counted = min(self._rest[row], _RUN_WINDOWS)
+        self._rest[row] -= counted
+        self._given[lane.runs[-1][0]] += counted
+        heapq.heappush(self._free_from, (first + counted, row))
+
+    def _take_run(self) -> tuple[int, int, int]:
         store = int(np.argmax(self._weights * (self._given.sum() + 1) - self._given))
         starts = self._starts[store]
         epoch, place = divmod(self._next_run[store], len(starts) - 1)
@@ -133,10 +149,4 @@ class ContiguousSchedule:
             self._orders[store] = source.permutation(len(starts) - 1)
         run = self._orders[store][place]
         self._next_run[store] += 1
-        start, stop = int(starts[run]), int(starts[run + 1])
-        windows = -(-(stop - start) // self._length)
-        self._given[store] += windows
-        first, lane = heapq.heappop(self._free_from)
-        self._lanes[lane].first_steps.append(first)
-        self._lanes[lane].runs.append((store, start, stop))
-        heapq.heappush(self._free_from, (first + windows, lane))
+        return store, int(starts[run]), int(starts[run + 1])
