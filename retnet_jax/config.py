@@ -31,7 +31,7 @@ OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 REMATS = ("none", "full", "dots")
 # Activations of a layer that `model.remat` can name.
-KEPT = ("mixer_input", "q", "k", "v", "gate", "retention", "ffn_input", "up", "linear")
+KEPT = ("mixer_input", "q", "k", "v", "gate", "retention", "out", "ffn_input", "up", "linear")
 MOMENT_DTYPES = ("float32", "bfloat16")
 
 

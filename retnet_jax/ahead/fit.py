@@ -23,7 +23,7 @@ from retnet_jax.config import Config, ConfigError, MeshConfig
 REMATS = (
     ("full", 1.0, 1.0),
     ("q,k,v,gate", 7.0, 0.5),
-    ("q,k,v,gate,up,retention", 11.0, 0.1),
+    ("q,k,v,gate,retention,out,up", 12.0, 0.05),
     ("dots", 13.0, 0.05),
     ("none", 26.0, 0.0),
 )

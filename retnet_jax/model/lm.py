@@ -52,11 +52,12 @@ class Block(nnx.Module):
     def __call__(self, x: Float[Array, "b t d"], state, context, form: str):
         if self.post_norm:
             y, state = self.mixer(x, state, context, form)
+            y = checkpoint_name(y, "out")
             x = self.mixer_norm(self.residual_scale * x + y)
             return self.ffn_norm(self.residual_scale * x + self.ffn(x)), state
         y = checkpoint_name(self.mixer_norm(x), "mixer_input")
         y, state = self.mixer(y, state, context, form)
-        x = self.residual_scale * x + y
+        x = self.residual_scale * x + checkpoint_name(y, "out")
         y = checkpoint_name(self.ffn_norm(x), "ffn_input")
         return self.residual_scale * x + self.ffn(y), state
 

@@ -88,11 +88,12 @@ class MultiScaleRetention(nnx.Module):
             form=form,
             chunk_size=config.chunk_size if form == "chunkwise" else None,
         )
+        y = checkpoint_name(y, "retention")
         if context.row_scale is not None:
             y = y * context.row_scale[..., None]
         if config.score_clamp is not None:
             y = y * self._score_scale(q, k, state, context, form)[..., None]
-        y = self._norm(checkpoint_name(y, "retention")).astype(x.dtype).reshape(*x.shape[:2], -1)
+        y = self._norm(y).astype(x.dtype).reshape(*x.shape[:2], -1)
         gate = checkpoint_name(self.gate(x), "gate")
         return self.out(jax.nn.silu(gate) * y), new_state
 
