@@ -21,11 +21,12 @@ quickstart: .venv/run
 	  --prompt="def read_lines(path):"
 
 # Most of the tests' time is compilation; this leaves LLVM's optimisations out, a quarter of it.
-test: lint
-	XLA_FLAGS=--xla_backend_optimization_level=0 $(BIN)/python -m pytest -n 2 -m "not slow"
+test: lint .venv/libtpu
+	XLA_FLAGS=--xla_backend_optimization_level=0 PYTHONPATH=.venv/libtpu \
+	  $(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-all: lint
-	$(BIN)/python -m pytest -n 2
+test-all: lint .venv/libtpu
+	PYTHONPATH=.venv/libtpu $(BIN)/python -m pytest -n 2
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -44,6 +45,13 @@ lint: .venv/dev
 .venv/dev: .venv/bin/python requirements.txt pyproject.toml
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	@touch $@ .venv/run
+
+# The compiler for TPUs, of the version that belongs to the installed jax; beside the environment and
+# not in it, because jax would look for a TPU at every start.
+.venv/libtpu: .venv/dev
+	$(BIN)/pip install --quiet --no-deps --target=$@.unfinished "$$($(BIN)/python -c \
+	  'import importlib.metadata as m; print(next(x for x in m.requires("jax") if x.startswith("libtpu")).split(";")[0])')"
+	rm -rf $@ && mv $@.unfinished $@
 
 clean:
 	rm -rf .venv

@@ -14,11 +14,16 @@ from retnet_jax.config import Config, ConfigError, MeshConfig
 # In the order of the devices: those next to each other exchange the most, within `tensor`.
 AXES = ("data", "fsdp", "seq", "tensor")
 
-# The end of a parameter's path -> mesh axis of each dimension. Optimiser moments have the same
-# ends; what matches nothing is copied to all devices. `fsdp` never splits the last dimension: a TPU
-# keeps it in tiles of 128, and gathers narrower parts at twice the cost.
+# The end of a parameter's path -> mesh axis of each dimension, or several such of which the first
+# that divides counts. Optimiser moments have the same ends; what matches nothing is copied to all
+# devices. `fsdp` splits the last dimension only if it must: a TPU keeps that in tiles of 128,
+# and gathers narrower parts at twice the cost.
 PARAMETERS = (
-    (r"(embedding|head)", PartitionSpec(("tensor", "fsdp"), None)),
+    (
+        r"(embedding|head)",
+        PartitionSpec(("tensor", "fsdp"), None),
+        PartitionSpec("tensor", "fsdp"),  # a vocabulary such as 257 or 50,257
+    ),
     (r"(q|k|v|gate|up|linear)/kernel", PartitionSpec(None, "fsdp", "tensor")),
     (r"(out|down)/kernel", PartitionSpec(None, ("tensor", "fsdp"), None)),
     (r"carry/layers", PartitionSpec(None, ("data", "fsdp"), "tensor")),
@@ -181,20 +186,33 @@ def with_shardings(abstract: Any, mesh: Mesh) -> Any:
 
     def place(path, leaf):
         name = path_name(path)
-        spec = next((spec for end, spec in PARAMETERS if _ends_with(name, end)), PartitionSpec())
-        if leaf.ndim < len(spec):
-            spec = PartitionSpec()
-        for dimension, axes in enumerate(spec):
-            axes = (axes,) if isinstance(axes, str) else axes or ()
-            parts = math.prod(mesh.shape[axis] for axis in axes)
-            if leaf.shape[dimension] % parts:
-                shown = " * ".join(f"mesh.{axis}" for axis in axes if mesh.shape[axis] > 1)
-                raise ConfigError(
-                    f"{shown}={parts} does not divide dimension {dimension} of {name} {leaf.shape}"
-                )
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+        specs = next((specs for end, *specs in PARAMETERS if _ends_with(name, end)), ())
+        problems = []
+        for spec in specs:
+            if leaf.ndim < len(spec):
+                break
+            problem = _indivisible(leaf.shape, spec, mesh)
+            if problem is None:
+                sharding = NamedSharding(mesh, spec)
+                return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+            problems.append(problem)
+        if problems:
+            raise ConfigError(f"{problems[-1]} of {name} {leaf.shape}")
+        whole = NamedSharding(mesh, PartitionSpec())
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
 
     return jax.tree_util.tree_map_with_path(place, abstract)
+
+
+def _indivisible(shape: Sequence[int], spec: PartitionSpec, mesh: Mesh) -> str | None:
+    """Which axes do not divide which dimension; None if all divide."""
+    for dimension, axes in enumerate(spec):
+        axes = (axes,) if isinstance(axes, str) else axes or ()
+        parts = math.prod(mesh.shape[axis] for axis in axes)
+        if shape[dimension] % parts:
+            shown = " * ".join(f"mesh.{axis}" for axis in axes if mesh.shape[axis] > 1)
+            return f"{shown}={parts} does not divide dimension {dimension}"
+    return None
 
 
 def path_name(path) -> str:

@@ -166,7 +166,8 @@ def on_four(**changes):
     model = dataclasses.replace(
         CONFIG.model, n_layers=6, d_model=256, n_heads=2, dtype="bfloat16", **changes
     )
-    return dataclasses.replace(CONFIG, model=model, mesh=MeshConfig(data=2, fsdp=2))
+    data = dataclasses.replace(CONFIG.data, sequence_length=128)
+    return dataclasses.replace(CONFIG, model=model, data=data, mesh=MeshConfig(data=2, fsdp=2))
 
 
 def test_a_step_for_tpus(tpus):

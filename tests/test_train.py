@@ -224,8 +224,12 @@ def run_killed_at(config_file, workdir, step):
 
 @pytest.fixture
 def config_file(config, tmp_path):
-    """The config as a file for the command line."""
-    path = tmp_path / "experiment.py"
+    return write_config(config, tmp_path)
+
+
+def write_config(config, directory):
+    """A config as a file for the command line."""
+    path = directory / "experiment.py"
     path.write_text(
         "from retnet_jax.config import config_from_json\n"
         f"def get_config(): return config_from_json({config.to_json()!r})\n"
@@ -244,11 +248,37 @@ def test_killed_and_started_again_the_losses_are_the_same_bit_for_bit(
 
 
 @pytest.mark.slow
-def test_killed_again_and_again(config_file, uninterrupted, tmp_path):
-    for step in (1, 3, 5, 6, 8, 9, 9, 10):
-        run_killed_at(config_file, tmp_path / "run", step)
-    run_killed_at(config_file, tmp_path / "run", None)
-    assert_same_losses(tmp_path / "run", uninterrupted)
+def test_killed_at_random_moments_again_and_again(config, tmp_path):
+    """300 steps with a kill -9 wherever it falls: in steps, saves, start-up and evaluation."""
+    steps = 300
+    soak = dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, steps=steps, checkpoint_every=7, eval_every=40),
+    )
+    path = write_config(soak, tmp_path)
+    command = [sys.executable, "train.py", f"--config={path}"]
+    random = np.random.default_rng(0)
+    for start in range(100):
+        with open(tmp_path / "said", "wb") as said:
+            run = subprocess.Popen(
+                [*command, f"--workdir={tmp_path}/run"], cwd=ROOT, stderr=said, stdout=said
+            )
+        if start < 15:
+            end = time.monotonic() + 60
+            while time.monotonic() < end and b"steps " not in (tmp_path / "said").read_bytes():
+                time.sleep(0.05)
+            time.sleep(random.uniform(0, 5))
+            run.kill()
+        if run.wait() == 0:
+            break
+        assert run.returncode == -signal.SIGKILL, (tmp_path / "said").read_text()
+    assert start >= 5
+    subprocess.run([*command, f"--workdir={tmp_path}/whole"], cwd=ROOT, check=True)
+    found, expected = metrics(tmp_path / "run"), metrics(tmp_path / "whole")
+    assert list(found) == list(range(1, steps + 1))
+    for step in found:
+        for name in ("loss", "gradient_norm"):
+            assert found[step][name] == expected[step][name], (step, name)
 
 
 FULL_DISK = """

@@ -7,7 +7,8 @@ compiler finds ranks them.
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -60,7 +61,7 @@ def fit(config: Config, devices: Sequence[jax.Device] | None, most: int) -> list
     from tqdm import tqdm
 
     devices = jax.devices() if devices is None else devices
-    candidates = sorted(layouts(config, devices), key=lambda x: x.seconds)
+    candidates = promising(layouts(config, devices))
     if not candidates:
         raise ConfigError(
             f"no layout of train.batch_size={config.train.batch_size} on {len(devices)} x "
@@ -81,6 +82,16 @@ def fit(config: Config, devices: Sequence[jax.Device] | None, most: int) -> list
     if not found:
         raise ConfigError("\n".join(["none of the layouts that were compiled fits:", *problems]))
     return sorted(found, key=lambda x: x.step_seconds)
+
+
+def promising(candidates: Iterable[Layout]) -> list[Layout]:
+    """The fastest of each kind, then the second of each: compilers decide between the kinds."""
+    ranked, seen = [], Counter()
+    for layout in sorted(candidates, key=lambda x: x.seconds):
+        kind = layout.config.model.remat, layout.config.mesh.tensor
+        ranked.append((seen[kind], layout.seconds, layout))
+        seen[kind] += 1
+    return [layout for *_, layout in sorted(ranked, key=lambda x: x[:2])]
 
 
 def ranking(reports: Sequence[Report]) -> str:
@@ -161,8 +172,8 @@ def _seconds(config: Config, known: Chip, devices: int, again: float) -> float:
     parameters = 2 * model.parameter_count() / mesh.tensor
     # Gathered forward and backward, gradients scattered; then summed up over `data`.
     sharded = 3 * train.micro_batches * parameters * (1 - 1 / mesh.fsdp)
-    # The ring of an axis that spans all of a TPU's three dimensions runs at half speed.
-    if mesh.fsdp == devices and known.kind in ("TPU v4", "TPU v5"):
+    # Over more than two of a torus's three dimensions XLA gathers by summing up zeros.
+    if known.kind in ("TPU v4", "TPU v5", "TPU7x") and mesh.fsdp > devices ** (2 / 3) + 1:
         sharded *= 2
     copied = 4 * parameters / mesh.fsdp * (1 - 1 / mesh.data) * train.micro_batches
     local = tokens / (mesh.data * mesh.fsdp * mesh.seq)

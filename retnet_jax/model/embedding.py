@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from retnet_jax.shapes import Array, Float, Int
-from retnet_jax.sharding import axes_of, axis_size, layout, many_devices
+from retnet_jax.sharding import axes_of, axis_size, constrain, layout, many_devices
 
 _STORED = ("tensor", "fsdp")  # axes that split the words of a table, as `sharding.PARAMETERS` says
 
@@ -23,7 +23,7 @@ def look_up(
     """
     split = math.prod(map(axis_size, _STORED))
     if not many_devices() or table.shape[0] % split:
-        return table[tokens].astype(dtype)
+        return constrain(table, "wd")[tokens].astype(dtype)
     return _look_up(table, tokens, dtype)
 
 
