@@ -4,6 +4,7 @@ A program defines its flags with absl and calls `run(main)`. An error that names
 the input ends it with its message and exit status 2; all else is a bug and keeps its traceback.
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from logging import CRITICAL, getLogger
@@ -91,6 +92,9 @@ def given_config() -> Config:
 
 
 def _parse(arguments: Sequence[str]) -> list[str]:
+    # Configs import what they share, as `configs.paper_settings`; a program in tools/ has only its
+    # own directory to import from.
+    sys.path.append(os.getcwd())
     for argument in arguments[1:]:
         if argument.startswith(("--config.", "-config.")):
             check_field(argument.split("=")[0].lstrip("-").removeprefix("config."))

@@ -218,7 +218,7 @@ def test_the_fastest_layouts_first(tpus):
 )
 def test_command_line_errors(tpus, arguments, message):
     done = subprocess.run(
-        [sys.executable, "tools/compile_ahead.py", "--config=configs/quickstart.py", *arguments],
+        [sys.executable, "tools/compile_ahead.py", "--config=configs/retnet_200m.py", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,

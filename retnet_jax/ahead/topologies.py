@@ -48,7 +48,7 @@ _GPU_NUMBERS = {
 
 def prepare() -> None:
     """Settings for compilers without their devices; to be called before jax is used."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    jax.config.update("jax_platforms", "cpu")
     # libtpu would ask the cloud's metadata server who it is.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
