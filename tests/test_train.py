@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from retnet_jax.config import (
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
+    ProfileConfig,
     TrainConfig,
 )
 from retnet_jax.data import build_store
@@ -466,6 +468,38 @@ def test_a_run_goes_on_with_the_seconds_it_has(config, uninterrupted):
     assert all(0 < line["goodput"] <= 1 for line in lines.values())
     trained = [line["training_seconds"] for line in lines.values()]
     assert trained == sorted(trained)
+
+
+def test_a_trace_and_weights_and_biases(config, tmp_path, monkeypatch):
+    """The trace holds the traced steps; what Weights & Biases would get is what is logged."""
+    sent = []
+
+    class Recorder:
+        def log(self, values, step):
+            sent.append((step, values))
+
+        def finish(self):
+            sent.append("finished")
+
+    def init(**settings):
+        assert (settings["project"], settings["resume"]) == ("retention", "allow")
+        return Recorder()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    changed = dataclasses.replace(
+        config,
+        profile=ProfileConfig(start=3, steps=2),
+        train=dataclasses.replace(config.train, steps=6, wandb="retention"),
+    )
+    assert train(changed, tmp_path / "run") == 0
+    (trace,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
+    assert b"jit_train_step" in trace.read_bytes()
+    assert sent[-1] == "finished"
+    losses = {step: values["loss"] for step, values in sent[:-1] if "loss" in values}
+    assert losses == {step: x["loss"] for step, x in metrics(tmp_path / "run").items()}
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"train.wandb='retention' needs the package wandb"):
+        train(changed, tmp_path / "other")
 
 
 def test_another_tokenizer_is_refused(config, uninterrupted, tmp_path):
