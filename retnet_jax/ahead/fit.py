@@ -26,7 +26,7 @@ REMATS = (
     ("q,k,v,gate", 7.0, 0.5),
     ("q,k,v,gate,retention,out,up", 12.0, 0.05),
     ("dots", 13.0, 0.05),
-    ("none", 26.0, 0.0),
+    ("none", 60.0, 0.0),
 )
 _MOST_TENSOR = 8
 _MOST_ROWS = 32

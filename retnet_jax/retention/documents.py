@@ -26,8 +26,8 @@ def documents(segment_ids: Int[Array, "b t"]) -> Documents:
     border = _is_border(segment_ids, real)
     return Documents(
         real=real,
-        count=jnp.cumsum(real, axis=1, dtype=jnp.int32),
-        index=jnp.cumsum(border, axis=1, dtype=jnp.int32),
+        count=_running(jax.lax.cumsum, real.astype(jnp.int32)),
+        index=_running(jax.lax.cumsum, border.astype(jnp.int32)),
     )
 
 
@@ -41,10 +41,10 @@ def positions(
       start: position of the first token of the document each row opens with.
     """
     real = segment_ids != 0
-    before = jnp.cumsum(real, axis=1, dtype=jnp.int32) - real
+    before = _running(jax.lax.cumsum, real.astype(jnp.int32)) - real
     # Counted from `start` less the real tokens in front of the newest border.
     at_border = jnp.where(_is_border(segment_ids, real), -before, _FIRST_DOCUMENT)
-    newest = jax.lax.cummin(at_border, axis=1)
+    newest = _running(jax.lax.cummin, at_border)
     position = before + jnp.where(newest == _FIRST_DOCUMENT, start[:, None], newest)
     return position, position[:, -1] + real[:, -1]
 
@@ -55,7 +55,29 @@ _FIRST_DOCUMENT = jnp.iinfo(jnp.int32).max
 def _is_border(segment_ids: Int[Array, "b t"], real: Bool[Array, "b t"]) -> Bool[Array, "b t"]:
     """True for a real token whose id differs from that of the real token before it in the row."""
     places = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
-    newest_real = jax.lax.cummax(jnp.where(real, places, -1), axis=1)
+    newest_real = _running(jax.lax.cummax, jnp.where(real, places, -1))
     previous = jnp.pad(newest_real[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     previous_id = jnp.take_along_axis(segment_ids, jnp.maximum(previous, 0), axis=1)
     return real & (previous >= 0) & (previous_id != segment_ids)
+
+
+_COMBINE = {
+    jax.lax.cumsum: (jnp.add, 0),
+    jax.lax.cummax: (jnp.maximum, jnp.iinfo(jnp.int32).min),
+    jax.lax.cummin: (jnp.minimum, jnp.iinfo(jnp.int32).max),
+}
+_BLOCK = 512
+
+
+def _running(operation, x: Int[Array, "b t"]) -> Int[Array, "b t"]:
+    """A cumulative operation along a row, in blocks: XLA's own takes O(t^2) on some backends."""
+    combine, nothing = _COMBINE[operation]
+    rows, length = x.shape
+    if length <= _BLOCK:
+        return operation(x, axis=1)
+    n_blocks = -(-length // _BLOCK)
+    padded = jnp.pad(x, ((0, 0), (0, n_blocks * _BLOCK - length)), constant_values=nothing)
+    within = operation(padded.reshape(rows, n_blocks, _BLOCK), axis=2)
+    before = _running(operation, within[:, :-1, -1])
+    before = jnp.pad(before, ((0, 0), (1, 0)), constant_values=nothing)
+    return combine(within, before[..., None]).reshape(rows, -1)[:, :length]
