@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -55,14 +55,19 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"{shown} does not fit {count} devices: the sizes must multiply to {count}, "
             "where one of them may be -1"
         )
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = number_of_slices(devices)
     if slices > 1:
         return _mesh_of_slices(sizes, slices, devices)
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def number_of_slices(devices: Iterable[jax.Device]) -> int:
+    """Of TPUs, which have links within a slice and a network between slices; 1 for all others."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
 def _mesh_of_slices(sizes: list[int], slices: int, devices: Sequence[jax.Device]) -> Mesh:
-    """A mesh of several TPU slices, between which only `data` exchanges: once a step."""
+    """A mesh of several TPU slices, between which only `data` exchanges."""
     data, *others = sizes
     if data % slices:
         raise ConfigError(

@@ -187,6 +187,20 @@ def test_a_step_for_tpus(tpus):
     assert f"MFU {found.mfu:.1%}" in found.text()
 
 
+def test_slices_exchange_over_the_network(tpus):
+    """The gradient of what fsdp does not split over slices, in each micro-batch or once."""
+    config = dataclasses.replace(on_four(), mesh=MeshConfig(data=2, fsdp=4))
+    with pytest.raises(ConfigError, match=r"mesh.data=1 does not divide over 2 slices"):
+        ahead.compile_step(
+            dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=8)),
+            topologies.tpus("v5e:2x2", slices=2),
+        )
+    found = ahead.report(ahead.compile_step(config, topologies.tpus("v5e:2x2", slices=2)))
+    between = sum(x.bytes for x in found.messages if x.axes == ("slices",))
+    assert found.parameter_bytes / 2 < between < 2 * found.parameter_bytes
+    assert found.message_seconds >= between / chip("TPU v5 lite").network_bandwidth
+
+
 def test_what_does_not_fit_is_refused_with_numbers(tpus):
     huge = dataclasses.replace(on_four(), model=ModelConfig(d_model=8192, n_layers=30, n_heads=32))
     with pytest.raises(ahead.DoesNotFitError, match=r"needs [\d.]+ GiB of [\d.]+ GiB.*mesh.fsdp=4"):

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tolerances import assert_close, relative_difference
 
-from retnet_jax.retention import log_decay, positions, retention, row_normalizer
+from retnet_jax.retention import documents, log_decay, positions, retention, row_normalizer
 
 FORMS = ("parallel", "chunkwise", "recurrent")
 RULES = ("log_spaced", "powers_of_two")
@@ -228,6 +228,26 @@ def test_positions_count_the_real_tokens_of_a_document(segments):
                 assert actual[row, n] == following
                 following += 1
         assert after[row] == following
+
+
+@pytest.mark.parametrize("length", [511, 512, 513, 1500, 2**18 + 7])
+def test_documents_of_long_rows(length):
+    """Counted token by token; rows of more than a block, and of more than a block of blocks."""
+    rng = np.random.default_rng(length)
+    segments = np.cumsum(rng.random((2, length)) < 0.01, axis=1) % 5
+    start = np.array([3, 0])
+    _, count, index = map(np.asarray, documents(jnp.asarray(segments)))
+    place, after = map(np.asarray, positions(jnp.asarray(segments), jnp.asarray(start)))
+    assert (count == np.cumsum(segments != 0, axis=1)).all()
+    for row in range(2):
+        document, position, last = 0, start[row], None
+        for token, segment in enumerate(segments[row]):
+            if segment and last is not None and segment != last:
+                document, position = document + 1, 0
+            if segment:
+                assert (index[row, token], place[row, token]) == (document, position)
+                position, last = position + 1, segment
+        assert after[row] == position
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -17,6 +17,7 @@ from retnet_jax.ahead.report import Report, report
 from retnet_jax.ahead.step import DoesNotFitError, compile_step
 from retnet_jax.chips import Chip, chip
 from retnet_jax.config import Config, ConfigError, MeshConfig
+from retnet_jax.sharding import number_of_slices
 
 # What the backward pass computes again, from most to least, with two rough figures: bfloat16
 # numbers kept for a token in a layer, in units of d_model, and the share of the layers' forward
@@ -124,7 +125,7 @@ def layouts(config: Config, devices: Sequence[jax.Device]) -> Iterator[Layout]:
             f"--fit needs the data sheet of a device, and has none of a "
             f"{devices[0].device_kind!r}: give --topology or --gpu"
         )
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = number_of_slices(devices)
     seq = max(config.mesh.seq, 1)
     for tensor, fsdp, (remat, kept, again) in itertools.product(
         _powers(_MOST_TENSOR), _powers(len(devices)), REMATS

@@ -18,12 +18,14 @@ import numpy as np
 from jax.extend import core
 from jax.sharding import Mesh
 
+from retnet_jax.sharding import number_of_slices
+
 
 class Messages(NamedTuple):
     """What each device receives in a step by collectives of one kind along some mesh axes."""
 
     kind: str
-    axes: tuple[str, ...]
+    axes: tuple[str, ...]  # ("slices",) for what goes over the network between TPU slices
     count: int
     bytes: int
 
@@ -165,16 +167,31 @@ _COLLECTIVE = re.compile(
 _DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s64": 8, "f64": 8}
 
 
+# How XLA for TPU writes a collective whose devices are in several slices.
+_BETWEEN_SLICES = re.compile(r'= (\(.*?\)) send\(.*_xla_megascale_transfer_type="(\w+)"')
+
+
+def _bytes(shapes: str) -> list[int]:
+    """The sizes of all arrays in the type of an instruction."""
+    return [
+        math.prod(map(int, filter(None, dims.split(",")))) * _DTYPE_BYTES.get(dtype, 4)
+        for dtype, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes)
+    ]
+
+
 def _collective(instruction: _Instruction, mesh: Mesh) -> tuple[str, tuple[str, ...], int] | None:
     """Its kind, its mesh axes and the bytes that a device receives; None for something else."""
+    between = _BETWEEN_SLICES.search(instruction.text)
+    if between is not None:
+        kind = between[2].lower().replace("_", "-")
+        slices = number_of_slices(mesh.devices.flat)
+        share = 2 * (slices - 1) / slices if kind == "all-reduce" else 1
+        return kind, ("slices",), int(share * _bytes(between[1])[0])
     match = _COLLECTIVE.search(instruction.text)
     if match is None:
         return None
     result, kind, start = match.groups()
-    sizes = [
-        math.prod(map(int, filter(None, dims.split(",")))) * _DTYPE_BYTES.get(dtype, 4)
-        for dtype, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", result)
-    ]
+    sizes = _bytes(result)
     # What starts a gather or a permutation names its operand too, and its semaphores.
     size = max(sizes) if start and kind != "all-reduce" else sum(sizes)
     groups = _group(instruction.text, mesh.size)

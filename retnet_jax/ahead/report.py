@@ -137,7 +137,7 @@ def report(step: CompiledStep) -> Report:
         flops=program.flops,
         messages=tuple(program.messages),
         compute_seconds=None if known is None else program.flops / mesh.size / known.flops,
-        message_seconds=None if known is None else _message_seconds(program, step, known),
+        message_seconds=None if known is None else _message_seconds(program, known),
         estimated_seconds=estimated,
         lower_seconds=step.lower_seconds,
         compile_seconds=step.compile_seconds,
@@ -152,14 +152,8 @@ def _device_bytes(tree: Any) -> int:
     )
 
 
-def _message_seconds(program: Program, step: CompiledStep, known: Chip) -> float:
-    """Within a slice over its links; what crosses slices, which `data` does, over the network."""
-    slices = len({getattr(device, "slice_index", 0) for device in step.mesh.devices.flat})
-    links = network = 0.0
-    for message in program.messages:
-        links += message.bytes
-        if slices > 1 and "data" in message.axes:
-            # The devices of a slice share what has to cross.
-            members = math.prod(step.mesh.shape[axis] for axis in message.axes)
-            network += message.bytes * slices / members
+def _message_seconds(program: Program, known: Chip) -> float:
+    """Within a slice over its links, and at the same time between slices over the network."""
+    network = sum(x.bytes for x in program.messages if x.axes == ("slices",))
+    links = sum(x.bytes for x in program.messages) - network
     return max(links / known.links_bandwidth, network / known.network_bandwidth)
