@@ -58,7 +58,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     slices = number_of_slices(devices)
     if slices > 1:
         return _mesh_of_slices(sizes, slices, devices)
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def number_of_slices(devices: Iterable[jax.Device]) -> int:
@@ -75,7 +76,10 @@ def _mesh_of_slices(sizes: list[int], slices: int, devices: Sequence[jax.Device]
             f"mesh.data can lie across them; {slices} or a multiple of it would do"
         )
     within = mesh_utils.create_hybrid_device_mesh(
-        (data // slices, *others), (slices, *[1] * len(others)), devices=devices
+        (data // slices, *others),
+        (slices, *[1] * len(others)),
+        devices=devices,
+        allow_split_physical_axes=True,
     )
     return Mesh(within, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

@@ -187,6 +187,12 @@ def test_a_step_for_tpus(tpus):
     assert f"MFU {found.mfu:.1%}" in found.text()
 
 
+def test_meshes_that_split_a_dimension_of_the_torus(tpus):
+    mesh = make_mesh(MeshConfig(data=8, fsdp=8), topologies.tpus("v5p:4x4x4"))
+    assert len(set(mesh.devices.flat)) == 64
+    assert dict(mesh.shape) == {"data": 8, "fsdp": 8, "seq": 1, "tensor": 1}
+
+
 def test_slices_exchange_over_the_network(tpus):
     """The gradient of what fsdp does not split over slices, in each micro-batch or once."""
     config = dataclasses.replace(on_four(), mesh=MeshConfig(data=2, fsdp=4))
