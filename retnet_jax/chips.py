@@ -1,7 +1,7 @@
 """Accelerators: what one device can compute, hold and exchange.
 
 Numbers of the makers' data sheets, for one `jax.Device`: a TPU7x chip is two of them, a v4 or v5p
-chip one. Bandwidths are one way, links those of one slice (ICI) or of one node (NVLink), network
+chip one; memory what programs can have of it. Bandwidths are one way, links those of one slice (ICI) or of one node (NVLink), network
 what a device has to other slices and nodes.
 """
 
@@ -24,9 +24,9 @@ _GIB = 2**30
 
 CHIPS = (
     Chip("TPU v4", 275e12, 32 * _GIB, 1.23e12, 300e9, 6.25e9, 1.05e9),
-    Chip("TPU v5 lite", 197e12, 16 * _GIB, 0.82e12, 200e9, 3.1e9, 1.5e9),
+    Chip("TPU v5 lite", 197e12, 15.75 * _GIB, 0.82e12, 200e9, 3.1e9, 1.5e9),
     Chip("TPU v5", 459e12, 95 * _GIB, 2.77e12, 600e9, 6.25e9, 1.75e9),
-    Chip("TPU v6 lite", 918e12, 32 * _GIB, 1.64e12, 400e9, 12.5e9, 1.75e9),
+    Chip("TPU v6 lite", 918e12, 31.25 * _GIB, 1.64e12, 400e9, 12.5e9, 1.75e9),
     Chip("TPU7x", 1153e12, 96 * _GIB, 3.69e12, 300e9, 6.25e9),
     Chip("NVIDIA A100", 312e12, 79 * _GIB, 2.04e12, 300e9, 25e9),
     Chip("NVIDIA H100", 989e12, 79 * _GIB, 3.35e12, 450e9, 50e9),

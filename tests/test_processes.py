@@ -80,7 +80,7 @@ def training(count, config_file, workdir, *arguments):
     return Group("train.py", count, f"--config={config_file}", f"--workdir={workdir}", *arguments)
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_train_what_one_does(count, config_file, uninterrupted, tmp_path):
     """Before and after one of them had a SIGTERM, which ends all at the same step."""
     group = training(count, config_file, tmp_path / "run")

@@ -158,7 +158,9 @@ def test_a_row_of_a_million_tokens_trains():
     assert losses[-1] < losses[0] - 0.1
 
 
-@pytest.mark.parametrize("remat", ["full", "dots", "q,k,v,up"])
+@pytest.mark.parametrize(
+    "remat", ["full", pytest.param("dots", marks=pytest.mark.slow), "q,k,v,up"]
+)
 def test_what_is_computed_again_changes_nothing(remat):
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, n_layers=5))
     kept = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))

@@ -31,7 +31,7 @@ REMATS = (
 )
 _MOST_TENSOR = 8
 _MOST_ROWS = 32
-_USED_WITHOUT_ACTIVATIONS = 2**31  # loss, buffers of gathered parameters
+_USED_WITHOUT_ACTIVATIONS = 2**32  # loss, buffers of gathered parameters
 _FULL = 0.95  # of a device's memory
 
 
@@ -159,7 +159,7 @@ def _bytes(config: Config, rows: int, kept: float) -> float:
     state = model.parameter_count() * (4 + moments + accumulated) / (mesh.fsdp * mesh.tensor)
     tokens = rows * config.data.sequence_length / mesh.seq
     activations = 2 * tokens * model.n_layers * model.d_model * (1 + (kept - 1) / mesh.tensor)
-    one_layer = 30 * 2 * tokens * model.d_model / mesh.tensor
+    one_layer = 60 * 2 * tokens * model.d_model / mesh.tensor
     return state + activations + one_layer + _USED_WITHOUT_ACTIVATIONS
 
 
