@@ -1,8 +1,8 @@
 """Accelerators: what one device can compute, hold and exchange.
 
 Numbers of the makers' data sheets, for one `jax.Device`: a TPU7x chip is two of them, a v4 or v5p
-chip one; memory what programs can have of it. Bandwidths are one way, links those of one slice (ICI) or of one node (NVLink), network
-what a device has to other slices and nodes.
+chip one. Memory is what programs can have of it. Bandwidths are one way; links are those of one
+slice (ICI) or of one node (NVLink), network what a device has to other slices and nodes.
 """
 
 from typing import NamedTuple
