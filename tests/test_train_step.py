@@ -17,6 +17,7 @@ from retnet_jax.data import Batch
 from retnet_jax.optim import learning_rate_factor, make_optimizer
 from retnet_jax.sharding import batch_shardings, check_fit, make_mesh, path_name
 from retnet_jax.train_step import (
+    _where_continued,
     abstract_state,
     gradient_sums,
     initial_state,
@@ -142,6 +143,13 @@ def test_halves_of_windows_with_their_state_carried_are_the_whole():
     assert_close(begun + ended, expected)
     assert float(first_weight + second_weight) == float(weight)
     assert carry.position.tolist() == [12, 6, 9]
+    # Logits, as the step calls the model for them.
+    logits, state = model(first.tokens, None, segment_ids=first.segment_ids)
+    state = _where_continued(second.continues, state)
+    after, _ = model(second.tokens, state, segment_ids=second.segment_ids)
+    at_once, _ = model(whole.tokens, segment_ids=segments)
+    both = jnp.concatenate([logits, after], axis=1)
+    assert_close(both[segments > 0], at_once[segments > 0])
     # Without the carried state the losses are others.
     alone = sums(model, second, empty).loss
     assert abs(float(alone - ended)) > 1e-3 * float(ended)
