@@ -144,10 +144,11 @@ def test_halves_of_windows_with_their_state_carried_are_the_whole():
     assert float(first_weight + second_weight) == float(weight)
     assert carry.position.tolist() == [12, 6, 9]
     # Logits, as the step calls the model for them.
+    whole, first, second = (jax.tree.map(jnp.asarray, x) for x in (whole, first, second))
     logits, state = model(first.tokens, None, segment_ids=first.segment_ids)
     state = _where_continued(second.continues, state)
     after, _ = model(second.tokens, state, segment_ids=second.segment_ids)
-    at_once, _ = model(whole.tokens, segment_ids=segments)
+    at_once, _ = model(whole.tokens, segment_ids=whole.segment_ids)
     both = jnp.concatenate([logits, after], axis=1)
     assert_close(both[segments > 0], at_once[segments > 0])
     # Without the carried state the losses are others.
