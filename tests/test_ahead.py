@@ -192,6 +192,19 @@ def test_a_step_for_tpus(tpus):
     assert f"MFU {found.mfu:.1%}" in found.text()
 
 
+@pytest.mark.slow
+def test_offloaded_activations_are_in_the_hosts_memory(tpus):
+    def bytes_on_host(remat):
+        memory = ahead.compile_step(on_four(remat=remat), tpus).compiled.memory_analysis()
+        return memory.host_temp_size_in_bytes
+
+    assert bytes_on_host("q,k,v") == 0
+    config = on_four()
+    tokens = config.train.batch_size * config.data.sequence_length // 4
+    kept = 2 * config.model.n_layers * tokens * 4 * config.model.d_model  # q, k and the wider v
+    assert bytes_on_host("offload:q,k,v") == kept
+
+
 def test_meshes_that_split_a_dimension_of_the_torus(tpus):
     mesh = make_mesh(MeshConfig(data=8, fsdp=8), topologies.tpus("v5p:4x4x4"))
     assert len(set(mesh.devices.flat)) == 64

@@ -159,7 +159,13 @@ def test_a_row_of_a_million_tokens_trains():
 
 
 @pytest.mark.parametrize(
-    "remat", ["full", pytest.param("dots", marks=pytest.mark.slow), "q,k,v,up"]
+    "remat",
+    [
+        "full",
+        pytest.param("dots", marks=pytest.mark.slow),
+        pytest.param("q,k,v,up", marks=pytest.mark.slow),
+        "offload:q,k,v,up",
+    ],
 )
 def test_what_is_computed_again_changes_nothing(remat):
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, n_layers=5))
