@@ -110,6 +110,11 @@ def _inner(params: dict[str, Any]):
                 yield item
 
 
+# XLA for TPU splits an asynchronous collective over several fusions, each of which names all of it:
+# one that starts it, others that do something else meanwhile, one that ends it.
+_CONTINUES = re.compile(r".*calls=%?async_collective_fusion|(ROOT )?%?async-collective-done")
+
+
 class _Instruction(NamedTuple):
     text: str
     computation: str  # name of the computation it stands in
@@ -144,7 +149,8 @@ class _Computations:
             if loop:
                 self._run(loop[2], times * self._trips(text, loop[1]))
             for called in re.findall(r"calls=%?([\w.-]+)", text):
-                self._run(called, times)
+                if not _CONTINUES.match(text):
+                    self._run(called, times)
             if re.search(r" call\(", text):
                 self._run(re.search(r"to_apply=%?([\w.-]+)", text)[1], times)
             branches = re.search(r"branch_computations=\{([^}]*)\}", text)
