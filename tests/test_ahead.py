@@ -74,6 +74,23 @@ def test_messages_in_loops_are_counted_as_often_as_they_run():
     }
 
 
+def test_an_asynchronous_collective_is_counted_once():
+    """XLA for TPU names it in the fusion that starts it, in others on the way, and in the last."""
+    from retnet_jax.ahead.program import _Computations
+
+    gather = "%g = f32[8]{0} all-gather(%x), channel_id=1, replica_groups={{0,1}}"
+    parts = ("fused_computation.1", "async_collective_fusion.2", "fused_computation.3")
+    text = "".join(f"%{name} (x: f32[4]) -> f32[8] {{\n  {gather}\n}}\n" for name in parts)
+    text += (
+        "ENTRY %main (x: f32[4]) -> f32[8] {\n"
+        "  %async-collective-start = f32[8]{0} fusion(%x), calls=%fused_computation.1\n"
+        "  %fusion.2 = f32[8]{0} fusion(%x), calls=%async_collective_fusion.2\n"
+        "  ROOT %async-collective-done = f32[8]{0} fusion(%x), calls=%fused_computation.3\n}\n"
+    )
+    found = [x.text for x, _ in _Computations(text).instructions() if "all-gather" in x.text]
+    assert found == [gather]
+
+
 @pytest.mark.parametrize(
     ("groups", "expected"),
     [
@@ -94,23 +111,6 @@ def test_groups_of_devices(groups, expected):
 
 
 @pytest.mark.parametrize("mixer", ["retention", "attention"])
-def test_an_asynchronous_collective_is_counted_once():
-    """XLA for TPU names it in the fusion that starts it, in others on the way, and in the last."""
-    from retnet_jax.ahead.program import _Computations
-
-    gather = "%g = f32[8]{0} all-gather(%x), channel_id=1, replica_groups={{0,1}}"
-    parts = ("fused_computation.1", "async_collective_fusion.2", "fused_computation.3")
-    text = "".join(f"%{name} (x: f32[4]) -> f32[8] {{\n  {gather}\n}}\n" for name in parts)
-    text += (
-        "ENTRY %main (x: f32[4]) -> f32[8] {\n"
-        "  %async-collective-start = f32[8]{0} fusion(%x), calls=%fused_computation.1\n"
-        "  %fusion.2 = f32[8]{0} fusion(%x), calls=%async_collective_fusion.2\n"
-        "  ROOT %async-collective-done = f32[8]{0} fusion(%x), calls=%fused_computation.3\n}\n"
-    )
-    found = [x.text for x, _ in _Computations(text).instructions() if "all-gather" in x.text]
-    assert found == [gather]
-
-
 def test_flops_are_those_of_the_formula_and_of_the_compiler(mixer):
     """The compiler counts loops once, so it gets a model of one layer and one chunk."""
     model = ModelConfig(vocab_size=512, d_model=64, n_layers=1, n_heads=2, mixer=mixer)
