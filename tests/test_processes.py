@@ -100,7 +100,7 @@ def test_processes_train_what_one_does(count, config_file, uninterrupted, tmp_pa
     assert [(x["step"], x["processes"]) for x in starts] == [(0, count), (stopped, count)]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_when_one_is_killed_the_others_end_and_fewer_go_on(
     victim, config, config_file, uninterrupted, tmp_path
 ):
@@ -117,6 +117,7 @@ def test_when_one_is_killed_the_others_end_and_fewer_go_on(
     assert_losses_of(tmp_path / "run", uninterrupted)
 
 
+@pytest.mark.slow
 def test_processes_evaluate_what_one_does(uninterrupted, tmp_path):
     arguments = [f"--workdir={uninterrupted}", "--batch_size=8"]
     ends = Group("eval.py", 2, *arguments, f"--output={tmp_path / 'two.json'}").ends()

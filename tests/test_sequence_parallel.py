@@ -164,7 +164,7 @@ def test_a_row_of_a_million_tokens_trains():
         "full",
         pytest.param("dots", marks=pytest.mark.slow),
         pytest.param("q,k,v,up", marks=pytest.mark.slow),
-        "offload:q,k,v,up",
+        pytest.param("offload:q,k,v,up", marks=pytest.mark.slow),
     ],
 )
 def test_what_is_computed_again_changes_nothing(remat):
