@@ -99,7 +99,7 @@ def normalize(x: Float[Array, "... d"], kind: str, epsilon: float) -> Float[Arra
 
 @jax.custom_vjp
 def gelu(x: Float[Array, "... f"]) -> Float[Array, "... f"]:
-    """X Phi(x) with the normal distribution's Phi (arXiv 1606.08415), not its approximation.
+    """The product x Phi(x), exact: Phi is the normal distribution (arXiv 1606.08415).
 
     By erf, which is one polynomial, where `jax.nn.gelu` has erfc, which is several. The backward
     pass has x alone, and computes in float32 what it does not need to keep.
