@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 
 from retnet_jax.compiler import materialized
 from retnet_jax.shapes import Array, Float, Int
-from retnet_jax.sharding import axes_of, axis_size, backend, layout, many_devices
+from retnet_jax.sharding import WORDS, axes_of, axis_size, backend, layout, many_devices
 
 
 def logits_at_once() -> int:
@@ -78,8 +78,7 @@ def _objective_and_gradients(hidden, head, targets, weights, z_loss):
     words = PartitionSpec(layout("w", head.shape[:1])[0], None)
     over = axes_of(tokens)
     # The head's gradient is handed out as the head itself is stored; the rest of it is summed up.
-    stored = ("tensor", "fsdp")
-    scattered = "fsdp" in over and head.shape[0] % math.prod(map(axis_size, stored)) == 0
+    scattered = "fsdp" in over and head.shape[0] % math.prod(map(axis_size, WORDS)) == 0
     split = _Split(
         tokens=tuple(axis for axis in over if not (scattered and axis == "fsdp")),
         scattered="fsdp" if scattered else None,
@@ -90,7 +89,7 @@ def _objective_and_gradients(hidden, head, targets, weights, z_loss):
         in_specs=(PartitionSpec(*tokens, None), words, tokens, tokens),
         out_specs=(
             (PartitionSpec(), PartitionSpec()),
-            (PartitionSpec(*tokens, None), PartitionSpec(stored if scattered else words[0], None)),
+            (PartitionSpec(*tokens, None), PartitionSpec(WORDS if scattered else words[0], None)),
         ),
         check_vma=False,
     )(hidden, head, targets, weights)

@@ -14,6 +14,9 @@ from retnet_jax.config import Config, ConfigError, MeshConfig
 # In the order of the devices: those next to each other exchange the most, within `tensor`.
 AXES = ("data", "fsdp", "seq", "tensor")
 
+# Axes that split the words of an embedding or a head.
+WORDS = ("tensor", "fsdp")
+
 # The end of a parameter's path -> mesh axis of each dimension, or several such of which the first
 # that divides counts. Optimiser moments have the same ends; what matches nothing is copied to all
 # devices. `fsdp` splits the last dimension only if it must: a TPU keeps that in tiles of 128,
@@ -21,7 +24,7 @@ AXES = ("data", "fsdp", "seq", "tensor")
 PARAMETERS = (
     (
         r"(embedding|head)",
-        PartitionSpec(("tensor", "fsdp"), None),
+        PartitionSpec(WORDS, None),
         PartitionSpec("tensor", "fsdp"),  # a vocabulary such as 257 or 50,257
     ),
     (r"(q|k|v|gate|up|linear)/kernel", PartitionSpec(None, "fsdp", "tensor")),

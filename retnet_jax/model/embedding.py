@@ -8,9 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from retnet_jax.shapes import Array, Float, Int
-from retnet_jax.sharding import axes_of, axis_size, constrain, layout, many_devices
-
-_STORED = ("tensor", "fsdp")  # axes that split the words of a table, as `sharding.PARAMETERS` says
+from retnet_jax.sharding import WORDS, axes_of, axis_size, constrain, layout, many_devices
 
 
 def look_up(
@@ -21,7 +19,7 @@ def look_up(
     On a mesh (`jax.set_mesh`) each device has the words of its place along "tensor" gathered, and
     gets back the gradient of those it stores alone.
     """
-    split = math.prod(map(axis_size, _STORED))
+    split = math.prod(map(axis_size, WORDS))
     if not many_devices() or table.shape[0] % split:
         return constrain(table, "wd")[tokens].astype(dtype)
     return _look_up(table, tokens, dtype)
@@ -37,7 +35,7 @@ def _forward(table, tokens, dtype):
 
     @partial(
         jax.shard_map,
-        in_specs=(PartitionSpec(_STORED, None), places),
+        in_specs=(PartitionSpec(WORDS, None), places),
         out_specs=PartitionSpec(*places, None),
         check_vma=False,
     )
@@ -58,7 +56,7 @@ def _backward(dtype, residuals, d_rows):
     @partial(
         jax.shard_map,
         in_specs=(places, PartitionSpec(*places, None)),
-        out_specs=PartitionSpec(_STORED, None),
+        out_specs=PartitionSpec(WORDS, None),
         check_vma=False,
     )
     def sums(tokens, d_rows):
