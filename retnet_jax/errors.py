@@ -7,3 +7,8 @@ class CheckpointError(Exception):
 
 class DamagedCheckpointError(CheckpointError):
     """A checkpoint of which files are missing, cut off or unreadable."""
+
+
+def brief(error: Exception, most: int = 200) -> str:
+    """The beginning of another library's message, on one line."""
+    return " ".join(str(error).split())[:most]

@@ -93,8 +93,8 @@ def _flops(jaxpr: core.Jaxpr, devices: int) -> float:
         if equation.primitive.name == "shard_map":
             times = devices  # shapes inside are of one device
         branches = [_flops(inner, devices) for inner in _inner(equation.params)]
-        # Of a conditional one branch runs, and of what a platform decides as well.
-        one_of = equation.primitive.name in ("cond", "platform_index")
+        # Of a conditional one branch runs; what a platform decides is one, too.
+        one_of = equation.primitive.name == "cond"
         total += times * (max(branches, default=0.0) if one_of else sum(branches))
     return total
 

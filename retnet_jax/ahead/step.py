@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from retnet_jax.chips import chip
 from retnet_jax.config import Config, ConfigError
+from retnet_jax.errors import brief
 from retnet_jax.sharding import check_fit, make_mesh
 from retnet_jax.train_step import TrainState, abstract_batch, abstract_state, make_step
 
@@ -126,7 +127,7 @@ def save(step: CompiledStep, path: Path) -> None:
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
         raise ConfigError(
             f"the program for {step.mesh.devices.flat[0].device_kind} cannot be written: "
-            f"{_brief(error)}"
+            f"{brief(error)}"
         ) from error
     path.write_bytes(json.dumps(_described(step.lowered, step.mesh)).encode() + b"\n" + program)
 
@@ -167,7 +168,7 @@ def load(path: Path, config: Config, mesh: Mesh, state: TrainState) -> jax.stage
         )
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
         raise ConfigError(
-            f"--compiled={path} cannot be loaded by this machine's runtime ({_brief(error)}); "
+            f"--compiled={path} cannot be loaded by this machine's runtime ({brief(error)}); "
             "without --compiled the step is compiled here"
         ) from error
 
@@ -180,7 +181,3 @@ def _described(lowered: jax.stages.Lowered, mesh: Mesh) -> dict[str, Any]:
         "mesh": dict(mesh.shape),
         "program": hashlib.sha256(lowered.as_text().encode()).hexdigest()[:16],
     }
-
-
-def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -11,6 +11,7 @@ import jax
 from jax.experimental import topologies
 
 from retnet_jax.config import ConfigError
+from retnet_jax.errors import brief
 
 GPUS = ("h100", "h200")
 
@@ -84,7 +85,7 @@ def tpus(topology: str, slices: int = 1) -> Sequence[jax.Device]:
         ).devices
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
         raise ConfigError(
-            f"--topology={topology} is none that libtpu knows ({_brief(error)}); there are v4 and "
+            f"--topology={topology} is none that libtpu knows ({brief(error)}); there are v4 and "
             "v5p with three sizes, such as v5p:4x4x4, v5e and v6e with two, such as v6e:16x16, "
             "and tpu7x with three"
         ) from error
@@ -107,11 +108,7 @@ def gpus(name: str, count: int = 1) -> Sequence[jax.Device]:
         ).devices
     except (jax.errors.JaxRuntimeError, ValueError, RuntimeError, NotImplementedError) as error:
         raise ConfigError(
-            f"--gpu={name} needs XLA's compiler for it ({_brief(error)}): pip install "
+            f"--gpu={name} needs XLA's compiler for it ({brief(error)}): pip install "
             f"jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__} "
             "nvidia-cuda-nvcc-cu12"
         ) from error
-
-
-def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
