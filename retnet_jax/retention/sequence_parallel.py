@@ -92,9 +92,8 @@ def chunkwise(
             v,
             part["log_decay"],
             jnp.zeros_like(initial),
-            None if rows is None else rows.documents,
+            None if rows is None else cuts.counted_from(here, rows.documents),
             chunk_size,
-            before=None if rows is None else cuts.at(here),
         )
         exchange = _gathered if n <= MOST_GATHERED else _passed_on
         before, final = exchange(initial, after, part["log_decay"], cuts, n)
@@ -123,8 +122,10 @@ class _Cuts(NamedTuple):
         start = ((0, 0), (1, 0))
         return _Cuts(jnp.pad(rows.end_count, start), jnp.pad(rows.end_index, start))
 
-    def at(self, cut) -> xla.Before:
-        return xla.Before(self.count[:, cut], self.index[:, cut])
+    def counted_from(self, cut, documents: Documents) -> Documents:
+        """The documents of the part behind a cut, as if the row began there."""
+        real, count, index = documents
+        return Documents(real, count - self.count[:, cut, None], index - self.index[:, cut, None])
 
     def between(self, log_decay, starts, end) -> Float[Array, "#b h m"]:
         """gamma^tokens from each cut of `starts` to the cut `end`; 0 from another document."""
@@ -136,11 +137,8 @@ class _Cuts(NamedTuple):
         """gamma^tokens from a cut to each token of the part behind it; 0 in other documents."""
         if rows is None:
             return xla.power_of_decay(log_decay, jnp.arange(1, size + 1)[None])
-        real, count, index = rows.documents
-        before = self.at(cut)
-        return xla.power_of_decay(
-            log_decay, count - before.count[:, None], real & (index == before.index[:, None])
-        )
+        real, count, index = self.counted_from(cut, rows.documents)
+        return xla.power_of_decay(log_decay, count, real & (index == 0))
 
 
 def _gathered(initial, after, log_decay, cuts: _Cuts, n: int):

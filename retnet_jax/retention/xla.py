@@ -29,6 +29,11 @@ class Before(NamedTuple):
     index: Int[Array, " b"]  # number of the document they ended in, and the state belongs to
 
 
+def _nothing(rows: int) -> Before:
+    zeros = jnp.zeros(rows, jnp.int32)
+    return Before(count=zeros, index=zeros)
+
+
 def parallel(
     q: Float[Array, "b t h k"],
     k: Float[Array, "b t h k"],
@@ -49,13 +54,11 @@ def chunkwise(
     state: State,
     row: Documents | None,
     chunk_size: int | None = None,
-    before: Before | None = None,
 ) -> tuple[Float[Array, "b t h v"], State]:
     """Parallel inside chunks, recurrent between them (Eq. 7): O(t) work and memory.
 
-    `before` says what was counted in front of the row, if it is a part of one. The last chunk is as
-    short as the length leaves it. Of each chunk the backward pass keeps the inputs and the state,
-    and computes the scores again. `chunk_size=None` is `best_chunk_size`.
+    The last chunk is as short as the length leaves it. Of each chunk the backward pass keeps the
+    inputs and the state, and computes the scores again. `chunk_size=None` is `best_chunk_size`.
     """
     length = q.shape[1]
     size = min(chunk_size or best_chunk_size(), length)
@@ -74,7 +77,7 @@ def chunkwise(
         y, state = _chunk(chunk, state, decays)
         return (state, before), y
 
-    carry = (state, _nothing(q.shape[0]) if before is None else before)
+    carry = (state, _nothing(q.shape[0]))
     ys, looped = [], 0
     # A loop costs a copy of each slice; a few chunks are faster written out (CPU, 2 cores).
     if n_chunks > 4:
@@ -181,11 +184,6 @@ class _Row(NamedTuple):
     def _map(self, function) -> "_Row":
         heads = (function(x, 2) for x in self[:3])
         return _Row(*heads, jax.tree.map(lambda x: function(x, 1), self.documents))
-
-
-def _nothing(rows: int) -> Before:
-    zeros = jnp.zeros(rows, jnp.int32)
-    return Before(count=zeros, index=zeros)
 
 
 class _Decays(NamedTuple):
