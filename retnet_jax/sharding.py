@@ -96,6 +96,12 @@ def backend() -> str:
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
+def device_kind() -> str:
+    """The kind of device that computes, such as "TPU v5 lite", as `backend` finds it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.devices()[0].device_kind if mesh.empty else mesh.abstract_device.device_kind
+
+
 def many_devices() -> bool:
     """Whether a mesh of ours is set that has more than one device."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -123,7 +129,15 @@ def layout(dimensions: str, shape: Sequence[int]) -> PartitionSpec:
     return PartitionSpec(*places)
 
 
-def axes_of(layout: PartitionSpec) -> tuple[str, ...]:
+def local_shape(dimensions: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of the part of an activation that one device has, as `layout` splits it."""
+    split = [axes_of((axes,)) for axes in layout(dimensions, shape)]
+    return tuple(
+        size // math.prod(map(axis_size, axes)) for size, axes in zip(shape, split, strict=True)
+    )
+
+
+def axes_of(layout: Iterable) -> tuple[str, ...]:
     """All mesh axes that a layout splits something over."""
     each = ((axes,) if isinstance(axes, str) else axes or () for axes in layout)
     return tuple(axis for axes in each for axis in axes)

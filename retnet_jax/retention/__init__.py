@@ -10,14 +10,19 @@ outputs, final state and gradients. It is linear; scaling, normalisers and gates
 On a mesh that splits positions (`jax.set_mesh`, axis "seq") the chunkwise form runs on all of it.
 """
 
+from functools import partial
+from importlib import import_module
+
+import jax
 import jax.numpy as jnp
 
 from retnet_jax.retention import sequence_parallel, xla
 from retnet_jax.retention.decay import log_decay, row_normalizer
+from retnet_jax.retention.devices import SplitRows, on_each_device, parts, split_rows
 from retnet_jax.retention.documents import documents, positions
 from retnet_jax.retention.score_clamp import score_clamp
-from retnet_jax.retention.sequence_parallel import SplitRows, split_rows
 from retnet_jax.shapes import Array, Float, Int
+from retnet_jax.sharding import backend, local_shape, many_devices
 
 __all__ = [
     "SplitRows",
@@ -31,7 +36,9 @@ __all__ = [
 ]
 
 FORMS = ("parallel", "chunkwise", "recurrent")
-IMPLEMENTATIONS = ("xla",)
+IMPLEMENTATIONS = ("xla", "pallas_tpu", "mosaic_gpu")
+SHORTEST_ROW = 128  # that kernels are chosen for
+KERNELS = {"tpu": "pallas_tpu", "gpu": "mosaic_gpu"}  # of a backend
 
 
 def retention(
@@ -59,13 +66,16 @@ def retention(
         calls: it numbers the documents once.
       form: "parallel" (Eq. 5, O(t^2)), "chunkwise" (Eq. 7) or "recurrent" (Eq. 6).
       chunk_size: tokens in a chunk of the chunkwise form, of any length; None: the fastest.
-      implementation: "xla"; None: the best there is for the backend.
+      implementation: "xla", or the kernels of the chunkwise form "pallas_tpu" and "mosaic_gpu",
+        which a CPU interprets, slowly; None: the backend's kernel for bfloat16 rows that it can
+        run, else "xla".
 
     Returns:
       y in v's dtype, and the state after each row's last real token, float32.
 
     Raises:
       ValueError: for arguments whose shapes, dtypes or values do not fit, naming them.
+      NotImplementedError: for an implementation by name that cannot run them here, with the reason.
     """
     _check(q, k, v, log_decay, state, segment_ids)
     if form not in FORMS:
@@ -79,17 +89,47 @@ def retention(
     rows = segment_ids
     if rows is not None and not isinstance(rows, SplitRows):
         rows = split_rows(rows)
-    if form == "chunkwise" and sequence_parallel.parts(q.shape[1]) > 1:
-        return sequence_parallel.chunkwise(q, k, v, log_decay, state, rows, chunk_size)
-    row = None if rows is None else rows.documents
-    if state is None:
-        shape = (q.shape[0], q.shape[2], q.shape[3], v.shape[3])
-        state = jnp.zeros(shape, _state_dtype(q))
-    if form == "parallel":
-        return xla.parallel(q, k, v, log_decay, state, row)
-    if form == "recurrent":
-        return xla.recurrent(q, k, v, log_decay, state, row)
-    return xla.chunkwise(q, k, v, log_decay, state, row, chunk_size)
+    chosen = _choose(implementation, form, q, v, chunk_size)
+    if form != "chunkwise":
+        if state is None:
+            state = xla.zero_state(q, v)
+        row = None if rows is None else rows.documents
+        return getattr(xla, form)(q, k, v, log_decay, state, row)
+    local = partial(chosen.chunkwise, chunk_size=chunk_size)
+    if parts(q.shape[1]) > 1:
+        return sequence_parallel.chunkwise(local, q, k, v, log_decay, state, rows)
+    if chosen is not xla and many_devices():  # XLA does not look into a kernel to split it
+
+        def of_documents(*inputs_and_rows):
+            *inputs, rows = inputs_and_rows
+            return local(*inputs, None if rows is None else rows.documents)
+
+        return on_each_device(of_documents, q, k, v, log_decay, state, rows)
+    return local(q, k, v, log_decay, state, None if rows is None else rows.documents)
+
+
+def _choose(implementation: str | None, form: str, q, v, chunk_size: int | None):
+    """The module whose `chunkwise` runs."""
+    name = implementation
+    if name is None:
+        name = KERNELS.get(backend(), "xla")
+        # A short row has no chunks, and float32 is for exact work.
+        if form != "chunkwise" or q.dtype != jnp.bfloat16 or q.shape[1] < SHORTEST_ROW:
+            name = "xla"
+    if name == "xla":
+        return xla
+    if form != "chunkwise":
+        raise NotImplementedError(
+            f"implementation={name!r} has form='chunkwise', not form={form!r}; 'xla' has"
+        )
+    kernel = import_module(f"{__name__}.{name}")
+    shapes = (jax.ShapeDtypeStruct(local_shape("bth.", x.shape), x.dtype) for x in (q, v))
+    reason = kernel.unsupported(*shapes, chunk_size)
+    if reason is None:
+        return kernel
+    if implementation is None:
+        return xla
+    raise NotImplementedError(f"implementation={name!r} cannot run here: {reason}")
 
 
 def _check(q, k, v, log_decay, state, segment_ids) -> None:

@@ -5,107 +5,54 @@ came before a part is added to its outputs: retention is linear in the state. So
 each other (n - 1) [b h k v] float32 numbers in a layer, however long the rows are.
 """
 
-from functools import partial
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
 
 from retnet_jax.retention import xla
-from retnet_jax.retention.documents import Documents, documents
+from retnet_jax.retention.devices import SplitRows, on_each_device
+from retnet_jax.retention.documents import Documents
 from retnet_jax.shapes import Array, Float, Int
-from retnet_jax.sharding import axis_size, layout
+from retnet_jax.sharding import axis_size
 
 # With more parts than this, states are summed up in log2 n messages between neighbours at growing
 # distance, and none of the devices holds all n of them.
 MOST_GATHERED = 8
 
 
-class SplitRows(NamedTuple):
-    """Documents of whole rows, and where those parts of the rows end that devices have."""
-
-    documents: Documents
-    end_count: Int[Array, "b n"]  # real tokens of the row up to the end of a part
-    end_index: Int[Array, "b n"]  # number of the document that holds the last of them
-
-
-def split_rows(segment_ids: Int[Array, "b t"]) -> SplitRows:
-    """Numbers the documents of each row, for the mesh that is set."""
-    found = documents(segment_ids)
-    size = segment_ids.shape[1] // parts(segment_ids.shape[1])
-    return SplitRows(found, found.count[:, size - 1 :: size], found.index[:, size - 1 :: size])
-
-
-def parts(length: int) -> int:
-    """Into how many parts rows are split: those of the mesh, or 1 where the length has no such."""
-    n = axis_size("seq")
-    return n if length % n == 0 else 1
-
-
 def chunkwise(
+    local: Callable,
     q: Float[Array, "b t h k"],
     k: Float[Array, "b t h k"],
     v: Float[Array, "b t h v"],
     log_decay: Float[Array, " h"],
     state: Float[Array, "b h k v"] | None,
     rows: SplitRows | None,
-    chunk_size: int | None = None,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
-    """`retention.xla.chunkwise` of rows split over the axis "seq"; the state is each device's."""
-    n, length = axis_size("seq"), q.shape[1]
-    wide = layout("bthk", q.shape)
-    state_layout = layout("bhkv", (q.shape[0], *q.shape[2:], v.shape[3]))
-    by_row = PartitionSpec(wide[0])
-    operands = {
-        "q": (q, wide),
-        "k": (k, wide),
-        "v": (v, layout("bthv", v.shape)),
-        "log_decay": (log_decay, PartitionSpec(wide[2])),
-        "state": (state, state_layout),
-        "rows": (
-            rows,
-            SplitRows(Documents(*[PartitionSpec(wide[0], "seq")] * 3), by_row, by_row),
-        ),
-    }
-    operands = {name: pair for name, pair in operands.items() if pair[0] is not None}
+    """`local`, the chunkwise form on one device, for rows that are split over the axis "seq"."""
 
-    @partial(
-        jax.shard_map,
-        in_specs=({name: specification for name, (_, specification) in operands.items()},),
-        out_specs=(layout("bthv", v.shape), state_layout),
-        check_vma=False,
-    )
-    def run(part):
-        q, v = part["q"], part["v"]
-        initial = part.get("state")
+    def part(q, k, v, log_decay, initial, rows):
+        n, length = axis_size("seq"), q.shape[1]
         if initial is None:
-            shape = (q.shape[0], q.shape[2], q.shape[3], v.shape[3])
-            initial = jnp.zeros(shape, jnp.promote_types(jnp.float32, q.dtype))
-        rows = part.get("rows")
-        cuts = _Cuts.of(rows, n, length // n)
+            initial = xla.zero_state(q, v)
+        cuts = _Cuts.of(rows, n, length)
         here = jax.lax.axis_index("seq")
-        y, after = xla.chunkwise(
-            q,
-            part["k"],
-            v,
-            part["log_decay"],
-            jnp.zeros_like(initial),
-            None if rows is None else cuts.counted_from(here, rows.documents),
-            chunk_size,
-        )
+        row = None if rows is None else cuts.counted_from(here, rows.documents)
+        y, after = local(q, k, v, log_decay, None, row)
         exchange = _gathered if n <= MOST_GATHERED else _passed_on
-        before, final = exchange(initial, after, part["log_decay"], cuts, n)
+        before, final = exchange(initial, after, log_decay, cuts, n)
         before = checkpoint_name(before, "state_before")
-        reach = cuts.reach(part["log_decay"], here, rows, q.shape[1])
+        reach = cuts.reach(log_decay, here, rows, length)
         old = jnp.einsum(
             "bthk,bhkv->bthv", q, before.astype(q.dtype), preferred_element_type=before.dtype
         )
         y = y.astype(old.dtype) + old * reach.swapaxes(1, 2)[..., None]
         return y.astype(v.dtype), final
 
-    return run({name: array for name, (array, _) in operands.items()})
+    return on_each_device(part, q, k, v, log_decay, state, rows)
 
 
 class _Cuts(NamedTuple):

@@ -22,6 +22,12 @@ from retnet_jax.sharding import backend
 State = Float[Array, "b h k v"]
 
 
+def zero_state(q: Float[Array, "b t h k"], v: Float[Array, "b t h v"]) -> State:
+    """The state before the first token: float32, or float64 for such inputs."""
+    b, _, h, k = q.shape
+    return jnp.zeros((b, h, k, v.shape[3]), jnp.promote_types(jnp.float32, q.dtype))
+
+
 class Before(NamedTuple):
     """What a chunk knows of the tokens before it, along with their state."""
 
@@ -51,15 +57,18 @@ def chunkwise(
     k: Float[Array, "b t h k"],
     v: Float[Array, "b t h v"],
     log_decay: Float[Array, " h"],
-    state: State,
+    state: State | None,
     row: Documents | None,
     chunk_size: int | None = None,
 ) -> tuple[Float[Array, "b t h v"], State]:
     """Parallel inside chunks, recurrent between them (Eq. 7): O(t) work and memory.
 
     The last chunk is as short as the length leaves it. Of each chunk the backward pass keeps the
-    inputs and the state, and computes the scores again. `chunk_size=None` is `best_chunk_size`.
+    inputs and the state, and computes the scores again. `state=None` is 0, `chunk_size=None` is
+    `best_chunk_size`.
     """
+    if state is None:
+        state = zero_state(q, v)
     length = q.shape[1]
     size = min(chunk_size or best_chunk_size(), length)
     n_chunks = length // size
