@@ -15,7 +15,8 @@ fla where they are to be compared with, and matplotlib for the plots.
     decoding.py   reading prompts and generating: latency, tokens/s, the best batch
     bounds.py     the least time that any of these can take
     report.py     tables, goals and plots, from the JSON alone
-    cases.py      measuring case by case into the JSON; supervisor.py: a process for each section
+    sections.py   what belongs together; cases.py: measured case by case, into the JSON
+    supervisor.py a process for each section, and the time
 
 How it measures. Time of kernels is device time: one program computes two independent sets of
 inputs, each larger than caches, a few such programs are enqueued, and the host waits once; the

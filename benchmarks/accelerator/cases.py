@@ -43,6 +43,7 @@ class Results:
     def plan(self, section: str, names: list[str]) -> None:
         """All cases of a section, so that those not reached can be told."""
         self._section(section)["planned"] = names
+        self._section(section).pop("problem", None)
         self._save()
 
     def begin(self, section: str, name: str) -> None:
@@ -61,6 +62,11 @@ class Results:
             return False
         self.finish(running["section"], running["name"], {problem: reason})
         return True
+
+    def fail_section(self, section: str, problem: str, reason: str) -> None:
+        """Records what went wrong outside of its cases."""
+        self._section(section)["problem"] = f"{problem.replace('_', ' ')}: {reason}"
+        self._save()
 
     def forget(self, problem: str) -> None:
         """Drops the records with this problem, so that their cases are measured again."""

@@ -1,18 +1,10 @@
 """The chunk_retention of flash-linear-attention (torch and Triton), timed by CUDA events."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.accelerator.timing import REPEATS, rounds
-
-
-class Measured(NamedTuple):
-    """Times, and the first row of each array that the first set of arguments gives, in float32."""
-
-    times: dict
-    first: list[np.ndarray]
+from benchmarks.accelerator.timing import REPEATS, Measured, rounds
 
 
 def measure(sets: Sequence[tuple], kind: str) -> Measured:
@@ -43,7 +35,7 @@ def measure(sets: Sequence[tuple], kind: str) -> Measured:
         return y.detach(), *torch.autograd.grad(y, (q, k, v), dy)
 
     function = {"forward": forward, "both": both}[kind]
-    first = [x[:1].float().cpu().numpy() for x in function(*shared[0])]  # compiles and tunes, too
+    first = function(*shared[0])  # compiles and tunes, too
     times = rounds(
         lambda: [function(*arguments) for arguments in shared],
         lambda _: torch.cuda.synchronize(),

@@ -76,7 +76,7 @@ def cases(tiny: bool) -> Iterator[Case]:
 def _retention_cases(shape: Shape) -> Iterator[Case]:
     for kind in KINDS:
         # Kernels before the general form: those are what is waited for.
-        for name in reversed(IMPLEMENTATIONS):
+        for name in reversed(tuple(IMPLEMENTATIONS)):
             yield Case(f"{name} {shape} {kind}", partial(measure_own, name, shape, kind))
         yield Case(f"fla {shape} {kind}", partial(measure_fla, shape, kind))
 
@@ -90,16 +90,16 @@ def _attention_cases(shape: Shape) -> Iterator[Case]:
 def measure_own(implementation: str, shape: Shape, kind: str) -> dict:
     """A record of `retention(..., implementation=NAME)`."""
     function = computing(partial(_retained, implementation, shape.heads), kind)
-    sets = inputs(shape)
-    found = device_time(function, sets)
-    first = [np.asarray(x[:1], np.float32) for x in jax.jit(function)(*sets[0])]
-    return _described(implementation, shape, kind) | found | _error(first, shape, kind)
+    found = device_time(function, inputs(shape))
+    first = [np.asarray(x[:1], np.float32) for x in found.result]
+    return _described(implementation, shape, kind) | found.times | _error(first, shape)
 
 
 def measure_fla(shape: Shape, kind: str) -> dict:
     """A record of fla's chunk_retention, where it can run."""
-    measured = fla_kernel.measure(inputs(shape), kind)
-    return _described("fla", shape, kind) | measured.times | _error(measured.first, shape, kind)
+    found = fla_kernel.measure(inputs(shape), kind)
+    first = [x[:1].float().cpu().numpy() for x in found.result]
+    return _described("fla", shape, kind) | found.times | _error(first, shape)
 
 
 def measure_attention(shape: Shape, kind: str) -> dict:
@@ -107,9 +107,8 @@ def measure_attention(shape: Shape, kind: str) -> dict:
     if jax.default_backend() != "gpu":
         raise NotImplementedError("cuDNN is for NVIDIA GPUs")
     attention = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
-    return _described("cudnn attention", shape, kind) | device_time(
-        computing(attention, kind), inputs(shape)
-    )
+    found = device_time(computing(attention, kind), inputs(shape))
+    return _described("cudnn attention", shape, kind) | found.times
 
 
 def computing(outputs: Callable, kind: str) -> Callable:
@@ -146,18 +145,19 @@ def _retained(implementation: str, heads: int, q, k, v):
     return retention(q, k, v, decay, implementation=implementation)[0]
 
 
-@lru_cache(maxsize=2)
-def _reference(shape: Shape, kind: str) -> list[np.ndarray]:
-    """The first row in float32."""
-    function = computing(partial(_retained, "xla", shape.heads), kind)
+@lru_cache(maxsize=1)
+def _reference(shape: Shape) -> list[np.ndarray]:
+    """Outputs and gradients of the first row in float32."""
+    function = computing(partial(_retained, "xla", shape.heads), "both")
     arrays = [x[:1].astype(jnp.float32) for x in inputs(shape)[0]]
     # GPUs would else round operands to tf32.
     with jax.default_matmul_precision("highest"):
         return [np.asarray(x) for x in jax.jit(function)(*arrays)]
 
 
-def _error(found: list[np.ndarray], shape: Shape, kind: str) -> dict:
-    pairs = zip(found, _reference(shape, kind), strict=True)
+def _error(found: list[np.ndarray], shape: Shape) -> dict:
+    """Of the outputs, and of the gradients if they are there."""
+    pairs = zip(found, _reference(shape)[: len(found)], strict=True)
     errors = [float(np.linalg.norm(x - r) / np.linalg.norm(r)) for x, r in pairs]
     # Not max, which can pass over a NaN.
     return {"relative_error": float(np.max(errors))}

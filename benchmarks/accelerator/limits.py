@@ -22,7 +22,7 @@ def cases(tiny: bool) -> Iterator[Case]:
 def bandwidth(function, count: int) -> dict:
     """Of a function that reads and writes so many bfloat16 numbers."""
     sets = [(x,) for x in _random((count,))]
-    found = device_time(function, sets)
+    found = device_time(function, sets).times
     moved = 2 * sets[0][0].nbytes
     return found | {"bytes": moved, "bytes_per_second": moved / (found["ms"] / 1000)}
 
@@ -30,7 +30,7 @@ def bandwidth(function, count: int) -> dict:
 def matrix_rate(width: int) -> dict:
     """On random numbers: on zeros it would be higher."""
     sets = [(x, x) for x in _random((width, width))]
-    found = device_time(jnp.matmul, sets)
+    found = device_time(jnp.matmul, sets).times
     flops = 2 * width**3
     return found | {"flops": flops, "flops_per_second": flops / (found["ms"] / 1000)}
 

@@ -278,7 +278,6 @@ def text(report: Report) -> str:
     data = report.data
     facts = [f"{name} {data[name]}" for name in ("date", "commit", "jax", "python") if name in data]
     parts = [f"# {report.title}", ", ".join(facts)]
-    parts += [value for name, value in data.items() if name.endswith("_problem")]
     if report.bandwidth is not None and report.matrix_rate is not None:
         parts.append(
             f"Copy bandwidth {report.bandwidth / 1e12:.3g} TB/s, bfloat16 matrix products "
@@ -363,6 +362,8 @@ def _prefill(report: Report) -> str:
 def _without_numbers(report: Report) -> str:
     rows = []
     for section, found in report.data.get("sections", {}).items():
+        if "problem" in found:
+            rows.append([section, "all that follow", found["problem"]])
         for name in found["planned"]:
             record = found["cases"].get(name)
             if record is None:

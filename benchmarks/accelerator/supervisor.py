@@ -1,5 +1,6 @@
 """A process for each section, which is given up when it dies, hangs or is out of time."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -7,20 +8,18 @@ import time
 from pathlib import Path
 
 from benchmarks.accelerator.cases import Results
+from benchmarks.accelerator.sections import BROKEN, SECTIONS
 
 ROOT = Path(__file__).parents[2]
-# In the order of importance, with shares of the time; what one leaves is for those behind it.
-SECTIONS = {"limits": 0.06, "kernels": 0.36, "training": 0.28, "decoding": 0.30}
 _PATIENCE = 150  # seconds for one case; compilation is in it
 _MEMORY_SECONDS = 2  # until a killed process's memory is the next one's
-BROKEN = 75  # exit status of a process that is to be started again
 
 
 def run(sections: list[str], output: Path, seconds: float, options: list[str]) -> None:
     """Measures the sections, each in its share of the time.
 
     Args:
-      sections: some of `SECTIONS`.
+      sections: some of `sections.SECTIONS`.
       output: the JSON file.
       seconds: for all.
       options: of the command line, for the processes.
@@ -39,13 +38,13 @@ def _ended(section: str, output: Path, deadline: float, options: list[str]) -> b
     command += [f"--section={section}", f"--deadline={deadline}", f"--output={output}"]
     process = subprocess.Popen(command, cwd=ROOT, env=environment(section))
     problem = _watch(process, output, deadline)
-    status = process.wait()
+    status = process.poll()
     results = Results(output)
     if problem is None and status not in (0, BROKEN):
-        problem = ("ended", f"the process ended with status {status}; its output says why")
-    was_running = problem is not None and results.fail_running(*problem)
-    if problem is not None and not was_running:
-        results.describe(**{f"{section}_problem": f"outside of its cases: {problem[1]}"})
+        problem = ("ended", f"the process ended with status {status}, its output says why")
+    if problem is not None and not results.fail_running(*problem):
+        # Not in a case: another process would do no better.
+        results.fail_section(section, *problem)
         return True
     return status == 0 or time.time() >= deadline
 
@@ -65,7 +64,8 @@ def _watch(process: subprocess.Popen, output: Path, deadline: float) -> tuple[st
             problem = ("ended", f"it did not end within {_PATIENCE} seconds")
         if problem is not None:
             process.kill()
-            process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_MEMORY_SECONDS)  # one that waits for the device may not end
             time.sleep(_MEMORY_SECONDS)
             return problem
     return None

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -14,7 +14,14 @@ _MOST_ENQUEUED = 24
 _ROUND_SECONDS = 0.05
 
 
-def device_time(function: Callable, sets: Sequence[tuple], repeats: int = REPEATS) -> dict:
+class Measured(NamedTuple):
+    """Numbers for a record, and what the function returned for the first arguments."""
+
+    times: dict[str, Any]
+    result: Any
+
+
+def device_time(function: Callable, sets: Sequence[tuple], repeats: int = REPEATS) -> Measured:
     """Milliseconds that a function takes for one set of arguments, on the device.
 
     Args:
@@ -23,15 +30,14 @@ def device_time(function: Callable, sets: Sequence[tuple], repeats: int = REPEAT
       repeats: rounds.
 
     Returns:
-      ms, the median; samples_ms of the rounds; host_share, in which the host was enqueuing (near 1:
-      ms is the host's time, and the device's is less); temporary_bytes of one call.
+      Times: ms, the median; samples_ms of the rounds; host_share, in which the host was enqueuing
+      (near 1: ms is the host's time, and the device's is less); temporary_bytes of the program.
     """
     program = jax.jit(lambda sets: [function(*arguments) for arguments in sets])
     compiled = program.lower(sets).compile()
-    found = rounds(lambda: compiled(sets), jax.block_until_ready, len(sets), repeats)
-    memory = compiled.memory_analysis()
-    # One call's buffers are free for the next.
-    return found | {"temporary_bytes": memory.temp_size_in_bytes}
+    times = rounds(lambda: compiled(sets), jax.block_until_ready, len(sets), repeats)
+    times["temporary_bytes"] = compiled.memory_analysis().temp_size_in_bytes
+    return Measured(times, compiled(sets)[0])
 
 
 def rounds(call: Callable[[], Any], wait: Callable[[Any], Any], parts: int, repeats: int) -> dict:
