@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -79,16 +80,47 @@ def test_configs_have_the_weights_and_states_of_the_bounds():
     assert cached["state_written_bytes"] == 2 * config.n_layers * 2 * 16
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """The JSON of all sections, measured in this process."""
-    path = tmp_path_factory.mktemp("accelerator") / "accelerator.json"
+def test_layouts_are_of_one_kind_and_fall_in_memory(monkeypatch):
+    device = SimpleNamespace(device_kind="NVIDIA H200", platform="gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    for length, rows in ((2048, 8), (8192, 2), (32_768, 1)):
+        config = training.on_one_device(training.CONFIGS["1.3B"]("retnet"), length)
+        found = training.candidates(config)
+        assert [x.model.remat for x in found] == [
+            "q,k,v,gate,retention,out,up",
+            "q,k,v,gate",
+            "full",
+        ]
+        for x in found:
+            x.check()
+            assert x.train.batch_size * length == 32_768
+        assert found[0].train.batch_size // found[0].train.micro_batches == rows
+
+
+def test_batches_begin_with_the_largest_that_memory_holds(monkeypatch):
+    from benchmarks.accelerator import decoding
+
+    traffic = decoding.traffic(decoding.random_model("tiny", "retnet"), 5)
+    embedding = 2 * 64 * 16
+    weights, row = traffic["weight_bytes"] + embedding, traffic["state_read_bytes"]
+    for rows, expected in ((0.5, 1), (7.9, 4), (8, 8), (1e9, 4096)):
+        monkeypatch.setattr(decoding, "memory_limit", lambda rows=rows: weights + rows * row)
+        assert decoding.largest_batch("tiny", "retnet", 5, 4096) == expected
+
+
+def test_all_sections_on_tiny_shapes(tmp_path):
+    """One test, so that one process measures once."""
+    path = tmp_path / "accelerator.json"
     for section in SECTIONS:
         run(Results(path), section, cases_of(section, tiny=True), time.time() + 600)
-    return path
+    check_every_section_is_measured(path)
+    check_kernels_compute_the_same(path)
+    check_speeds_follow_from_times(path)
+    check_tables_show_every_case(path)
+    check_plots_are_drawn(path)
 
 
-def test_every_section_is_measured(tiny):
+def check_every_section_is_measured(tiny):
     sections = json.loads(tiny.read_text())["sections"]
     assert list(sections) == list(SECTIONS)
     for section in sections.values():
@@ -100,7 +132,7 @@ def test_every_section_is_measured(tiny):
                 assert len(record["samples_ms"]) == 5
 
 
-def test_kernels_compute_the_same(tiny):
+def check_kernels_compute_the_same(tiny):
     records = report.Report(json.loads(tiny.read_text())).measured("kernels")
     assert {x["kind"] for x in records if x["implementation"] == "xla"} == {"both", "forward"}
     for record in records:
@@ -108,7 +140,7 @@ def test_kernels_compute_the_same(tiny):
         assert record["rows"] * record["length"] == record["tokens"]
 
 
-def test_speeds_follow_from_times(tiny):
+def check_speeds_follow_from_times(tiny):
     found = report.Report(json.loads(tiny.read_text()))
     steps, decoded = found.measured("training"), found.measured("decoding")
     assert {x["architecture"] for x in decoded} == {"retnet", "transformer"}
@@ -129,7 +161,7 @@ def test_speeds_follow_from_times(tiny):
         assert x["tokens_per_second"] == max(x["tried"].values())
 
 
-def test_tables_show_every_case(tiny):
+def check_tables_show_every_case(tiny):
     found = report.Report(json.loads(tiny.read_text()) | {"tiny": True})
     text = report.text(found)
     assert "tiny shapes: these are no measurements" in text
@@ -141,7 +173,7 @@ def test_tables_show_every_case(tiny):
     assert report.goals_table(found).count(report.NOT_MEASURED) == len(report.GOALS)
 
 
-def test_plots_are_drawn(tiny):
+def check_plots_are_drawn(tiny):
     from benchmarks.accelerator.plots import plot
 
     plot(report.Report(json.loads(tiny.read_text())), tiny.with_suffix(".png"))

@@ -39,41 +39,57 @@ CONFIGS = {
     "tiny": tiny_config,
 }
 _TOKENS = 32  # of a timed call
-_THROUGHPUT_POSITION = 8192
-_PROMPT_TOKENS = 8192  # of all rows together
+_PROMPT_TOKENS = 16_384  # of all rows together, at most
 
 
 def cases(tiny: bool) -> Iterator[Case]:
-    """6.7B before the others, and for each size RetNet before Transformer."""
-    sizes = ("tiny",) if tiny else tuple(name for name in CONFIGS if name != "tiny")
-    for size in sizes:
-        for architecture in ("retnet", "transformer"):
-            yield from _cases_of(size, architecture, tiny)
+    """6.7B before the others; of each size what the goals speak of, then all else."""
+    for size in ("tiny",) if tiny else ("6.7B", "1.3B", "2.7B"):
+        for part in (_goals_of, _others_of):
+            for architecture in ("retnet", "transformer"):
+                yield from part(size, architecture)
 
 
-def _cases_of(size: str, architecture: str, tiny: bool) -> Iterator[Case]:
-    retnet, model = architecture == "retnet", f"{size} {architecture}"
-    batches = (1,) if tiny else (1, 64, 16, 256)
-    near, far, middle = 10, 100, 20
-    if not tiny:
-        near, far, middle = 100, 100_000, _THROUGHPUT_POSITION
-    places = [(1, near), (1, far)] if retnet or not tiny else [(1, near)]
-    # A RetNet's program is the same at each position; a Transformer has one for each.
-    places += [(b, p) for b in batches[1:] for p in ((near, far) if retnet else (near, middle))]
-    for batch, position in places:
-        name = f"{model} batch {batch} position {position}"
-        yield Case(name, partial(measure, size, architecture, batch, position))
-    most = 2 if tiny else 4096
-    name = f"{model} best batch position {middle}"
+def _goals_of(size: str, architecture: str) -> Iterator[Case]:
+    near, middle, far = _positions(size)
+    yield _decoding(size, architecture, 1, near)
+    if architecture == "retnet":
+        yield _decoding(size, architecture, 1, far)
+        yield from (_decoding(size, architecture, batch, near) for batch in _batches(size)[1:2])
+    most = 2 if size == "tiny" else 4096
+    name = f"{size} {architecture} best batch position {middle}"
     yield Case(name, partial(best_batch, size, architecture, middle, most))
+
+
+def _others_of(size: str, architecture: str) -> Iterator[Case]:
+    _, middle, far = _positions(size)
+    batches = _batches(size)
     for batch in batches:
-        length = max(1, (64 if tiny else _PROMPT_TOKENS) // batch)
-        name = f"{model} prefill batch {batch} length {length}"
+        length = max(64, min(8192, _PROMPT_TOKENS // batch))
+        name = f"{size} {architecture} prefill batch {batch} length {length}"
         yield Case(name, partial(measure_prefill, size, architecture, batch, length))
-    if not tiny:
-        for position in (1000, 10_000):
-            name = f"{model} batch 1 position {position}"
-            yield Case(name, partial(measure, size, architecture, 1, position))
+    if size == "tiny":
+        return
+    for position in (1000, 10_000, far):
+        if (architecture, position) != ("retnet", far):
+            yield _decoding(size, architecture, 1, position)
+    for batch in batches[2:]:
+        yield _decoding(size, architecture, batch, 100)
+    for batch in batches[1:]:
+        yield _decoding(size, architecture, batch, far if architecture == "retnet" else middle)
+
+
+def _decoding(size: str, architecture: str, batch: int, position: int) -> Case:
+    name = f"{size} {architecture} batch {batch} position {position}"
+    return Case(name, partial(measure, size, architecture, batch, position))
+
+
+def _positions(size: str) -> tuple[int, int, int]:
+    return (10, 10, 100) if size == "tiny" else (100, 8192, 100_000)
+
+
+def _batches(size: str) -> tuple[int, ...]:
+    return (1,) if size == "tiny" else (1, 64, 16, 256)
 
 
 def measure(size: str, architecture: str, batch: int, position: int) -> dict:
@@ -211,7 +227,7 @@ def traffic(model: LanguageModel, position: int) -> dict[str, int]:
     return {"weight_bytes": weights, "state_read_bytes": read, "state_written_bytes": written}
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def _decoder(size: str, architecture: str, batch: int, capacity: int) -> jax.stages.Compiled:
     model = random_model(size, architecture)
     progress = jax.eval_shape(lambda: start(model, batch, 0, capacity))

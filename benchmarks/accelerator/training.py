@@ -1,9 +1,9 @@
 """The training step of the paper's configs on one device, as train.py runs it.
 
-A step has 32,768 tokens, in micro-batches as large and with as little recomputed as fits: layouts
-come from `retnet_jax/ahead/fit.py`, the compiler says whether they fit. Steps follow each other
-without a pause; the time of one is that from its predecessor's metrics to its own. MFU counts
-`ModelConfig.training_flops_per_token`, nothing that is computed twice.
+A step has 32,768 tokens, in micro-batches of 16,384 or a row and with as little recomputed as
+fits: layouts come from `retnet_jax/ahead/fit.py`, the compiler says whether they fit. Steps follow
+each other without a pause; the time of one is that from its predecessor's metrics to its own. MFU
+counts `ModelConfig.training_flops_per_token`, nothing that is computed twice.
 """
 
 import dataclasses
@@ -108,7 +108,7 @@ def compiled(config: Config) -> CompiledStep:
 
 
 def candidates(config: Config) -> list[Config]:
-    """Layouts that are expected to fit, the fastest first, and then the smallest there is."""
+    """Layouts that are expected to fit, each smaller than the last; at the end the smallest."""
     smallest = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, remat="full"),
@@ -122,7 +122,13 @@ def candidates(config: Config) -> list[Config]:
         return -min(tokens // layout.config.train.micro_batches, _MICRO_BATCH), layout.seconds
 
     ranked = sorted(layouts(config, jax.devices()[:1]), key=badness)
-    return [layout.config for layout in ranked[: _TRIES - 1]] + [smallest]
+    chosen = []
+    for layout in ranked:
+        less = not chosen or layout.bytes < 0.9 * chosen[-1].bytes
+        # Not "none", which the longest rows leave no room for: all lengths are to compute alike.
+        if less and layout.config.model.remat != "none":
+            chosen.append(layout)
+    return [layout.config for layout in chosen[: _TRIES - 1]] + [smallest]
 
 
 def step_seconds(step: CompiledStep) -> tuple[list[float], list[float]]:
