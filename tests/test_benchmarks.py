@@ -180,6 +180,26 @@ def check_plots_are_drawn(tiny):
     assert tiny.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_best_batch_is_searched_from_the_largest(monkeypatch):
+    from benchmarks.accelerator import decoding
+
+    speeds = {4: 30.0, 2: 40.0, 1: 20.0}
+
+    def measure(size, architecture, batch, position):
+        if batch == 16:
+            raise MemoryError("needs too much")
+        if batch == 8:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return {"batch": batch, "tokens_per_second": speeds[batch]}
+
+    monkeypatch.setattr(decoding, "measure", measure)
+    assert decoding.best_batch("tiny", "retnet", 5, most=16) == {
+        "batch": 2,
+        "tokens_per_second": 40.0,
+        "tried": {"16": "out of memory", "8": "out of memory", "4": 30.0, "2": 40.0, "1": 20.0},
+    }
+
+
 def test_goals_are_read_from_the_records():
     kernel = {"key_width": 256, "value_width": 512, "length": 8192, "kind": "both"}
     work = {"flops": 79e9, "bytes": 1e6}  # 0.1 ms

@@ -56,7 +56,7 @@ def _goals_of(size: str, architecture: str) -> Iterator[Case]:
     if architecture == "retnet":
         yield _decoding(size, architecture, 1, far)
         yield from (_decoding(size, architecture, batch, near) for batch in _batches(size)[1:2])
-    most = 2 if size == "tiny" else 4096
+    most = 1 if size == "tiny" else 4096
     name = f"{size} {architecture} best batch position {middle}"
     yield Case(name, partial(best_batch, size, architecture, middle, most))
 

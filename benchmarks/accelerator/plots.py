@@ -59,12 +59,12 @@ def _over_batch(report: Report, axis) -> None:
         points = lines[f"{x['architecture']} at {x['position']:,}"]
         speeds = x.get("tried", {str(x["batch"]): x["tokens_per_second"]})
         points += [(int(b), speed) for b, speed in speeds.items() if not isinstance(speed, str)]
-    _draw(axis, lines, "batch", "tokens/s", f"decoding, {size}")
-    if lines:
-        axis.set_yscale("log")
+    # A position of one batch stands in the other panel.
+    lines = {name: points for name, points in lines.items() if len({b for b, _ in points}) > 1}
+    _draw(axis, lines, "batch", "tokens/s", f"decoding, {size}", y_scale="log")
 
 
-def _draw(axis, lines: dict[str, list], x_label: str, y_label: str, title: str) -> None:
+def _draw(axis, lines: dict[str, list], x_label, y_label, title, y_scale="linear") -> None:
     axis.set(title=title, xlabel=x_label, ylabel=y_label)
     if not lines:
         axis.text(0.5, 0.5, NOT_MEASURED, ha="center", transform=axis.transAxes)
@@ -72,7 +72,9 @@ def _draw(axis, lines: dict[str, list], x_label: str, y_label: str, title: str) 
     for name, points in lines.items():
         style = "o--" if "transformer" in name or "attention" in name else "o-"
         axis.plot(*zip(*sorted(points), strict=True), style, label=name)
-    axis.set(xscale="log", ylim=(0, None))
+    axis.set(xscale="log", yscale=y_scale)
+    if y_scale == "linear":
+        axis.set_ylim(bottom=0)
     ticks = sorted({x for points in lines.values() for x, _ in points})
     axis.set_xticks(ticks, [f"{x:,}" for x in ticks])
     axis.xaxis.minorticks_off()
