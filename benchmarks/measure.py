@@ -39,9 +39,11 @@ def median_milliseconds(seconds: list[float]) -> float:
 
 def provenance() -> dict[str, str]:
     """Date, device, versions and commit, to stand beside every number."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
+    try:
+        command = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:  # no git here
+        commit = ""
     device = jax.devices()[0]
     processor = device.device_kind
     if device.platform == "cpu":
@@ -52,7 +54,7 @@ def provenance() -> dict[str, str]:
         "device": processor,
         "jax": jax.__version__,
         "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
+        "commit": commit or "unknown",
     }
 
 

@@ -1,0 +1,240 @@
+"""Reading prompts and generating, of the paper's sizes with random bfloat16 parameters.
+
+`generate.decode` is timed from a random state at a position: for a RetNet that is a number beside a
+state of one size, for a Transformer a cache with as many filled slots. One call generates so many
+tokens in one compiled loop. `weight_bytes` are of all parameters but the embedding, of which a
+token reads one line; with the bytes of the state they give the bound (`bounds.decoding_bytes`).
+`generate.prefill` is timed on the host's clock, with all it does there.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from functools import lru_cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from benchmarks.accelerator.cases import Case
+from benchmarks.accelerator.timing import (
+    REPEATS,
+    check_memory,
+    memory_limit,
+    peak_bytes,
+    summary,
+)
+from benchmarks.accelerator.training import tiny_config
+from configs import retnet_1p3b, retnet_2p7b, retnet_6p7b
+from retnet_jax.config import ModelConfig
+from retnet_jax.generate import Progress, decode, prefill, row_keys
+from retnet_jax.model import LanguageModel, State, build_model
+from retnet_jax.model.multi_scale_retention import RetentionState
+
+CONFIGS = {
+    "6.7B": retnet_6p7b.get_config,
+    "1.3B": retnet_1p3b.get_config,
+    "2.7B": retnet_2p7b.get_config,
+    "tiny": tiny_config,
+}
+_TOKENS = 32  # of a timed call
+_PROMPT_TOKENS = 16_384  # of all rows together, at most
+
+
+def cases(tiny: bool) -> Iterator[Case]:
+    """6.7B before the others; of each size what the goals speak of, then all else."""
+    for size in ("tiny",) if tiny else ("6.7B", "1.3B", "2.7B"):
+        for part in (_goals_of, _others_of):
+            for architecture in ("retnet", "transformer"):
+                yield from part(size, architecture)
+
+
+def _goals_of(size: str, architecture: str) -> Iterator[Case]:
+    near, middle, far = _positions(size)
+    yield _decoding(size, architecture, 1, near)
+    if architecture == "retnet":
+        yield _decoding(size, architecture, 1, far)
+        yield from (_decoding(size, architecture, batch, near) for batch in _batches(size)[1:2])
+    most = 1 if size == "tiny" else 4096
+    name = f"{size} {architecture} best batch position {middle}"
+    yield Case(name, partial(best_batch, size, architecture, middle, most))
+
+
+def _others_of(size: str, architecture: str) -> Iterator[Case]:
+    _, middle, far = _positions(size)
+    batches = _batches(size)
+    for batch in batches:
+        length = max(64, min(8192, _PROMPT_TOKENS // batch))
+        name = f"{size} {architecture} prefill batch {batch} length {length}"
+        yield Case(name, partial(measure_prefill, size, architecture, batch, length))
+    if size == "tiny":
+        return
+    for position in (1000, 10_000, far):
+        if (architecture, position) != ("retnet", far):
+            yield _decoding(size, architecture, 1, position)
+    for batch in batches[2:]:
+        yield _decoding(size, architecture, batch, 100)
+    for batch in batches[1:]:
+        yield _decoding(size, architecture, batch, far if architecture == "retnet" else middle)
+
+
+def _decoding(size: str, architecture: str, batch: int, position: int) -> Case:
+    name = f"{size} {architecture} batch {batch} position {position}"
+    return Case(name, partial(measure, size, architecture, batch, position))
+
+
+def _positions(size: str) -> tuple[int, int, int]:
+    return (10, 10, 100) if size == "tiny" else (100, 8192, 100_000)
+
+
+def _batches(size: str) -> tuple[int, ...]:
+    return (1,) if size == "tiny" else (1, 64, 16, 256)
+
+
+def measure(size: str, architecture: str, batch: int, position: int) -> dict:
+    """A record of decoding a batch, all rows at one position."""
+    model = random_model(size, architecture)
+    # The same for all positions of a RetNet, so that its program is.
+    capacity = 0 if architecture == "retnet" else position + _TOKENS * (REPEATS + 2)
+    decoder = _decoder(size, architecture, batch, capacity)
+    progress, seconds = start(model, batch, position, capacity), []
+    for _ in range(REPEATS + 1):
+        begin = time.perf_counter()
+        tokens, progress = decoder(model, progress, row_keys(0, batch))
+        jax.block_until_ready(tokens)
+        seconds.append((time.perf_counter() - begin) / _TOKENS)
+    found = summary(seconds[1:])
+    return found | {
+        "size": size,
+        "architecture": architecture,
+        "batch": batch,
+        "position": position,
+        "tokens_per_second": batch / (found["ms"] / 1000),
+        "peak_bytes": peak_bytes(decoder),
+        "finite": bool(jnp.isfinite(progress.logits).all()),
+        **traffic(model, position),
+    }
+
+
+def best_batch(size: str, architecture: str, position: int, most: int) -> dict:
+    """The record of the batch, a power of two, with the most tokens/s, and what all tried gave.
+
+    It begins with the largest that fits, and ends where a smaller one is slower.
+    """
+    tried, best, batch = {}, None, largest_batch(size, architecture, position, most)
+    while batch >= 1:
+        try:
+            record = measure(size, architecture, batch, position)
+        except (MemoryError, jax.errors.JaxRuntimeError) as error:
+            if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            tried[str(batch)] = "out of memory"
+        else:
+            tried[str(batch)] = record["tokens_per_second"]
+            if best is not None and record["tokens_per_second"] < best["tokens_per_second"]:
+                break
+            best = record
+        batch //= 2
+    if best is None:
+        raise MemoryError("not even one row fits")
+    return best | {"tried": tried}
+
+
+def largest_batch(size: str, architecture: str, position: int, most: int) -> int:
+    """The largest power of two whose weights and states leave nothing but a little memory."""
+    limit = memory_limit()
+    if limit is None:
+        return most
+    model = random_model(size, architecture)
+    state = jax.eval_shape(lambda: model.init_state(1, position + _TOKENS * (REPEATS + 2)))
+    room = limit - sum(x.nbytes for x in jax.tree.leaves(model))
+    rows = room / sum(_bytes(x) for x in jax.tree.leaves(state.layers))
+    return min(most, 1 << max(0, int(np.log2(max(rows, 1)))))
+
+
+def measure_prefill(size: str, architecture: str, batch: int, length: int) -> dict:
+    """A record of reading prompts of random tokens."""
+    model = random_model(size, architecture)
+    vocabulary = model.config.vocab_size
+    prompts = np.random.default_rng(0).integers(0, vocabulary, (batch, length)).tolist()
+    seconds = []
+    for _ in range(REPEATS + 1):
+        begin = time.perf_counter()
+        jax.block_until_ready(prefill(model, prompts, room=1).logits)
+        seconds.append(time.perf_counter() - begin)
+    found = summary(seconds[1:])
+    speed = batch * length / (found["ms"] / 1000)
+    described = {"size": size, "architecture": architecture, "batch": batch, "length": length}
+    return found | described | {"tokens_per_second": speed}
+
+
+_models: dict[tuple[str, str], LanguageModel] = {}  # the last
+
+
+def random_model(size: str, architecture: str) -> LanguageModel:
+    """Parameters in bfloat16, made on the device; kept until another is asked for."""
+    if (size, architecture) not in _models:
+        _models.clear()  # before there is a second
+        config = dataclasses.replace(CONFIGS[size](architecture).model, remat="none")
+        _models[size, architecture] = _drawn(config)
+    return _models[size, architecture]
+
+
+def _drawn(config: ModelConfig) -> LanguageModel:
+    @jax.jit
+    def build():
+        model = build_model(config, rngs=nnx.Rngs(0))
+        return jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
+
+    return build()
+
+
+def start(model: LanguageModel, batch: int, position: int, capacity: int) -> Progress:
+    """Rows that have read as many tokens, with random states."""
+
+    @jax.jit
+    def draw():
+        state = jax.eval_shape(lambda: model.init_state(batch, capacity))
+
+        def one_for_all_layers(x):
+            row = 0.1 * jax.random.normal(jax.random.key(1), x.shape[1:], x.dtype)
+            return jnp.broadcast_to(row, x.shape)
+
+        layers = jax.tree.map(one_for_all_layers, state.layers)
+        places = jnp.full(batch, position, jnp.int32)
+        if isinstance(state, RetentionState):
+            return state._replace(layers=layers, position=places)
+        return state._replace(
+            layers=layers,
+            visible=jnp.broadcast_to(jnp.arange(capacity) < position, (batch, capacity)),
+            length=jnp.int32(position),
+            position=places,
+        )
+
+    logits = jax.random.normal(jax.random.key(2), (batch, model.config.vocab_size))
+    return Progress(logits, draw(), jnp.zeros(batch, bool))
+
+
+def traffic(model: LanguageModel, position: int) -> dict[str, int]:
+    """Bytes of the weights a step reads, and of the state that a row reads and writes."""
+    weights = sum(x.nbytes for x in jax.tree.leaves(model))
+    if not model.config.tie_embeddings:
+        weights -= model.embedding[...].nbytes
+    state: State = jax.eval_shape(lambda: model.init_state(1, position))
+    read = sum(_bytes(x) for x in jax.tree.leaves(state.layers))
+    written = read if isinstance(state, RetentionState) else read // position
+    return {"weight_bytes": weights, "state_read_bytes": read, "state_written_bytes": written}
+
+
+@lru_cache(maxsize=2)
+def _decoder(size: str, architecture: str, batch: int, capacity: int) -> jax.stages.Compiled:
+    model = random_model(size, architecture)
+    progress = jax.eval_shape(lambda: start(model, batch, 0, capacity))
+    decoder = decode.lower(model, progress, row_keys(0, batch), length=_TOKENS).compile()
+    check_memory(peak_bytes(decoder))
+    return decoder
+
+
+def _bytes(x) -> int:
+    return x.dtype.itemsize * int(np.prod(x.shape))

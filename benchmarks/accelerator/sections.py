@@ -1,0 +1,52 @@
+"""The sections, and what the process of one does."""
+
+import os
+import sys
+from pathlib import Path
+
+from benchmarks.accelerator.cases import BrokenDeviceError, Case, Results, run
+from benchmarks.accelerator.timing import memory_limit
+from benchmarks.measure import provenance
+
+# In the order of importance, with shares of the time; what one leaves is for those behind it.
+SECTIONS = {"limits": 0.06, "kernels": 0.36, "training": 0.28, "decoding": 0.30}
+BROKEN = 75  # exit status of a process that is to be started again
+
+
+def measure(section: str, output: Path, tiny: bool, deadline: float) -> None:
+    """What a process of the supervisor does."""
+    results = Results(output)
+    describe(results, tiny)
+    try:
+        run(results, section, cases_of(section, tiny), deadline)
+    except BrokenDeviceError:
+        sys.stdout.flush()
+        os._exit(BROKEN)  # clean-up can hang on a broken device
+
+
+def describe(results: Results, tiny: bool) -> None:
+    """Date, device, versions and commit, and what of the device's memory is to be had.
+
+    Raises:
+      SystemExit: if the file holds the records of another device.
+    """
+    facts = provenance() | {"memory_limit": memory_limit(), "tiny": tiny}
+    for name in ("device", "tiny"):
+        before = results.data.get(name, facts[name])
+        if before != facts[name]:
+            sys.exit(f"{results.path} was measured with {name} {before}, not {facts[name]}")
+    results.describe(**facts)
+
+
+def cases_of(section: str, tiny: bool) -> list[Case]:
+    """All cases of a section, the most important first."""
+    # Imported here, so that a section does not fail with another's libraries.
+    if section == "limits":
+        from benchmarks.accelerator import limits as module
+    elif section == "kernels":
+        from benchmarks.accelerator import kernels as module
+    elif section == "training":
+        from benchmarks.accelerator import training as module
+    else:
+        from benchmarks.accelerator import decoding as module
+    return list(module.cases(tiny))

@@ -1,0 +1,166 @@
+"""The training step of the paper's configs on one device, as train.py runs it.
+
+A step has 32,768 tokens, in micro-batches of 16,384 or a row and with as little recomputed as
+fits: layouts come from `retnet_jax/ahead/fit.py`, the compiler says whether they fit. Steps follow
+each other without a pause; the time of one is that from its predecessor's metrics to its own. MFU
+counts `ModelConfig.training_flops_per_token`, nothing that is computed twice.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from functools import partial
+
+import jax
+import numpy as np
+
+from benchmarks.accelerator.cases import Case
+from benchmarks.accelerator.timing import REPEATS, check_memory, peak_bytes, summary
+from configs import retnet_1p3b, retnet_2p7b
+from retnet_jax.ahead import CompiledStep, DoesNotFitError, compile_step
+from retnet_jax.ahead.fit import layouts
+from retnet_jax.chips import chip
+from retnet_jax.config import Config, DataConfig, ModelConfig, TrainConfig
+from retnet_jax.data import Batch
+from retnet_jax.sharding import batch_shardings
+from retnet_jax.train_step import initial_state
+
+CONFIGS = {"1.3B": retnet_1p3b.get_config, "2.7B": retnet_2p7b.get_config}
+_TOKENS = 32_768  # of a step
+_MICRO_BATCH = 16_384  # tokens beyond which a larger micro-batch is no faster, by expectation
+_TRIES = 3
+
+
+def cases(tiny: bool) -> Iterator[Case]:
+    """The goals' cases first: 1.3B at 8k, 32k and 2k."""
+    if tiny:
+        yield Case("tiny retnet t 32", partial(measure, "tiny", "retnet", tiny_config("retnet")))
+        return
+    order = [("1.3B", "retnet", t) for t in (8192, 32_768, 2048)]
+    order += [("1.3B", "transformer", 8192), ("2.7B", "retnet", 8192)]
+    order += [("2.7B", "transformer", 8192)]
+    order += [("1.3B", "transformer", t) for t in (2048, 32_768)]
+    order += [("2.7B", name, t) for name in ("retnet", "transformer") for t in (2048, 32_768)]
+    for size, architecture, length in order:
+        config = on_one_device(CONFIGS[size](architecture), length)
+        name = f"{size} {architecture} t {length}"
+        yield Case(name, partial(measure, size, architecture, config))
+
+
+def tiny_config(architecture: str) -> Config:
+    model = ModelConfig(vocab_size=64, d_model=16, n_layers=1, n_heads=2, dtype="bfloat16")
+    return Config(
+        model=model.built_as(architecture),
+        data=DataConfig(sequence_length=32),
+        train=TrainConfig(batch_size=2),
+    )
+
+
+def on_one_device(config: Config, length: int) -> Config:
+    """A config with rows of this length, and a step of few tokens."""
+    rows = max(1, _TOKENS // length)
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, sequence_length=length),
+        train=dataclasses.replace(config.train, batch_size=rows, micro_batches=1),
+    )
+
+
+def measure(size: str, architecture: str, config: Config) -> dict:
+    """A record of one config's step."""
+    step = compiled(config)
+    config = step.config
+    length, rows = config.data.sequence_length, config.train.batch_size
+    seconds, losses = step_seconds(step)
+    found = summary(seconds)
+    return found | {
+        "size": size,
+        "architecture": architecture,
+        "length": length,
+        "rows": rows,
+        "micro_batches": config.train.micro_batches,
+        "remat": config.model.remat,
+        "parameters": config.model.parameter_count(),
+        "flops_per_token": config.model.training_flops_per_token(length),
+        "tokens_per_second": rows * length / (found["ms"] / 1000),
+        "peak_bytes": peak_bytes(step.compiled),
+        "compile_seconds": step.compile_seconds,
+        "losses": losses,
+    }
+
+
+def compiled(config: Config) -> CompiledStep:
+    """The step in the first layout that fits.
+
+    Raises:
+      MemoryError: if none of a few does.
+    """
+    problems = []
+    for candidate in candidates(config)[:_TRIES]:
+        try:
+            step = compile_step(candidate, jax.devices()[:1])
+            check_memory(peak_bytes(step.compiled))
+            return step
+        except (DoesNotFitError, MemoryError) as error:
+            rows = candidate.train.batch_size // candidate.train.micro_batches
+            problems.append(f"{rows} rows, remat {candidate.model.remat}: {error}"[:150])
+    raise MemoryError("; ".join(problems))
+
+
+def candidates(config: Config) -> list[Config]:
+    """Layouts that are expected to fit, each smaller than the last; at the end the smallest."""
+    smallest = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, remat="full"),
+        train=dataclasses.replace(config.train, micro_batches=config.train.batch_size),
+    )
+    if chip(jax.devices()[0].device_kind) is None:
+        return [config, smallest]
+
+    def badness(layout):
+        tokens = config.data.sequence_length * config.train.batch_size
+        return -min(tokens // layout.config.train.micro_batches, _MICRO_BATCH), layout.seconds
+
+    ranked = sorted(layouts(config, jax.devices()[:1]), key=badness)
+    chosen = []
+    for layout in ranked:
+        less = not chosen or layout.bytes < 0.9 * chosen[-1].bytes
+        # Not "none", which the longest rows leave no room for: all lengths are to compute alike.
+        if less and layout.config.model.remat != "none":
+            chosen.append(layout)
+    return [layout.config for layout in chosen[: _TRIES - 1]] + [smallest]
+
+
+def step_seconds(step: CompiledStep) -> tuple[list[float], list[float]]:
+    """Seconds of each of some steps on random tokens, and the losses of all."""
+    config, mesh = step.config, step.mesh
+    shardings = jax.tree.map(lambda x: x.sharding, step.state)
+    batch = random_batch(config)
+    with jax.set_mesh(mesh):
+        state = jax.jit(partial(initial_state, config), out_shardings=shardings)()
+        batch = jax.device_put(batch, batch_shardings(mesh, batch))
+        enqueued = []
+        for _ in range(REPEATS + 2):
+            state, metrics = step.compiled(state, batch)
+            enqueued.append(metrics)
+        arrived = []
+        for metrics in enqueued:
+            jax.block_until_ready(metrics)
+            arrived.append(time.perf_counter())
+    # The first is warm-up, and the second step's predecessor.
+    return np.diff(arrived[1:]).tolist(), [float(metrics.loss) for metrics in enqueued]
+
+
+def random_batch(config: Config) -> Batch:
+    """One document a row, of random tokens."""
+    shape = (config.train.batch_size, config.data.sequence_length)
+    tokens = np.random.default_rng(0).integers(
+        0, config.model.vocab_size, (shape[0], shape[1] + 1), np.int32
+    )
+    return Batch(
+        tokens=tokens[:, :-1],
+        targets=tokens[:, 1:],
+        segment_ids=np.ones(shape, np.int32),
+        weights=np.ones(shape, np.float32),
+        continues=np.zeros(shape[0], bool),
+    )
