@@ -13,7 +13,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from retnet_jax.config import ModelConfig
-from retnet_jax.model.layers import Linear, Rotation, rotate, rotation, split_heads
+from retnet_jax.model.layers import Linear, split_heads
+from retnet_jax.model.rotation import Rotation, rotate, rotation
 from retnet_jax.retention import documents, positions
 from retnet_jax.shapes import Array, Bool, Float, Int
 from retnet_jax.sharding import constrain

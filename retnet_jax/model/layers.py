@@ -1,10 +1,8 @@
-"""The parts that both models share: linear maps, norms, feed-forward, rotation.
+"""The parts that both models share: linear maps, norms, feed-forward.
 
 Parameters are float32; a layer computes in the dtype of its input, norms in float32. (In float64
 for float64 input, which reference computations have.)
 """
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from retnet_jax.compiler import materialized
 from retnet_jax.config import ModelConfig
-from retnet_jax.shapes import Array, Float, Int
+from retnet_jax.shapes import Array, Float
 
 
 class Linear(nnx.Module):
@@ -157,40 +155,6 @@ class FeedForward(nnx.Module):
         if self.config.ffn_norm is not None:
             inner = self.norm(inner)
         return self.down(inner)
-
-
-class Rotation(NamedTuple):
-    """Cosine and sine of the angle of each pair of a head's width, at each position."""
-
-    cos: Float[Array, "b t i"]
-    sin: Float[Array, "b t i"]
-
-
-def rotation(
-    positions: Int[Array, "b t"], head_width: int, convention: str, dtype: str = "float32"
-) -> Rotation:
-    """The angles position * 10000^-e with k/2 exponents e for a head of width k.
-
-    "rope": e = 2i/k (arXiv 2104.09864). "torchscale": e = i/(k/2 - 1), from 0 to 1 inclusive.
-    """
-    pairs = head_width // 2
-    exponents = np.arange(pairs) / pairs if convention == "rope" else np.linspace(0, 1, pairs)
-    angle = positions[..., None] * jnp.asarray(10_000.0**-exponents, dtype)
-    return Rotation(jnp.cos(angle), jnp.sin(angle))
-
-
-def rotate(x: Float[Array, "b t h k"], turn: Rotation, convention: str) -> Float[Array, "b t h k"]:
-    """Turns each pair by its angle: "rope" (x_i, x_{i + k/2}), "torchscale" (x_2i, x_{2i + 1})."""
-    cos, sin = turn.cos[:, :, None], turn.sin[:, :, None]
-    wide = x.astype(cos.dtype)
-    if convention == "rope":
-        first, second = jnp.split(wide, 2, axis=-1)
-    else:
-        first, second = wide[..., 0::2], wide[..., 1::2]
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    if convention == "rope":
-        return jnp.concatenate(turned, axis=-1).astype(x.dtype)
-    return jnp.stack(turned, axis=-1).reshape(x.shape).astype(x.dtype)
 
 
 def split_heads(x: Float[Array, "b t w"], n_heads: int) -> Float[Array, "b t h k"]:

@@ -2,21 +2,14 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from retnet_jax.config import ModelConfig
-from retnet_jax.model.layers import (
-    Linear,
-    RMSNorm,
-    Rotation,
-    normalize,
-    rotate,
-    rotation,
-    split_heads,
-)
+from retnet_jax.model.gated_norm import gated_norm
+from retnet_jax.model.layers import Linear, RMSNorm, split_heads
+from retnet_jax.model.rotation import Rotation, rotate, rotation
 from retnet_jax.retention import (
     SplitRows,
     log_decay,
@@ -89,18 +82,15 @@ class MultiScaleRetention(nnx.Module):
             chunk_size=config.chunk_size if form == "chunkwise" else None,
         )
         y = checkpoint_name(y, "retention")
-        if context.row_scale is not None:
-            y = y * context.row_scale[..., None]
         if config.score_clamp is not None:
             y = y * self._score_scale(q, k, state, context, form)[..., None]
-        y = self._norm(y).astype(x.dtype).reshape(*x.shape[:2], -1)
-        gate = checkpoint_name(self.gate(x), "gate")
-        return self.out(jax.nn.silu(gate) * y), new_state
-
-    def _norm(self, y: Float[Array, "b t h v"]) -> Float[Array, "b t h v"]:
-        if self.config.head_norm_scale:
-            return self.head_norm(y)
-        return normalize(y, self.config.norm, self.config.norm_epsilon)
+        gate = split_heads(checkpoint_name(self.gate(x), "gate"), config.n_heads)
+        kind = "rms" if config.head_norm_scale else config.norm
+        y = gated_norm(y, gate, context.row_scale, kind, config.norm_epsilon)
+        y = y.reshape(*x.shape[:2], -1)
+        if config.head_norm_scale:
+            y = y * jnp.tile(self.head_norm.scale[...], config.n_heads).astype(y.dtype)
+        return self.out(y), new_state
 
     def _score_scale(self, q, k, state, context, form) -> Float[Array, "b t h"]:
         if form != "parallel" or state is not None:
