@@ -5,7 +5,6 @@ read and write, in tiles of positions and width. Between the two it copies, in f
 wants it. The kernel reads and writes [b t (h v)] and leaves everything in its place.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -47,67 +46,70 @@ def map_heads(function: Callable, like: Array, *arrays: Array | None, outputs: i
 
 def on_tpu(function: Callable, like: Array, *arrays: Array | None, outputs: int = 1) -> tuple:
     """`map_heads` as a kernel, which a CPU interprets."""
-    run = partial(_call, function, outputs)
-    if not many_devices():
-        return run(like, *arrays)
-    places = layout("bth.", like.shape)
-    of_shared = PartitionSpec(*places[:2], None, None)
-
-    def place(x):
-        if x is None:
-            return None
-        return of_shared if x.ndim == 4 and x.shape[2] == 1 else PartitionSpec(*places[: x.ndim])
-
-    empty = jax.ShapeDtypeStruct(local_shape("bth.", like.shape), like.dtype)
-    return jax.shard_map(
-        partial(run, empty),
-        in_specs=tuple(map(place, arrays)),
-        out_specs=(places,) * outputs,
-        check_vma=False,
-    )(*arrays)
-
-
-def _call(function, outputs, like, *arrays):
-    b, t, h, width = like.shape
     given = [x for x in arrays if x is not None]
-    widths = [math.prod(x.shape[2:]) for x in given] + [h * width] * outputs
-    lanes = sum(-(-w // LANES) * LANES for w in widths)
+
+    def of_given(*operands):
+        operands = iter(operands)
+        return function(*(None if x is None else next(operands) for x in arrays))
+
+    of_heads = PartitionSpec(*layout("bth", like.shape[:3]))
+    n_heads = local_shape("bth", like.shape[:3])[2]
+    shared = [x.ndim == 4 and x.shape[2] == 1 for x in given]
+    run = partial(_call, of_given, n_heads, shared, like.shape[3], like.dtype, outputs)
+    if many_devices():
+        run = jax.shard_map(
+            run,
+            in_specs=tuple(PartitionSpec(*of_heads[:2]) if x else of_heads for x in shared),
+            out_specs=(of_heads,) * outputs,
+            check_vma=False,
+        )
+    # Flat outside too: XLA would give a product that is reshaped to [b t h v] that layout.
+    results = run(*(x.reshape(*x.shape[:2], -1) for x in given))
+    return tuple(x.reshape(like.shape) for x in results)
+
+
+def _call(function, n_heads, shared, width, dtype, outputs, *arrays):
+    b, t = arrays[0].shape[:2]
+    out = jax.ShapeDtypeStruct((b, t, n_heads * width), dtype)
+    moved = [*arrays, *[out] * outputs]
+    lanes = sum(-(-x.shape[2] // LANES) * LANES for x in moved)
     size = LONGEST_BLOCK
-    while size > 16 and 2 * size * lanes * like.dtype.itemsize > VMEM // 2:
+    while size > 16 and 2 * size * lanes * dtype.itemsize > VMEM // 2:
         size //= 2
     size = min(size, t)
-    blocks = [pl.BlockSpec((1, size, w), lambda row, step: (row, step, 0)) for w in widths]
+    blocks = [pl.BlockSpec((1, size, x.shape[2]), lambda row, step: (row, step, 0)) for x in moved]
 
     def kernel(*refs):
-        for head in range(h):
-            operands = [_of_head(ref, x, head) for ref, x in zip(refs, given, strict=False)]
-            values = iter(operands)
-            results = function(*(None if x is None else next(values) for x in arrays))
-            for ref, y in zip(refs[len(given) :], results, strict=True):
-                ref[0, :, head * width : (head + 1) * width] = y.astype(ref.dtype)
+        inputs, results = refs[: len(arrays)], refs[len(arrays) :]
+        for head in range(n_heads):
+            operands = (
+                ref[0, :, _lanes(ref, 1, 0) if one else _lanes(ref, n_heads, head)]
+                for ref, one in zip(inputs, shared, strict=True)
+            )
+            values = function(*(x.astype(jnp.float32) for x in operands))
+            for ref, y in zip(results, values, strict=True):
+                ref[0, :, _lanes(ref, n_heads, head)] = y.astype(dtype)
 
-    results = pl.pallas_call(
+    return pl.pallas_call(
         kernel,
         grid=(b, -(-t // size)),
-        in_specs=blocks[: len(given)],
-        out_specs=blocks[len(given) :],
-        out_shape=[jax.ShapeDtypeStruct((b, t, h * width), like.dtype)] * outputs,
+        in_specs=blocks[: len(arrays)],
+        out_specs=blocks[len(arrays) :],
+        out_shape=(out,) * outputs,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM
         ),
         cost_estimate=pl.CostEstimate(
             flops=0,
             transcendentals=0,
-            bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*given, *[like] * outputs)),
+            bytes_accessed=sum(x.size * x.dtype.itemsize for x in moved),
         ),
         interpret=backend() == "cpu",
         name="map_heads",
-    )(*(x.reshape(b, t, -1) for x in given))
-    return tuple(x.reshape(like.shape) for x in results)
+    )(*arrays)
 
 
-def _of_head(ref, x, head: int):
-    """What a block has of one head, in float32."""
-    width = 1 if x.ndim == 3 else x.shape[3]
-    start = 0 if x.ndim == 4 and x.shape[2] == 1 else head * width
-    return ref[0, :, start : start + width].astype(jnp.float32)
+def _lanes(ref, n_heads: int, head: int) -> slice:
+    """Those of one of the heads that share a block."""
+    width = ref.shape[2] // n_heads
+    return slice(head * width, (head + 1) * width)

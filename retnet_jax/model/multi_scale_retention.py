@@ -66,11 +66,10 @@ class MultiScaleRetention(nnx.Module):
             split_heads(checkpoint_name(getattr(self, name)(x), name), config.n_heads)
             for name in ("q", "k", "v")
         )
-        q, k = (rotate(y, context.turn, config.rotation) for y in (q, k))
-        if config.rotation == "rope":
-            q = q * q.shape[-1] ** -0.5
-        else:
-            k = k * k.shape[-1] ** -0.5
+        scale = q.shape[-1] ** -0.5
+        q_scale, k_scale = (scale, 1.0) if config.rotation == "rope" else (1.0, scale)
+        q = rotate(q, context.turn, config.rotation, q_scale)
+        k = rotate(k, context.turn, config.rotation, k_scale)
         y, new_state = retention(
             q,
             k,
@@ -81,7 +80,8 @@ class MultiScaleRetention(nnx.Module):
             form=form,
             chunk_size=config.chunk_size if form == "chunkwise" else None,
         )
-        y = checkpoint_name(y, "retention")
+        # Named as matrix products have it: to keep [b t h v], a TPU copies it.
+        y = checkpoint_name(y.reshape(*x.shape[:2], -1), "retention").reshape(y.shape)
         if config.score_clamp is not None:
             y = y * self._score_scale(q, k, state, context, form)[..., None]
         gate = split_heads(checkpoint_name(self.gate(x), "gate"), config.n_heads)

@@ -32,29 +32,31 @@ def rotation(
     return Rotation(_in_pairs(cos, cos, convention), _in_pairs(-sin, sin, convention))
 
 
-def rotate(x: Float[Array, "b t h k"], turn: Rotation, convention: str) -> Float[Array, "b t h k"]:
+def rotate(
+    x: Float[Array, "b t h k"], turn: Rotation, convention: str, scale: float = 1.0
+) -> Float[Array, "b t h k"]:
     """Turns each pair by its angle: "rope" (x_i, x_{i + k/2}), "torchscale" (x_2i, x_{2i + 1}).
 
-    Angles are not differentiated.
+    The result is multiplied by `scale`. Angles are not differentiated.
     """
-    return _rotate(convention, x, *jax.lax.stop_gradient(turn))
+    return _rotate(convention, scale, x, *jax.lax.stop_gradient(turn))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rotate(convention, x, cos, sin):
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _rotate(convention, scale, x, cos, sin):
     def turned(x, cos, sin):
-        return (x * cos + _partner(x, convention) * sin,)
+        return ((x * cos + _partner(x, convention) * sin) * scale,)
 
     return map_heads(turned, x, x, cos[:, :, None], sin[:, :, None])[0]
 
 
-def _rotate_forward(convention, x, cos, sin):
-    return _rotate(convention, x, cos, sin), (cos, sin)
+def _rotate_forward(convention, scale, x, cos, sin):
+    return _rotate(convention, scale, x, cos, sin), (cos, sin)
 
 
-def _rotate_backward(convention, turn, d_y):
+def _rotate_backward(convention, scale, turn, d_y):
     cos, sin = turn
-    return _rotate(convention, d_y, cos, -sin), None, None
+    return _rotate(convention, scale, d_y, cos, -sin), None, None
 
 
 _rotate.defvjp(_rotate_forward, _rotate_backward)
