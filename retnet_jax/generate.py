@@ -194,7 +194,7 @@ def prefill(model: LanguageModel, prompts: Sequence[Sequence[int]], room: int) -
     ended = jnp.zeros(len(prompts), bool)
     # Placed like the norms: whole, on all of the model's devices. What is placed nowhere in
     # particular comes out of the first call with a place, and the second is compiled again for it.
-    state, ended = jax.device_put((state, ended), model.layers.mixer_norm.scale[...].sharding)
+    state, ended = jax.device_put((state, ended), model.first_block.mixer_norm.scale[...].sharding)
     for start in range(0, length, piece):
         here = np.s_[:, start : start + piece]
         logits, state = _read(model, state, tokens[here], segment_ids[here])

@@ -13,6 +13,7 @@ from retnet_jax.model.layers import (
     RMSNorm,
     Rotation,
     normalize,
+    project,
     rotate,
     rotation,
     split_heads,
@@ -32,7 +33,8 @@ from retnet_jax.shapes import Array, Float, Int
 class RetentionState(NamedTuple):
     """What a RetNet remembers: as many numbers after ten tokens as after a million."""
 
-    layers: Float[Array, "n b h k v"] | None  # S of each layer; None: nothing read yet
+    # S of each layer; None: nothing read yet; a tuple: of a model for decoding
+    layers: Float[Array, "n b h k v"] | tuple[Float[Array, "b h v k"], ...] | None
     position: Int[Array, " b"]  # of the next token in its document
 
 
@@ -47,6 +49,8 @@ class RetentionContext(NamedTuple):
 
 class MultiScaleRetention(nnx.Module):
     """Retention with its projections, normalisers and gate."""
+
+    inputs = ("q", "k", "v", "gate")  # the Linears that are applied to the input
 
     def __init__(
         self, config: ModelConfig, *, rngs: nnx.Rngs, value_scale: float, out_scale: float
@@ -69,10 +73,8 @@ class MultiScaleRetention(nnx.Module):
         form: str,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b h k v"]]:
         config = self.config
-        q, k, v = (
-            split_heads(checkpoint_name(getattr(self, name)(x), name), config.n_heads)
-            for name in ("q", "k", "v")
-        )
+        q, k, v, gate = project(self, self.inputs, x)
+        q, k, v = (split_heads(y, config.n_heads) for y in (q, k, v))
         q, k = (rotate(y, context.turn, config.rotation) for y in (q, k))
         if config.rotation == "rope":
             q = q * q.shape[-1] ** -0.5
@@ -94,7 +96,6 @@ class MultiScaleRetention(nnx.Module):
         if config.score_clamp is not None:
             y = y * self._score_scale(q, k, state, context, form)[..., None]
         y = self._norm(y).astype(x.dtype).reshape(*x.shape[:2], -1)
-        gate = checkpoint_name(self.gate(x), "gate")
         return self.out(jax.nn.silu(gate) * y), new_state
 
     def _norm(self, y: Float[Array, "b t h v"]) -> Float[Array, "b t h v"]:
