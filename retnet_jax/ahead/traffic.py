@@ -7,7 +7,6 @@ What is fused into one kernel passes memory once, and an update in place writes 
 Caches that are larger than an array make a program faster than this, and none makes it slower.
 """
 
-import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -39,6 +38,14 @@ def memory_traffic(text: str) -> list[Traffic]:
             if size:
                 found.append(Traffic(instruction.what, times, times * size, instruction.text))
     return sorted(found, key=lambda traffic: -traffic.bytes)
+
+
+# Arrays that a TPU keeps in its vector memory, whose layout says so, pass no other memory.
+_ON_CHIP = re.compile(r"\w+\[[\d,]*\]\{[^}]*S\(1\)[^}]*\}")
+
+
+def _in_memory(arrays: str) -> str:
+    return _ON_CHIP.sub("", arrays)
 
 
 class _Instruction(NamedTuple):
@@ -88,7 +95,7 @@ class _Computation:
         return next(x for x in self if f" parameter({number})" in x.text)
 
     def size(self, name: str) -> int:
-        return sum(array_bytes(self._found[name].type))
+        return sum(array_bytes(_in_memory(self._found[name].type)))
 
     def source(self, name: str) -> _Instruction:
         """What an instruction is another view of."""
@@ -115,8 +122,11 @@ def _bytes(instruction: _Instruction, around: _Computation, computations: Comput
         return 2 * around.size(instruction.name)
     if instruction.opcode == "dynamic-update-slice":
         return 2 * around.size(instruction.operands[1])
-    if instruction.opcode in ("copy-start", "slice-start", "dynamic-slice-start"):
-        return 2 * array_bytes(instruction.type)[0]
+    if instruction.opcode == "copy-start":
+        return sum(array_bytes(_in_memory(instruction.type)))
+    if instruction.opcode in ("slice-start", "dynamic-slice-start"):
+        result = re.findall(r"\w+\[[\d,]*\]\{[^}]*\}", instruction.type)[1]
+        return sum(array_bytes(result + _in_memory(result)))
     read = sum(map(around.size, instruction.operands))
     if instruction.opcode == "custom-call" and instruction.type.startswith("("):
         return read + array_bytes(instruction.type)[0]  # and scratch memory

@@ -87,7 +87,7 @@ def retention(
         state = jnp.zeros(shape, _state_dtype(q))
     if form == "parallel":
         return xla.parallel(q, k, v, log_decay, state, row)
-    if form == "recurrent":
+    if form == "recurrent" or (form == "chunkwise" and q.shape[1] == 1 and row is None):
         return xla.recurrent(q, k, v, log_decay, state, row)
     return xla.chunkwise(q, k, v, log_decay, state, row, chunk_size)
 
