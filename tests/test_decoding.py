@@ -128,7 +128,10 @@ def test_a_bfloat16_state_stays_near_float32():
     model = for_decoding(build(RetNet), state_dtype="bfloat16")
     state = model.init_state(4, 1)
     assert {x.dtype for x in state.layers} == {jnp.dtype("bfloat16")}
-    assert_close(token_by_token(model, row), expected, dtype="bfloat16")
+    difference = token_by_token(model, row) - expected
+    noise, scale = (np.sqrt(np.square(x).mean()) for x in (difference, expected))
+    # 200 independent errors in each number of the state, of 2^-8 of it or less by their root mean.
+    assert 0 < noise <= np.sqrt(200) * 2**-8 * scale
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -163,8 +166,11 @@ def compiled(device, batch_size, weights=None, state_dtype=None, length=8):
     )
     program = decode.lower(*arguments, length=length).compile()
     model, progress, _ = arguments
-    weights = sum(x.nbytes for x in jax.tree.leaves(model)) - model.embedding[...].nbytes
-    return program, weights, sum(x.nbytes for x in progress.state.layers)
+
+    def size(tree):
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+    return program, size(model) - size(model.embedding), size(progress.state.layers)
 
 
 @pytest.mark.parametrize(
@@ -210,6 +216,6 @@ def test_it_is_not_laid_out_twice_saved_or_trained(tmp_path):
     with pytest.raises(ConfigError, match="already; give for_decoding the one"):
         for_decoding(model, state_dtype="bfloat16")
     with pytest.raises(ConfigError, match="cannot be saved"):
-        interop.own.save(model, tmp_path / "new")
+        interop.save(model, tmp_path / "new", "own")
     with pytest.raises(TypeError, match="int8"):
         jax.grad(lambda model: run(model, tokens(1, 4)).sum())(model)
