@@ -15,9 +15,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from benchmarks.measure import write_results
+from retnet_jax import command_line
 from retnet_jax.data import open_store
 from retnet_jax.model import LanguageModel, for_decoding
 from retnet_jax.model import decoding as layout
@@ -28,7 +29,7 @@ flags.DEFINE_integer("length", 4096, "tokens in a row")
 flags.DEFINE_integer("rows", 16, "at most so many")
 
 
-def main(_) -> None:
+def main() -> None:
     args, results = flags.FLAGS, {}
     for workdir in args.workdir:
         model = load_pretrained(workdir)
@@ -102,4 +103,4 @@ def to_the_nearest(model: LanguageModel) -> LanguageModel:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

@@ -77,17 +77,31 @@ class Rows(nnx.Module):
 
     def wide(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
         """The product alone, in float32."""
-        y = jax.lax.dot_general(
-            x,
-            self.weight[...].astype(x.dtype),
-            (((x.ndim - 1,), (1,)), ((), ())),
-            preferred_element_type=jnp.promote_types(jnp.float32, x.dtype),
-        )
+        y = _product(x, self.weight[...])
         return y * self.scale[...] if self.has_scale else y
 
     def matrix(self) -> Float[Array, "o i"]:
         """The weights in float32."""
         return self.weight[...].astype(jnp.float32) * self.scale[...][:, None]
+
+
+def _product(x: Float[Array, "... i"], weight: Array) -> Float[Array, "... o"]:
+    """The product x W^T in float32, for weights [o i]."""
+    wide = jnp.promote_types(jnp.float32, x.dtype)
+
+    def matrix_product(x, weight):
+        dimensions = (((x.ndim - 1,), (1,)), ((), ()))
+        weight = weight.astype(x.dtype)
+        return jax.lax.dot_general(x, weight, dimensions, preferred_element_type=wide)
+
+    def sums(x, weight):
+        return (x.astype(wide)[..., None, :] * weight.astype(wide)).sum(-1)
+
+    if x.size > x.shape[-1]:
+        return matrix_product(x, weight)
+    # For a single vector XLA on GPUs has no matrix product in bfloat16 that it does not write the
+    # weights out in float32 for (it does, where they are large); sums read them as they are.
+    return jax.lax.platform_dependent(x, weight, cuda=sums, rocm=sums, default=matrix_product)
 
 
 class DecodingModel(LanguageModel):
@@ -140,7 +154,9 @@ class DecodingModel(LanguageModel):
         return layer_state
 
     def logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t w"]:
-        return self.head.wide(hidden) if self.int8_head else super().logits(hidden)
+        if self.int8_head:
+            return self.head.wide(hidden)
+        return _product(hidden, self.head_matrix())
 
     def head_matrix(self) -> Float[Array, "w d"]:
         return self.head.matrix() if self.int8_head else super().head_matrix()
