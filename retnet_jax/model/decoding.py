@@ -177,7 +177,7 @@ def round_at_random(x: Float[Array, "b h v k"], seed: Int[Array, " b"]) -> Array
 
     Rounded to the nearest, a state would not fade: S - S/512 is S again in bfloat16, and heads that
     remember longer gain 0.017 bits per byte within 4096 tokens, more with each of them. At random
-    the errors cancel (-0.0000 +- 0.0002; `benchmarks/decoding_quality.py`).
+    the errors cancel (+0.0001 +- 0.0002; `benchmarks/decoding_quality.py`).
 
     Args:
       x: float32.
