@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from retnet_jax import command_line, load_pretrained
+from retnet_jax import command_line, for_decoding, load_pretrained
 from retnet_jax.config import ConfigError
 from retnet_jax.data import TextStream
 from retnet_jax.generate import Sampler, stream
@@ -31,6 +31,8 @@ flags.DEFINE_float("temperature", 0.0, "0: the likeliest token; else: draw at th
 flags.DEFINE_integer("top_k", None, "draw among this many likeliest tokens")
 flags.DEFINE_float("top_p", None, "draw among the likeliest tokens that have this probability")
 command_line.define_dtype()
+flags.DEFINE_enum("weights", None, ["int8"], "of the matrices; if not given in --dtype")
+flags.DEFINE_enum("state_dtype", None, ["float32", "bfloat16"], "of a RetNet's state")
 flags.DEFINE_integer("seed", 0, "of the draws", lower_bound=0, upper_bound=2**32 - 1)
 
 
@@ -40,9 +42,9 @@ def main() -> int:
     try:
         sampler = Sampler(args.temperature, args.top_k, args.top_p)
         directory = Path(args.workdir or args.checkpoint)
-        continue_prompts(
-            directory, args.prompt, args.max_tokens, sampler, args.seed, command_line.given_dtype()
-        )
+        kept = {"weights": args.weights, "state_dtype": args.state_dtype}
+        changes = command_line.given_dtype()
+        continue_prompts(directory, args.prompt, args.max_tokens, sampler, args.seed, changes, kept)
     except KeyboardInterrupt:
         print()
         return 130  # as a shell reports SIGINT
@@ -56,8 +58,18 @@ def continue_prompts(
     sampler: Sampler,
     seed: int,
     changes: dict[str, str],
+    kept: dict[str, str | None],
 ) -> None:
     """Prints prompts with their continuations, and on stderr the speed.
+
+    Args:
+      directory: where the model and its tokenizer are.
+      prompts: texts.
+      max_tokens: as in `generate`, as are sampler and seed.
+      sampler: see there.
+      seed: see there.
+      changes: as in `load_pretrained`.
+      kept: the arguments of `for_decoding`.
 
     Raises:
       ConfigError, CheckpointError: for a directory or a prompt that does not fit.
@@ -67,7 +79,7 @@ def continue_prompts(
     ids = [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_batch(prompts)]
     blocks = TimedBlocks(
         stream(
-            load_pretrained(directory, **changes),
+            for_decoding(load_pretrained(directory, **changes), **kept),
             ids,
             max_tokens,
             sampler,

@@ -1,11 +1,12 @@
 """Time of one decoded token at an early and a late position, RetNet and Transformer.
 
-    python -m benchmarks.decoding [--near=100] [--far=10000]
+    python -m benchmarks.decoding [--near=100] [--far=10000] [--weights=int8]
 
 Both positions take turns in one process, on the quickstart's sizes, one row, random parameters.
 A Transformer's cache has as many slots as its position needs.
 """
 
+import dataclasses
 import statistics
 from functools import partial
 
@@ -16,12 +17,15 @@ from flax import nnx
 from benchmarks.measure import interleaved_seconds, write_results
 from configs.quickstart import get_config
 from retnet_jax.generate import decode, prefill, row_keys
-from retnet_jax.model import build_model
+from retnet_jax.model import build_model, for_decoding
 
 flags.DEFINE_integer("near", 100, "position of the early token")
 flags.DEFINE_integer("far", 10_000, "position of the late token")
 flags.DEFINE_integer("tokens", 64, "tokens in a timed call")
 flags.DEFINE_integer("rounds", 15, "timed calls at each position")
+flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of activations and weights")
+flags.DEFINE_enum("weights", None, ["int8"], "of the matrices")
+flags.DEFINE_enum("state_dtype", None, ["float32", "bfloat16"], "of the RetNet's state")
 
 
 class Decoder:
@@ -40,7 +44,10 @@ class Decoder:
 def main(_) -> None:
     args, results = flags.FLAGS, {}
     for architecture in ("retnet", "transformer"):
-        model = build_model(get_config(architecture).model, rngs=nnx.Rngs(0))
+        config = dataclasses.replace(get_config(architecture).model, dtype=args.dtype)
+        state_dtype = args.state_dtype if architecture == "retnet" else None
+        model = build_model(config, rngs=nnx.Rngs(0))
+        model = for_decoding(model, args.weights, state_dtype)
         calls = {
             str(position): Decoder(model, position, args.tokens, args.rounds)
             for position in (args.near, args.far)
@@ -58,7 +65,11 @@ def main(_) -> None:
             f"{architecture:<12} {milliseconds[0]:.3f} ms a token at {args.near}, "
             f"{milliseconds[1]:.3f} at {args.far}: ratio {ratio:.3f}"
         )
-    print(f"written to {write_results(f'decoding_{jax.default_backend()}', results)}")
+    options = [x for x in (args.weights, args.state_dtype and f"state_{args.state_dtype}") if x]
+    if args.dtype != "float32":
+        options.insert(0, args.dtype)
+    name = "_".join(["decoding", jax.default_backend(), *options])
+    print(f"written to {write_results(name, results)}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from retnet_jax.config import Config, ModelConfig
 from retnet_jax.generate import generate
-from retnet_jax.model import RetNet, Transformer
+from retnet_jax.model import RetNet, Transformer, for_decoding
 from retnet_jax.pretrained import load_pretrained
 from retnet_jax.retention import retention
 
@@ -11,6 +11,7 @@ __all__ = [
     "ModelConfig",
     "RetNet",
     "Transformer",
+    "for_decoding",
     "generate",
     "load_pretrained",
     "retention",

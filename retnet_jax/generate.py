@@ -2,8 +2,9 @@
 
     generate(model, [[256, 72, 101], [256, 33]], max_tokens=100, sampler=Sampler(temperature=0.8))
 
-`stream` gives the same tokens while they come. Both are `prefill`, then `decode` again and again:
-one compiled loop, in which a RetNet's state has the same size at every position.
+`stream` gives the same tokens while they come. Both lay the model out for decoding and read the
+prompts (`prefill`). Then `generate` is one compiled loop to the end (`complete`), and `stream` one
+of a few tokens again and again (`decode`). A RetNet's state has one size at every position.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from retnet_jax.config import ConfigError
-from retnet_jax.model import LanguageModel, State
+from retnet_jax.model import LanguageModel, State, for_decoding
 from retnet_jax.shapes import Array, Bool, Float, Int
 
 # Tokens of a prompt that are read at once. Longer prompts are read in pieces, so that memory does
@@ -106,9 +107,10 @@ def generate(
     """Continues prompts of any lengths, all at once.
 
     What a row gets depends on its prompt, the seed and its number in the batch, not on other rows.
+    Between the prompts and the last token nothing passes between host and device.
 
     Args:
-      model: RetNet or Transformer.
+      model: RetNet or Transformer, best from `for_decoding`: others are laid out so in each call.
       prompts: the token ids of each.
       max_tokens: most tokens to generate for each.
       sampler: how a token is chosen; the default takes the likeliest.
@@ -124,8 +126,16 @@ def generate(
       ValueError: if there is no prompt, one is empty, or one has an id the model does not know.
       ConfigError: for `max_tokens` or `vocab_size` out of range.
     """
-    blocks = stream(model, prompts, max_tokens, sampler, seed, end_id, vocab_size)
-    rows = np.concatenate(list(blocks), axis=1).tolist()
+    _check_lengths(model, max_tokens, vocab_size)
+    model = for_decoding(model)
+    # Lengths are compiled as powers of two, so that they are few; what is too much is not computed.
+    room = max(16, 1 << (max_tokens - 1).bit_length())
+    progress = prefill(model, prompts, room)
+    keys = row_keys(seed, len(prompts))
+    tokens, _ = complete(
+        model, progress, keys, jnp.int32(max_tokens), room, sampler, end_id, vocab_size
+    )
+    rows = np.asarray(tokens)[:, :max_tokens].tolist()
     return [row[: row.index(end_id)] if end_id in row else row for row in rows]
 
 
@@ -147,13 +157,8 @@ def stream(
       New tokens of each row, int32 [b n], where n is `block_size` but perhaps less in the last
       block, until all rows have ended. From its end on, a row is filled with `end_id`.
     """
-    if max_tokens < 1:
-        raise ConfigError(f"max_tokens={max_tokens} is less than 1")
-    if vocab_size is not None and not 1 <= vocab_size <= model.config.vocab_size:
-        raise ConfigError(
-            f"vocab_size={vocab_size} does not fit a model with {model.config.vocab_size} ids; "
-            "is the tokenizer another model's?"
-        )
+    _check_lengths(model, max_tokens, vocab_size)
+    model = for_decoding(model)
     n_blocks = -(-max_tokens // block_size)
     # All blocks are of one length, so that one loop is compiled; what is too much is cut off.
     progress = prefill(model, prompts, room=n_blocks * block_size)
@@ -194,7 +199,7 @@ def prefill(model: LanguageModel, prompts: Sequence[Sequence[int]], room: int) -
     ended = jnp.zeros(len(prompts), bool)
     # Placed like the norms: whole, on all of the model's devices. What is placed nowhere in
     # particular comes out of the first call with a place, and the second is compiled again for it.
-    state, ended = jax.device_put((state, ended), model.layers.mixer_norm.scale[...].sharding)
+    state, ended = jax.device_put((state, ended), model.first_block.mixer_norm.scale[...].sharding)
     for start in range(0, length, piece):
         here = np.s_[:, start : start + piece]
         logits, state = _read(model, state, tokens[here], segment_ids[here])
@@ -230,19 +235,66 @@ def decode(
     Returns:
       The tokens, and the progress after them.
     """
-
-    def step(progress, _):
-        logits, state, ended = progress
-        token_keys = jax.vmap(jax.random.fold_in)(keys, state.position)
-        tokens = sampler.sample(token_keys, logits[:, :vocab_size])
-        if end_id is not None:
-            tokens = jnp.where(ended, end_id, tokens)
-            ended |= tokens == end_id
-        logits, state = model(tokens[:, None], state, form="recurrent")
-        return Progress(logits[:, 0], state, ended), tokens
-
-    progress, tokens = jax.lax.scan(step, progress, length=length)
+    next_token = partial(_next_token, model, keys, sampler, end_id, vocab_size)
+    progress, tokens = jax.lax.scan(lambda x, _: next_token(x), progress, length=length)
     return tokens.T, progress
+
+
+@partial(
+    jax.jit,
+    static_argnames=("room", "sampler", "end_id", "vocab_size"),
+    donate_argnames="progress",
+)
+def complete(
+    model: LanguageModel,
+    progress: Progress,
+    keys: Array,
+    max_tokens: Int[Array, ""],
+    room: int,
+    sampler: Sampler = GREEDY,
+    end_id: int | None = None,
+    vocab_size: int | None = None,
+) -> tuple[Int[Array, "b n"], Progress]:
+    """All that `decode` gives until each row has ended or has `max_tokens`, in one compiled loop.
+
+    Args:
+      model: as in `decode`.
+      progress: as in `decode`.
+      keys: as in `decode`.
+      max_tokens: at most `room`.
+      room: places for the tokens of a row; those that are not needed hold `end_id`, or 0.
+      sampler: as in `generate`, as are the others.
+      end_id: a row that has generated it goes on with nothing else.
+      vocab_size: ids from here on are never generated.
+
+    Returns:
+      The tokens, and the progress after them, in whose memory the loop has worked.
+    """
+
+    def goes_on(carry):
+        n, progress, _ = carry
+        return (n < max_tokens) & ~progress.ended.all()
+
+    def next_token(carry):
+        n, progress, rows = carry
+        progress, tokens = _next_token(model, keys, sampler, end_id, vocab_size, progress)
+        return n + 1, progress, jax.lax.dynamic_update_index_in_dim(rows, tokens, n, axis=0)
+
+    rows = jnp.full((room, len(keys)), end_id or 0, jnp.int32)
+    _, progress, rows = jax.lax.while_loop(goes_on, next_token, (jnp.int32(0), progress, rows))
+    return rows.T, progress
+
+
+def _next_token(model, keys, sampler, end_id, vocab_size, progress) -> tuple[Progress, Array]:
+    """Progress after one more token of each row, and the tokens [b]."""
+    logits, state, ended = progress
+    token_keys = jax.vmap(jax.random.fold_in)(keys, state.position)
+    tokens = sampler.sample(token_keys, logits[:, :vocab_size]).astype(jnp.int32)
+    if end_id is not None:
+        tokens = jnp.where(ended, end_id, tokens)
+        ended |= tokens == end_id
+    logits, state = model(tokens[:, None], state, form="recurrent")
+    return Progress(logits[:, 0], state, ended), tokens
 
 
 @partial(jax.jit, donate_argnames="state")
@@ -250,6 +302,16 @@ def _read(model, state, tokens, segment_ids) -> tuple[Float[Array, "b w"], State
     """Logits after the last of the tokens [b t], and the state."""
     hidden, state = model.hidden(tokens, state, segment_ids)
     return model.logits(hidden[:, -1:])[:, 0], state
+
+
+def _check_lengths(model: LanguageModel, max_tokens: int, vocab_size: int | None) -> None:
+    if max_tokens < 1:
+        raise ConfigError(f"max_tokens={max_tokens} is less than 1")
+    if vocab_size is not None and not 1 <= vocab_size <= model.config.vocab_size:
+        raise ConfigError(
+            f"vocab_size={vocab_size} does not fit a model with {model.config.vocab_size} ids; "
+            "is the tokenizer another model's?"
+        )
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:

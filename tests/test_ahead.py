@@ -76,7 +76,7 @@ def test_messages_in_loops_are_counted_as_often_as_they_run():
 
 def test_an_asynchronous_collective_is_counted_once():
     """XLA for TPU names it in the fusion that starts it, in others on the way, and in the last."""
-    from retnet_jax.ahead.program import _Computations
+    from retnet_jax.ahead.program import Computations
 
     gather = "%g = f32[8]{0} all-gather(%x), channel_id=1, replica_groups={{0,1}}"
     parts = ("fused_computation.1", "async_collective_fusion.2", "fused_computation.3")
@@ -87,7 +87,7 @@ def test_an_asynchronous_collective_is_counted_once():
         "  %fusion.2 = f32[8]{0} fusion(%x), calls=%async_collective_fusion.2\n"
         "  ROOT %async-collective-done = f32[8]{0} fusion(%x), calls=%fused_computation.3\n}\n"
     )
-    found = [x.text for x, _ in _Computations(text).instructions() if "all-gather" in x.text]
+    found = [x.text for x, _ in Computations(text).instructions() if "all-gather" in x.text]
     assert found == [gather]
 
 

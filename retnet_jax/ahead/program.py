@@ -37,7 +37,7 @@ class Program:
         self.memory = compiled.memory_analysis()
         self._jaxpr = jaxpr
         self._mesh = mesh
-        self._computations = _Computations(compiled.as_text())
+        self._computations = Computations(compiled.as_text())
 
     @property
     def peak_bytes(self) -> int:
@@ -120,7 +120,7 @@ class _Instruction(NamedTuple):
     computation: str  # name of the computation it stands in
 
 
-class _Computations:
+class Computations:
     """The parts of a program's text, and how often each of them runs."""
 
     def __init__(self, text: str):
@@ -135,6 +135,20 @@ class _Computations:
                 self._instructions[name].append(line.strip())
         self._times: Counter[str] = Counter()
         self._run(entry, 1)
+
+    def lines(self, name: str) -> list[str]:
+        """The instructions of one part."""
+        return self._instructions[name]
+
+    def kernels(self):
+        """The parts that are no part of a fusion, and how often each of them runs."""
+        fused = {
+            name
+            for lines in self._instructions.values()
+            for text in lines
+            for name in re.findall(r" fusion\(.*calls=%?([\w.-]+)", text)
+        }
+        yield from ((name, times) for name, times in self._times.items() if name not in fused)
 
     def instructions(self):
         """Each instruction and how often it runs."""
@@ -177,7 +191,7 @@ _DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s64": 8, "f64
 _BETWEEN_SLICES = re.compile(r'= (\(.*?\)) send\(.*_xla_megascale_transfer_type="(\w+)"')
 
 
-def _bytes(shapes: str) -> list[int]:
+def array_bytes(shapes: str) -> list[int]:
     """The sizes of all arrays in the type of an instruction."""
     return [
         math.prod(map(int, filter(None, dims.split(",")))) * _DTYPE_BYTES.get(dtype, 4)
@@ -192,12 +206,12 @@ def _collective(instruction: _Instruction, mesh: Mesh) -> tuple[str, tuple[str, 
         kind = between[2].lower().replace("_", "-")
         slices = number_of_slices(mesh.devices.flat)
         share = 2 * (slices - 1) / slices if kind == "all-reduce" else 1
-        return kind, ("slices",), int(share * _bytes(between[1])[0])
+        return kind, ("slices",), int(share * array_bytes(between[1])[0])
     match = _COLLECTIVE.search(instruction.text)
     if match is None:
         return None
     result, kind, start = match.groups()
-    sizes = _bytes(result)
+    sizes = array_bytes(result)
     # What starts a gather or a permutation names its operand too, and its semaphores.
     size = max(sizes) if start and kind != "all-reduce" else sum(sizes)
     groups = _group(instruction.text, mesh.size)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from retnet_jax.config import ConfigError, ModelConfig
 from retnet_jax.interop.tensor_files import TensorInfo
-from retnet_jax.model import LanguageModel, build_model
+from retnet_jax.model import DecodingModel, LanguageModel, build_model
 from retnet_jax.sharding import first_device, path_name, with_shardings
 
 
@@ -44,6 +44,12 @@ class ModelSource:
     """The parameters of a model in memory, fetched from its devices one by one."""
 
     def __init__(self, model: LanguageModel):
+        """Raises `ConfigError` for a model that is laid out for decoding."""
+        if isinstance(model, DecodingModel):
+            raise ConfigError(
+                "a model from for_decoding() cannot be saved: its weights are rounded and joined; "
+                "save the one it was made from"
+            )
         self.description = Description(model.config)
         leaves = jax.tree_util.tree_flatten_with_path(model)[0]
         self._leaves = {path_name(path): leaf for path, leaf in leaves}

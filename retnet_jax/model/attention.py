@@ -13,7 +13,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from retnet_jax.config import ModelConfig
-from retnet_jax.model.layers import Linear, split_heads
+from retnet_jax.model.layers import Linear, project, split_heads
 from retnet_jax.model.rotation import Rotation, rotate, rotation
 from retnet_jax.retention import documents, positions
 from retnet_jax.shapes import Array, Bool, Float, Int
@@ -35,7 +35,7 @@ class KVCache(NamedTuple):
     is all NaN.
     """
 
-    layers: KeysValues | None
+    layers: KeysValues | tuple[KeysValues, ...] | None  # a tuple: of a model for decoding
     visible: Bool[Array, "b s"]  # slots that hold tokens of the document the row ended in
     length: Int[Array, ""]  # slots in use, padding included
     position: Int[Array, " b"]  # of the next token in its document
@@ -45,10 +45,10 @@ class KVCache(NamedTuple):
         if isinstance(self.length, jax.core.Tracer):
             return self
         missing = max(0, int(self.length) + tokens - self.visible.shape[1])
-        pad = [(0, 0), (0, 0), (0, missing), (0, 0), (0, 0)]
+        pad = [(0, 0), (0, missing), (0, 0), (0, 0)]
         return self._replace(
-            layers=jax.tree.map(lambda x: jnp.pad(x, pad), self.layers),
-            visible=jnp.pad(self.visible, pad[1:3]),
+            layers=jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 4) + pad), self.layers),
+            visible=jnp.pad(self.visible, pad[:2]),
         )
 
 
@@ -62,6 +62,8 @@ class AttentionContext(NamedTuple):
 
 class Attention(nnx.Module):
     """Softmax attention with its projections."""
+
+    inputs = ("q", "k", "v")  # the Linears that are applied to the input
 
     def __init__(
         self, config: ModelConfig, *, rngs: nnx.Rngs, value_scale: float, out_scale: float
@@ -82,10 +84,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], KeysValues]:
         """Attention has one form; the name of any is accepted and computes the same."""
         config = self.config
-        q, k, v = (
-            split_heads(checkpoint_name(getattr(self, name)(x), name), config.n_heads)
-            for name in ("q", "k", "v")
-        )
+        q, k, v = (split_heads(y, config.n_heads) for y in project(self, self.inputs, x))
         q, k = (rotate(y, context.turn, config.rotation) for y in (q, k))
         # Where positions are split, each device needs the keys and values of all.
         new = KeysValues(constrain(k, "bshk"), constrain(v, "bshv"))

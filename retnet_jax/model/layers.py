@@ -34,6 +34,20 @@ class Linear(nnx.Module):
         return y + self.bias[...].astype(x.dtype) if self.has_bias else y
 
 
+def project(
+    module: nnx.Module, names: tuple[str, ...], x: Float[Array, "b t d"]
+) -> list[Float[Array, "b t _"]]:
+    """What the Linears of a module that have these names make of x.
+
+    In a model for decoding they are one, `module.joined`, so that XLA does not join their weights
+    again for every token.
+    """
+    if hasattr(module, "joined"):
+        joined = module.joined(x)
+        return jnp.split(joined, np.cumsum(module.joined_widths)[:-1].tolist(), axis=-1)
+    return [checkpoint_name(getattr(module, name)(x), name) for name in names]
+
+
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], deviation: float) -> Float[Array, "..."]:
     """Float32 parameters of a normal distribution."""
     return deviation * jax.random.normal(rngs.params(), shape, jnp.float32)
@@ -148,10 +162,16 @@ class FeedForward(nnx.Module):
         self.down = Linear(inner, width, rngs=rngs, scale=out_scale, bias=bias)
         self.config = config
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The Linears that are applied to the input."""
+        return ("up", "linear") if self.config.ffn_gated else ("up",)
+
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        inner = ACTIVATIONS[self.config.ffn](checkpoint_name(self.up(x), "up"))
-        if self.config.ffn_gated:
-            inner = inner * checkpoint_name(self.linear(x), "linear")
+        up, *linear = project(self, self.inputs, x)
+        inner = ACTIVATIONS[self.config.ffn](up)
+        if linear:
+            inner = inner * linear[0]
         if self.config.ffn_norm is not None:
             inner = self.norm(inner)
         return self.down(inner)

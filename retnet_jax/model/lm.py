@@ -128,7 +128,14 @@ class LanguageModel(nnx.Module):
         """As a call, but without the output head: the normed activations it is applied to."""
         config = self.config
         context, state = self.mixer_type.prepare(config, state, tokens.shape, segment_ids)
-        x = self._embed(tokens)
+        x, layer_states = self._run_layers(self._embed(tokens), state, context, form)
+        if not config.post_norm:
+            x = self.final_norm(x)
+        return x, state._replace(layers=layer_states)
+
+    def _run_layers(self, x: Float[Array, "b t d"], state: State, context, form: str):
+        """All layers, and the state of each after the tokens."""
+        config = self.config
 
         def layer(x, layer_and_state):
             block, layer_state = layer_and_state
@@ -140,10 +147,7 @@ class LanguageModel(nnx.Module):
         # A loop zeroes and fills a stack for each thing the backward pass needs; a few layers are
         # faster written out (a 4-layer step on 2 cores: 201 ms for 227).
         unroll = config.n_layers if config.n_layers <= 4 else 1
-        x, layer_states = jax.lax.scan(layer, x, (self.layers, state.layers), unroll=unroll)
-        if not config.post_norm:
-            x = self.final_norm(x)
-        return x, state._replace(layers=layer_states)
+        return jax.lax.scan(layer, x, (self.layers, state.layers), unroll=unroll)
 
     def _embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         config = self.config
@@ -164,6 +168,11 @@ class LanguageModel(nnx.Module):
     def head_matrix(self) -> Float[Array, "w d"]:
         """The output head's matrix, which is the embedding's where they are tied."""
         return self.embedding[...] if self.config.tie_embeddings else self.head[...]
+
+    @property
+    def first_block(self) -> Block:
+        """The first layer, or with the others stacked on it."""
+        return self.layers
 
     def init_state(self, batch_size: int, capacity: int) -> State:
         """The state before the first token.

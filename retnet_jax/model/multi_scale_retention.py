@@ -8,7 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from retnet_jax.config import ModelConfig
 from retnet_jax.model.gated_norm import gated_norm
-from retnet_jax.model.layers import Linear, RMSNorm, split_heads
+from retnet_jax.model.layers import Linear, RMSNorm, project, split_heads
 from retnet_jax.model.rotation import Rotation, rotate, rotation
 from retnet_jax.retention import (
     SplitRows,
@@ -25,7 +25,8 @@ from retnet_jax.shapes import Array, Float, Int
 class RetentionState(NamedTuple):
     """What a RetNet remembers: as many numbers after ten tokens as after a million."""
 
-    layers: Float[Array, "n b h k v"] | None  # S of each layer; None: nothing read yet
+    # S of each layer; None: nothing read yet; a tuple: of a model for decoding
+    layers: Float[Array, "n b h k v"] | tuple[Float[Array, "b h v k"], ...] | None
     position: Int[Array, " b"]  # of the next token in its document
 
 
@@ -40,6 +41,8 @@ class RetentionContext(NamedTuple):
 
 class MultiScaleRetention(nnx.Module):
     """Retention with its projections, normalisers and gate."""
+
+    inputs = ("q", "k", "v", "gate")  # the Linears that are applied to the input
 
     def __init__(
         self, config: ModelConfig, *, rngs: nnx.Rngs, value_scale: float, out_scale: float
@@ -62,10 +65,8 @@ class MultiScaleRetention(nnx.Module):
         form: str,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b h k v"]]:
         config = self.config
-        q, k, v = (
-            split_heads(checkpoint_name(getattr(self, name)(x), name), config.n_heads)
-            for name in ("q", "k", "v")
-        )
+        q, k, v, gate = project(self, self.inputs, x)
+        q, k, v, gate = (split_heads(y, config.n_heads) for y in (q, k, v, gate))
         scale = q.shape[-1] ** -0.5
         q_scale, k_scale = (scale, 1.0) if config.rotation == "rope" else (1.0, scale)
         q = rotate(q, context.turn, config.rotation, q_scale)
@@ -84,7 +85,6 @@ class MultiScaleRetention(nnx.Module):
         y = checkpoint_name(y.reshape(*x.shape[:2], -1), "retention").reshape(y.shape)
         if config.score_clamp is not None:
             y = y * self._score_scale(q, k, state, context, form)[..., None]
-        gate = split_heads(checkpoint_name(self.gate(x), "gate"), config.n_heads)
         kind = "rms" if config.head_norm_scale else config.norm
         y = gated_norm(y, gate, context.row_scale, kind, config.norm_epsilon)
         y = y.reshape(*x.shape[:2], -1)

@@ -90,6 +90,8 @@ def retention(
     if rows is not None and not isinstance(rows, SplitRows):
         rows = split_rows(rows)
     chosen = _choose(implementation, form, q, v, chunk_size)
+    if chosen is xla and q.shape[1] == 1 and rows is None:
+        form = "recurrent"  # one pass over the state
     if form != "chunkwise":
         if state is None:
             state = xla.zero_state(q, v)

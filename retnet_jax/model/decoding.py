@@ -1,0 +1,227 @@
+"""A model laid out for decoding, where what a token costs is what it reads from memory.
+
+    model = for_decoding(load_pretrained(directory, dtype="bfloat16"))
+    model = for_decoding(model, weights="int8", state_dtype="bfloat16")
+
+It computes the same, by the same Blocks, in the same forms. What differs is how numbers lie in
+memory: weights in the activations' dtype or in int8, those of one output next to each other; and
+for each layer arrays of its own, which XLA can use and update where they are. Slices of stacked
+layers it copies first, and columns of weights it multiplies first and adds up later: three times
+the bytes, on a GPU.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from retnet_jax.config import ConfigError
+from retnet_jax.model.layers import Linear
+from retnet_jax.model.lm import LanguageModel, State
+from retnet_jax.model.multi_scale_retention import MultiScaleRetention
+from retnet_jax.shapes import Array, Float, Int
+
+STATE_DTYPES = ("float32", "bfloat16")
+
+
+def for_decoding(
+    model: LanguageModel, weights: str | None = None, state_dtype: str | None = None
+) -> "DecodingModel":
+    """The same model, laid out for decoding.
+
+    Args:
+      model: RetNet or Transformer; it stays as it is. One that is laid out already is returned.
+      weights: "int8" keeps matrices as integers with a float32 scale for each output; None: in the
+        activations' dtype.
+      state_dtype: in which a RetNet's state is kept between calls, "float32" or "bfloat16", whose
+        values are those of `round_at_random`; the computation is float32. None: as it is computed.
+
+    Raises:
+      ConfigError: for other values, and for a state_dtype where there is no such state.
+    """
+    if isinstance(model, DecodingModel):
+        if weights is not None or state_dtype is not None:
+            raise ConfigError(
+                f"weights={weights!r}, state_dtype={state_dtype!r}: the model is laid out for "
+                "decoding already; give for_decoding the one it was made from"
+            )
+        return model
+    if weights not in (None, "int8"):
+        raise ConfigError(f"weights={weights!r} is not 'int8' or None (the activations' dtype)")
+    if state_dtype is not None:
+        if state_dtype not in STATE_DTYPES:
+            raise ConfigError(f"state_dtype={state_dtype!r} is not 'float32' or 'bfloat16'")
+        if model.mixer_type is not MultiScaleRetention:
+            raise ConfigError(
+                f"state_dtype={state_dtype!r} is for a RetNet; a Transformer's cache has the dtype "
+                f"of its activations, {model.config.dtype}"
+            )
+    return _laid_out(model, weights, state_dtype or model.config.state_dtype)
+
+
+class Rows(nnx.Module):
+    """x W^T, plus a bias if there is one: a Linear with the weights of each output in a row."""
+
+    def __init__(self, weight: Float[Array, "o i"], bias: Array | None, dtype: str):
+        if dtype == "int8":
+            scale = jnp.maximum(jnp.abs(weight).max(1), jnp.finfo(jnp.float32).tiny) / 127
+            weight = jnp.round(weight / scale[:, None])
+            self.scale = nnx.Param(scale.astype(jnp.float32))
+        self.weight = nnx.Param(weight.astype(dtype))
+        if bias is not None:
+            self.bias = nnx.Param(bias)
+        self.has_scale, self.has_bias = dtype == "int8", bias is not None
+
+    def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
+        y = self.wide(x).astype(x.dtype)
+        return y + self.bias[...].astype(x.dtype) if self.has_bias else y
+
+    def wide(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
+        """The product alone, in float32."""
+        y = _product(x, self.weight[...])
+        return y * self.scale[...] if self.has_scale else y
+
+    def matrix(self) -> Float[Array, "o i"]:
+        """The weights in float32."""
+        return self.weight[...].astype(jnp.float32) * self.scale[...][:, None]
+
+
+def _product(x: Float[Array, "... i"], weight: Array) -> Float[Array, "... o"]:
+    """The product x W^T in float32, for weights [o i]."""
+    wide = jnp.promote_types(jnp.float32, x.dtype)
+
+    def matrix_product(x, weight):
+        dimensions = (((x.ndim - 1,), (1,)), ((), ()))
+        weight = weight.astype(x.dtype)
+        return jax.lax.dot_general(x, weight, dimensions, preferred_element_type=wide)
+
+    def sums(x, weight):
+        return (x.astype(wide)[..., None, :] * weight.astype(wide)).sum(-1)
+
+    if x.size > x.shape[-1]:
+        return matrix_product(x, weight)
+    # For a single vector XLA on GPUs has no matrix product in bfloat16 that it does not write the
+    # weights out in float32 for (it does, where they are large); sums read them as they are.
+    return jax.lax.platform_dependent(x, weight, cuda=sums, rocm=sums, default=matrix_product)
+
+
+class DecodingModel(LanguageModel):
+    """What `for_decoding` returns: a language model that is not to be trained or saved.
+
+    Its state has a tuple of the layers' states, those of a RetNet as [b h v k]: the keys that a
+    read-out sums over lie next to each other.
+    """
+
+    def __init__(self, model: LanguageModel, weights: str | None, state_dtype: str):
+        self.config = config = model.config
+        self.mixer_type = model.mixer_type
+        self.state_dtype = state_dtype
+        dtype = weights or config.dtype
+        self.embedding = nnx.Param(model.embedding[...].astype(config.dtype))
+        self.int8_head = weights == "int8"
+        if self.int8_head:
+            self.head = Rows(model.head_matrix(), None, dtype)
+        elif not config.tie_embeddings:
+            self.head = nnx.Param(model.head[...].astype(config.dtype))
+        for name in ("embedding_norm", "final_norm"):
+            if hasattr(model, name):
+                setattr(self, name, jax.tree.map(lambda x: x, getattr(model, name)))
+        self.layers = nnx.List(
+            _with_rows(_layer(model.layers, i), dtype) for i in range(config.n_layers)
+        )
+
+    def _run_layers(self, x, state: State, context, form: str):
+        before = state.layers or (None,) * self.config.n_layers
+        after = []
+        for number, (block, layer_state) in enumerate(zip(self.layers, before, strict=True)):
+            if layer_state is not None and self._retains:
+                layer_state = layer_state.astype(self.config.state_dtype).swapaxes(-1, -2)
+            x, layer_state = block(x, layer_state, context, form)
+            after.append(self._stored(layer_state, state.position, number))
+        return x, tuple(after)
+
+    @property
+    def _retains(self) -> bool:
+        return self.mixer_type is MultiScaleRetention
+
+    def _stored(self, layer_state, position: Int[Array, " b"], number: int):
+        """The state of a layer [b h k v] as it is kept [b h v k]; a Transformer's is kept as is."""
+        if not self._retains:
+            return layer_state
+        layer_state = layer_state.swapaxes(-1, -2)
+        if self.state_dtype == "bfloat16":
+            # A prime larger than any count of layers keeps the seeds of layers and positions apart.
+            return round_at_random(layer_state, position * 1009 + number)
+        return layer_state
+
+    def logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t w"]:
+        if self.int8_head:
+            return self.head.wide(hidden)
+        return _product(hidden, self.head_matrix())
+
+    def head_matrix(self) -> Float[Array, "w d"]:
+        return self.head.matrix() if self.int8_head else super().head_matrix()
+
+    def init_state(self, batch_size: int, capacity: int) -> State:
+        state = self.mixer_type.init_state(self.config, batch_size, capacity)
+        layers = (_layer(state.layers, i) for i in range(self.config.n_layers))
+        stored = (self._stored(layer, state.position, i) for i, layer in enumerate(layers))
+        return state._replace(layers=tuple(stored))
+
+    @property
+    def first_block(self):
+        return self.layers[0]
+
+
+def round_at_random(x: Float[Array, "b h v k"], seed: Int[Array, " b"]) -> Array:
+    """bfloat16, up or down with such probabilities that the mean is x (stochastic rounding).
+
+    Rounded to the nearest, a state would not fade: S - S/512 is S again in bfloat16, and heads that
+    remember longer gain 0.017 bits per byte within 4096 tokens, more with each of them. At random
+    the errors cancel (+0.0001 +- 0.0002; `benchmarks/decoding_quality.py`).
+
+    Args:
+      x: float32.
+      seed: of each row. The random bits are a hash of it and of the number's place.
+    """
+    place = jnp.arange(x.size, dtype=jnp.uint32).reshape(x.shape)
+    bits = _hash(place ^ _hash(seed.astype(jnp.uint32))[:, None, None, None])
+    # What is cut off, the low 16 bits, carries into those kept in proportion to its size.
+    raised = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32) + (bits >> 16)
+    kept = jax.lax.bitcast_convert_type(raised & jnp.uint32(0xFFFF0000), jnp.float32)
+    return kept.astype(jnp.bfloat16)
+
+
+def _hash(x: Array) -> Array:
+    """Mixes uint32 numbers: lowbias32 of https://github.com/skeeto/hash-prospector."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+@jax.jit(static_argnums=(1, 2))
+def _laid_out(model: LanguageModel, weights: str | None, state_dtype: str) -> DecodingModel:
+    return DecodingModel(model, weights, state_dtype)
+
+
+def _layer(stacked, index: int):
+    return jax.tree.map(lambda x: x[index], stacked)
+
+
+def _with_rows(block, dtype: str):
+    """A Block whose Linears are Rows, those of one input joined."""
+    for module in (block.mixer, block.ffn):
+        for name, part in list(vars(module).items()):
+            if isinstance(part, Linear) and name not in module.inputs:
+                setattr(module, name, _rows([part], dtype))
+        parts = [getattr(module, name) for name in module.inputs]
+        for name in module.inputs:
+            delattr(module, name)
+        module.joined = _rows(parts, dtype)
+        module.joined_widths = tuple(part.kernel.shape[1] for part in parts)
+    return block
+
+
+def _rows(parts: list[Linear], dtype: str) -> Rows:
+    weight = jnp.concatenate([part.kernel[...].T for part in parts])
+    bias = jnp.concatenate([part.bias[...] for part in parts]) if parts[0].has_bias else None
+    return Rows(weight, bias, dtype)

@@ -1,0 +1,221 @@
+"""Models laid out for decoding: the same function, in fewer bytes."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import SingleDeviceSharding
+from test_ahead import tpus
+from tolerances import assert_close
+
+from retnet_jax import ModelConfig, RetNet, Transformer, for_decoding, interop
+from retnet_jax.ahead.traffic import memory_traffic
+from retnet_jax.config import ConfigError
+from retnet_jax.generate import Progress, complete, decode, prefill, row_keys, stream
+from retnet_jax.model.decoding import round_at_random
+
+__all__ = ["tpus"]  # a fixture
+
+KINDS = (RetNet, Transformer)
+SMALL = ModelConfig(vocab_size=61, d_model=32, n_layers=2, n_heads=2)
+OTHER = {
+    "decay": "powers_of_two",
+    "norm": "rms",
+    "ffn": "swiglu",
+    "ffn_norm": "rms",
+    "tie_embeddings": True,
+    "mixer_bias": True,
+    "ffn_bias": True,
+    "embedding_norm": True,
+}
+
+
+@functools.cache
+def build(kind, other=False):
+    config = dataclasses.replace(SMALL, **(OTHER if other else {}))
+    model = kind(config, rngs=nnx.Rngs(0))
+    model.embedding = nnx.Param(25 * model.embedding[...])
+    return model
+
+
+def tokens(b, t):
+    return jnp.asarray(np.random.default_rng(t).integers(0, 61, (b, t)))
+
+
+run = jax.jit(lambda model, tokens: model(tokens)[0])
+
+
+@jax.jit
+def token_by_token(model, row):
+    def step(state, token):
+        logits, state = model(token[:, None], state)
+        return state, logits[:, 0]
+
+    _, logits = jax.lax.scan(step, model.init_state(*row.shape), row.T)
+    return logits.swapaxes(0, 1)
+
+
+@pytest.mark.parametrize("other", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_layout_changes_nothing(kind, other):
+    model, row = build(kind, other), tokens(2, 9)
+    laid_out, expected = for_decoding(model), run(model, row)
+    assert_close(run(laid_out, row), expected)
+    assert_close(token_by_token(laid_out, row), expected)
+    assert for_decoding(laid_out) is laid_out
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_int8_weights_are_those_to_the_nearest_of_127_parts_of_an_outputs_largest(other):
+    model, row = build(RetNet, other), tokens(2, 9)
+    rounded = jax.tree.map(lambda x: x, model)
+
+    def nearest(matrix, axis):
+        part = np.abs(matrix).max(axis, keepdims=True) / 127
+        return nnx.Param(jnp.asarray(np.round(matrix / part) * part))
+
+    for module in (rounded.layers.mixer, rounded.layers.ffn):
+        for linear in vars(module).values():
+            if hasattr(linear, "kernel"):
+                linear.kernel = nearest(np.asarray(linear.kernel[...]), axis=1)
+    laid_out = for_decoding(model, weights="int8")
+    if other:  # tied: the words are looked up as they are
+        head = nearest(np.asarray(model.embedding[...]), axis=1)[...]
+        hidden = jax.jit(lambda model, row: model.hidden(row)[0])(rounded, row)
+        assert_close(run(laid_out, row), hidden @ head.T)
+    else:
+        rounded.head = nearest(np.asarray(model.head[...]), axis=1)
+        assert_close(run(laid_out, row), run(rounded, row))
+        assert_close(laid_out.head_matrix(), rounded.head_matrix())
+    kinds = {str(x.dtype) for x in jax.tree.leaves(laid_out) if x.ndim == 2}
+    assert kinds == {"int8", "float32"}
+
+
+def test_rounding_at_random_keeps_the_mean_and_what_bfloat16_holds():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, 8, 8)), jnp.float32)
+    rounded = jax.vmap(lambda seed: round_at_random(x, seed[None]))(jnp.arange(4000))
+    rounded = np.asarray(rounded, np.float64)
+    below = np.asarray(jax.lax.reduce_precision(x, 8, 7), np.float64)
+    step = 2.0 ** (np.floor(np.log2(np.abs(x))) - 7)
+    assert (np.abs(rounded - x) < step).all()
+    assert (np.abs(rounded.mean(0) - x) < 5 * 0.5 * step / np.sqrt(4000)).all()
+    held = jnp.asarray(below, jnp.float32)
+    assert (round_at_random(held, jnp.zeros(1, int)) == held).all()
+
+
+def test_a_bfloat16_state_fades_by_gamma():
+    """1/512 of a number is less than half of what bfloat16 can tell it from."""
+    steps, gamma = 1024, 1 - 1 / 512
+    first = jnp.asarray(np.random.default_rng(1).uniform(1, 2, (1, 1, 64, 64)), jnp.float32)
+
+    def fade(state, n):
+        return round_at_random(gamma * state.astype(jnp.float32), n[None]), None
+
+    last, _ = jax.lax.scan(fade, first.astype(jnp.bfloat16), jnp.arange(steps))
+    ratio = float(last.astype(jnp.float32).mean() / first.mean())
+    # The errors of 1024 steps, each less than 2^-7, of 4096 numbers, that fade as well.
+    assert abs(ratio / gamma**steps - 1) < 5 * 2**-7 * np.sqrt(512 / 2 / 4096)
+
+
+def test_a_bfloat16_state_stays_near_float32():
+    row = tokens(4, 200)
+    expected = token_by_token(for_decoding(build(RetNet)), row)
+    model = for_decoding(build(RetNet), state_dtype="bfloat16")
+    state = model.init_state(4, 1)
+    assert {x.dtype for x in state.layers} == {jnp.dtype("bfloat16")}
+    difference = token_by_token(model, row) - expected
+    noise, scale = (np.sqrt(np.square(x).mean()) for x in (difference, expected))
+    # 200 independent errors in each number of the state, of 2^-8 of it or less by their root mean.
+    assert 0 < noise <= np.sqrt(200) * 2**-8 * scale
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_program_generates_what_a_stream_gives_and_talks_to_no_host(kind):
+    model, prompts, end = for_decoding(build(kind)), [[1, 2, 3], [4]], 5
+    expected = np.concatenate(list(stream(model, prompts, 40, end_id=end)), axis=1)
+    progress, keys = prefill(model, prompts, room=64), row_keys(0, 2)
+    limit = jnp.int32(40)
+    complete.lower(model, progress, keys, limit, room=64, end_id=end).compile()
+    with jax.transfer_guard("disallow"):
+        found, progress = complete(model, progress, keys, limit, room=64, end_id=end)
+    found = np.asarray(found)
+    assert (found[:, : expected.shape[1]] == expected).all()
+    assert (found[:, 40:] == end).all()
+    lowered = complete.lower(model, progress, keys, limit, room=64, end_id=end)
+    assert not re.search(r"callback|outfeed|infeed|send|recv", lowered.as_text())
+
+
+def compiled(device, batch_size, weights=None, state_dtype=None, length=8):
+    """Decoding on a device that may not be there, the bytes of its weights and of its state."""
+    config = ModelConfig(vocab_size=512, d_model=256, n_layers=3, n_heads=2, dtype="bfloat16")
+
+    def build():
+        model = for_decoding(RetNet(config, rngs=nnx.Rngs(0)), weights, state_dtype)
+        state = model.init_state(batch_size, 1)
+        logits = jnp.zeros((batch_size, config.vocab_size))
+        return model, Progress(logits, state, jnp.zeros(batch_size, bool)), row_keys(0, batch_size)
+
+    place = SingleDeviceSharding(device)
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), jax.eval_shape(build)
+    )
+    program = decode.lower(*arguments, length=length).compile()
+    model, progress, _ = arguments
+
+    def size(tree):
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+    return program, size(model) - size(model.embedding), size(progress.state.layers)
+
+
+@pytest.mark.parametrize(
+    ("weights", "state_dtype"), [(None, None), ("int8", None), (None, "bfloat16")]
+)
+def test_a_token_reads_weights_once_and_reads_and_writes_the_state_once(tpus, weights, state_dtype):
+    program, weights, state = compiled(tpus[0], 1, weights, state_dtype)
+    moved = sum(x.bytes for x in memory_traffic(program.as_text())) / 8
+    assert moved < 1.05 * (weights + 2 * state)
+    assert program.memory_analysis().alias_size_in_bytes >= state
+
+
+def test_traffic_of_loops_slices_and_updates_in_place():
+    def function(table, x):
+        def step(table, i):
+            row = jax.lax.dynamic_index_in_dim(table, i, 0, keepdims=False)
+            return jax.lax.dynamic_update_index_in_dim(table, row * x, i, 0), None
+
+        return jax.lax.scan(step, table, jnp.arange(16))[0]
+
+    shapes = jax.ShapeDtypeStruct((16, 4096), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
+    text = jax.jit(function, donate_argnums=0).lower(*shapes).compile().as_text()
+    moved = sum(x.bytes for x in memory_traffic(text))
+    table = 4 * 16 * 4096
+    assert 2 * table <= moved < 2.01 * table
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        (RetNet, {"weights": "int4"}, "weights='int4' is not 'int8'"),
+        (RetNet, {"state_dtype": "float16"}, "state_dtype='float16' is not 'float32'"),
+        (Transformer, {"state_dtype": "bfloat16"}, "is for a RetNet.* dtype .* float32"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(kind, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        for_decoding(build(kind), **arguments)
+
+
+def test_it_is_not_laid_out_twice_saved_or_trained(tmp_path):
+    model = for_decoding(build(RetNet), weights="int8")
+    with pytest.raises(ConfigError, match="already; give for_decoding the one"):
+        for_decoding(model, state_dtype="bfloat16")
+    with pytest.raises(ConfigError, match="cannot be saved"):
+        interop.save(model, tmp_path / "new", "own")
+    with pytest.raises(TypeError, match="int8"):
+        jax.grad(lambda model: run(model, tokens(1, 4)).sum())(model)
