@@ -1,0 +1,683 @@
+"""Chunkwise retention on Hopper GPUs: Pallas kernels for H100 and H200, forward and backward.
+
+One kernel, `_walk`, is the whole recurrence. With A the contracted and B the written width,
+
+    y_l = read_l T q_l + sum_s P_ls v_s        T <- across T + sum_s write_s v_s^T k_s
+
+over the chunks of a row, forwards or backwards, with T [B A] the transposed state. It is all four:
+
+               q     k     v     direction   T        A   B
+    y          q     k     v     forwards    S^T      k   v
+    d_q        d_y   v     k     forwards    S        v   k
+    d_k        v     d_y   q     backwards   d_S      v   k
+    d_v        k     q     d_y   backwards   d_S^T    k   v
+
+P [64 64] of a chunk are the decayed scores, which `_scores` computes for all chunks at once: those
+of (q, k) for y and d_v, those of (d_y, v) for d_q and d_k. So no block needs a number that another
+one computes: the columns of B are divided over blocks, and nothing is summed up between them.
+
+How a block works. T stays in the registers of one or two warpgroups, 64 of its rows in each, as
+the left operand of T q and as what is accumulated into: 128 float32 a thread for A = 256. A wider A
+is halved between two warpgroups, who add their T q through shared memory. One more warpgroup loads
+tiles of 64 tokens by 64 columns (128 bytes of bfloat16, the widest swizzle) through the TMA, in a
+ring that runs ahead by one to two chunks. TMA reads and writes [b t h k] in place, fills with 0
+what lies behind the end of a row or of a head and leaves it out of what it writes.
+
+Why 64 tokens. A token and head of width 256/512 take 4 K V + 64 (K + V) multiply-adds times two in
+`_walk`, 3 KiB to and from memory and 128 bytes of scores: 0.57 MFLOP, which 790 TFLOP/s (an H200's
+best matrix products) do in 0.73 ns, and 4.3 TB/s move the bytes in 0.75 ns. 128 tokens add 9 % FLOPs,
+and with them shared memory holds half as many chunks in flight. Scores cost one more reading of q
+and k, 0.26 ns; computed by each of the V / 128 blocks of a head instead they would cost 4 times
+their 0.04 ns, in matrix products that the walk waits for. Backward: 12 K V multiply-adds where 10
+would do (d_k and d_v each sum up d_S, in the orientation that they need it in), for not having to
+add float32 partial sums of d_q and d_k, of 4 K bytes a token and block each, in memory.
+
+Rows are divided into segments where b h blocks are too few for the GPU: a first walk finds the
+states of segments that begin empty, which are summed up to those they begin with (retention is
+linear in the state). It reads k and v alone and takes half the FLOPs.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from retnet_jax.retention.decay_gradient import decay_gradient
+from retnet_jax.retention.documents import Documents
+from retnet_jax.retention.xla import power_of_decay
+from retnet_jax.shapes import Array, Float, Int
+from retnet_jax.sharding import backend
+
+TOKENS = 64  # of a chunk: rows of a warpgroup's matrix product
+TILE = 64  # columns of a tile
+WIDEST = 512  # of a head: two warpgroups with 4 tiles of T each
+MULTIPLE = 8  # of head widths: TMA's strides are multiples of 16 bytes
+SHARED_MEMORY = 227 * 1024 - 6 * 1024  # bytes of a block, less what Mosaic and barriers take
+SHORTEST_SEGMENT = 8  # chunks: less does not pay for the walk that finds states
+PROCESSORS = 132  # streaming multiprocessors of an H100 or H200 (SXM)
+
+_WGMMA = plgpu.Layout.WGMMA
+_OF_ROW = _WGMMA.reduce(1)  # a vector with a number for each row of a matrix
+_OF_COLUMN = _WGMMA.reduce(0)
+_SWIZZLE = plgpu.SwizzleTransform(128)
+_ROWS = (_SWIZZLE,)
+_OPERAND = (plgpu.TilingTransform((8, 64)), _SWIZZLE)
+
+
+def unsupported(
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b t h k"],
+    v: Float[Array, "b t h v"],
+    chunk_size: int | None = None,
+) -> str | None:
+    """Why `chunkwise` cannot run such arguments on the backend; None if it can."""
+    if not q.dtype == k.dtype == v.dtype == jnp.bfloat16:
+        return f"q, k and v are {q.dtype}, {k.dtype}, {v.dtype}; only bfloat16 is computed here"
+    if chunk_size not in (None, TOKENS):
+        return f"chunk_size={chunk_size}; chunks are of {TOKENS} tokens here"
+    for name, width in (("key", q.shape[3]), ("value", v.shape[3])):
+        if width % MULTIPLE or not TILE <= width <= WIDEST:
+            return (
+                f"{name} heads are {width} wide; only multiples of {MULTIPLE} from {TILE} to "
+                f"{WIDEST} are"
+            )
+    platform = backend()
+    if platform == "cpu":
+        if not hasattr(plgpu, "InterpretGPUParams"):
+            return f"jax {jax.__version__} has no interpreter for it on a CPU; jax 0.11 has"
+        return None
+    if platform not in ("gpu", "cuda"):
+        return f"the backend is {platform}, not a Hopper GPU"
+    return None
+
+
+@jax.custom_vjp
+def _retention(q, k, v, log_decay, state, row):
+    return _forward(q, k, v, log_decay, state, row)[0]
+
+
+def chunkwise(
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b t h k"],
+    v: Float[Array, "b t h v"],
+    log_decay: Float[Array, " h"],
+    state: Float[Array, "b h k v"],
+    row: Documents | None,
+    chunk_size: int | None = None,
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
+    """`xla.chunkwise` in chunks of 64 tokens, of bfloat16 inputs.
+
+    The backward pass keeps the inputs and the final state, and computes all else again.
+
+    Raises:
+      NotImplementedError: with the reason that `unsupported` gives.
+    """
+    if reason := unsupported(q, k, v, chunk_size):
+        raise NotImplementedError(reason)
+    return _retention(q, k, v, log_decay, state, row)
+
+
+def _forward(q, k, v, log_decay, state, row):
+    chunks = _Chunks.of(row, *q.shape[:2])
+    scores = _scores(q, k, log_decay, chunks)
+    y, after = _recurrence(q, k, v, scores, log_decay, chunks, state.swapaxes(2, 3))
+    after = after.swapaxes(2, 3)
+    return (y, after), (q, k, v, log_decay, state, row, after)
+
+
+def _backward(saved, cotangents):
+    q, k, v, log_decay, state, row, after = saved
+    d_y, d_after = cotangents
+    chunks = _Chunks.of(row, *q.shape[:2])
+    backwards = partial(_recurrence, log_decay=log_decay, chunks=chunks, reverse=True)
+    scores = _scores(d_y, v, log_decay, chunks)
+    d_q, _ = _recurrence(d_y, v, k, scores, log_decay, chunks, state)
+    d_k, d_state = backwards(v, d_y, q, scores, state=d_after)
+    scores = _scores(q, k, log_decay, chunks)
+    d_v, _ = backwards(k, q, d_y, scores, state=d_after.swapaxes(2, 3))
+    d_log_decay = decay_gradient(q, d_q, k, d_k, after, d_after, row)
+    return d_q, d_k, d_v, d_log_decay, d_state, None
+
+
+_retention.defvjp(_forward, _backward)
+
+
+class _Chunks(NamedTuple):
+    """The tokens of rows in n chunks of 64, the last one filled up with padding."""
+
+    count: Int[Array, "b n l"]  # real tokens of the row up to this one
+    code: Int[Array, "b n l"]  # number of the document, from 1; 0 for padding
+    cut_count: Int[Array, "b m"]  # the same at the n + 1 cuts before and after each chunk
+    cut_code: Int[Array, "b m"]
+
+    @staticmethod
+    def of(row: Documents | None, rows: int, length: int) -> "_Chunks":
+        n_chunks = pl.cdiv(length, TOKENS)
+        if row is None:
+            count = jnp.broadcast_to(jnp.arange(1, length + 1, dtype=jnp.int32), (rows, length))
+            index, code = jnp.zeros_like(count), jnp.ones_like(count)
+        else:
+            count, index = row.count, row.index
+            code = jnp.where(row.real, index + 1, 0)
+
+        def split(x):
+            x = jnp.pad(x, ((0, 0), (0, n_chunks * TOKENS - length)))
+            return x.reshape(rows, n_chunks, TOKENS)
+
+        def at_cuts(x, first):
+            ends = jnp.concatenate([x[:, TOKENS - 1 : length - 1 : TOKENS], x[:, -1:]], axis=1)
+            return jnp.pad(ends, ((0, 0), (1, 0)), constant_values=first)
+
+        return _Chunks(split(count), split(code), at_cuts(count, 0), at_cuts(index + 1, 1))
+
+    def factors(self, log_decay: Float[Array, " h"], reverse: bool) -> Float[Array, "b h n 3 l"]:
+        """Powers of gamma in each chunk: of what tokens read, what they write, and across it."""
+        before, after = self.cut_count[:, :-1, None], self.cut_count[:, 1:, None]
+        opens, closes = self.cut_code[:, :-1, None], self.cut_code[:, 1:, None]
+        power = partial(power_of_decay, log_decay)
+        from_start = power(self.count - before, self.code == opens)
+        to_end = power(after - self.count, self.code == closes)
+        across = jnp.broadcast_to(power(after - before, opens == closes), to_end.shape)
+        ends = (to_end, from_start) if reverse else (from_start, to_end)
+        return jnp.stack([*ends, across], axis=3)
+
+    def between(self, log_decay, start: int, end: int) -> Float[Array, "b h"]:
+        """gamma^tokens from one cut to another; 0 if a border lies between them."""
+        return power_of_decay(
+            log_decay,
+            self.cut_count[:, end] - self.cut_count[:, start],
+            self.cut_code[:, end] == self.cut_code[:, start],
+        )
+
+
+def _recurrence(
+    q: Float[Array, "b t h a"],
+    k: Float[Array, "b t h a"],
+    v: Float[Array, "b t h c"],
+    scores: Float[Array, "b h n l m"],
+    log_decay: Float[Array, " h"],
+    chunks: _Chunks,
+    state: Float[Array, "b h c a"],
+    reverse: bool = False,
+) -> tuple[Float[Array, "b t h c"], Float[Array, "b h c a"]]:
+    """`_walk` over rows in one piece, or in segments of which each begins with its own state."""
+    b, _, h, contracted = q.shape
+    written = v.shape[3]
+    blocks = _blocks(contracted, written)
+    n_chunks = chunks.count.shape[1]
+    length = _segment_length(b * h * pl.cdiv(written, blocks.rows), n_chunks)
+    factors = chunks.factors(log_decay, reverse)
+    walk = partial(_walk, length=length, reverse=reverse)
+
+    padded = (
+        pl.cdiv(written, blocks.rows) * blocks.rows,
+        blocks.halves * blocks.tiles * TILE,
+    )
+    state = jnp.pad(
+        state, ((0, 0), (0, 0), (0, padded[0] - written), (0, padded[1] - contracted))
+    )
+    cuts = [*range(0, n_chunks, length), n_chunks]
+    segments = list(zip(cuts[:-1], cuts[1:], strict=True))
+    if reverse:
+        segments.reverse()
+    states = [state]
+    if len(segments) > 1:
+        # The states that segments leave when they begin empty, of all but the last one walked.
+        left = _walk(None, k, v, None, factors, None, length=length, reverse=reverse)
+        if reverse:
+            left = left[:, ::-1]
+        for i, segment in enumerate(segments[:-1]):
+            decay = chunks.between(log_decay, *segment)
+            states.append(decay[..., None, None] * states[-1] + left[:, i])
+    if reverse:
+        states.reverse()
+    y, after = walk(q, k, v, scores, factors, jnp.stack(states, axis=1))
+    after = after[:, 0 if reverse else -1, :, :written, :contracted]
+    return y, after
+
+
+def _segment_length(blocks: int, n_chunks: int) -> int:
+    """Chunks in a segment: as many segments as fill the GPU, but none that are short."""
+    segments = max(1, min(PROCESSORS // blocks, n_chunks // SHORTEST_SEGMENT))
+    return pl.cdiv(n_chunks, segments)
+
+
+class _Blocks(NamedTuple):
+    """How T [B A] lies on warpgroups: 64 rows and up to 4 tiles of columns on each."""
+
+    halves: int  # warpgroups that share rows: 1, or 2 where A is wider than 256
+    groups: int  # of 64 rows in a block
+    tiles: int  # of columns on a warpgroup
+    stages: int  # steps of the ring of tiles of q and k
+
+    @property
+    def warpgroups(self) -> int:
+        return self.halves * self.groups
+
+    @property
+    def rows(self) -> int:
+        return self.groups * TILE
+
+
+def _blocks(contracted: int, written: int) -> _Blocks:
+    n_tiles = pl.cdiv(contracted, TILE)
+    halves = 1 if n_tiles <= 4 else 2
+    groups = 2 if halves == 1 and written > TILE else 1
+    tiles = pl.cdiv(n_tiles, halves)
+    # For two chunks v, scores and factors; for each warpgroup v with its decay, for its rows y.
+    tile = 2 * TOKENS * TILE
+    others = 2 * ((groups + 1) * tile + 1024) + (halves * groups + groups) * tile
+    others += 2 * tile * (halves - 1)  # a float32 tile to add up halves
+    stages = min((SHARED_MEMORY - others) // (2 * halves * tile), 2 * tiles)
+    return _Blocks(halves, groups, tiles, stages)
+
+
+def _walk(q, k, v, scores, factors, states, *, length, reverse):
+    """The recurrence of segments of `length` chunks each, as the module's docstring has it.
+
+    Args:
+      q: [b t h a], as k; None, along with scores and states, for segments that begin empty and of
+        which only the states they leave are wanted.
+      v: [b t h c].
+      scores: P of each chunk, [b h n 64 64], rows for queries.
+      factors: of `_Chunks`, [b h n 3 64].
+      states: T before each segment, [b segments h c a], filled up to whole blocks.
+
+    Returns:
+      y [b t h c], and the states after the segments, as `states`; or these alone.
+    """
+    b, _, h, contracted = k.shape
+    written, n_chunks = v.shape[3], factors.shape[2]
+    blocks = _blocks(contracted, written)
+    n_segments, n_blocks = pl.cdiv(n_chunks, length), pl.cdiv(written, blocks.rows)
+    first = 0
+    if q is None:  # nobody begins with what the last one leaves
+        n_segments, first = n_segments - 1, int(reverse)
+    wide = blocks.halves * blocks.tiles * TILE
+    inputs = {"q": q, "k": k, "v": v, "scores": scores, "factors": factors, "states": states}
+    inputs = {name: array for name, array in inputs.items() if array is not None}
+    outputs = {
+        "after": jax.ShapeDtypeStruct(
+            (b, n_segments, h, n_blocks * blocks.rows, wide), jnp.float32
+        )
+    }
+    if q is not None:
+        outputs["y"] = jax.ShapeDtypeStruct(v.shape, v.dtype)
+
+    def walk(*refs, **memory):
+        arrays = dict(zip([*inputs, *outputs], refs, strict=True))
+        row, segment = jnp.divmod(jax.lax.axis_index("segments"), n_segments)
+        start = (segment + first) * length
+        block = _Block(
+            shape=blocks,
+            reverse=reverse,
+            row=row,
+            head=jax.lax.axis_index("heads"),
+            segment=segment,
+            columns=jax.lax.axis_index("columns") * blocks.rows,
+            start=start,
+            n_chunks=jnp.minimum(length, n_chunks - start),
+        )
+        warpgroup = jax.lax.axis_index("warpgroup")
+
+        @pl.when(warpgroup < blocks.warpgroups)
+        def _():
+            if blocks.warpgroups > 1:
+                plgpu.set_max_registers(232, action="increase")
+            _compute(arrays, memory, block, warpgroup)
+
+        @pl.when(warpgroup == blocks.warpgroups)
+        def _():
+            if blocks.warpgroups > 1:
+                plgpu.set_max_registers(40, action="decrease")
+            _fetch(arrays, memory, block)
+
+    found = plgpu.kernel(
+        walk,
+        out_type=tuple(outputs.values()),
+        scratch_types=_walk_memory(blocks, q is not None),
+        grid=(n_blocks, h, b * n_segments),
+        grid_names=("columns", "heads", "segments"),
+        num_threads=blocks.warpgroups + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        interpret=_interpreter(),
+    )(*inputs.values())
+    return (found[1], found[0]) if q is not None else found[0]
+
+
+class _Block(NamedTuple):
+    """What one block of threads works on."""
+
+    shape: _Blocks
+    reverse: bool
+    row: Array
+    head: Array
+    segment: Array
+    columns: Array  # the first that it writes
+    start: Array  # its first chunk
+    n_chunks: Array
+
+    def chunk(self, i):
+        """The number in the row of the i-th chunk that is walked."""
+        return self.start + (self.n_chunks - 1 - i if self.reverse else i)
+
+    def tokens(self, i):
+        return pl.ds(self.chunk(i) * TOKENS, TOKENS)
+
+
+def _walk_memory(blocks: _Blocks, outputs: bool) -> dict:
+    """Shared memory and barriers of a block."""
+    each = blocks.warpgroups
+    memory = {
+        "k": _operand(blocks.stages, blocks.halves),
+        "v": _operand(2, blocks.groups),
+        "factors": plgpu.SMEM((2, 3, TOKENS), jnp.float32),
+        "decayed": plgpu.SMEM((each, TOKENS, TILE), jnp.bfloat16, transforms=_OPERAND),
+        "chunk_loaded": plgpu.Barrier(num_arrivals=blocks.groups + 1 + outputs, num_barriers=2),
+        "chunk_free": plgpu.Barrier(num_arrivals=each, num_barriers=2),
+        "step_loaded": plgpu.Barrier(
+            num_arrivals=blocks.halves * (1 + outputs), num_barriers=blocks.stages
+        ),
+        "step_free": plgpu.Barrier(num_arrivals=each, num_barriers=blocks.stages),
+    }
+    if outputs:
+        memory["q"] = _operand(blocks.stages, blocks.halves)
+        memory["scores"] = _operand(2)
+        memory["y"] = plgpu.SMEM((blocks.groups, TOKENS, TILE), jnp.bfloat16, transforms=_ROWS)
+    if outputs and _interpreter():
+        # The interpreter takes no left operand from registers.
+        memory["registers"] = plgpu.SMEM((each, TILE, TILE), jnp.bfloat16, transforms=_OPERAND)
+    if outputs and blocks.halves == 2:
+        memory["half"] = plgpu.SMEM(
+            (TILE, TOKENS), jnp.float32, transforms=(plgpu.TilingTransform((8, 32)), _SWIZZLE)
+        )
+        memory["half_there"] = plgpu.Barrier()
+        memory["half_free"] = plgpu.Barrier()
+    return memory
+
+
+def _fetch(arrays, memory, block: _Block) -> None:
+    """The loading warpgroup: all tiles of a segment, as far ahead as shared memory goes."""
+    shape = block.shape
+    names = [name for name in ("q", "k") if name in arrays]
+
+    def chunk(i, _):
+        slot = i % 2
+        loaded = memory["chunk_loaded"].at[slot]
+        number = block.chunk(i)
+
+        @pl.when(i >= 2)
+        def _():
+            plgpu.barrier_wait(memory["chunk_free"].at[slot])
+
+        plgpu.copy_gmem_to_smem(
+            arrays["factors"].at[block.row, block.head, number], memory["factors"].at[slot], loaded
+        )
+        if "scores" in arrays:
+            rows, _ = _views(memory["scores"])
+            plgpu.copy_gmem_to_smem(
+                arrays["scores"].at[block.row, block.head, number], rows.at[slot], loaded
+            )
+        rows, _ = _views(memory["v"])
+        for group in range(shape.groups):
+            columns = pl.ds(block.columns + group * TILE, TILE)
+            plgpu.copy_gmem_to_smem(
+                arrays["v"].at[block.row, block.tokens(i), block.head, columns],
+                rows.at[slot, group],
+                loaded,
+            )
+        jax.lax.fori_loop(0, shape.tiles, partial(step, i), None)
+
+    def step(i, j, _):
+        number = i * shape.tiles + j
+        slot = jax.lax.rem(number, shape.stages)
+
+        @pl.when(number >= shape.stages)
+        def _():
+            plgpu.barrier_wait(memory["step_free"].at[slot])
+
+        for name in names:
+            rows, _ = _views(memory[name])
+            for half in range(shape.halves):
+                columns = pl.ds((half * shape.tiles + j) * TILE, TILE)
+                plgpu.copy_gmem_to_smem(
+                    arrays[name].at[block.row, block.tokens(i), block.head, columns],
+                    rows.at[slot, half],
+                    memory["step_loaded"].at[slot],
+                )
+
+    jax.lax.fori_loop(0, block.n_chunks, chunk, None)
+
+
+def _compute(arrays, memory, block: _Block, warpgroup) -> None:
+    """A computing warpgroup: 64 rows of T, or half of their columns."""
+    shape = block.shape
+    group, half = jnp.divmod(warpgroup, shape.halves)
+    rows = pl.ds(block.columns + group * TILE, TILE)
+
+    def columns(j):
+        return pl.ds((half * shape.tiles + j) * TILE, TILE)
+
+    def chunk(i, state):
+        slot = i % 2
+        plgpu.barrier_wait(memory["chunk_loaded"].at[slot])
+        read, write, across = (
+            _load(memory["factors"].at[slot, n], layout)
+            for n, layout in enumerate((_OF_COLUMN, _OF_ROW, _OF_ROW))
+        )
+        _, v = _views(memory["v"])
+        v = v.at[slot, group]
+        decayed = memory["decayed"].at[warpgroup]
+        values = _load(v, _WGMMA).astype(jnp.float32)
+        decayed[...] = (values * _along_rows(write)).astype(jnp.bfloat16)
+        plgpu.commit_smem()
+
+        def products(old):
+            pieces = tuple(
+                step(old, i * shape.tiles + j, piece, decayed, across)
+                for j, piece in enumerate(state)
+            )
+            return pieces, None if old is None else old[...]
+
+        if "y" not in arrays:
+            state, _ = products(None)
+        else:
+            state, old = pl.run_scoped(products, plgpu.ACC((TILE, TOKENS), jnp.float32))
+            y = _along_columns(read) * old
+            if shape.halves == 1:
+                store(i, y + within(slot, v))
+            else:
+                add_halves(i, y, slot, v)
+        plgpu.barrier_arrive(memory["chunk_free"].at[slot])
+        return state
+
+    def step(old, number, piece, decayed, across):
+        """One tile of T: what the queries read from it, and what the keys add to it."""
+        slot = jax.lax.rem(number, shape.stages)
+        plgpu.barrier_wait(memory["step_loaded"].at[slot])
+        if old is not None:
+            _, q = _views(memory["q"])
+            left = piece.astype(jnp.bfloat16)
+            if "registers" in memory:
+                memory["registers"].at[warpgroup][...] = left
+                left = memory["registers"].at[warpgroup]
+            plgpu.wgmma(old, left, q.at[slot, half].T)
+        _, k = _views(memory["k"])
+
+        def update(added):
+            plgpu.wgmma(added, decayed.T, k.at[slot, half])
+            return added[...]
+
+        piece = _along_rows(across) * piece + pl.run_scoped(
+            update, plgpu.ACC((TILE, TILE), jnp.float32)
+        )
+        plgpu.barrier_arrive(memory["step_free"].at[slot])
+        return piece
+
+    def within(slot, v):
+        """What the chunk's own tokens give, [v l]."""
+        _, scores = _views(memory["scores"])
+        scores = scores.at[slot] if block.reverse else scores.at[slot].T
+
+        def product(y):
+            plgpu.wgmma(y, v.T, scores)
+            return y[...]
+
+        return pl.run_scoped(product, plgpu.ACC((TILE, TOKENS), jnp.float32))
+
+    def add_halves(i, y, slot, v):
+        @pl.when(half == 1)
+        def _():
+            @pl.when(i > 0)
+            def _():
+                plgpu.barrier_wait(memory["half_free"])
+
+            memory["half"][...] = y
+            plgpu.barrier_arrive(memory["half_there"])
+
+        @pl.when(half == 0)
+        def _():
+            own = y + within(slot, v)
+            plgpu.barrier_wait(memory["half_there"])
+            other = _load(memory["half"], _WGMMA)
+            plgpu.barrier_arrive(memory["half_free"])
+            store(i, own + other)
+
+    def store(i, y):
+        tile = memory["y"].at[group]
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        tile.T[...] = plgpu.layout_cast(y.astype(jnp.bfloat16), plgpu.Layout.WGMMA_TRANSPOSED)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(
+            tile, arrays["y"].at[block.row, block.tokens(i), block.head, rows]
+        )
+
+    if "states" in arrays:
+        states = arrays["states"].at[block.row, block.segment, block.head]
+        state = tuple(
+            _load(states.at[rows, columns(j)], _WGMMA)
+            for j in range(shape.tiles)
+        )
+    else:
+        zeros = plgpu.layout_cast(jnp.zeros((TILE, TILE), jnp.float32), _WGMMA)
+        state = (zeros,) * shape.tiles
+    state = jax.lax.fori_loop(0, block.n_chunks, chunk, state)
+    after = arrays["after"].at[block.row, block.segment, block.head]
+    for j, piece in enumerate(state):
+        after[rows, columns(j)] = piece
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _scores(
+    q: Float[Array, "b t h a"],
+    k: Float[Array, "b t h a"],
+    log_decay: Float[Array, " h"],
+    chunks: _Chunks,
+) -> Float[Array, "b h n l m"]:
+    """gamma^(l-m) q_l k_m of the tokens of each chunk, 0 where l does not see m; bfloat16."""
+    b, _, h, width = q.shape
+    n_chunks = chunks.count.shape[1]
+    n_tiles = pl.cdiv(width, TILE)
+    stages = min(4, n_tiles)  # 64 KiB: three blocks on a multiprocessor load while others compute
+
+    def scores(q, k, log_decay, count, code, scores, q_tiles, k_tiles, tile, loaded):
+        row, head = jax.lax.axis_index("rows"), jax.lax.axis_index("heads")
+        chunk = jax.lax.axis_index("chunks")
+
+        def load(j):
+            slot = jax.lax.rem(j, stages)
+            place = (row, pl.ds(chunk * TOKENS, TOKENS), head, pl.ds(j * TILE, TILE))
+            for array, tiles in ((q, q_tiles), (k, k_tiles)):
+                rows, _ = _views(tiles)
+                plgpu.copy_gmem_to_smem(array.at[place], rows.at[slot], loaded.at[slot])
+
+        def product(total):
+            (_, q), (_, k) = _views(q_tiles), _views(k_tiles)
+
+            @pl.loop(0, n_tiles)
+            def _(j):
+                slot = jax.lax.rem(j, stages)
+                plgpu.barrier_wait(loaded.at[slot])
+                plgpu.wgmma(total, q.at[slot], k.at[slot].T)
+                plgpu.wgmma_wait(0)
+
+                @pl.when(j + stages < n_tiles)
+                def _():
+                    load(j + stages)
+
+            return total[...]
+
+        pl.loop(0, stages)(load)
+        product = pl.run_scoped(product, plgpu.ACC((TOKENS, TOKENS), jnp.float32))
+
+        def of_pair(numbers):
+            ends = (
+                _load(numbers.at[row, chunk], layout)
+                for layout in (_OF_ROW, _OF_COLUMN)
+            )
+            return [along(x) for along, x in zip((_along_rows, _along_columns), ends, strict=True)]
+
+        (query, key), (query_code, key_code) = of_pair(count), of_pair(code)
+        sees = (query_code == key_code) & (query_code > 0) & (query >= key)
+        distance = (query - key).astype(jnp.float32)
+        decay = jnp.exp(jnp.where(sees, log_decay[head] * distance, -jnp.inf))
+        tile[...] = (product * decay).astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(tile, scores.at[row, head, chunk])
+        plgpu.wait_smem_to_gmem(0)
+
+    return plgpu.kernel(
+        scores,
+        out_type=jax.ShapeDtypeStruct((b, h, n_chunks, TOKENS, TOKENS), q.dtype),
+        scratch_types=(
+            _operand(stages),
+            _operand(stages),
+            plgpu.SMEM((TOKENS, TOKENS), jnp.bfloat16, transforms=_ROWS),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        ),
+        grid=(n_chunks, h, b),
+        grid_names=("chunks", "heads", "rows"),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        interpret=_interpreter(),
+    )(q, k, log_decay, chunks.count, chunks.code)
+
+
+def _interpreter():
+    return plgpu.InterpretGPUParams() if backend() == "cpu" else None
+
+
+def _load(ref, layout):
+    return plgpu.layout_cast(ref[...], layout)
+
+
+def _along_rows(x):
+    """A number for each row [m], as a matrix [m n]."""
+    return jax.lax.broadcast_in_dim(x, (x.shape[0], TILE), [0])
+
+
+def _along_columns(x):
+    return jax.lax.broadcast_in_dim(x, (TILE, x.shape[0]), [1])
+
+
+def _operand(*shape: int):
+    """Tiles [*shape 64 64] that TMA fills and matrix products take.
+
+    A tile is 64 rows of 128 swizzled bytes, seen in two ways: as rows, which may reach beyond the
+    end of an array, and as the 8 blocks of 8 rows that matrix products want. Tiling (8, 64) leaves
+    a matrix of 64 columns where it is, but TMA would want the arrays themselves to be so divided.
+    """
+    rows, operand = (
+        plgpu.SMEM((*shape, TOKENS, TILE), jnp.bfloat16, transforms=transforms)
+        for transforms in (_ROWS, _OPERAND)
+    )
+    # The interpreter knows no memory that two have in common, and of these no difference.
+    return operand if backend() == "cpu" else plgpu.RefUnion(rows, operand)
+
+
+def _views(tiles):
+    """The rows and the operand that `_operand` made."""
+    return (tiles, tiles) if backend() == "cpu" else tiles
