@@ -37,6 +37,7 @@ states of segments that begin empty, which are summed up to those they begin wit
 linear in the state). It reads k and v alone and takes half the FLOPs.
 """
 
+import inspect
 from functools import partial
 from typing import NamedTuple
 
@@ -251,7 +252,7 @@ class _Blocks(NamedTuple):
     halves: int  # warpgroups that share rows: 1, or 2 where A is wider than 256
     groups: int  # of 64 rows in a block
     tiles: int  # of columns on a warpgroup
-    stages: int  # steps of the ring of tiles of q and k
+    stages: int  # tiles of q and k, of each half, that the ring holds
 
     @property
     def warpgroups(self) -> int:
@@ -267,11 +268,11 @@ def _blocks(contracted: int, written: int) -> _Blocks:
     halves = 1 if n_tiles <= 4 else 2
     groups = 2 if halves == 1 and written > TILE else 1
     tiles = pl.cdiv(n_tiles, halves)
-    # For two chunks v, scores and factors; for each warpgroup v with its decay, for its rows y.
+    # For two chunks v of each warpgroup, scores and factors; y of each group.
     tile = 2 * TOKENS * TILE
-    others = 2 * ((groups + 1) * tile + 1024) + (halves * groups + groups) * tile
+    others = 2 * ((halves * groups + 1) * tile + 1024) + groups * tile
     others += 2 * tile * (halves - 1)  # a float32 tile to add up halves
-    stages = min((SHARED_MEMORY - others) // (2 * halves * tile), 2 * tiles)
+    stages = min((SHARED_MEMORY - others) // (halves * tile), 4 * tiles)
     return _Blocks(halves, groups, tiles, stages)
 
 
@@ -326,13 +327,13 @@ def _walk(q, k, v, scores, factors, states, *, length, reverse):
         @pl.when(warpgroup < blocks.warpgroups)
         def _():
             if blocks.warpgroups > 1:
-                plgpu.set_max_registers(232, action="increase")
+                plgpu.set_max_registers(240, action="increase")
             _compute(arrays, memory, block, warpgroup)
 
         @pl.when(warpgroup == blocks.warpgroups)
         def _():
             if blocks.warpgroups > 1:
-                plgpu.set_max_registers(40, action="decrease")
+                plgpu.set_max_registers(24, action="decrease")
             _fetch(arrays, memory, block)
 
     found = plgpu.kernel(
@@ -373,19 +374,15 @@ def _walk_memory(blocks: _Blocks, outputs: bool) -> dict:
     """Shared memory and barriers of a block."""
     each = blocks.warpgroups
     memory = {
-        "k": _operand(blocks.stages, blocks.halves),
-        "v": _operand(2, blocks.groups),
+        "ring": _operand(blocks.stages, blocks.halves),
+        "v": _operand(2, each),
         "factors": plgpu.SMEM((2, 3, TOKENS), jnp.float32),
-        "decayed": plgpu.SMEM((each, TOKENS, TILE), jnp.bfloat16, transforms=_OPERAND),
-        "chunk_loaded": plgpu.Barrier(num_arrivals=blocks.groups + 1 + outputs, num_barriers=2),
+        "chunk_loaded": plgpu.Barrier(num_arrivals=each + 1 + outputs, num_barriers=2),
         "chunk_free": plgpu.Barrier(num_arrivals=each, num_barriers=2),
-        "step_loaded": plgpu.Barrier(
-            num_arrivals=blocks.halves * (1 + outputs), num_barriers=blocks.stages
-        ),
-        "step_free": plgpu.Barrier(num_arrivals=each, num_barriers=blocks.stages),
+        "tile_loaded": plgpu.Barrier(num_arrivals=blocks.halves, num_barriers=blocks.stages),
+        "tile_free": plgpu.Barrier(num_arrivals=each, num_barriers=blocks.stages),
     }
     if outputs:
-        memory["q"] = _operand(blocks.stages, blocks.halves)
         memory["scores"] = _operand(2)
         memory["y"] = plgpu.SMEM((blocks.groups, TOKENS, TILE), jnp.bfloat16, transforms=_ROWS)
     if outputs and _interpreter():
@@ -423,39 +420,40 @@ def _fetch(arrays, memory, block: _Block) -> None:
                 arrays["scores"].at[block.row, block.head, number], rows.at[slot], loaded
             )
         rows, _ = _views(memory["v"])
-        for group in range(shape.groups):
-            columns = pl.ds(block.columns + group * TILE, TILE)
+        for warpgroup in range(shape.warpgroups):
+            columns = pl.ds(block.columns + warpgroup // shape.halves * TILE, TILE)
             plgpu.copy_gmem_to_smem(
                 arrays["v"].at[block.row, block.tokens(i), block.head, columns],
-                rows.at[slot, group],
+                rows.at[slot, warpgroup],
                 loaded,
             )
-        jax.lax.fori_loop(0, shape.tiles, partial(step, i), None)
+        for n, name in enumerate(names):
+            first = (len(names) * i + n) * shape.tiles
+            jax.lax.fori_loop(0, shape.tiles, partial(tile, arrays[name], i, first), None)
 
-    def step(i, j, _):
-        number = i * shape.tiles + j
+    def tile(array, i, first, j, _):
+        number = first + j
         slot = jax.lax.rem(number, shape.stages)
 
         @pl.when(number >= shape.stages)
         def _():
-            plgpu.barrier_wait(memory["step_free"].at[slot])
+            plgpu.barrier_wait(memory["tile_free"].at[slot])
 
-        for name in names:
-            rows, _ = _views(memory[name])
-            for half in range(shape.halves):
-                columns = pl.ds((half * shape.tiles + j) * TILE, TILE)
-                plgpu.copy_gmem_to_smem(
-                    arrays[name].at[block.row, block.tokens(i), block.head, columns],
-                    rows.at[slot, half],
-                    memory["step_loaded"].at[slot],
-                )
+        rows, _ = _views(memory["ring"])
+        for half in range(shape.halves):
+            columns = pl.ds((half * shape.tiles + j) * TILE, TILE)
+            plgpu.copy_gmem_to_smem(
+                array.at[block.row, block.tokens(i), block.head, columns],
+                rows.at[slot, half],
+                memory["tile_loaded"].at[slot],
+            )
 
     jax.lax.fori_loop(0, block.n_chunks, chunk, None)
 
 
 def _compute(arrays, memory, block: _Block, warpgroup) -> None:
     """A computing warpgroup: 64 rows of T, or half of their columns."""
-    shape = block.shape
+    shape, outputs = block.shape, "y" in arrays
     group, half = jnp.divmod(warpgroup, shape.halves)
     rows = pl.ds(block.columns + group * TILE, TILE)
 
@@ -465,87 +463,89 @@ def _compute(arrays, memory, block: _Block, warpgroup) -> None:
     def chunk(i, state):
         slot = i % 2
         plgpu.barrier_wait(memory["chunk_loaded"].at[slot])
-        read, write, across = (
-            _load(memory["factors"].at[slot, n], layout)
-            for n, layout in enumerate((_OF_COLUMN, _OF_ROW, _OF_ROW))
-        )
         _, v = _views(memory["v"])
-        v = v.at[slot, group]
-        decayed = memory["decayed"].at[warpgroup]
-        values = _load(v, _WGMMA).astype(jnp.float32)
-        decayed[...] = (values * _along_rows(write)).astype(jnp.bfloat16)
-        plgpu.commit_smem()
-
-        def products(old):
-            pieces = tuple(
-                step(old, i * shape.tiles + j, piece, decayed, across)
-                for j, piece in enumerate(state)
-            )
-            return pieces, None if old is None else old[...]
-
-        if "y" not in arrays:
-            state, _ = products(None)
-        else:
-            state, old = pl.run_scoped(products, plgpu.ACC((TILE, TOKENS), jnp.float32))
-            y = _along_columns(read) * old
+        v = v.at[slot, warpgroup]
+        first = i * shape.tiles * (2 if outputs else 1)
+        if outputs:
+            y = _along_columns(factor(slot, 0, _OF_COLUMN)) * from_state(first, state)
             if shape.halves == 1:
-                store(i, y + within(slot, v))
+                store(i, within(slot, v, y))
             else:
                 add_halves(i, y, slot, v)
+            first += shape.tiles
+        values = _load(v, _WGMMA).astype(jnp.float32) * _along_rows(factor(slot, 1, _OF_ROW))
+        v[...] = values.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        across = _along_rows(factor(slot, 2, _OF_ROW))
+
+        def update(state):
+            for j, piece in enumerate(state):
+                plgpu.wgmma(piece, v.T, tile(first + j))
+
+        state = _accumulate(update, *(across * piece for piece in state))
+        for j in range(shape.tiles):
+            free(first + j)
         plgpu.barrier_arrive(memory["chunk_free"].at[slot])
         return state
 
-    def step(old, number, piece, decayed, across):
-        """One tile of T: what the queries read from it, and what the keys add to it."""
+    def factor(slot, n, layout):
+        return _load(memory["factors"].at[slot, n], layout)
+
+    def tile(number):
         slot = jax.lax.rem(number, shape.stages)
-        plgpu.barrier_wait(memory["step_loaded"].at[slot])
-        if old is not None:
-            _, q = _views(memory["q"])
-            left = piece.astype(jnp.bfloat16)
-            if "registers" in memory:
-                memory["registers"].at[warpgroup][...] = left
-                left = memory["registers"].at[warpgroup]
-            plgpu.wgmma(old, left, q.at[slot, half].T)
-        _, k = _views(memory["k"])
+        _, ring = _views(memory["ring"])
+        plgpu.barrier_wait(memory["tile_loaded"].at[slot])
+        return ring.at[slot, half]
 
-        def update(added):
-            plgpu.wgmma(added, decayed.T, k.at[slot, half])
-            return added[...]
+    def free(number):
+        plgpu.barrier_arrive(memory["tile_free"].at[jax.lax.rem(number, shape.stages)])
 
-        piece = _along_rows(across) * piece + pl.run_scoped(
-            update, plgpu.ACC((TILE, TILE), jnp.float32)
-        )
-        plgpu.barrier_arrive(memory["step_free"].at[slot])
-        return piece
+    def from_state(first, state):
+        """What the queries read from T, [c l]."""
 
-    def within(slot, v):
-        """What the chunk's own tokens give, [v l]."""
+        def products(y):
+            for j, piece in enumerate(state):
+                q = tile(first + j)
+                left = piece.astype(jnp.bfloat16)
+                if "registers" in memory:
+                    memory["registers"].at[warpgroup][...] = left
+                    left = memory["registers"].at[warpgroup]
+                plgpu.wgmma(y, left, q.T)
+                plgpu.wgmma_wait(1)
+            y = y[...]
+            for j in range(shape.tiles):
+                free(first + j)
+            return y
+
+        return pl.run_scoped(products, plgpu.ACC((TILE, TOKENS), jnp.float32))
+
+    def within(slot, v, y):
+        """`y` and what the chunk's own tokens give, [c l]."""
         _, scores = _views(memory["scores"])
         scores = scores.at[slot] if block.reverse else scores.at[slot].T
-
-        def product(y):
-            plgpu.wgmma(y, v.T, scores)
-            return y[...]
-
-        return pl.run_scoped(product, plgpu.ACC((TILE, TOKENS), jnp.float32))
+        (y,) = _accumulate(lambda sums: plgpu.wgmma(sums[0], v.T, scores), y)
+        return y
 
     def add_halves(i, y, slot, v):
+        """The second half adds what is of the chunk's own tokens, the first one writes the sum."""
+
         @pl.when(half == 1)
         def _():
+            whole = within(slot, v, y)
+
             @pl.when(i > 0)
             def _():
                 plgpu.barrier_wait(memory["half_free"])
 
-            memory["half"][...] = y
+            memory["half"][...] = whole
             plgpu.barrier_arrive(memory["half_there"])
 
         @pl.when(half == 0)
         def _():
-            own = y + within(slot, v)
             plgpu.barrier_wait(memory["half_there"])
-            other = _load(memory["half"], _WGMMA)
+            whole = y + _load(memory["half"], _WGMMA)
             plgpu.barrier_arrive(memory["half_free"])
-            store(i, own + other)
+            store(i, whole)
 
     def store(i, y):
         tile = memory["y"].at[group]
@@ -559,7 +559,7 @@ def _compute(arrays, memory, block: _Block, warpgroup) -> None:
     if "states" in arrays:
         states = arrays["states"].at[block.row, block.segment, block.head]
         state = tuple(
-            _load(states.at[rows, columns(j)], _WGMMA)
+            _load(states.at[rows, columns(j)], _WGMMA, optimized=False)
             for j in range(shape.tiles)
         )
     else:
@@ -603,7 +603,7 @@ def _scores(
                 slot = jax.lax.rem(j, stages)
                 plgpu.barrier_wait(loaded.at[slot])
                 plgpu.wgmma(total, q.at[slot], k.at[slot].T)
-                plgpu.wgmma_wait(0)
+                plgpu.wgmma_wait(1)
 
                 @pl.when(j + stages < n_tiles)
                 def _():
@@ -616,7 +616,7 @@ def _scores(
 
         def of_pair(numbers):
             ends = (
-                _load(numbers.at[row, chunk], layout)
+                _load(numbers.at[row, chunk], layout, optimized=False)
                 for layout in (_OF_ROW, _OF_COLUMN)
             )
             return [along(x) for along, x in zip((_along_rows, _along_columns), ends, strict=True)]
@@ -650,8 +650,27 @@ def _interpreter():
     return plgpu.InterpretGPUParams() if backend() == "cpu" else None
 
 
-def _load(ref, layout):
-    return plgpu.layout_cast(ref[...], layout)
+def _accumulate(products, *sums):
+    """The float32 matrices `sums` and what `products` adds to accumulators of their values."""
+    if not _interpreter():
+        return pl.run_state(products)(tuple(map(plgpu.ACC.init, sums)))
+
+    # The interpreter has accumulators that begin with 0 alone.
+    def added(*accumulators):
+        products(accumulators)
+        return [accumulator[...] for accumulator in accumulators]
+
+    zeros = [plgpu.ACC(x.shape, x.dtype) for x in sums]
+    return tuple(x + y for x, y in zip(sums, pl.run_scoped(added, *zeros), strict=True))
+
+
+# jax 0.10 wants an index there.
+_EVERYTHING = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
+
+
+def _load(ref, layout, optimized=True):
+    """A reference into registers; what lies in the GPU's memory has no `optimized` way."""
+    return plgpu.load(ref, *_EVERYTHING, layout=layout, optimized=optimized)
 
 
 def _along_rows(x):
