@@ -38,6 +38,7 @@ linear in the state). It reads k and v alone and takes half the FLOPs.
 """
 
 import inspect
+import re
 from functools import partial
 from typing import NamedTuple
 
@@ -58,6 +59,7 @@ WIDEST = 512  # of a head: two warpgroups with 4 tiles of T each
 MULTIPLE = 8  # of head widths: TMA's strides are multiples of 16 bytes
 SHARED_MEMORY = 227 * 1024 - 6 * 1024  # bytes of a block, less what Mosaic and barriers take
 SHORTEST_SEGMENT = 8  # chunks: less does not pay for the walk that finds states
+HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")  # in the names of devices
 PROCESSORS = 132  # streaming multiprocessors of an H100 or H200 (SXM)
 
 _WGMMA = plgpu.Layout.WGMMA
@@ -90,9 +92,14 @@ def unsupported(
         if not hasattr(plgpu, "InterpretGPUParams"):
             return f"jax {jax.__version__} has no interpreter for it on a CPU; jax 0.11 has"
         return None
-    if platform not in ("gpu", "cuda"):
-        return f"the backend is {platform}, not a Hopper GPU"
+    device = jax.devices()[0] if _mesh().empty else _mesh().abstract_device
+    if platform != "gpu" or not HOPPER.search(device.device_kind):
+        return f"the backend is {platform} ({device.device_kind}), not a Hopper GPU"
     return None
+
+
+def _mesh():
+    return jax.sharding.get_abstract_mesh()
 
 
 @jax.custom_vjp
