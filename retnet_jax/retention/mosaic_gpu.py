@@ -518,11 +518,9 @@ def _compute(arrays, memory, block: _Block, warpgroup) -> None:
                     memory["registers"].at[warpgroup][...] = left
                     left = memory["registers"].at[warpgroup]
                 plgpu.wgmma(y, left, q.T)
-                plgpu.wgmma_wait(1)
-            y = y[...]
-            for j in range(shape.tiles):
+                plgpu.wgmma_wait(0)  # with two under way, registers are spilled
                 free(first + j)
-            return y
+            return y[...]
 
         return pl.run_scoped(products, plgpu.ACC((TILE, TOKENS), jnp.float32))
 
@@ -610,7 +608,7 @@ def _scores(
                 slot = jax.lax.rem(j, stages)
                 plgpu.barrier_wait(loaded.at[slot])
                 plgpu.wgmma(total, q.at[slot], k.at[slot].T)
-                plgpu.wgmma_wait(1)
+                plgpu.wgmma_wait(0)
 
                 @pl.when(j + stages < n_tiles)
                 def _():
