@@ -17,27 +17,34 @@ of (q, k) for y and d_v, those of (d_y, v) for d_q and d_k. So no block needs a 
 one computes: the columns of B are divided over blocks, and nothing is summed up between them.
 
 How a block works. T stays in the registers of one or two warpgroups, 64 of its rows in each, as
-the left operand of T q and as what is accumulated into: 128 float32 a thread for A = 256. A wider A
-is halved between two warpgroups, who add their T q through shared memory. One more warpgroup loads
-tiles of 64 tokens by 64 columns (128 bytes of bfloat16, the widest swizzle) through the TMA, in a
-ring that runs ahead by one to two chunks. TMA reads and writes [b t h k] in place, fills with 0
-what lies behind the end of a row or of a head and leaves it out of what it writes.
+the left operand of T q and as accumulators: 128 float32 a thread for A = 256. A wider A is halved
+between two warpgroups, which add their T q through shared memory. One more warpgroup loads tiles of
+64 tokens by 64 columns (128 bytes of bfloat16, the widest swizzle) through the TMA, in a ring that
+runs ahead by a chunk or two. TMA reads and writes [b t h k] in place; what lies behind the end of a
+row or a head it reads as 0 and does not write.
 
-Why 64 tokens. A token and head of width 256/512 take 4 K V + 64 (K + V) multiply-adds times two in
-`_walk`, 3 KiB to and from memory and 128 bytes of scores: 0.57 MFLOP, which 790 TFLOP/s (an H200's
-best matrix products) do in 0.73 ns, and 4.3 TB/s move the bytes in 0.75 ns. 128 tokens add 9 % FLOPs,
-and with them shared memory holds half as many chunks in flight. Scores cost one more reading of q
-and k, 0.26 ns; computed by each of the V / 128 blocks of a head instead they would cost 4 times
-their 0.04 ns, in matrix products that the walk waits for. Backward: 12 K V multiply-adds where 10
-would do (d_k and d_v each sum up d_S, in the orientation that they need it in), for not having to
-add float32 partial sums of d_q and d_k, of 4 K bytes a token and block each, in memory.
+What it costs, in a token and head of width 256/512 and at what an H200 can do, 790 TFLOP/s and
+4.3 TB/s (counted; it has not run on a GPU yet):
+  forward   `_walk` 4 K V + 128 V FLOPs, 0.75 ns; q, k, v, y and 128 bytes of P, 0.75 ns.
+            `_scores` 128 K FLOPs, 0.04 ns; q and k once more and P, 0.27 ns.
+  backward  three walks, 12 K V + 256 K + 128 V FLOPs, 2.16 ns; 3.2 KB each, 2.23 ns.
+            The scores of (d_y, v) and (q, k), 0.12 ns; 3.3 KB, 0.77 ns.
+- Chunks of 64 tokens balance the two. 128 would add 128 V + 128 K FLOPs, a tenth, and halve the
+  number of chunks in flight, of which 64 KiB (forward) and 128 KiB (d_q, d_k) are q and k.
+- Were P computed where it is used, it would be so by all V / 128 or K / 64 blocks of a head: 0.16
+  instead of 0.27 ns forward, 0.9 instead of 0.8 ns backward, of products in warpgroups whose
+  registers are full.
+- Two multiply-adds of K V more than backward needs, since d_k and d_v each sum up d_S, in the
+  orientation that they want it in. With V divided over 4 blocks instead, d_q and d_k would be sums
+  of 4 float32 parts each, 8 KiB to be written and read again.
 
-Rows are divided into segments where b h blocks are too few for the GPU: a first walk finds the
+Rows are divided into segments where there are too few blocks for the GPU: a first walk finds the
 states of segments that begin empty, which are summed up to those they begin with (retention is
 linear in the state). It reads k and v alone and takes half the FLOPs.
 """
 
 import inspect
+import itertools
 import re
 from functools import partial
 from typing import NamedTuple
@@ -68,6 +75,27 @@ _OF_COLUMN = _WGMMA.reduce(0)
 _SWIZZLE = plgpu.SwizzleTransform(128)
 _ROWS = (_SWIZZLE,)
 _OPERAND = (plgpu.TilingTransform((8, 64)), _SWIZZLE)
+
+
+def chunkwise(
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b t h k"],
+    v: Float[Array, "b t h v"],
+    log_decay: Float[Array, " h"],
+    state: Float[Array, "b h k v"],
+    row: Documents | None,
+    chunk_size: int | None = None,
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
+    """`xla.chunkwise` in chunks of 64 tokens, of bfloat16 inputs.
+
+    The backward pass keeps the inputs and the final state, and computes all else again.
+
+    Raises:
+      NotImplementedError: with the reason that `unsupported` gives.
+    """
+    if reason := unsupported(q, k, v, chunk_size):
+        raise NotImplementedError(reason)
+    return _retention(q, k, v, log_decay, state, row)
 
 
 def unsupported(
@@ -105,27 +133,6 @@ def _mesh():
 @jax.custom_vjp
 def _retention(q, k, v, log_decay, state, row):
     return _forward(q, k, v, log_decay, state, row)[0]
-
-
-def chunkwise(
-    q: Float[Array, "b t h k"],
-    k: Float[Array, "b t h k"],
-    v: Float[Array, "b t h v"],
-    log_decay: Float[Array, " h"],
-    state: Float[Array, "b h k v"],
-    row: Documents | None,
-    chunk_size: int | None = None,
-) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
-    """`xla.chunkwise` in chunks of 64 tokens, of bfloat16 inputs.
-
-    The backward pass keeps the inputs and the final state, and computes all else again.
-
-    Raises:
-      NotImplementedError: with the reason that `unsupported` gives.
-    """
-    if reason := unsupported(q, k, v, chunk_size):
-        raise NotImplementedError(reason)
-    return _retention(q, k, v, log_decay, state, row)
 
 
 def _forward(q, k, v, log_decay, state, row):
@@ -218,23 +225,16 @@ def _recurrence(
     n_chunks = chunks.count.shape[1]
     length = _segment_length(b * h * pl.cdiv(written, blocks.rows), n_chunks)
     factors = chunks.factors(log_decay, reverse)
-    walk = partial(_walk, length=length, reverse=reverse)
-
-    padded = (
-        pl.cdiv(written, blocks.rows) * blocks.rows,
-        blocks.halves * blocks.tiles * TILE,
-    )
-    state = jnp.pad(
-        state, ((0, 0), (0, 0), (0, padded[0] - written), (0, padded[1] - contracted))
-    )
+    rows, columns = blocks.whole(written)
+    state = jnp.pad(state, ((0, 0), (0, 0), (0, rows - written), (0, columns - contracted)))
     cuts = [*range(0, n_chunks, length), n_chunks]
-    segments = list(zip(cuts[:-1], cuts[1:], strict=True))
+    segments = list(itertools.pairwise(cuts))
     if reverse:
         segments.reverse()
     states = [state]
     if len(segments) > 1:
         # The states that segments leave when they begin empty, of all but the last one walked.
-        left = _walk(None, k, v, None, factors, None, length=length, reverse=reverse)
+        left = _walk(None, k, v, None, factors, None, length, reverse)
         if reverse:
             left = left[:, ::-1]
         for i, segment in enumerate(segments[:-1]):
@@ -242,9 +242,8 @@ def _recurrence(
             states.append(decay[..., None, None] * states[-1] + left[:, i])
     if reverse:
         states.reverse()
-    y, after = walk(q, k, v, scores, factors, jnp.stack(states, axis=1))
-    after = after[:, 0 if reverse else -1, :, :written, :contracted]
-    return y, after
+    y, after = _walk(q, k, v, scores, factors, jnp.stack(states, axis=1), length, reverse)
+    return y, after[:, 0 if reverse else -1, :, :written, :contracted]
 
 
 def _segment_length(blocks: int, n_chunks: int) -> int:
@@ -269,6 +268,10 @@ class _Blocks(NamedTuple):
     def rows(self) -> int:
         return self.groups * TILE
 
+    def whole(self, written: int) -> tuple[int, int]:
+        """T's rows and columns, filled up to whole blocks."""
+        return pl.cdiv(written, self.rows) * self.rows, self.halves * self.tiles * TILE
+
 
 def _blocks(contracted: int, written: int) -> _Blocks:
     n_tiles = pl.cdiv(contracted, TILE)
@@ -283,16 +286,19 @@ def _blocks(contracted: int, written: int) -> _Blocks:
     return _Blocks(halves, groups, tiles, stages)
 
 
-def _walk(q, k, v, scores, factors, states, *, length, reverse):
+def _walk(q, k, v, scores, factors, states, length, reverse):
     """The recurrence of segments of `length` chunks each, as the module's docstring has it.
 
     Args:
-      q: [b t h a], as k; None, along with scores and states, for segments that begin empty and of
-        which only the states they leave are wanted.
+      q: [b t h a]; None, along with scores and states, for segments that begin empty and of which
+        only the states they leave are wanted.
+      k: [b t h a].
       v: [b t h c].
       scores: P of each chunk, [b h n 64 64], rows for queries.
       factors: of `_Chunks`, [b h n 3 64].
       states: T before each segment, [b segments h c a], filled up to whole blocks.
+      length: chunks in a segment; the last one of a row may have fewer.
+      reverse: whether segments are walked from their ends.
 
     Returns:
       y [b t h c], and the states after the segments, as `states`; or these alone.
@@ -300,18 +306,13 @@ def _walk(q, k, v, scores, factors, states, *, length, reverse):
     b, _, h, contracted = k.shape
     written, n_chunks = v.shape[3], factors.shape[2]
     blocks = _blocks(contracted, written)
-    n_segments, n_blocks = pl.cdiv(n_chunks, length), pl.cdiv(written, blocks.rows)
-    first = 0
-    if q is None:  # nobody begins with what the last one leaves
+    n_segments, first = pl.cdiv(n_chunks, length), 0
+    if q is None:  # no segment begins with what the last one leaves
         n_segments, first = n_segments - 1, int(reverse)
-    wide = blocks.halves * blocks.tiles * TILE
     inputs = {"q": q, "k": k, "v": v, "scores": scores, "factors": factors, "states": states}
     inputs = {name: array for name, array in inputs.items() if array is not None}
-    outputs = {
-        "after": jax.ShapeDtypeStruct(
-            (b, n_segments, h, n_blocks * blocks.rows, wide), jnp.float32
-        )
-    }
+    after = (b, n_segments, h, *blocks.whole(written))
+    outputs = {"after": jax.ShapeDtypeStruct(after, jnp.float32)}
     if q is not None:
         outputs["y"] = jax.ShapeDtypeStruct(v.shape, v.dtype)
 
@@ -347,7 +348,7 @@ def _walk(q, k, v, scores, factors, states, *, length, reverse):
         walk,
         out_type=tuple(outputs.values()),
         scratch_types=_walk_memory(blocks, q is not None),
-        grid=(n_blocks, h, b * n_segments),
+        grid=(pl.cdiv(written, blocks.rows), h, b * n_segments),
         grid_names=("columns", "heads", "segments"),
         num_threads=blocks.warpgroups + 1,
         thread_name="warpgroup",
@@ -557,15 +558,12 @@ def _compute(arrays, memory, block: _Block, warpgroup) -> None:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         tile.T[...] = plgpu.layout_cast(y.astype(jnp.bfloat16), plgpu.Layout.WGMMA_TRANSPOSED)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(
-            tile, arrays["y"].at[block.row, block.tokens(i), block.head, rows]
-        )
+        plgpu.copy_smem_to_gmem(tile, arrays["y"].at[block.row, block.tokens(i), block.head, rows])
 
     if "states" in arrays:
         states = arrays["states"].at[block.row, block.segment, block.head]
         state = tuple(
-            _load(states.at[rows, columns(j)], _WGMMA, optimized=False)
-            for j in range(shape.tiles)
+            _load(states.at[rows, columns(j)], _WGMMA, optimized=False) for j in range(shape.tiles)
         )
     else:
         zeros = plgpu.layout_cast(jnp.zeros((TILE, TILE), jnp.float32), _WGMMA)
@@ -617,7 +615,7 @@ def _scores(
             return total[...]
 
         pl.loop(0, stages)(load)
-        product = pl.run_scoped(product, plgpu.ACC((TOKENS, TOKENS), jnp.float32))
+        products = pl.run_scoped(product, plgpu.ACC((TOKENS, TOKENS), jnp.float32))
 
         def of_pair(numbers):
             ends = (
@@ -630,7 +628,7 @@ def _scores(
         sees = (query_code == key_code) & (query_code > 0) & (query >= key)
         distance = (query - key).astype(jnp.float32)
         decay = jnp.exp(jnp.where(sees, log_decay[head] * distance, -jnp.inf))
-        tile[...] = (product * decay).astype(jnp.bfloat16)
+        tile[...] = (products * decay).astype(jnp.bfloat16)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(tile, scores.at[row, head, chunk])
         plgpu.wait_smem_to_gmem(0)
