@@ -136,8 +136,7 @@ def test_compiled_for_an_h200(k, v, tmp_path):
     assert run.returncode == 0, run.stderr[-4000:]
     found = json.loads(run.stdout.splitlines()[-1])
     reports = [path.read_text() for path in tmp_path.glob("*.ptxas")]
-    # y, d_q, d_k and d_v, each in one walk or in two; d_q and d_k have the scores in common.
-    assert len(reports) == found["kernels"]
+    assert len(reports) == found["kernels"] > 0
     for report in reports:
         assert re.search(r"\b0 bytes spill stores, 0 bytes spill loads", report), report
         assert "serialized" not in report, report
@@ -179,7 +178,7 @@ def compile_for_an_h200(k: int, v: int) -> dict:
     scores, factors = 2 * 64 * tokens, 3 * 4 * tokens
     states = 4 * b * h * k * v
     return {
-        "kernels": len(re.findall("stablehlo.custom_call @mosaic_gpu", lowered.as_text())),
+        "kernels": len(set(re.findall(r'kernel_hash = "([^"]*)"', lowered.as_text()))),
         "temporaries": memory.temp_size_in_bytes,
         "scores_factors_and_states": 2 * scores + 2 * factors + 12 * states,
     }
