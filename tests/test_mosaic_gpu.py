@@ -25,6 +25,14 @@ HAS_INTERPRETER = hasattr(plgpu, "InterpretGPUParams")
 interpreted = pytest.mark.skipif(not HAS_INTERPRETER, reason="interpreted by jax 0.11 and later")
 
 
+@pytest.fixture(autouse=True)
+def races_are_errors(monkeypatch):
+    """Of warpgroups and TMA, wherever no barrier or fence orders what they do to shared memory."""
+    if HAS_INTERPRETER:
+        detective = plgpu.InterpretGPUParams(detect_races=True)
+        monkeypatch.setattr(mosaic_gpu, "_interpreter", lambda: detective)
+
+
 def inputs(b, t, h, k, v, seed=0):
     """Numbers of mean 1/2: log gamma's gradient would else be what is left of sums that cancel."""
     rng = np.random.default_rng(seed)

@@ -482,9 +482,9 @@ def _compute(arrays, memory, block: _Block, warpgroup) -> None:
                 add_halves(i, y, slot, v)
             first += shape.tiles
         values = _load(v, _WGMMA).astype(jnp.float32) * _along_rows(factor(slot, 1, _OF_ROW))
-        v[...] = values.astype(jnp.bfloat16)
-        plgpu.commit_smem()
         across = _along_rows(factor(slot, 2, _OF_ROW))
+        v[...] = values.astype(jnp.bfloat16)
+        plgpu.commit_smem()  # after all reading of what TMA writes again
 
         def update(state):
             for j, piece in enumerate(state):
