@@ -21,11 +21,11 @@ quickstart: .venv/run
 	  --prompt="def read_lines(path):"
 
 # Most of the tests' time is compilation; this leaves LLVM's optimisations out, a quarter of it.
-test: lint .venv/libtpu
+test: lint .venv/libtpu .venv/cuda .venv/py312
 	XLA_FLAGS=--xla_backend_optimization_level=0 PYTHONPATH=.venv/libtpu \
 	  $(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-all: lint .venv/libtpu
+test-all: lint .venv/libtpu .venv/cuda .venv/py312
 	PYTHONPATH=.venv/libtpu $(BIN)/python -m pytest -n 2
 
 lint: .venv/dev
@@ -52,6 +52,23 @@ lint: .venv/dev
 	$(BIN)/pip install --quiet --no-deps --target=$@.unfinished "$$($(BIN)/python -c \
 	  'import importlib.metadata as m; print(next(x for x in m.requires("jax") if x.startswith("libtpu")).split(";")[0])')"
 	rm -rf $@ && mv $@.unfinished $@
+
+# XLA's compiler for GPUs (250 MB to download), of the installed jax; beside the environment too.
+.venv/cuda: .venv/dev
+	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)') && \
+	  $(BIN)/pip install --quiet --no-deps --target=$@.unfinished \
+	  jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version nvidia-cuda-nvcc-cu12
+	rm -rf $@ && mv $@.unfinished $@
+
+# Where there is a Python 3.12, the newest jax: its Pallas has an interpreter for GPU kernels.
+.venv/py312: .venv/dev
+	@for python in python3.12 "$$HOME"/.pyenv/versions/3.12*/bin/python; do \
+	  if "$$python" -c "" 2>/dev/null; then \
+	    rm -rf $@.unfinished && "$$python" -m venv $@.unfinished && \
+	    $@.unfinished/bin/python -m pip install --quiet "jax>=0.11" flax hypothesis jaxtyping beartype \
+	      pytest && mv $@.unfinished $@; exit; \
+	  fi; \
+	done; echo "no python3.12: the tests of Hopper kernels under Pallas's interpreter are left out"
 
 clean:
 	rm -rf .venv
