@@ -89,7 +89,7 @@ def retention(
     rows = segment_ids
     if rows is not None and not isinstance(rows, SplitRows):
         rows = split_rows(rows)
-    chosen = _choose(implementation, form, q, v, chunk_size)
+    chosen = _choose(implementation, form, q, k, v, chunk_size)
     if chosen is xla and q.shape[1] == 1 and rows is None:
         form = "recurrent"  # one pass over the state
     if form != "chunkwise":
@@ -110,7 +110,7 @@ def retention(
     return local(q, k, v, log_decay, state, None if rows is None else rows.documents)
 
 
-def _choose(implementation: str | None, form: str, q, v, chunk_size: int | None):
+def _choose(implementation: str | None, form: str, q, k, v, chunk_size: int | None):
     """The module whose `chunkwise` runs."""
     name = implementation
     if name is None:
@@ -125,7 +125,7 @@ def _choose(implementation: str | None, form: str, q, v, chunk_size: int | None)
             f"implementation={name!r} has form='chunkwise', not form={form!r}; 'xla' has"
         )
     kernel = import_module(f"{__name__}.{name}")
-    shapes = (jax.ShapeDtypeStruct(local_shape("bth.", x.shape), x.dtype) for x in (q, v))
+    shapes = (jax.ShapeDtypeStruct(local_shape("bth.", x.shape), x.dtype) for x in (q, k, v))
     reason = kernel.unsupported(*shapes, chunk_size)
     if reason is None:
         return kernel

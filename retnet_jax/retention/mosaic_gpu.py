@@ -56,7 +56,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from retnet_jax.retention.decay_gradient import decay_gradient
 from retnet_jax.retention.documents import Documents
-from retnet_jax.retention.xla import power_of_decay
+from retnet_jax.retention.xla import power_of_decay, zero_state
 from retnet_jax.shapes import Array, Float, Int
 from retnet_jax.sharding import backend
 
@@ -82,11 +82,11 @@ def chunkwise(
     k: Float[Array, "b t h k"],
     v: Float[Array, "b t h v"],
     log_decay: Float[Array, " h"],
-    state: Float[Array, "b h k v"],
+    state: Float[Array, "b h k v"] | None,
     row: Documents | None,
     chunk_size: int | None = None,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
-    """`xla.chunkwise` in chunks of 64 tokens, of bfloat16 inputs.
+    """`xla.chunkwise` in chunks of 64 tokens, of bfloat16 inputs; `state=None` is 0.
 
     The backward pass keeps the inputs and the final state, and computes all else again.
 
@@ -95,16 +95,13 @@ def chunkwise(
     """
     if reason := unsupported(q, k, v, chunk_size):
         raise NotImplementedError(reason)
+    if state is None:
+        state = zero_state(q, v)
     return _retention(q, k, v, log_decay, state, row)
 
 
-def unsupported(
-    q: Float[Array, "b t h k"],
-    k: Float[Array, "b t h k"],
-    v: Float[Array, "b t h v"],
-    chunk_size: int | None = None,
-) -> str | None:
-    """Why `chunkwise` cannot run such arguments on the backend; None if it can."""
+def unsupported(q, k, v, chunk_size: int | None = None) -> str | None:
+    """Why `chunkwise` cannot run arrays of such shapes on the backend; None if it can."""
     if not q.dtype == k.dtype == v.dtype == jnp.bfloat16:
         return f"q, k and v are {q.dtype}, {k.dtype}, {v.dtype}; only bfloat16 is computed here"
     if chunk_size not in (None, TOKENS):

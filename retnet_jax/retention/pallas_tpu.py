@@ -72,8 +72,8 @@ def chunkwise(
     return _retention(plan, q, k, v, log_decay, state, numbers, row)
 
 
-def unsupported(q: Array, v: Array, chunk_size: int | None = None) -> str | None:
-    """Why the kernels cannot run on what computes, with such inputs; None if they can."""
+def unsupported(q, k, v, chunk_size: int | None = None) -> str | None:
+    """Why the kernels cannot run on what computes, with arrays of such shapes; None if they can."""
     if backend() not in ("tpu", "cpu"):
         return f"it is for TPUs (and interpreted on a CPU), not for {backend()!r}"
     if q.dtype not in (jnp.bfloat16, jnp.float32):
@@ -104,7 +104,8 @@ class Plan(NamedTuple):
     group: int  # heads of one program
 
     @staticmethod
-    def of(q: Float[Array, "b t h k"], v: Float[Array, "b t h v"], chunk_size: int | None):
+    def of(q, v, chunk_size: int | None) -> "Plan":
+        """For arrays of these shapes."""
         b, t, h, k = q.shape
         whole = Plan(b, t, h, k, v.shape[3], q.dtype.itemsize, 0, 0)
         wanted = chunk_size or _chip().chunk * 2 // q.dtype.itemsize
