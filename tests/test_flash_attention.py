@@ -13,6 +13,7 @@ from test_train_step import CONFIG
 from tolerances import assert_close
 
 from retnet_jax import ModelConfig, Transformer, ahead
+from retnet_jax.ahead.program import flops_of
 from retnet_jax.config import MeshConfig
 from retnet_jax.model import flash_attention
 from retnet_jax.model.attention import attend_to_all
@@ -71,12 +72,19 @@ def test_splash_attention_is_attention(rows):
     assert_close(found, outputs_and_gradients(partial(attend_to_all, mask=mask[:, None])))
 
 
+def test_flops_of_splash_attention_are_counted():
+    x = jax.ShapeDtypeStruct((2, T, 3, 64), jnp.float32)
+    splash = partial(flash_attention.flash_attention, implementation="splash")
+    found = flops_of(splash, x, x, x)
+    assert found == flops_of(lambda *qkv: attend_to_all(*qkv, None), x, x, x) > 0
+
+
 def test_a_model_on_a_mesh_computes_the_same_with_splash_attention(monkeypatch):
     segments = jnp.asarray(SEGMENTS)
     transformer = model(n_layers=1, remat="q,k,v,retention")
     expected = loss_and_gradient(transformer, segments)
     monkeypatch.setattr(flash_attention, "best", lambda *_: "splash")
-    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])):
         assert_close(loss_and_gradient(transformer, segments), expected)
 
 
