@@ -89,7 +89,8 @@ class Attention(nnx.Module):
         """Attention has one form; the name of any is accepted and computes the same."""
         config = self.config
         q, k, v = (split_heads(y, config.n_heads) for y in project(self, self.inputs, x))
-        q, k = (rotate(y, context.turn, config.rotation) for y in (q, k))
+        q = rotate(q, context.turn, config.rotation, q.shape[-1] ** -0.5)
+        k = rotate(k, context.turn, config.rotation)
         # Where positions are split, each device needs the keys and values of all.
         new = KeysValues(constrain(k, "bshk"), constrain(v, "bshv"))
         if state is not None:
@@ -172,8 +173,11 @@ def attend_to_all(
     v: Float[Array, "b s h k"],
     mask: Bool[Array, "b 1 t s"] | None,
 ) -> Float[Array, "b t h k"]:
-    """Attention by all scores at once. `mask=None`: each token sees itself and all before it."""
-    y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None)
+    """Attention by all scores at once. `mask=None`: each token sees itself and all before it.
+
+    Queries come scaled, by k^-1/2.
+    """
+    y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None, scale=1.0)
     return checkpoint_name(y, "retention")
 
 

@@ -10,7 +10,6 @@ compute, in XLA, and uses that for all else. Neither was run on its device.
 """
 
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -34,10 +33,10 @@ def flash_attention(
     document: Int[Array, "b t"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "b t h k"]:
-    """What each token sees in its document, up to itself; scores are scaled by k^-1/2.
+    """What each token sees in its document, up to itself.
 
     Args:
-      q: queries, rotated.
+      q: queries, rotated and scaled, by k^-1/2.
       k: keys, rotated.
       v: values.
       document: a number for each document of a row, and another for its padding, whose output is
@@ -97,7 +96,7 @@ def unsupported(
 def _splash(q, k, v, document):
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    _, t, h, width = q.shape
+    t, h = q.shape[1:3]
     block = math.gcd(t, LARGEST_BLOCK)
     sizes = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
     # Lists the tiles that are not empty, once for all layers; for 32,768 tokens it takes seconds.
@@ -112,13 +111,13 @@ def _splash(q, k, v, document):
         ids = None if document is None else splash.SegmentIds(document, document)
         return kernel(q, k, v, segment_ids=ids)
 
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in ((q * width**-0.5).astype(q.dtype), k, v))
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     return jnp.swapaxes(jax.vmap(row)(q, k, v, document), 1, 2)
 
 
-def _cudnn(q, k, v, document):
-    del document  # None
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+def _cudnn(q, k, v, document=None):
+    del document
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, scale=1.0, implementation="cudnn")
 
 
 def is_cudnn(primitive, *_, **__) -> bool:
@@ -133,9 +132,8 @@ def _unsupported_by_cudnn(q, one_document: bool) -> str | None:
         return "jax's public interface to cuDNN takes no documents in a row"
     # Versions, dtypes and widths of heads are checked by jax as it traces.
     local = jax.ShapeDtypeStruct(local_shape("bthk", q.shape), q.dtype)
-    attend = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
     try:
-        jax.eval_shape(lambda *qkv: jax.vjp(attend, *qkv)[1](qkv[0]), local, local, local)
+        jax.eval_shape(lambda *qkv: jax.vjp(_cudnn, *qkv)[1](qkv[0]), local, local, local)
     except (NotImplementedError, RuntimeError, ValueError) as error:
         return str(error)
     return None
