@@ -2,11 +2,12 @@
 
     backend   rows of one document each   several documents, padding
     TPU       splash attention of jax     splash attention of jax
-    GPU       cuDNN, through jax          none: jax's public interface to cuDNN takes no documents
-    CPU       none                        none
+    GPU       cuDNN, through jax          none: jax's public interface has no place for documents
+    CPU       none                        none                              (jax-ml/jax#29731)
 
 They serve whole rows of bfloat16, with nothing in a cache before them; `attention.py` has what they
-compute, in XLA, and uses that for all else. Neither was run on its device.
+compute, in XLA, and uses that for all else: packed rows on a GPU have all their scores [t t] in
+memory. Neither was run on its device.
 """
 
 import math
@@ -126,10 +127,10 @@ def is_cudnn(primitive, *_, **__) -> bool:
 
 
 def _unsupported_by_cudnn(q, one_document: bool) -> str | None:
-    if backend() not in ("gpu", "cuda") or jax.default_backend() != "gpu":
+    if backend() != "gpu" or jax.default_backend() != "gpu":
         return f"it is for GPUs that are there, not for {backend()!r} on {jax.default_backend()!r}"
     if not one_document:
-        return "jax's public interface to cuDNN takes no documents in a row"
+        return "jax's public interface to cuDNN has no place for documents"
     # Versions, dtypes and widths of heads are checked by jax as it traces.
     local = jax.ShapeDtypeStruct(local_shape("bthk", q.shape), q.dtype)
     try:
