@@ -77,13 +77,16 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     return with_shardings(jax.eval_shape(partial(initial_state, config)), mesh)
 
 
-def abstract_batch(config: Config, mesh: Mesh) -> Batch:
-    """Shapes, dtypes and shardings of a batch, as `abstract_state`."""
+def abstract_batch(config: Config, mesh: Mesh, one_document: bool = False) -> Batch:
+    """Shapes, dtypes and shardings of a batch, as `abstract_state`.
+
+    With `one_document` its `segment_ids` are None, which says of each row that it is one document.
+    """
     rows, length = config.train.batch_size, config.data.sequence_length
     batch = Batch(
         tokens=jax.ShapeDtypeStruct((rows, length), "int32"),
         targets=jax.ShapeDtypeStruct((rows, length), "int32"),
-        segment_ids=jax.ShapeDtypeStruct((rows, length), "int32"),
+        segment_ids=None if one_document else jax.ShapeDtypeStruct((rows, length), "int32"),
         weights=jax.ShapeDtypeStruct((rows, length), "float32"),
         continues=jax.ShapeDtypeStruct((rows,), "bool"),
     )

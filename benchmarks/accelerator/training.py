@@ -1,4 +1,7 @@
-"""The training step of the paper's configs on one device, as train.py runs it.
+"""The training step of the paper's configs on one device, on rows of one document each.
+
+It is train.py's step, but told that there are no borders of documents in the rows: with them a
+Transformer on a GPU has no flash attention (`retnet_jax/model/flash_attention.py`).
 
 A step has 32,768 tokens, in micro-batches of 16,384 or a row and with as little recomputed as
 fits: layouts come from `retnet_jax/ahead/fit.py`, the compiler says whether they fit. Steps follow
@@ -98,7 +101,7 @@ def compiled(config: Config) -> CompiledStep:
     problems = []
     for candidate in candidates(config)[:_TRIES]:
         try:
-            step = compile_step(candidate, jax.devices()[:1])
+            step = compile_step(candidate, jax.devices()[:1], one_document=True)
             check_memory(peak_bytes(step.compiled))
             return step
         except (DoesNotFitError, MemoryError) as error:
@@ -160,7 +163,7 @@ def random_batch(config: Config) -> Batch:
     return Batch(
         tokens=tokens[:, :-1],
         targets=tokens[:, 1:],
-        segment_ids=np.ones(shape, np.int32),
+        segment_ids=None,
         weights=np.ones(shape, np.float32),
         continues=np.zeros(shape[0], bool),
     )

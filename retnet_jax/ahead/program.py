@@ -76,7 +76,11 @@ class Program:
 
 
 def flops_of(function, *arguments) -> float:
-    """FLOPs of the matrix products of a function, loops as often as they run."""
+    """FLOPs of the matrix products of a function, loops as often as they run.
+
+    A Pallas kernel counts as if each of its programs did all that it can: attention that passes
+    over tiles of later tokens has as many as attention that masks them.
+    """
     return _flops(jax.make_jaxpr(function)(*arguments).jaxpr, 1)
 
 
@@ -92,6 +96,8 @@ def _flops(jaxpr: core.Jaxpr, devices: int) -> float:
         times = equation.params["length"] if equation.primitive.name == "scan" else 1
         if equation.primitive.name == "shard_map":
             times = devices  # shapes inside are of one device
+        if equation.primitive.name == "pallas_call":
+            times = math.prod(equation.params["grid_mapping"].grid)
         branches = [_flops(inner, devices) for inner in _inner(equation.params)]
         # Of a conditional one branch runs; what a platform decides is one, too.
         one_of = equation.primitive.name == "cond"

@@ -37,12 +37,15 @@ class CompiledStep(NamedTuple):
     compile_seconds: float
 
 
-def compile_step(config: Config, devices: Sequence[jax.Device] | None = None) -> CompiledStep:
+def compile_step(
+    config: Config, devices: Sequence[jax.Device] | None = None, one_document: bool = False
+) -> CompiledStep:
     """Compiles the training step of a config.
 
     Args:
       config: as train.py gets it; its mesh has to fit the devices.
       devices: those of this machine (None), or described ones (`topologies.py`).
+      one_document: as of `abstract_batch`; train.py's step is that of windows with several.
 
     Raises:
       ConfigError: for a mesh that does not fit.
@@ -53,7 +56,8 @@ def compile_step(config: Config, devices: Sequence[jax.Device] | None = None) ->
     state = abstract_state(config, mesh)
     with jax.set_mesh(mesh):
         begin = time.perf_counter()
-        traced = make_step(config, state).trace(state, abstract_batch(config, mesh))
+        batch = abstract_batch(config, mesh, one_document)
+        traced = make_step(config, state).trace(state, batch)
         lowered = traced.lower()
         lower_seconds = time.perf_counter() - begin
         begin = time.perf_counter()

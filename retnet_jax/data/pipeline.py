@@ -23,7 +23,8 @@ class Batch(NamedTuple):
 
     tokens: np.ndarray  # int32 [b t]
     targets: np.ndarray  # int32 [b t]: the next token of the stream; after a document BOS
-    segment_ids: np.ndarray  # int32 [b t]: 1, 2, ... count a window's documents; 0 is padding
+    segment_ids: np.ndarray | None  # int32 [b t]: 1, 2, ... count a window's documents; 0 is
+    # padding; None, which no stream has: a window is one document
     weights: np.ndarray  # float32 [b t]: 1, and 0 on padding
     continues: np.ndarray  # bool [b]: the row goes on with the document its last window ended in
 

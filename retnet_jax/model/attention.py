@@ -2,9 +2,12 @@
 
 It has the interface of multi-scale retention, so that one Block, one trainer and one generator
 serve both. Its state is a cache of all keys and values so far, which grows where retention's does
-not.
+not. Whole rows go to a flash attention where there is one (`flash_attention.py`); what is here has
+all scores at once, is the definition, and serves everything else.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -13,6 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from retnet_jax.config import ModelConfig
+from retnet_jax.model import flash_attention
 from retnet_jax.model.layers import Linear, project, split_heads
 from retnet_jax.model.rotation import Rotation, rotate, rotation
 from retnet_jax.retention import documents, positions
@@ -57,7 +61,7 @@ class AttentionContext(NamedTuple):
 
     turn: Rotation
     start: Int[Array, ""]  # slot of the first token
-    mask: Bool[Array, "b 1 t s"] | None  # None: each token sees itself and all before it
+    attend: Callable  # (q, k, v) -> y, of the name "retention" for jax.checkpoint
 
 
 class Attention(nnx.Module):
@@ -85,7 +89,8 @@ class Attention(nnx.Module):
         """Attention has one form; the name of any is accepted and computes the same."""
         config = self.config
         q, k, v = (split_heads(y, config.n_heads) for y in project(self, self.inputs, x))
-        q, k = (rotate(y, context.turn, config.rotation) for y in (q, k))
+        q = rotate(q, context.turn, config.rotation, q.shape[-1] ** -0.5)
+        k = rotate(k, context.turn, config.rotation)
         # Where positions are split, each device needs the keys and values of all.
         new = KeysValues(constrain(k, "bshk"), constrain(v, "bshv"))
         if state is not None:
@@ -96,8 +101,7 @@ class Attention(nnx.Module):
                 state,
                 new,
             )
-        y = jax.nn.dot_product_attention(q, *new, mask=context.mask, is_causal=context.mask is None)
-        y = checkpoint_name(constrain(y, "bthv"), "retention")
+        y = constrain(context.attend(q, *new), "bthv")
         return self.out(y.reshape(*x.shape[:2], -1)), new
 
     @staticmethod
@@ -123,7 +127,7 @@ class Attention(nnx.Module):
     ) -> tuple[AttentionContext, KVCache]:
         """The context of a batch of tokens [b t], and the state advanced but for its layers."""
         batch_size, length = shape
-        plain = state is None and segment_ids is None
+        fresh, one_document = state is None, segment_ids is None
         if state is None:
             state = Attention.init_state(config, batch_size, length)._replace(layers=None)
         state = state.with_room(length)
@@ -144,13 +148,45 @@ class Attention(nnx.Module):
             state.length,
             axis=1,
         )
-        slots = jnp.arange(slot_document.shape[1])
-        seen = (slots <= state.length + jnp.arange(length)[:, None]) & (
-            slot_document[:, None, :] == index[:, :, None]
-        )
-        context = AttentionContext(turn, state.length, None if plain else seen[:, None])
-        return context, state._replace(
+        q = (*shape, config.n_heads, config.q_width // config.n_heads)
+        q = jax.ShapeDtypeStruct(q, config.dtype)
+        kernel = flash_attention.best(q, one_document) if fresh else None
+        if kernel is not None:
+            attend = partial(
+                flash_attention.flash_attention,
+                document=None if one_document else slot_document,
+                implementation=kernel,
+            )
+        else:
+            mask = None if fresh and one_document else _mask(slot_document, index, state.length)
+            attend = partial(attend_to_all, mask=mask)
+        return AttentionContext(turn, state.length, attend), state._replace(
             visible=slot_document == index[:, -1:],
             length=state.length + length,
             position=after,
         )
+
+
+def attend_to_all(
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b s h k"],
+    v: Float[Array, "b s h k"],
+    mask: Bool[Array, "b 1 t s"] | None,
+) -> Float[Array, "b t h k"]:
+    """Attention by all scores at once. `mask=None`: each token sees itself and all before it.
+
+    Queries come scaled, by k^-1/2.
+    """
+    y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None, scale=1.0)
+    return checkpoint_name(y, "retention")
+
+
+def _mask(
+    slot_document: Int[Array, "b s"], document: Int[Array, "b t"], start: Int[Array, ""]
+) -> Bool[Array, "b 1 t s"]:
+    """What tokens of slots from `start` on see: their document's slots up to their own."""
+    places = start + jnp.arange(document.shape[1])
+    seen = (jnp.arange(slot_document.shape[1]) <= places[:, None]) & (
+        slot_document[:, None, :] == document[:, :, None]
+    )
+    return seen[:, None]

@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from retnet_jax.config import ConfigError, ModelConfig
 from retnet_jax.model.attention import Attention, KVCache
 from retnet_jax.model.embedding import look_up
+from retnet_jax.model.flash_attention import is_cudnn
 from retnet_jax.model.layers import NORMS, FeedForward, normal
 from retnet_jax.model.multi_scale_retention import MultiScaleRetention, RetentionState
 from retnet_jax.shapes import Array, Float, Int
@@ -204,7 +205,8 @@ def _kept(config: ModelConfig):
             offload_src="device",
             offload_dst="pinned_host",
         )
-    return policies.save_only_these_names("state_before", *names)
+    kept = policies.save_only_these_names("state_before", *names)
+    return policies.save_from_both_policies(kept, is_cudnn) if "retention" in names else kept
 
 
 class RetNet(LanguageModel):
