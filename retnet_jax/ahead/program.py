@@ -30,6 +30,14 @@ class Messages(NamedTuple):
     bytes: int
 
 
+class Kernel(NamedTuple):
+    """A Pallas kernel, which the compiler's estimate leaves out."""
+
+    count: int  # calls on one device
+    flops: float  # of a call
+    bytes: int  # of a call: its arguments and results
+
+
 class Program:
     """A compiled program, its mesh and the function it came from."""
 
@@ -50,7 +58,20 @@ class Program:
     @cached_property
     def flops(self) -> float:
         """FLOPs of all matrix products of all devices together, recomputation included."""
-        return _flops(self._jaxpr.jaxpr, self._mesh.size)
+        return _flops(self._equations)
+
+    @cached_property
+    def kernels(self) -> list[Kernel]:
+        """The kernels for TPUs, as often as they are called."""
+        return [
+            _kernel(equation, times, self._mesh.size)
+            for equation, times in self._equations
+            if equation.primitive.name == "pallas_call"
+        ]
+
+    @cached_property
+    def _equations(self) -> list[tuple[Any, int]]:
+        return _equations(self._jaxpr.jaxpr, self._mesh.size)
 
     @cached_property
     def messages(self) -> list[Messages]:
@@ -67,7 +88,7 @@ class Program:
 
     @cached_property
     def estimated_cycles(self) -> int:
-        """Cycles that the compiler expects for all but the messages; TPUs only, else 0."""
+        """Cycles that the compiler expects for all but messages and kernels; TPUs only, else 0."""
         return sum(
             times * int(match[1])
             for instruction, times in self._computations.instructions()
@@ -81,28 +102,50 @@ def flops_of(function, *arguments) -> float:
     A Pallas kernel counts as if each of its programs did all that it can: attention that passes
     over tiles of later tokens has as many as attention that masks them.
     """
-    return _flops(jax.make_jaxpr(function)(*arguments).jaxpr, 1)
+    return _flops(_equations(jax.make_jaxpr(function)(*arguments).jaxpr, 1))
 
 
-def _flops(jaxpr: core.Jaxpr, devices: int) -> float:
-    total = 0.0
+def _equations(jaxpr: core.Jaxpr, devices: int, times: int = 1) -> list[tuple[Any, int]]:
+    """Each equation of a function and of what it calls, and how often all devices run it."""
+    found = []
     for equation in jaxpr.eqns:
+        found += [(equation, times), *_inside(equation, devices, times)]
+    return found
+
+
+def _inside(equation, devices: int, times: int) -> list[tuple[Any, int]]:
+    """The equations of what an equation calls."""
+    name = equation.primitive.name
+    if name == "scan":
+        times *= equation.params["length"]
+    elif name == "shard_map":
+        times *= devices  # shapes inside are of one device
+    elif name == "pallas_call":
+        times *= math.prod(equation.params["grid_mapping"].grid)
+    called = [_equations(inner, devices, times) for inner in _inner(equation.params)]
+    # Of a conditional one branch runs; what a platform decides is one, too.
+    chosen = [max(called, key=_flops)] if name == "cond" else called
+    return [pair for equations in chosen for pair in equations]
+
+
+def _flops(equations: list[tuple[Any, int]]) -> float:
+    total = 0.0
+    for equation, times in equations:
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             left = equation.invars[0].aval.shape
             depth = math.prod(left[axis] for axis in contracted)
-            total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
-            continue
-        times = equation.params["length"] if equation.primitive.name == "scan" else 1
-        if equation.primitive.name == "shard_map":
-            times = devices  # shapes inside are of one device
-        if equation.primitive.name == "pallas_call":
-            times = math.prod(equation.params["grid_mapping"].grid)
-        branches = [_flops(inner, devices) for inner in _inner(equation.params)]
-        # Of a conditional one branch runs; what a platform decides is one, too.
-        one_of = equation.primitive.name == "cond"
-        total += times * (max(branches, default=0.0) if one_of else sum(branches))
+            total += 2 * times * depth * math.prod(equation.outvars[0].aval.shape)
     return total
+
+
+def _kernel(equation, times: int, devices: int) -> Kernel:
+    arrays = (x.aval for x in (*equation.invars, *equation.outvars))
+    return Kernel(
+        count=times // devices,
+        flops=_flops(_inside(equation, 1, 1)),
+        bytes=sum(x.size * x.dtype.itemsize for x in arrays),
+    )
 
 
 def _inner(params: dict[str, Any]):
