@@ -1,4 +1,6 @@
-"""Reading prompts and generating, of the paper's sizes with random bfloat16 parameters.
+"""Reading prompts and generating, of the paper's sizes with random parameters.
+
+Models are laid out for decoding (`for_decoding`), weights and states in bfloat16.
 
 `generate.decode` is timed from a random state at a position: for a RetNet that is a number beside a
 state of one size, for a Transformer a cache with as many filled slots. One call generates so many
@@ -29,7 +31,7 @@ from benchmarks.accelerator.training import tiny_config
 from configs import retnet_1p3b, retnet_2p7b, retnet_6p7b
 from retnet_jax.config import ModelConfig
 from retnet_jax.generate import Progress, decode, prefill, row_keys
-from retnet_jax.model import LanguageModel, State, build_model
+from retnet_jax.model import LanguageModel, State, build_model, for_decoding
 from retnet_jax.model.multi_scale_retention import RetentionState
 
 CONFIGS = {
@@ -173,7 +175,7 @@ _models: dict[tuple[str, str], LanguageModel] = {}  # the last
 
 
 def random_model(size: str, architecture: str) -> LanguageModel:
-    """Parameters in bfloat16, made on the device; kept until another is asked for."""
+    """Parameters made on the device; kept until another model is asked for."""
     if (size, architecture) not in _models:
         _models.clear()  # before there is a second
         config = dataclasses.replace(CONFIGS[size](architecture).model, remat="none")
@@ -185,7 +187,8 @@ def _drawn(config: ModelConfig) -> LanguageModel:
     @jax.jit
     def build():
         model = build_model(config, rngs=nnx.Rngs(0))
-        return jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
+        retains = config.mixer == "retention"
+        return for_decoding(model, state_dtype="bfloat16" if retains else None)
 
     return build()
 
@@ -197,11 +200,11 @@ def start(model: LanguageModel, batch: int, position: int, capacity: int) -> Pro
     def draw():
         state = jax.eval_shape(lambda: model.init_state(batch, capacity))
 
-        def one_for_all_layers(x):
+        def one_for_all_rows(x):
             row = 0.1 * jax.random.normal(jax.random.key(1), x.shape[1:], x.dtype)
             return jnp.broadcast_to(row, x.shape)
 
-        layers = jax.tree.map(one_for_all_layers, state.layers)
+        layers = jax.tree.map(one_for_all_rows, state.layers)
         places = jnp.full(batch, position, jnp.int32)
         if isinstance(state, RetentionState):
             return state._replace(layers=layers, position=places)
