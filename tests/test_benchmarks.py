@@ -71,9 +71,9 @@ def test_configs_have_the_weights_and_states_of_the_bounds():
     config = model.config
     norms = config.n_layers * 4 * 16 + 2 * 16
     assert decoding.traffic(model, 5) == {
-        "weight_bytes": 2 * (12 * config.n_layers * 16**2 + 64 * 16 + norms),
-        "state_read_bytes": 4 * config.n_layers * 2 * 8 * 16,
-        "state_written_bytes": 4 * config.n_layers * 2 * 8 * 16,
+        "weight_bytes": 2 * (12 * config.n_layers * 16**2 + 64 * 16) + 4 * norms,
+        "state_read_bytes": 2 * config.n_layers * 2 * 8 * 16,
+        "state_written_bytes": 2 * config.n_layers * 2 * 8 * 16,
     }
     cached = decoding.traffic(decoding.random_model("tiny", "transformer"), 5)
     assert cached["state_read_bytes"] == 2 * config.n_layers * 5 * 2 * 16
