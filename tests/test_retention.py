@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tolerances import assert_close, relative_difference
 
-from retnet_jax.retention import documents, log_decay, positions, retention, row_normalizer
+from retnet_jax.retention import documents, log_decay, positions, retention, row_normalizer, xla
 
 FORMS = ("parallel", "chunkwise", "recurrent")
 RULES = ("log_spaced", "powers_of_two")
@@ -191,6 +191,76 @@ def test_chunkwise_gradient_memory_is_linear_in_length():
         assert temporary_bytes(form, 4096) <= 2.2 * temporary_bytes(form, 2048)
     # A state for each position would take 4096 * 2 * 8 * 8 floats of 4 bytes alone.
     assert temporary_bytes("recurrent", 4096) < 4096 * 2 * 8 * 8 * 4
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 4])
+@pytest.mark.parametrize("segments", ["none", "uneven", "padding inside", "left padding"])
+def test_any_number_of_chunks_at_once_is_the_same_function(monkeypatch, segments, chunks):
+    """A loop of more than four spans, chunks and tokens that are left, as CPUs and others have."""
+    monkeypatch.setattr(xla, "_chunks_of_a_span", lambda: chunks)
+    arrays, decay, state = inputs(t=21)
+    ids = None if segments == "none" else jnp.asarray(SEGMENTS[segments])
+    expected = outputs_and_gradients("parallel", None, arrays, decay, state, ids)
+    for size in (1, 2, 4, 5):
+        actual = outputs_and_gradients("chunkwise", size, arrays, decay, state, ids)
+        assert_close(actual, expected, what=f"chunks of {size}")
+
+
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_a_gradient_keeps_inputs_and_states_between_spans_alone(monkeypatch, chunks):
+    monkeypatch.setattr(xla, "_chunks_of_a_span", lambda: chunks)
+    (q, k, v), decay, state = inputs(b=1, t=128, h=2, k=8, v=8)
+
+    def kept_numbers(size):
+        @jax.jit
+        def pull_back(*arrays):
+            return jax.vjp(lambda *x: retention(*x, decay, state, chunk_size=size), *arrays)[1]
+
+        return sum(x.size for x in jax.tree.leaves(pull_back(q, k, v)))
+
+    for size in (4, 8):
+        spans = 128 // (size * chunks)
+        most = q.size + k.size + v.size + (spans + 1) * state.size + decay.size
+        assert kept_numbers(size) <= most
+
+
+def test_bfloat16_gradients_are_those_of_float32_inputs():
+    (q, k, v), decay, state = inputs(dtype=jnp.bfloat16)
+    wide = [x.astype(jnp.float32) for x in (q, k, v)]
+    segments = jnp.asarray(SEGMENTS["uneven"])
+    _, expected = outputs_and_gradients("parallel", None, wide, decay, state, segments)
+    _, actual = outputs_and_gradients("chunkwise", 4, [q, k, v], decay, state, segments)
+    assert [x.dtype for x in actual[:3]] == [jnp.bfloat16] * 3
+    assert_close(actual[:3] + actual[4:], expected[:3] + expected[4:], "bfloat16")
+
+
+def test_float64_inputs_are_computed_in_float64():
+    with jax.enable_x64(True):
+        (q, k, v), _, _ = inputs(dtype=jnp.float64)
+        decay = jnp.log1p(-(2.0 ** -jnp.arange(1.0, 4.0, dtype=jnp.float64)))
+        state = jnp.ones((2, 3, 4, 6), jnp.float64)
+        segments = SEGMENTS["uneven"]
+        expected = definition(q, k, v, decay, state, segments)
+        for size in (1, 4, 21):
+            actual = retention(q, k, v, decay, state, jnp.asarray(segments), chunk_size=size)
+            assert_close(actual, expected, "float64")
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_131_072_tokens_lose_no_accuracy_against_float64(rule):
+    """Outputs, the final state and all gradients but that of log gamma, over the whole row."""
+    arrays, decay, state = inputs(b=1, t=131_072, h=8, k=2, v=2, rule=rule)
+
+    def results(*inputs):
+        y, pull_back = jax.vjp(lambda q, k, v, s: retention(q, k, v, decay64, s), *inputs)
+        return y, pull_back(jax.tree.map(jnp.ones_like, y))
+
+    decay64 = decay
+    actual = jax.jit(results)(*arrays, state)
+    with jax.enable_x64(True):
+        decay64 = jnp.asarray(decay, jnp.float64)
+        expected = jax.jit(results)(*(jnp.asarray(x, jnp.float64) for x in (*arrays, state)))
+    assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -9,12 +9,14 @@ and everything below computes just that. `parallel` multiplies all queries with 
 All powers of gamma are exp of a sum of logarithms that is never positive, and masked before exp.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from retnet_jax.retention.decay_gradient import decay_gradient
 from retnet_jax.retention.documents import Documents, documents
 from retnet_jax.retention.step import step
 from retnet_jax.shapes import Array, Float, Int
@@ -29,18 +31,6 @@ def zero_state(q: Float[Array, "b t h k"], v: Float[Array, "b t h v"]) -> State:
     return jnp.zeros((b, h, k, v.shape[3]), jnp.promote_types(jnp.float32, q.dtype))
 
 
-class Before(NamedTuple):
-    """What a chunk knows of the tokens before it, along with their state."""
-
-    count: Int[Array, " b"]  # how many were real
-    index: Int[Array, " b"]  # number of the document they ended in, and the state belongs to
-
-
-def _nothing(rows: int) -> Before:
-    zeros = jnp.zeros(rows, jnp.int32)
-    return Before(count=zeros, index=zeros)
-
-
 def parallel(
     q: Float[Array, "b t h k"],
     k: Float[Array, "b t h k"],
@@ -49,8 +39,14 @@ def parallel(
     state: State,
     row: Documents | None,
 ) -> tuple[Float[Array, "b t h v"], State]:
-    """The whole row at once (Eq. 5): O(t^2) work and memory. Kept for study and as a check."""
-    return chunkwise(q, k, v, log_decay, state, row, chunk_size=q.shape[1])
+    """The whole row at once (Eq. 5): O(t^2) work and memory. Kept for study and as a check.
+
+    Differentiated by JAX, so that the rule of `chunkwise` has something to be held against.
+    """
+    span = _Spans(start=0, n=1, chunks=1, size=q.shape[1])
+    heads = (span.read(x, 0) for x in (q, k, v))
+    y, state = _outputs(*heads, state, span.decays(log_decay, row)(0))
+    return span.write(jnp.zeros_like(v), y, 0), state
 
 
 def chunkwise(
@@ -64,51 +60,88 @@ def chunkwise(
 ) -> tuple[Float[Array, "b t h v"], State]:
     """Parallel inside chunks, recurrent between them (Eq. 7): O(t) work and memory.
 
-    The last chunk is as short as the length leaves it. Of each chunk the backward pass keeps the
-    inputs and the state, and computes the scores again. `state=None` is 0, `chunk_size=None` is
-    `best_chunk_size`.
+    The last chunk is as short as the length leaves it; `state=None` is 0, `chunk_size=None` is
+    `best_chunk_size`. For its gradient it keeps q, k, v and the state before each span of chunks,
+    nothing else.
     """
     if state is None:
         state = zero_state(q, v)
-    length = q.shape[1]
-    size = min(chunk_size or best_chunk_size(), length)
-    n_chunks = length // size
-    # Heads before time inside, so that XLA's matrix products find their batch dimensions in front.
-    tokens = _Row(*(x.swapaxes(1, 2) for x in (q, k, v)), documents=row)
-
-    @jax.checkpoint
-    def step(carry, chunk):
-        state, before = carry
-        if chunk.documents is None:
-            decays = _decays(log_decay, chunk.q.shape[2])
-        else:
-            decays = _document_decays(log_decay, chunk.documents, before)
-            before = Before(chunk.documents.count[:, -1], chunk.documents.index[:, -1])
-        y, state = _chunk(chunk, state, decays)
-        return (state, before), y
-
-    carry = (state, _nothing(q.shape[0]))
-    ys, looped = [], 0
-    # A loop costs a copy of each slice; a few chunks are faster written out (CPU, 2 cores).
-    if n_chunks > 4:
-        carry, y = jax.lax.scan(step, carry, tokens.chunks(n_chunks, size))
-        looped = n_chunks * size
-        ys.append(jnp.moveaxis(y, 0, 2).reshape(*y.shape[1:3], looped, y.shape[-1]))
-    for start in range(looped, length, size):
-        carry, y = step(carry, tokens.part(start, min(start + size, length)))
-        ys.append(y)
-    y = jnp.concatenate(ys, axis=2)
-    return y.swapaxes(1, 2), carry[0]
+    size = min(chunk_size or best_chunk_size(), q.shape[1])
+    return _chunkwise(q, k, v, log_decay, state, row, size)
 
 
 def best_chunk_size() -> int:
     """The chunk length that is fastest on what computes.
 
-    CPU: 64, of 32, 64 and 128 with four heads of 64/128 at lengths 2048 and 8192, float32
-    (`benchmarks/retention.py`). Accelerators: 512, where states that pass through memory cost as
-    much as the scores inside chunks by the roofline; not yet measured.
+    CPU: 64, of 32, 64, 128 and 256 with four heads of 64/128 at lengths 2048 and 8192, float32
+    (`benchmarks/against_torch.py`). Accelerators: 512, where states that pass through memory cost
+    as much as the scores inside chunks by the roofline; not yet measured.
     """
     return 64 if backend() == "cpu" else 512
+
+
+def _chunks_of_a_span() -> int:
+    """How many chunks are computed at once, by batched products; a loop goes over such spans.
+
+    CPU: 1, since a chunk stays in cache; 2 to 32 of them took 1.2 to 1.7 times as long (2 cores of
+    an AMD EPYC, float32, 2026-11-24). Accelerators: 4, to fill them where rows and heads are few.
+    """
+    return 1 if backend() == "cpu" else 4
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _chunkwise(q, k, v, log_decay, state, row, size):
+    y, final, _ = _forward(q, k, v, log_decay, state, row, size)
+    return y, final
+
+
+def _forward(q, k, v, log_decay, state, row, size):
+    """Outputs, the final state, and the states before the spans: an array for each `_Spans`."""
+    y, kept = jnp.zeros(v.shape, v.dtype), []
+    for spans in _spans(q.shape[1], size):
+        decays = spans.decays(log_decay, row)
+
+        def step(carry, start, spans=spans, decays=decays):
+            state, y = carry
+            heads = (spans.read(x, start) for x in (q, k, v))
+            part, after = _outputs(*heads, state, decays(start))
+            return (after, spans.write(y, part, start)), state
+
+        (state, y), states = spans.scan(step, (state, y))
+        kept.append(states)
+    return y, state, tuple(kept)
+
+
+def _chunkwise_forward(q, k, v, log_decay, state, row, size):
+    y, final, kept = _forward(q, k, v, log_decay, state, row, size)
+    return (y, final), (q, k, v, log_decay, row, kept, final)
+
+
+def _chunkwise_backward(size, residuals, cotangents):
+    q, k, v, log_decay, row, kept, final = residuals
+    d_y, d_final = cotangents
+    d_state, gradients = d_final, tuple(jnp.zeros_like(x) for x in (q, k, v))
+    # From the last span to the first: what is carried is the gradient of the state after it.
+    for spans, states in reversed(tuple(zip(_spans(q.shape[1], size), kept, strict=True))):
+        decays = spans.decays(log_decay, row)
+
+        def step(carry, at, spans=spans, decays=decays):
+            d_state, gradients = carry
+            start, state = at
+            heads = (spans.read(x, start) for x in (q, k, v, d_y))
+            *parts, d_state = _gradients(*heads, state, d_state, decays(start))
+            written = (
+                spans.write(x, part, start) for x, part in zip(gradients, parts, strict=True)
+            )
+            return (d_state, tuple(written)), None
+
+        (d_state, gradients), _ = spans.scan(step, (d_state, gradients), states, reverse=True)
+    d_q, d_k, d_v = gradients
+    d_log_decay = decay_gradient(q, d_q, k, d_k, final, d_final, row)
+    return d_q, d_k, d_v, d_log_decay.astype(log_decay.dtype), d_state, None
+
+
+_chunkwise.defvjp(_chunkwise_forward, _chunkwise_backward)
 
 
 @jax.custom_vjp
@@ -161,77 +194,122 @@ def decay_mask(
     log_decay: Float[Array, " h"], length: int, row: Documents | None
 ) -> Float[Array, "#b h t s"]:
     """gamma^(n-m) from key m to query n (Eq. 5's D), 0 where n does not see m."""
-    if row is None:
-        return _decays(log_decay, length).within
-    return _document_decays(log_decay, row, _nothing(row.count.shape[0])).within
+    return _Spans(start=0, n=1, chunks=1, size=length).decays(log_decay, row)(0).within[:, :, 0]
 
 
-class _Row(NamedTuple):
-    """Inputs with heads before time, whole or one chunk of them."""
+class _Spans(NamedTuple):
+    """`n` spans in a row of `chunks` chunks each, whose length is `size`, from token `start` on.
 
-    q: Float[Array, "b h t k"]
-    k: Float[Array, "b h t k"]
-    v: Float[Array, "b h t v"]
-    documents: Documents | None
+    A span is read and written where it lies, time before heads: only what is in the works is
+    transposed, for products whose batch dimensions are in front. On a CPU that takes half the time
+    of transposing whole rows beforehand (2 cores of an AMD EPYC, float32, 2026-11-24).
+    """
 
-    def chunks(self, n_chunks: int, size: int) -> "_Row":
-        """The first `n_chunks * size` tokens, chunks in front."""
+    start: int
+    n: int
+    chunks: int
+    size: int
 
-        def split(x, axis):
-            x = jax.lax.slice_in_dim(x, 0, n_chunks * size, axis=axis)
-            return jnp.moveaxis(
-                x.reshape(*x.shape[:axis], n_chunks, size, *x.shape[axis + 1 :]), axis, 0
-            )
+    def scan(self, step: Callable, carry, xs=None, reverse: bool = False):
+        """`jax.lax.scan` over the first tokens of the spans, and over `xs`, four in each step.
 
-        return self._map(split)
+        On a CPU the products of a step run beside each other where none waits for another, while a
+        batch of small ones has one core: forward+backward of 8192 tokens took 76 ms with four in a
+        step, 107 with one and 90 with eight (2 cores of an AMD EPYC, float32, 2026-11-24).
+        """
+        starts = self.start + self.chunks * self.size * jnp.arange(self.n)
+        xs = starts if xs is None else (starts, xs)
+        return jax.lax.scan(step, carry, xs, reverse=reverse, unroll=min(self.n, 4))
 
-    def part(self, start: int, end: int) -> "_Row":
-        """The tokens from `start` to before `end`."""
-        return self._map(lambda x, axis: jax.lax.slice_in_dim(x, start, end, axis=axis))
+    def read(self, x: Float[Array, "b t h w"], start) -> Float[Array, "b h n l w"]:
+        return self._tokens(x, start).transpose(0, 3, 1, 2, 4)
 
-    def _map(self, function) -> "_Row":
-        heads = (function(x, 2) for x in self[:3])
-        return _Row(*heads, jax.tree.map(lambda x: function(x, 1), self.documents))
+    def write(self, x: Float[Array, "b t h w"], span: Float[Array, "b h n l w"], start):
+        b, h, n, size, width = span.shape
+        span = span.astype(x.dtype).transpose(0, 2, 3, 1, 4).reshape(b, n * size, h, width)
+        return jax.lax.dynamic_update_slice_in_dim(x, span, start, axis=1)
+
+    def decays(self, log_decay: Float[Array, " h"], row: Documents | None) -> Callable:
+        """The decays of the span that begins at a token, as a function of that token."""
+        if row is None:
+            fixed = _decays(log_decay, self.size)
+            return lambda start: fixed
+        # What was counted up to the token before each: zeros before the first.
+        before = (jnp.pad(x[:, :-1], ((0, 0), (1, 0))) for x in (row.count, row.index))
+        whole = (row, *before)
+
+        def at(start):
+            chunks, *before = jax.tree.map(lambda x: self._tokens(x, start), whole)
+            return _document_decays(log_decay, chunks, *(x[:, :, 0] for x in before))
+
+        return at
+
+    def _tokens(self, x, start):
+        """[b t ...] -> [b n l ...]"""
+        x = jax.lax.dynamic_slice_in_dim(x, start, self.chunks * self.size, axis=1)
+        return x.reshape(x.shape[0], self.chunks, self.size, *x.shape[2:])
+
+
+def _spans(length: int, size: int) -> list[_Spans]:
+    """Whole spans, then the whole chunks that are left, then the tokens that are left."""
+    found, start = [], 0
+    whole, chunks = divmod(length // size, _chunks_of_a_span())
+    for spans in (
+        _Spans(0, whole, _chunks_of_a_span(), size),
+        _Spans(0, 1, chunks, size),
+        _Spans(0, 1, 1, length % size),
+    ):
+        if tokens := spans.n * spans.chunks * spans.size:
+            found.append(spans._replace(start=start))
+            start += tokens
+    return found
 
 
 class _Decays(NamedTuple):
-    """The powers of gamma in one chunk; the batch dimension is 1 where all rows agree."""
+    """The powers of gamma in chunks; dimensions are 1 where all rows or all chunks agree."""
 
-    within: Float[Array, "#b h l m"]  # from key m to query l; 0 where l does not see m
-    from_start: Float[Array, "#b h l"]  # from the state before the chunk to query l
-    to_end: Float[Array, "#b h l"]  # from key l to the state after the chunk
-    across: Float[Array, "#b h"]  # from the state before the chunk to the state after it
+    within: Float[Array, "#b h #n l m"]  # from key m to query l; 0 where l does not see m
+    from_start: Float[Array, "#b h #n l 1"]  # from the state before the chunk to query l
+    to_end: Float[Array, "#b h #n l 1"]  # from key l to the state after the chunk
+    across: Float[Array, "#b h #n 1 1"]  # from the state before the chunk to the one after it
 
 
 def _decays(log_decay: Float[Array, " h"], length: int) -> _Decays:
     """One document, no padding."""
     places = jnp.arange(length)
-    distance = places[:, None] - places[None, :]
+    distance = places[:, None] - places
     power = partial(power_of_decay, log_decay)
     return _Decays(
-        within=power(distance[None], distance[None] >= 0),
-        from_start=power(places[None] + 1),
-        to_end=power(places[None, ::-1]),
-        across=power(jnp.full(1, length)),
+        within=power(distance[None, None], distance[None, None] >= 0),
+        from_start=power(places[None, None, :, None] + 1),
+        to_end=power(places[None, None, ::-1, None]),
+        across=power(jnp.full((1, 1, 1, 1), length)),
     )
 
 
-def _document_decays(log_decay: Float[Array, " h"], chunk: Documents, before: Before) -> _Decays:
+def _document_decays(
+    log_decay: Float[Array, " h"],
+    chunks: Documents,
+    count_before: Int[Array, "b n"],
+    index_before: Int[Array, "b n"],
+) -> _Decays:
     """Documents and padding: distances count real tokens, and no power crosses a border."""
-    real, count, index = chunk
-    end_count, end_index = count[:, -1], index[:, -1]
-    places = jnp.arange(count.shape[1])
+    real, count, index = chunks  # [b n l]
+    end_count, end_index = count[..., -1:], index[..., -1:]
+    count_before, index_before = count_before[..., None], index_before[..., None]
+    places = jnp.arange(count.shape[-1])
     power = partial(power_of_decay, log_decay)
     sees = (
-        (places[:, None] >= places[None, :])
-        & (index[:, :, None] == index[:, None, :])
-        & (real[:, :, None] & real[:, None, :])
+        (places[:, None] >= places)
+        & (index[..., :, None] == index[..., None, :])
+        & (real[..., :, None] & real[..., None, :])
     )
+    distance = count[..., :, None] - count[..., None, :]
     return _Decays(
-        within=power(count[:, :, None] - count[:, None, :], sees),
-        from_start=power(count - before.count[:, None], real & (index == before.index[:, None])),
-        to_end=power(end_count[:, None] - count, real & (index == end_index[:, None])),
-        across=power(end_count - before.count, end_index == before.index),
+        within=power(distance, sees),
+        from_start=power(count - count_before, real & (index == index_before))[..., None],
+        to_end=power(end_count - count, real & (index == end_index))[..., None],
+        across=power(end_count - count_before, end_index == index_before)[..., None],
     )
 
 
@@ -244,13 +322,74 @@ def power_of_decay(log_decay, exponent, where=None):
     return jnp.exp(log_power)
 
 
-def _chunk(chunk: _Row, state: State, decays: _Decays) -> tuple[Float[Array, "b h l v"], State]:
-    """Outputs of one chunk and the state after it: products in the inputs' dtype, float32 sums."""
-    q, k, v, _ = chunk
+def _outputs(
+    q: Float[Array, "b h n l k"],
+    k: Float[Array, "b h n l k"],
+    v: Float[Array, "b h n l v"],
+    state: State,
+    decays: _Decays,
+) -> tuple[Float[Array, "b h n l v"], State]:
+    """Outputs of a span and the state after it: products in the inputs' dtype, float32 sums."""
     product = partial(jnp.einsum, preferred_element_type=state.dtype)
-    scores = product("bhlk,bhmk->bhlm", q, k) * decays.within
-    y = product("bhlm,bhmv->bhlv", scores.astype(v.dtype), v)
-    y += product("bhlk,bhkv->bhlv", q, state.astype(q.dtype)) * decays.from_start[..., None]
-    decayed_k = (k * decays.to_end[..., None]).astype(k.dtype)
-    state = decays.across[..., None, None] * state + product("bhlk,bhlv->bhkv", decayed_k, v)
-    return y.astype(v.dtype), state
+    writes = product("bhnlk,bhnlv->bhnkv", (k * decays.to_end).astype(k.dtype), v)
+    before, state = _running(decays.across, writes, state)
+    scores = product("bhnlk,bhnmk->bhnlm", q, k) * decays.within
+    y = product("bhnlm,bhnmv->bhnlv", scores.astype(v.dtype), v)
+    y += decays.from_start * product("bhnlk,bhnkv->bhnlv", q, before.astype(q.dtype))
+    return y, state
+
+
+def _gradients(
+    q: Float[Array, "b h n l k"],
+    k: Float[Array, "b h n l k"],
+    v: Float[Array, "b h n l v"],
+    d_y: Float[Array, "b h n l v"],
+    state: State,
+    d_state: State,
+    decays: _Decays,
+):
+    """Those of q, k, v and of the state before a span, from those of y and the state after it.
+
+    As y = (q k^T * D) v + a * (q S), and the next S = across S + (e * k)^T v, with D `within`,
+    a `from_start` and e `to_end`: five products give scores' part, four the states'.
+    """
+    dtype = q.dtype
+    product = partial(jnp.einsum, preferred_element_type=state.dtype)
+    to_state = (k * decays.to_end).astype(dtype)
+    from_state = (q * decays.from_start).astype(dtype)
+    before = state[:, :, None]
+    if q.shape[2] > 1:
+        writes = product("bhnlk,bhnlv->bhnkv", to_state, v)
+        before, _ = _running(decays.across, writes, state)
+    reads = product("bhnlk,bhnlv->bhnkv", from_state, d_y)
+    d_after, d_state = _running(decays.across, reads, d_state, reverse=True)
+    before, d_after = before.astype(dtype), d_after.astype(dtype)
+
+    scores = (product("bhnlk,bhnmk->bhnlm", q, k) * decays.within).astype(dtype)
+    d_scores = (product("bhnlv,bhnmv->bhnlm", d_y, v) * decays.within).astype(dtype)
+    d_q = product("bhnlm,bhnmk->bhnlk", d_scores, k)
+    d_q += decays.from_start * product("bhnlv,bhnkv->bhnlk", d_y, before)
+    d_k = product("bhnlm,bhnlk->bhnmk", d_scores, q)
+    d_k += decays.to_end * product("bhnlv,bhnkv->bhnlk", v, d_after)
+    d_v = product("bhnlm,bhnlv->bhnmv", scores, d_y)
+    d_v += product("bhnlk,bhnkv->bhnlv", to_state, d_after)
+    return d_q, d_k, d_v, d_state
+
+
+def _running(
+    across: Float[Array, "#b h #n 1 1"],
+    writes: Float[Array, "b h n k v"],
+    state: State,
+    reverse: bool = False,
+) -> tuple[Float[Array, "b h n k v"], State]:
+    """The state before each chunk, and after all, where each decays it and adds its own write."""
+    n = writes.shape[2]
+    across = jnp.broadcast_to(across, (*across.shape[:2], n, 1, 1))
+
+    def step(state, chunk):
+        across, write = chunk
+        return across * state + write, state
+
+    chunks = (jnp.moveaxis(across, 2, 0), jnp.moveaxis(writes, 2, 0))
+    state, before = jax.lax.scan(step, state, chunks, reverse=reverse, unroll=n <= 8)
+    return jnp.moveaxis(before, 0, 2), state
