@@ -248,6 +248,7 @@ def test_what_does_not_fit_is_refused_with_numbers(tpus):
         ahead.compile_step(huge, tpus)
 
 
+@pytest.mark.slow
 def test_the_fastest_layouts_first(tpus):
     config = on_four()
     found = ahead.fit(config, tpus, most=2)

@@ -108,6 +108,7 @@ def test_batches_begin_with_the_largest_that_memory_holds(monkeypatch):
         assert decoding.largest_batch("tiny", "retnet", 5, 4096) == expected
 
 
+@pytest.mark.slow
 def test_all_sections_on_tiny_shapes(tmp_path):
     """One test, so that one process measures once."""
     path = tmp_path / "accelerator.json"

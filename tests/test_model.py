@@ -38,8 +38,13 @@ def tokens(b, t, seed=0):
     "changes",
     [
         {},
-        {"decay": "powers_of_two", "norm": "rms", "ffn": "swiglu", "tie_embeddings": True},
-        {"key_dim": 16, "value_dim": 48, "remat": "full", "n_layers": 5},
+        pytest.param(
+            {"decay": "powers_of_two", "norm": "rms", "ffn": "swiglu", "tie_embeddings": True},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"key_dim": 16, "value_dim": 48, "remat": "full", "n_layers": 5}, marks=pytest.mark.slow
+        ),
         {
             "rotation": "torchscale",
             "norm": "rms",
@@ -49,14 +54,17 @@ def tokens(b, t, seed=0):
             "head_norm_scale": True,
             "row_normalizer": False,
         },
-        {
-            "mixer_bias": True,
-            "ffn": "swish",
-            "ffn_bias": True,
-            "ffn_norm": "rms",
-            "embedding_scale": True,
-            "embedding_norm": True,
-        },
+        pytest.param(
+            {
+                "mixer_bias": True,
+                "ffn": "swish",
+                "ffn_bias": True,
+                "ffn_norm": "rms",
+                "embedding_scale": True,
+                "embedding_norm": True,
+            },
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_forms_of_the_model_agree_with_gradients(changes):

@@ -42,7 +42,10 @@ def batch(tmp_path_factory):
     return chosen
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    ["chunkwise", *(pytest.param(x, marks=pytest.mark.slow) for x in MODELS if x != "chunkwise")],
+)
 def test_logits_and_gradients_of_a_batch_are_those_of_its_documents_alone(name, batch):
     kind, form = MODELS[name]
     # In float64, so that what remains is not rounding.

@@ -112,6 +112,7 @@ def losses(workdir):
     return [line["loss"] for line in lines if "loss" in line]
 
 
+@pytest.mark.slow
 def test_continued_training(directory, corpus, tmp_path):
     begin = tmp_path / "begin"
     shutil.copytree(directory, begin)

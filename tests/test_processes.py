@@ -100,7 +100,8 @@ def test_processes_train_what_one_does(count, config_file, uninterrupted, tmp_pa
     assert [(x["step"], x["processes"]) for x in starts] == [(0, count), (stopped, count)]
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.slow
 def test_when_one_is_killed_the_others_end_and_fewer_go_on(
     victim, config, config_file, uninterrupted, tmp_path
 ):

