@@ -105,7 +105,7 @@ def problems(draw):
 
 
 @given(problems())
-@settings(max_examples=12)
+@settings(max_examples=8)
 @example(
     {"t": 1, "h": 2, "v": 3, "chunk_size": 4, "rule": "log_spaced", "seed": 1, "segments": None}
 )

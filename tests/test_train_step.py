@@ -114,6 +114,7 @@ def test_eight_devices_compute_what_one_does(mixer, mesh):
     assert_close(eight, one)
 
 
+@pytest.mark.slow
 def test_eight_devices_compute_what_one_does_with_muon():
     config = variant(optimizer="muon")
     with jax.enable_x64(True):

@@ -73,8 +73,8 @@ def chunkwise(
 def best_chunk_size() -> int:
     """The chunk length that is fastest on what computes.
 
-    CPU: 64, of 32, 64, 128 and 256 with four heads of 64/128 at lengths 2048 and 8192, float32
-    (`benchmarks/against_torch.py`). Accelerators: 512, where states that pass through memory cost
+    CPU: 64, of 32, 64 and 128 with four heads of 64/128 at lengths 2048 and 8192, float32 (2 cores
+    of an AMD EPYC, 2026-11-24). Accelerators: 512, where states that pass through memory cost
     as much as the scores inside chunks by the roofline; not yet measured.
     """
     return 64 if backend() == "cpu" else 512
@@ -83,8 +83,9 @@ def best_chunk_size() -> int:
 def _chunks_of_a_span() -> int:
     """How many chunks are computed at once, by batched products; a loop goes over such spans.
 
-    CPU: 1, since a chunk stays in cache; 2 to 32 of them took 1.2 to 1.7 times as long (2 cores of
-    an AMD EPYC, float32, 2026-11-24). Accelerators: 4, to fill them where rows and heads are few.
+    CPU: 1, since a chunk stays in cache; at length 2048 four of them took 1.36 times the CPU time,
+    and all 32 2.3 times (2 cores of an AMD EPYC, float32, 2026-11-24). Accelerators: 4, to fill
+    them where rows and heads are few.
     """
     return 1 if backend() == "cpu" else 4
 
@@ -201,8 +202,7 @@ class _Spans(NamedTuple):
     """`n` spans in a row of `chunks` chunks each, whose length is `size`, from token `start` on.
 
     A span is read and written where it lies, time before heads: only what is in the works is
-    transposed, for products whose batch dimensions are in front. On a CPU that takes half the time
-    of transposing whole rows beforehand (2 cores of an AMD EPYC, float32, 2026-11-24).
+    transposed, for products whose batch dimensions are in front.
     """
 
     start: int
@@ -214,8 +214,8 @@ class _Spans(NamedTuple):
         """`jax.lax.scan` over the first tokens of the spans, and over `xs`, four in each step.
 
         On a CPU the products of a step run beside each other where none waits for another, while a
-        batch of small ones has one core: forward+backward of 8192 tokens took 76 ms with four in a
-        step, 107 with one and 90 with eight (2 cores of an AMD EPYC, float32, 2026-11-24).
+        batch of small ones has one core: forward+backward of 8192 tokens took 92 ms with four in a
+        step and 107 with one (2 cores of an AMD EPYC, float32, 2026-11-24).
         """
         starts = self.start + self.chunks * self.size * jnp.arange(self.n)
         xs = starts if xs is None else (starts, xs)
@@ -357,10 +357,8 @@ def _gradients(
     product = partial(jnp.einsum, preferred_element_type=state.dtype)
     to_state = (k * decays.to_end).astype(dtype)
     from_state = (q * decays.from_start).astype(dtype)
-    before = state[:, :, None]
-    if q.shape[2] > 1:
-        writes = product("bhnlk,bhnlv->bhnkv", to_state, v)
-        before, _ = _running(decays.across, writes, state)
+    writes = product("bhnlk,bhnlv->bhnkv", to_state, v)
+    before, _ = _running(decays.across, writes, state)
     reads = product("bhnlk,bhnlv->bhnkv", from_state, d_y)
     d_after, d_state = _running(decays.across, reads, d_state, reverse=True)
     before, d_after = before.astype(dtype), d_after.astype(dtype)
@@ -384,6 +382,8 @@ def _running(
 ) -> tuple[Float[Array, "b h n k v"], State]:
     """The state before each chunk, and after all, where each decays it and adds its own write."""
     n = writes.shape[2]
+    if n == 1:
+        return state[:, :, None], across[:, :, 0] * state + writes[:, :, 0]
     across = jnp.broadcast_to(across, (*across.shape[:2], n, 1, 1))
 
     def step(state, chunk):
