@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 
 from retnet_jax.shapes import Array, Float
+from retnet_jax.sharding import backend
 
 
 def step(
@@ -24,4 +25,6 @@ def step(
     shrink = jnp.expm1(log_decay)[:, None, None]
     q, k, v = (x.astype(state.dtype) for x in (q, k, v))
     state = state + (shrink * state + k[..., :, None] * v[..., None, :])
+    if backend() == "cpu":  # where the sum, fused with the update, takes 25 times as long
+        return jnp.einsum("bhk,bhkv->bhv", q, state), state
     return (q[..., :, None] * state).sum(-2), state
