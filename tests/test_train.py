@@ -357,9 +357,9 @@ def test_steps_that_are_not_finite_are_passed_over_and_end_the_run(config, tmp_p
 
 def test_a_spike_is_passed_over_and_the_run_goes_on(config, tmp_path, monkeypatch, capfd):
     """One batch whose targets are of another kind than all the others."""
-    steps, spike = 80, 60
+    steps, spike = 66, 60
     train_config = dataclasses.replace(
-        config.train, steps=steps, checkpoint_every=55, spike_deviations=8.0
+        config.train, steps=steps, checkpoint_every=55, spike_deviations=6.0
     )
     long = dataclasses.replace(config, train=train_config)
     place = Run.place
