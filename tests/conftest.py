@@ -7,6 +7,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 
 import jaxtyping
+import pytest
 from hypothesis import settings
 
 jaxtyping.install_import_hook(
@@ -17,3 +18,17 @@ jaxtyping.install_import_hook(
 # Compiling takes longer than any deadline; derandomized, so that a red test is red again.
 settings.register_profile("jax", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("jax")
+
+
+@pytest.fixture(scope="module")
+def tpu_compiler():
+    """XLA's compiler for TPUs, without one."""
+    pytest.importorskip("libtpu", reason="pip install libtpu, of the version of jax's extra tpu")
+    from retnet_jax.ahead import topologies
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("XLA_FLAGS", "TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE"):
+            patch.setenv(name, "")
+            patch.delenv(name)
+        topologies.prepare()
+        yield

@@ -32,15 +32,9 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def tpus():
+def tpus(tpu_compiler):
     """Four v5e chips, as libtpu describes them."""
-    pytest.importorskip("libtpu", reason="pip install libtpu, of the version of jax's extra tpu")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("XLA_FLAGS", "TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE"):
-            patch.setenv(name, "")
-            patch.delenv(name)
-        topologies.prepare()
-        yield topologies.tpus("v5e:2x2")
+    return topologies.tpus("v5e:2x2")
 
 
 def program(function, mesh, *arguments):

@@ -36,17 +36,6 @@ OFTEN = [("v5e", *widths) for widths in WIDTHS[:4]] + [
 SELDOM = [(chip, *widths) for chip in CHIPS for widths in WIDTHS]
 
 
-@pytest.fixture(scope="module")
-def compilers():
-    pytest.importorskip("libtpu", reason="pip install libtpu, of the version of jax's extra tpu")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("XLA_FLAGS", "TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE"):
-            patch.setenv(name, "")
-            patch.delenv(name)
-        topologies.prepare()
-        yield
-
-
 def on_first(chip):
     return make_mesh(MeshConfig(), topologies.tpus(CHIPS[chip])[:1])
 
@@ -61,7 +50,7 @@ def row_major(mesh, shape, dtype=jnp.bfloat16):
     ("chip", "k", "v", "heads"),
     OFTEN + [pytest.param(*x, marks=pytest.mark.slow) for x in SELDOM if x not in OFTEN],
 )
-def test_kernels_compile_without_temporaries(compilers, chip, k, v, heads):
+def test_kernels_compile_without_temporaries(tpu_compiler, chip, k, v, heads):
     """Outputs and gradients, with documents, states and a length that chunks do not divide."""
     # Long rows: what is short XLA moves to the chip beforehand, and counts that as temporary.
     mesh, b, t = on_first(chip), 4, 10_000
@@ -96,7 +85,7 @@ def test_kernels_compile_without_temporaries(compilers, chip, k, v, heads):
     assert compiled.memory_analysis().temp_size_in_bytes <= b * t * 4 * 128
 
 
-def test_more_heads_than_a_v4_can_hold_are_refused_with_the_reason(compilers):
+def test_more_heads_than_a_v4_can_hold_are_refused_with_the_reason(tpu_compiler):
     with jax.set_mesh(on_first("v4")):
         shapes = [
             jax.ShapeDtypeStruct((1, 512, 20, width), jnp.bfloat16) for width in (256, 256, 428)
@@ -105,7 +94,7 @@ def test_more_heads_than_a_v4_can_hold_are_refused_with_the_reason(compilers):
     assert re.search(r"20 heads of 256/428, .* MiB of VMEM, and TPU v4 has 16", reason)
 
 
-def test_a_layer_keeps_no_float32_copies(compilers):
+def test_a_layer_keeps_no_float32_copies(tpu_compiler):
     """Projections, rotation, retention, norm and gate, forward and backward, in bfloat16 alone."""
     b, t, heads, v = 2, 512, 2, 384
     config = ModelConfig(
