@@ -10,7 +10,7 @@ ARCHITECTURE ?= retnet
 WORKDIR ?= runs/quickstart_$(ARCHITECTURE)
 CONFIG := configs/quickstart.py:$(ARCHITECTURE)
 # Carried through a document of 33,000 tokens, a Transformer's cache takes minutes on a CPU.
-PROTOCOL := $(if $(filter transformer,$(ARCHITECTURE)),window,both)
+PROTOCOL := $(if $(filter transformer,$(ARCHITECTURE)),window,window,stateful)
 
 .PHONY: quickstart test test-all lint clean
 

@@ -1,42 +1,52 @@
-"""Evaluates a language model: its perplexity and bits per byte on text it was not trained on.
+"""Evaluates a language model: perplexity, the seven tasks of the paper, recall.
 
     python eval.py --workdir=runs/quickstart                     the run's held-out documents
     python eval.py --checkpoint=DIR --data='corpus/**/*.txt'     any checkpoint, other text
-    python eval.py ... --protocol=stateful --compressors --output=result.json
+    python eval.py --workdir=DIR --suite=paper --data=TASKS --output=result.json
+    python eval.py --workdir=DIR --against=OTHER ...             two models, and their difference
 
-A table goes to stdout; --output has the same and all that it takes to repeat it.
+Tables go to stdout; --output has them as Markdown too, and as JSON with all that it takes to repeat
+the evaluation.
 """
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import math
 import platform
-import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
 
 from retnet_jax import command_line, processes
-from retnet_jax.config import Config, ConfigError, DataConfig, MeshConfig
-from retnet_jax.data import Skipped, Tokenizer, files, open_store, read_documents
+from retnet_jax.config import Config, ConfigError, MeshConfig
+from retnet_jax.data import Tokenizer
 from retnet_jax.evaluation import (
-    PerplexityReport,
+    HUBS,
+    PARTS,
+    PROTOCOLS,
+    SHOT_MODES,
+    TASKS,
+    VARIANTS,
+    Plan,
+    Results,
+    TaskRows,
+    Text,
+    as_json,
     compressed_bits_per_byte,
-    document_nll_stateful,
-    document_nll_window,
-    perplexity_report,
+    evaluate_model,
+    given_text,
+    held_out_text,
+    read_tasks,
+    tables,
+    texts,
 )
-from retnet_jax.model import LanguageModel
-from retnet_jax.pretrained import load_checkpoint, read_pretrained
+from retnet_jax.pretrained import checkpoint_sha256, load_checkpoint, read_pretrained
 from retnet_jax.sharding import make_mesh
-
-PROTOCOLS = ("window", "stateful")
 
 
 def main() -> None:
@@ -46,13 +56,18 @@ def main() -> None:
         given.coordinator_address, given.num_processes, given.process_id, given.connect_seconds
     )
     with processes.ending_with_the_others("Nothing was written."):
+        text, task_data = divided(given.data or [])
+        plan = given_plan(given, task_data)
+        if given.checkpoint is not None and text is None and needs_text(plan):
+            raise ConfigError(
+                "--checkpoint is evaluated on --data: give text files, such as 'corpus/**/*.txt'"
+            )
         evaluate(
             Path(given.workdir or given.checkpoint),
-            data=given.data,
-            protocols=PROTOCOLS if given.protocol == "both" else (given.protocol,),
-            window_length=given.window_length,
+            plan,
+            data=text,
+            against=None if given.against is None else Path(given.against),
             changes=command_line.given_dtype(),
-            batch_size=given.batch_size,
             fsdp=given.fsdp,
             compressors=given.compressors,
             output=None if given.output is None else Path(given.output),
@@ -64,104 +79,218 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "training run, evaluated on what it held out, or --data")
     flags.DEFINE_string("checkpoint", None, "directory of a trained model, evaluated on --data")
     flags.mark_flags_as_mutual_exclusive(["workdir", "checkpoint"], required=True)
-    flags.DEFINE_string(
+    flags.DEFINE_string("against", None, "another run or checkpoint, to compare with")
+    flags.DEFINE_multi_string(
         "data",
         None,
-        "files by glob: one document a file or, if the glob ends in .jsonl, .json.gz or the like, "
-        "one a line, in the field that the model's config.json names in data.text_field; .parquet",
+        "text files by glob: one document a file or, if the glob ends in .jsonl, .json.gz or the "
+        "like, one a line, in the field that the model's config.json names in data.text_field; "
+        ".parquet. For tasks a directory with TASK/SPLIT.jsonl, or hf, or tfds. May be given twice",
     )
-    flags.register_multi_flags_validator(
-        ["checkpoint", "data"],
-        lambda given: given["checkpoint"] is None or given["data"] is not None,
-        message="--checkpoint is evaluated on --data: give files, such as 'corpus/**/*.txt'",
+    flags.DEFINE_list(
+        "suite", ["perplexity"], f"of {', '.join(PARTS)}; paper: perplexity, tasks at 0 and 4 shots"
     )
-    flags.DEFINE_enum(
+    flags.DEFINE_list(
         "protocol",
-        "both",
-        [*PROTOCOLS, "both"],
-        "what a token is predicted from: what its window has before it, or its whole document",
+        ["window", "stateful"],
+        "what a token is predicted from: what its window has before it (window), at least the last "
+        "--window_length - --stride tokens (sliding), its whole document (stateful)",
     )
     flags.DEFINE_integer("window_length", None, "tokens; if not given as in training", 1)
+    flags.DEFINE_integer("stride", None, "tokens scored in a sliding window; if not given half", 1)
+    flags.DEFINE_list(
+        "context_lengths", [], "also the perplexity of the same 128 tokens after these contexts"
+    )
+    flags.DEFINE_list("tasks", list(TASKS), "names of tasks")
+    flags.DEFINE_list("shots", None, "examples before a question; if not given 0, for paper 0,4")
+    flags.DEFINE_enum(
+        "shot_mode", "per-document", SHOT_MODES, "drawn for each row anew, or once for all"
+    )
+    flags.DEFINE_enum(
+        "variant", "lm_eval", VARIANTS, "texts of lm-evaluation-harness, or with clean spaces"
+    )
+    flags.DEFINE_integer("seed", 1234, "of the examples and of the recall probes", 0)
+    flags.DEFINE_integer("max_length", None, "tokens of a request, cut at its beginning", 1)
+    flags.DEFINE_list("distances", ["32", "128", "512", "2048", "8192"], "of the recall probes")
+    flags.DEFINE_integer("trials", 64, "of each recall probe and distance", 2)
     command_line.define_dtype()
     flags.DEFINE_integer(
         "batch_size",
         4,
-        "windows or documents at once, shared out among as many devices as divide it; "
-        "accelerators are faster with more",
+        "windows, documents or parts of requests at once, shared out among as many devices as "
+        "divide it; accelerators are faster with more",
         1,
     )
     flags.DEFINE_bool("fsdp", False, "split the parameters over these devices too")
     command_line.define_processes()
     flags.DEFINE_bool("compressors", False, "also compress the text, with gzip -9 and xz -9")
-    flags.DEFINE_string("output", None, "JSON file to write; it must not exist")
+    flags.DEFINE_string("output", None, "JSON file to write, and Markdown beside it: new ones")
+
+
+def given_plan(given, task_data: str | None) -> Plan:
+    """What the flags ask for.
+
+    Raises:
+      ConfigError: for a name that is none of those known, and a number that is none.
+    """
+    parts = []
+    for part in given.suite:
+        parts += ("perplexity", "tasks") if part == "paper" else (part,)
+    for flag, names, known in (
+        ("suite", parts, PARTS),
+        ("protocol", given.protocol, PROTOCOLS),
+        ("tasks", given.tasks, tuple(TASKS)),
+    ):
+        for name in names:
+            if name not in known:
+                raise ConfigError(f"--{flag}: {name!r} is none of {', '.join(known)}")
+    shots = given.shots or (["0", "4"] if "paper" in given.suite else ["0"])
+    return Plan(
+        parts=tuple(dict.fromkeys(parts)),
+        protocols=tuple(given.protocol),
+        window_length=given.window_length or 0,
+        stride=given.stride,
+        context_lengths=numbers("context_lengths", given.context_lengths, least=128),
+        tasks=tuple(given.tasks),
+        task_data=task_data,
+        shots=numbers("shots", shots, least=0),
+        shot_mode=given.shot_mode,
+        variant=given.variant,
+        seed=given.seed,
+        max_length=given.max_length,
+        distances=numbers("distances", given.distances, least=1),
+        trials=given.trials,
+        batch_size=given.batch_size,
+    )
+
+
+def numbers(flag: str, values: Sequence[str], least: int) -> tuple[int, ...]:
+    """The integers of a flag."""
+    if any(not value.isdecimal() or int(value) < least for value in values):
+        raise ConfigError(f"--{flag}={','.join(values)}: numbers of {least} or more are needed")
+    return tuple(map(int, values))
+
+
+def divided(data: Sequence[str]) -> tuple[str | None, str | None]:
+    """--data as the glob of text files and the place of the tasks' rows."""
+    places = [value for value in data if value in HUBS or Path(value).is_dir()]
+    globs = [value for value in data if value not in places]
+    for values, meaning in ((places, "for tasks"), (globs, "of text files")):
+        if len(values) > 1:
+            raise ConfigError(f"--data names {meaning} more than one: {', '.join(values)}")
+    return globs[0] if globs else None, places[0] if places else None
 
 
 def evaluate(
     directory: Path,
+    plan: Plan,
     *,
-    data: str | None,
-    protocols: Iterable[str],
-    window_length: int | None,
-    batch_size: int,
-    compressors: bool,
-    output: Path | None,
+    data: str | None = None,
+    against: Path | None = None,
+    compressors: bool = False,
+    output: Path | None = None,
     changes: dict[str, str] | None = None,
     fsdp: bool = False,
 ) -> None:
-    """Evaluates the model in a directory; the arguments are the flags of those names,
-    and `changes` fields of its `ModelConfig`, such as dtype.
+    """Evaluates the model in a directory, and one to compare it with; prints and writes tables.
+
+    Args:
+      directory: a run or a checkpoint.
+      plan: what to do; a window_length of 0 stands for that of training.
+      data: text files by glob; None: what the run held out.
+      against: another run or checkpoint.
+      compressors: whether to compress the text as well.
+      output: JSON file.
+      changes: fields of `ModelConfig`, such as dtype.
+      fsdp: whether devices share the parameters.
 
     Raises:
       ConfigError, CheckpointError: before anything is computed, for input that does not fit.
     """
-    if output is not None and output.exists():
-        raise ConfigError(f"--output={output} exists already: name another file, or delete it")
-    config, tokenizer = read_pretrained(directory)
-    text = (
-        held_out_text(config, tokenizer, directory)
-        if data is None
-        else given_text(data, config.data.text_field, tokenizer)
-    )
-    mesh = evaluation_mesh(batch_size, fsdp)
-    model, step = load_checkpoint(directory, mesh, **(changes or {}))
-    window_length = window_length or config.data.sequence_length
+    for path in () if output is None else (output, output.with_suffix(".md")):
+        if path.exists():
+            raise ConfigError(f"--output: {path} exists already: name another file, or delete it")
+    directories = [directory] if against is None else [directory, against]
+    pretrained = [read_pretrained(path) for path in directories]
+    text = read_text(directory, *pretrained[0], data) if needs_text(plan) else None
+    tasks = read_tasks(plan)
+    length = plan.window_length or pretrained[0][0].data.sequence_length
+    plan = dataclasses.replace(plan, window_length=length, stride=plan.stride or -(-length // 2))
+    mesh = evaluation_mesh(plan.batch_size, fsdp)
 
-    title = (
-        f"{directory}{'' if step is None else f', step {step}'}: {type(model).__name__} of "
-        f"{model.config.parameter_count():,} parameters, {model.config.dtype}\n"
-        f"{text.description}"
-    )
-    if processes.is_first():
-        print(title, end="\n\n", flush=True)
-    # On the mesh from the start, or the first piece's state would have a compilation of its own.
-    with jax.set_mesh(mesh):
-        reports = {
-            protocol: report(model, text, protocol, window_length, batch_size)
-            for protocol in protocols
-        }
+    results, models = [], []
+    for path, (_, tokenizer) in zip(directories, pretrained, strict=True):
+        results.append(Results())
+        own = text_for(tokenizer, pretrained[0][1], text)
+        results[-1], record = evaluate_one(path, tokenizer, own, tasks, plan, mesh, changes or {})
+        models.append(record | as_json(results[-1], own))
     if not processes.is_first():
         return
-    compressed = compressed_bits_per_byte(text.joined) if compressors else {}
-    print(table(reports, window_length, compressed))
+    compressed = compressed_bits_per_byte(text.joined) if compressors and text else {}
+    found = tables([path.name for path in directories], results, text, plan, compressed)
+    print(*found, sep="\n\n")
     if output is not None:
         record = {
-            "checkpoint": str(directory.absolute()),
-            "step": step,
-            "model": dataclasses.asdict(model.config),
-            "tokenizer": tokenizer.fingerprint,
-            "data": text.origin | {"sha256": hashlib.sha256(text.joined).hexdigest()},
-            "window_length": window_length,
-            "batch_size": batch_size,
-            "protocols": {
-                name: as_json(found[""])
-                | {"sources": {k: as_json(v) for k, v in found.items() if k}}
-                for name, found in reports.items()
-            },
+            **models[0],
+            "against": models[1] if against else None,
+            "data": text.record if text else None,
+            "task_data": [task_record(task) for task in tasks],
+            "plan": dataclasses.asdict(plan),
+            "form": "chunkwise",
             "compressors": compressed,
             "device": jax.devices()[0].device_kind,
             "versions": versions(),
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
         }
-        write_json(output, record)
+        write_report(output, record, found)
+
+
+def needs_text(plan: Plan) -> bool:
+    """Whether documents are read: for perplexity, or to put between in the recall probes."""
+    return "perplexity" in plan.parts or "recall" in plan.parts
+
+
+def read_text(directory: Path, config: Config, tokenizer: Tokenizer, data: str | None) -> Text:
+    """The documents to evaluate on."""
+    if data is not None:
+        return given_text(data, config.data.text_field, tokenizer)
+    return held_out_text(config, tokenizer, directory)
+
+
+def text_for(tokenizer: Tokenizer, of_text: Tokenizer, text: Text | None) -> Text | None:
+    """The same documents in the tokens of another model."""
+    if text is None or tokenizer.fingerprint == of_text.fingerprint:
+        return text
+    return dataclasses.replace(text, tokens=texts.encoded(text.texts, tokenizer))
+
+
+def evaluate_one(
+    directory: Path,
+    tokenizer: Tokenizer,
+    text: Text | None,
+    tasks: Sequence[TaskRows],
+    plan: Plan,
+    mesh: jax.sharding.Mesh,
+    changes: dict[str, str],
+) -> tuple[Results, dict[str, Any]]:
+    """The results of one model, and what says which it was."""
+    model, step = load_checkpoint(directory, mesh, **changes)
+    if processes.is_first():
+        print(
+            f"{directory}{'' if step is None else f', step {step}'}: {type(model).__name__} of "
+            f"{model.config.parameter_count():,} parameters, {model.config.dtype}"
+        )
+        print(text.description if text else f"tasks of {plan.task_data}", end="\n\n", flush=True)
+    # On the mesh from the start, or the first piece's state would have a compilation of its own.
+    with jax.set_mesh(mesh):
+        results = evaluate_model(model, tokenizer, text, tasks, plan)
+    return results, {
+        "checkpoint": str(directory.absolute()),
+        "checkpoint_sha256": checkpoint_sha256(directory, step),
+        "step": step,
+        "model": dataclasses.asdict(model.config),
+        "tokenizer": tokenizer.fingerprint,
+    }
 
 
 def evaluation_mesh(batch_size: int, fsdp: bool) -> jax.sharding.Mesh:
@@ -173,185 +302,19 @@ def evaluation_mesh(batch_size: int, fsdp: bool) -> jax.sharding.Mesh:
     return make_mesh(MeshConfig(**axes), devices)
 
 
-class Text(NamedTuple):
-    """Documents to evaluate on."""
-
-    tokens: list[np.ndarray]  # ids of each, BOS first
-    texts: list[str]
-    byte_counts: np.ndarray  # of each as it was before it became tokens
-    sources: list[str]  # the store of each, or nothing
-    description: str  # for people
-    origin: dict[str, Any]  # for the JSON
-
-    @property
-    def joined(self) -> bytes:
-        """All documents in one."""
-        return "".join(self.texts).encode("utf-8")
-
-
-def held_out_text(config: Config, tokenizer: Tokenizer, workdir: Path) -> Text:
-    """The held-out documents of the store that a run was trained on.
-
-    Raises:
-      ConfigError: if the store is not there, is damaged, or has another tokenizer.
-    """
-    directories = list(config.data.mixture) or [config.data.store]
-    tokens, byte_counts, sources, stores = [], [], [], []
-    for directory in directories:
-        if not files.exists(directory):
-            raise ConfigError(
-                f"data.store={directory!r} of {workdir / 'config.json'} does not exist (from "
-                f"{Path.cwd()}): start where the run was trained, or give other text with --data"
-            )
-        store = open_store(directory)
-        if store.tokenizer.fingerprint != tokenizer.fingerprint:
-            raise ConfigError(
-                f"data.store={directory!r} has another tokenizer "
-                f"({store.tokenizer.fingerprint[:12]}) than {workdir} "
-                f"({tokenizer.fingerprint[:12]}): it is not the store that the run was trained on; "
-                "give text with --data"
-            )
-        tokens += [store.held_out.document(i) for i in range(len(store.held_out))]
-        byte_counts.append(store.held_out.byte_counts)
-        sources += [directory] * len(store.held_out)
-        stores.append({"store": directory, "options": store.manifest["options"]})
-    return Text(
-        tokens,
-        texts=[tokenizer.decode(ids.tolist()) for ids in tokens],
-        byte_counts=np.concatenate(byte_counts),
-        sources=sources,
-        description=f"held-out documents of {', '.join(directories)}",
-        origin={"split": "held_out", "stores": stores},
-    )
-
-
-def given_text(pattern: str, text_field: str, tokenizer: Tokenizer) -> Text:
-    """The documents in files; what cannot be used is left out, and said on stderr.
-
-    Raises:
-      ConfigError: if no file matches or none has a document.
-    """
-    source = source_of(pattern)
-    skipped = Skipped()
-    try:
-        config = DataConfig(source=source, path=pattern, text_field=text_field)
-        documents = list(read_documents(config, skipped))
-    except ConfigError as error:
-        raise ConfigError(f"--data: {error}") from None
-    if not documents:
-        raise ConfigError(f"--data={pattern} has no documents; {skipped.count} skipped: {skipped}")
-    if skipped.count:
-        rest = [f"and {skipped.count - 20} more"] if skipped.count > 20 else []
-        print(f"skipped {skipped.count}:", *skipped.first[:20], *rest, sep="\n  ", file=sys.stderr)
-    texts = [document.text for document in documents]
-    return Text(
-        tokens=[
-            np.array([tokenizer.bos_id, *ids], np.int32) for ids in tokenizer.encode_batch(texts)
-        ],
-        texts=texts,
-        byte_counts=np.array([document.byte_count for document in documents]),
-        sources=[""] * len(documents),
-        description=f"documents of {pattern}",
-        origin={"files": pattern, "source": source, "skipped": skipped.as_dict()},
-    )
-
-
-def source_of(pattern: str) -> str:
-    """The source that reads the files of a glob."""
-    if pattern.endswith(".parquet"):
-        return "parquet"
-    lines = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
-    return "jsonl" if pattern.endswith(lines) else "text"
-
-
-def report(
-    model: LanguageModel, text: Text, protocol: str, window_length: int, batch_size: int
-) -> dict[str, PerplexityReport]:
-    """Evaluates by one protocol, with a bar if stderr is a terminal.
-
-    Returns:
-      The report of all documents under "", and those of each source, if there are several.
-    """
-    from tqdm import tqdm
-
-    bar = tqdm(
-        desc=protocol,
-        total=sum(len(tokens) - 1 for tokens in text.tokens),
-        unit="token",
-        unit_scale=True,
-        leave=False,
-        dynamic_ncols=True,
-        disable=None,
-    )
-    with bar:
-        if protocol == "window":
-            nll = document_nll_window(
-                model,
-                text.tokens,
-                window_length=window_length,
-                batch_size=batch_size,
-                progress=bar.update,
-            )
-        else:
-            nll = document_nll_stateful(
-                model, text.tokens, batch_size=batch_size, progress=bar.update
-            )
-    reports = {"": perplexity_report(nll, text.tokens, text.texts, text.byte_counts)}
-    sources = list(dict.fromkeys(text.sources))
-    for source in sources if len(sources) > 1 else []:
-        of_source = np.flatnonzero(np.array(text.sources) == source)
-        tokens, texts = ([x[i] for i in of_source] for x in (text.tokens, text.texts))
-        reports[source] = perplexity_report(
-            nll[of_source], tokens, texts, text.byte_counts[of_source]
-        )
-    return reports
-
-
-def table(
-    reports: dict[str, dict[str, PerplexityReport]],
-    window_length: int,
-    compressed: dict[str, float],
-) -> str:
-    """A row for each protocol, those of each source below it, and each compressor."""
-    rows = [
-        ("", "bits/byte", "std. error", "token ppl", "word ppl", "documents", "tokens", "bytes")
-    ]
-    for protocol, by_source in reports.items():
-        label = f"window of {window_length}" if protocol == "window" else protocol
-        for source, found in by_source.items():
-            rows.append(
-                (
-                    f"  {source}" if source else label,
-                    f"{found.bits_per_byte:.4f}",
-                    "-" if math.isnan(found.standard_error) else f"± {found.standard_error:.4f}",
-                    f"{found.token_perplexity:,.6g}",
-                    f"{found.word_perplexity:,.6g}",
-                    f"{found.documents:,}",
-                    f"{found.tokens:,}",
-                    f"{found.bytes:,}",
-                )
-            )
-    rows += [(name, f"{bits:.4f}", *[""] * 6) for name, bits in compressed.items()]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for name, *cells in rows:
-        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *padded]).rstrip())
-    return "\n".join(lines)
-
-
-def as_json(found: PerplexityReport) -> dict[str, float | None]:
-    """The fields of a report, None for what is no number: JSON has neither infinity nor NaN."""
+def task_record(found: TaskRows) -> dict[str, Any]:
+    """Which rows a task had."""
     return {
-        name: value if math.isfinite(value) else None
-        for name, value in dataclasses.asdict(found).items()
+        "task": found.task.name,
+        "rows_sha256": found.rows.sha256,
+        "shots_sha256": None if found.pool is None else found.pool.sha256,
     }
 
 
 def versions() -> dict[str, str]:
     """Of what the numbers depend on."""
     found = {"python": platform.python_version()}
-    for package in ("jax", "retnet-jax"):
+    for package in ("jax", "jaxlib", "flax", "retnet-jax"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -359,12 +322,19 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Writes a file that does not exist yet, and its directory."""
+def write_report(path: Path, record: dict[str, Any], found: Sequence) -> None:
+    """Writes JSON, and the tables as Markdown beside it; neither exists yet."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("x", encoding="utf-8") as file:
         json.dump(record, file, indent=2, allow_nan=False)
         file.write("\n")
+    lines = [f"# {record['checkpoint']}", ""]
+    lines += [f"- {name}: {record[name]}" for name in ("checkpoint_sha256", "step", "tokenizer")]
+    lines += [f"- {name}: {record[name]}" for name in ("form", "device", "versions", "date")]
+    lines += [f"- dtype: {record['model']['dtype']}", f"- data: {record['data']}"]
+    lines += [f"- tasks: {record['task_data']}", f"- plan: {record['plan']}", ""]
+    lines += [table.markdown + "\n" for table in found]
+    path.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def _parse(arguments: Sequence[str]) -> list[str]:
     for argument in arguments[1:]:
         if argument.startswith(("--config.", "-config.")):
             check_field(argument.split("=")[0].lstrip("-").removeprefix("config."))
-    rest = flags.FLAGS(arguments)
+    rest = flags.FLAGS([arguments[0], *map(_with_underscores, arguments[1:])])
     if not flags.FLAGS["verbosity"].present:
         # Orbax tells of every array it writes, and where one cannot be written logs a stack trace
         # for each. What matters reaches us as one exception.
@@ -107,6 +107,14 @@ def _parse(arguments: Sequence[str]) -> list[str]:
     if len(rest) > 1:
         raise ConfigError(f"{rest[1]!r} is not a flag; options are given as --name=value")
     return rest
+
+
+def _with_underscores(argument: str) -> str:
+    """--save-state=FILE as --save_state=FILE."""
+    name, equals, value = argument.partition("=")
+    if not name.startswith("--") or "." in name:
+        return argument
+    return "--" + name[2:].replace("-", "_") + equals + value
 
 
 def _reporting(function: Callable, *arguments):

@@ -1,6 +1,7 @@
 """Loading a trained model from a directory: a training run's, or one that another program wrote."""
 
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,22 @@ def read_pretrained(directory: Path) -> tuple[Config, Tokenizer]:
             f"{config.model.vocab_size}: it is another model's"
         )
     return config, tokenizer
+
+
+def checkpoint_sha256(directory: Path, step: int | None) -> str:
+    """SHA-256, in hex, of the names and contents of a checkpoint's files.
+
+    Args:
+      directory: as for `load_pretrained`.
+      step: which checkpoint of a training run, as `load_checkpoint` gives it.
+    """
+    root = directory if step is None else directory / "checkpoints" / str(step)
+    digest = hashlib.sha256()
+    for path in sorted(path for path in root.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            contents = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{path.relative_to(root)} {contents}\n".encode())
+    return digest.hexdigest()
 
 
 def with_initial_model(config: Config, workdir: Path | None = None) -> Config:

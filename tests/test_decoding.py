@@ -16,7 +16,7 @@ from tolerances import assert_close
 from retnet_jax import ModelConfig, RetNet, Transformer, for_decoding, interop
 from retnet_jax.ahead.traffic import memory_traffic
 from retnet_jax.config import ConfigError
-from retnet_jax.generate import Progress, complete, decode, prefill, row_keys, stream
+from retnet_jax.generate import Progress, Stream, complete, decode, prefill, row_keys
 from retnet_jax.model.decoding import round_at_random
 
 __all__ = ["tpus"]  # a fixture
@@ -137,15 +137,17 @@ def test_a_bfloat16_state_stays_near_float32():
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_program_generates_what_a_stream_gives_and_talks_to_no_host(kind):
     model, prompts, end = for_decoding(build(kind)), [[1, 2, 3], [4]], 5
-    expected = np.concatenate(list(stream(model, prompts, 40, end_id=end)), axis=1)
+    blocks = list(Stream(model, prompts, 40, end_id=end))
+    expected, log_p = (np.concatenate(parts, axis=1) for parts in zip(*blocks, strict=True))
     progress, keys = prefill(model, prompts, room=64), row_keys(0, 2)
     limit = jnp.int32(40)
     complete.lower(model, progress, keys, limit, room=64, end_id=end).compile()
     with jax.transfer_guard("disallow"):
         found, progress = complete(model, progress, keys, limit, room=64, end_id=end)
-    found = np.asarray(found)
-    assert (found[:, : expected.shape[1]] == expected).all()
-    assert (found[:, 40:] == end).all()
+    tokens = np.asarray(found.tokens)
+    assert (tokens[:, : expected.shape[1]] == expected).all()
+    assert (tokens[:, 40:] == end).all()
+    assert_close(np.asarray(found.log_probabilities)[:, : log_p.shape[1]], log_p)
     lowered = complete.lower(model, progress, keys, limit, room=64, end_id=end)
     assert not re.search(r"callback|outfeed|infeed|send|recv", lowered.as_text())
 

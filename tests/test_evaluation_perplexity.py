@@ -16,17 +16,22 @@ import pytest
 from flax import nnx
 from tolerances import assert_close
 
-from eval import PROTOCOLS, evaluate
+from eval import evaluate
 from retnet_jax import RetNet, Transformer
 from retnet_jax.checkpoint import CheckpointError, Checkpoints
 from retnet_jax.config import Config, ConfigError, DataConfig, ModelConfig
 from retnet_jax.data import ByteTokenizer, build_store, open_store, train_bpe
 from retnet_jax.evaluation import (
+    PROTOCOLS,
+    Plan,
     compressed_bits_per_byte,
-    document_nll_stateful,
-    document_nll_window,
+    last_tokens_nll,
     perplexity_report,
+    position_buckets,
     ratio_standard_error,
+    stateful_nll,
+    window_nll,
+    windows,
 )
 from retnet_jax.workdir import open_workdir
 
@@ -69,41 +74,94 @@ def by_definition(model, tokens):
 
 @pytest.fixture(scope="module")
 def whole(model):
-    return np.array([by_definition(model, document).sum() for document in DOCUMENTS])
+    return [by_definition(model, document) for document in DOCUMENTS]
 
 
-@pytest.mark.parametrize("window_length", [6, 16])
-def test_window_is_a_loop_over_windows(model, window_length):
-    expected = [
-        sum(
-            by_definition(model, document[start : start + window_length + 1]).sum()
-            for start in range(0, len(document) - 1, window_length)
-        )
-        for document in DOCUMENTS
-    ]
-    nll = document_nll_window(model, DOCUMENTS, window_length=window_length, batch_size=4)
-    assert_close(nll, np.array(expected))
+def assert_tokens(found, expected):
+    """Of every token of every document."""
+    assert [len(x) for x in found] == [len(x) for x in expected]
+    assert_close(np.concatenate(found), np.concatenate(expected))
+
+
+def rolling(model, document, length, stride):
+    """lm-evaluation-harness's rolling windows, one after the other: `get_rolling_token_windows`."""
+    text, found = document[1:], []
+    first = min(length, len(text))
+    found.extend(by_definition(model, document[: first + 1]))
+    while len(found) < len(text):
+        scored = min(len(text) - len(found), stride)
+        end = len(found) + scored
+        inputs = document[end - length : end + 1]  # and the last target
+        found.extend(by_definition(model, inputs)[-scored:])
+    return np.array(found)
+
+
+@pytest.mark.parametrize(("length", "stride"), [(6, None), (16, None), (16, 5), (6, 1)])
+def test_windows_are_a_loop_over_windows(model, length, stride):
+    expected = [rolling(model, document, length, stride or length) for document in DOCUMENTS]
+    found = window_nll(model, DOCUMENTS, window_length=length, stride=stride, batch_size=4)
+    assert_tokens(found, expected)
+
+
+@pytest.mark.parametrize(("length", "stride"), [(4, 4), (4, 1), (7, 3), (100, 10)])
+def test_windows_score_every_token_once_and_see_enough(length, stride):
+    for tokens in range(1, 40):
+        found = windows(tokens, length, stride)
+        scored = [t for w in found for t in range(w.stop - w.scored, w.stop)]
+        assert scored == list(range(tokens))
+        assert all(w.stop - w.start == min(length, tokens) for w in found)
+
+
+def test_a_stride_that_leaves_gaps_is_refused(model):
+    with pytest.raises(ConfigError, match=r"stride=7 is not in 1 \.\.\. 6"):
+        window_nll(model, DOCUMENTS, window_length=6, stride=7, batch_size=4)
 
 
 def test_window_forgets_and_stateful_does_not(model, whole):
     """A window as long as the documents is the same as the state; a shorter one is not."""
-    long = document_nll_window(model, DOCUMENTS, window_length=40, batch_size=4)
-    short = document_nll_window(model, DOCUMENTS, window_length=6, batch_size=4)
-    assert_close(long, whole)
-    assert np.abs(short - whole).max() > 1e-2 * whole.max()
+    long = window_nll(model, DOCUMENTS, window_length=40, batch_size=4)
+    short = window_nll(model, DOCUMENTS, window_length=6, batch_size=4)
+    assert_tokens(long, whole)
+    assert np.abs(np.concatenate(short) - np.concatenate(whole)).max() > 1e-2
 
 
-@pytest.mark.parametrize("piece_length", [5, 16])
+@pytest.mark.parametrize("piece_length", [5, 16, 64])
 def test_stateful_is_one_pass_for_any_piece(model, whole, piece_length):
-    nll = document_nll_stateful(model, DOCUMENTS, batch_size=4, piece_length=piece_length)
-    assert_close(nll, whole)
+    nll = stateful_nll(model, DOCUMENTS, batch_size=4, piece_length=piece_length)
+    assert_tokens(nll, whole)
+    assert max(np.abs(a.sum() - b.sum()) for a, b in zip(nll, whole, strict=True)) < 1e-4
 
 
 def test_company_in_the_batch_does_not_matter(model, whole):
-    together = document_nll_stateful(model, DOCUMENTS, batch_size=7)
-    alone = document_nll_stateful(model, [DOCUMENTS[1]], batch_size=7)  # in one piece
-    assert_close(together, whole)
-    assert_close(alone, whole[[1]])
+    together = stateful_nll(model, DOCUMENTS, batch_size=7)
+    alone = stateful_nll(model, [DOCUMENTS[1]], batch_size=7)  # in one piece
+    assert_tokens(together, whole)
+    assert_tokens(alone, whole[1:2])
+
+
+def test_the_same_last_tokens_after_contexts_of_several_lengths(model):
+    long = [document for document in DOCUMENTS if len(document) > 16]
+    found = last_tokens_nll(model, DOCUMENTS, [8, 16], scored=4, batch_size=2)
+    for length, nll in found.items():
+        parts = [document[16 - length : 17] for document in long]
+        assert_close(nll, np.array([by_definition(model, part)[-4:].sum() for part in parts]))
+    with pytest.raises(ConfigError, match=r"no document has 41 tokens, .* the longest has 40"):
+        last_tokens_nll(model, DOCUMENTS, [41], scored=4, batch_size=2)
+    with pytest.raises(ConfigError, match="a context of 3 tokens is shorter than the 4"):
+        last_tokens_nll(model, DOCUMENTS, [3, 8], scored=4, batch_size=2)
+
+
+def test_positions_add_up_to_the_whole():
+    rng = np.random.default_rng(0)
+    nll = [rng.exponential(size=n).astype(np.float32) for n in (3, 9, 40)]
+    buckets = position_buckets(nll, shortest=4)
+    assert [(x.first, x.last) for x in buckets] == [(0, 3), (4, 7), (8, 15), (16, 31), (32, 63)]
+    assert [x.documents for x in buckets] == [3, 2, 2, 1, 1]
+    assert [x.tokens for x in buckets] == [11, 8, 9, 16, 8]
+    total = sum(x.nll_per_token * x.tokens for x in buckets)
+    assert total == pytest.approx(sum(x.sum() for x in nll), rel=1e-6)
+    assert buckets[2].nll_per_token == pytest.approx((nll[1][8] + nll[2][8:16].sum()) / 9)
+    assert buckets[2].perplexity == pytest.approx(math.exp(buckets[2].nll_per_token))
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -111,16 +169,18 @@ def test_a_uniform_model_scores_every_token_once(model, protocol):
     uniform = nnx.clone(model)
     uniform.head = nnx.Param(jnp.zeros_like(model.head[...]))
     scored = []
-    if protocol == "window":
-        nll = document_nll_window(
-            uniform, DOCUMENTS, window_length=6, batch_size=4, progress=scored.append
-        )
+    given = {"batch_size": 4, "progress": scored.append}
+    if protocol == "stateful":
+        nll = stateful_nll(uniform, DOCUMENTS, **given)
+        assert sum(scored) == sum(LENGTHS)
     else:
-        nll = document_nll_stateful(uniform, DOCUMENTS, batch_size=4, progress=scored.append)
-    assert sum(scored) == sum(LENGTHS)
-    assert_close(nll, np.array(LENGTHS) * math.log(VOCABULARY))
+        stride = 6 if protocol == "window" else 2
+        nll = window_nll(uniform, DOCUMENTS, window_length=6, stride=stride, **given)
+        assert sum(scored) == sum(w.stop - w.start for n in LENGTHS for w in windows(n, 6, stride))
+    assert tuple(map(len, nll)) == LENGTHS
+    assert_close(np.concatenate(nll), np.full(sum(LENGTHS), math.log(VOCABULARY)))
     # Two bytes to the token: log2(VOCABULARY) / 2 bits per byte in each document alike.
-    found = perplexity_report(nll, DOCUMENTS, ["é" * n for n in LENGTHS])
+    found = perplexity_report(nll, ["é" * n for n in LENGTHS])
     assert found.token_perplexity == pytest.approx(VOCABULARY, rel=1e-5)
     assert found.bits_per_byte == pytest.approx(math.log2(VOCABULARY) / 2, rel=1e-5)
     assert found.standard_error == pytest.approx(0, abs=1e-6)
@@ -128,19 +188,24 @@ def test_a_uniform_model_scores_every_token_once(model, protocol):
 
 def test_report_counts_words_bytes_and_tokens():
     texts = ["naïve café\n\n  日本 語", "x"]
-    nll = np.array([30.0, 12.0])
-    found = perplexity_report(nll, documents_of((9, 3)), texts)
+    nll = [np.full(9, 30 / 9), np.full(3, 4.0)]
+    found = perplexity_report(nll, texts)
     assert (found.documents, found.tokens, found.words, found.bytes) == (2, 12, 5, 27)
-    assert found.nll == 42
+    assert found.nll == pytest.approx(42)
     assert found.bits_per_byte == pytest.approx(42 / math.log(2) / 27)
     assert found.token_perplexity == pytest.approx(math.exp(42 / 12))
     assert found.word_perplexity == pytest.approx(math.exp(42 / 5))
-    expected = ratio_standard_error(nll / math.log(2), np.array([26, 1]))
-    assert found.standard_error == expected
+    assert found.byte_perplexity == pytest.approx(math.exp(42 / 27))
+    bits = np.array([30, 12]) / math.log(2)
+    expected = ratio_standard_error(bits, np.array([26, 1]))
+    assert found.standard_error == pytest.approx(expected)
+    each = bits / [26, 1]
+    assert found.mean_bits_per_byte == pytest.approx(each.mean())
+    assert found.mean_standard_error == pytest.approx(each.std(ddof=1) / math.sqrt(2))
 
 
 def test_a_word_too_long_for_a_perplexity():
-    found = perplexity_report(np.array([800.0]), documents_of((9,)), ["字" * 300])
+    found = perplexity_report([np.full(9, 800 / 9)], ["字" * 300])
     assert found.word_perplexity == math.inf
     assert math.isnan(found.standard_error)
 
@@ -200,35 +265,32 @@ def workdir(tmp_path_factory):
 
 
 def run_eval(directory, **options):
-    defaults = {
-        "data": None,
-        "protocols": PROTOCOLS,
-        "window_length": None,
-        "batch_size": 4,
-        "compressors": False,
-        "output": None,
-    }
-    evaluate(directory, **defaults | options)
+    plan = {name: options.pop(name) for name in ("protocols", "window_length") if name in options}
+    evaluate(directory, Plan(**{"window_length": 0, "protocols": PROTOCOLS} | plan), **options)
 
 
 def test_table_and_json_of_a_run(workdir, tmp_path, capsys):
     output = tmp_path / "new" / "result.json"
     run_eval(workdir, window_length=1000, compressors=True, output=output)
     table = capsys.readouterr().out
-    record = json.loads(output.read_text())
+    record, markdown = json.loads(output.read_text()), output.with_suffix(".md").read_text()
 
     names = open_store(workdir.parent / "store").held_out.names
     texts = [Path(name).read_text(encoding="utf-8") for name in names]
     documents = [np.array([ByteTokenizer.bos_id, *text.encode()]) for text in texts]
-    nll = document_nll_stateful(RetNet(TINY, rngs=nnx.Rngs(0)), documents, batch_size=4)
-    expected = dataclasses.asdict(perplexity_report(nll, documents, texts))
+    nll = stateful_nll(RetNet(TINY, rngs=nnx.Rngs(0)), documents, batch_size=4)
+    expected = dataclasses.asdict(perplexity_report(nll, texts))
     for protocol in PROTOCOLS:  # the same, as no document is longer than the window
         found = record["protocols"][protocol]
         assert found.pop("sources") == {}
         assert found == pytest.approx(expected, rel=1e-5)
         assert f"{found['bits_per_byte']:.4f}" in table
     assert record["compressors"] == compressed_bits_per_byte("".join(texts).encode())
-    assert (record["step"], record["window_length"]) == (3, 1000)
+    assert (record["step"], record["plan"]["window_length"]) == (3, 1000)
+    assert len(record["checkpoint_sha256"]) == len(record["data"]["sha256"]) == 64
+    positions = sum(x["tokens"] for x in record["positions"])
+    assert positions == record["protocols"]["stateful"]["tokens"] == sum(map(len, nll))
+    assert f"| window of 1000 | {expected['bits_per_byte']:.4f} |" in markdown
     assert record["checkpoint"] == str(workdir)
     assert record["model"]["dtype"] == "float32"
     assert record["tokenizer"] == ByteTokenizer().fingerprint
@@ -269,7 +331,7 @@ def test_no_standard_error_of_one_document(workdir, tmp_path, capsys):
     output = tmp_path / "one.json"
     run_eval(workdir, data=str(tmp_path / "one.txt"), protocols=["window"], output=output)
     record = json.loads(output.read_text())
-    assert record["window_length"] == 32  # data.sequence_length
+    assert record["plan"]["window_length"] == 32  # data.sequence_length
     found = record["protocols"]["window"]
     assert found["standard_error"] is None
     assert found["word_perplexity"] is None  # 900 bytes in one word

@@ -13,11 +13,13 @@ import pytest
 from flax import nnx
 from tolerances import assert_close
 
+from retnet_jax import generate as generated
 from retnet_jax.checkpoint import Checkpoints
 from retnet_jax.config import Config, ConfigError, DataConfig, MeshConfig, ModelConfig
 from retnet_jax.data import ByteTokenizer
-from retnet_jax.generate import Sampler, decode, generate, prefill, row_keys, stream
+from retnet_jax.generate import Stream, decode, prefill, row_keys
 from retnet_jax.model import RetNet, Transformer
+from retnet_jax.sampling import Sampler, Samplers
 from retnet_jax.sharding import make_mesh, with_shardings
 from retnet_jax.workdir import open_workdir
 
@@ -32,6 +34,16 @@ def build(kind):
     # So that tokens vary more, and what is likeliest is so by more than rounding.
     model.embedding = nnx.Param(25 * model.embedding[...])
     return model
+
+
+def generate(*args, **kwargs):
+    """The tokens of each row."""
+    return [row.tokens for row in generated(*args, **kwargs)]
+
+
+def stream(*args, **kwargs):
+    """The tokens of each block."""
+    return (block.tokens for block in Stream(*args, **kwargs))
 
 
 def random_prompt(length):
@@ -121,7 +133,7 @@ DISTRIBUTIONS = {
 def test_samplers_draw_from_their_distribution(sampler, expected):
     draws = 20_000
     logits = jnp.broadcast_to(jnp.log(jnp.array(PROBABILITIES)), (draws, len(PROBABILITIES)))
-    tokens = jax.jit(sampler.sample)(row_keys(0, draws), logits)
+    tokens = jax.jit(Samplers.sample)(Samplers.of(sampler, draws), row_keys(0, draws), logits)
     share = np.bincount(tokens, minlength=len(PROBABILITIES)) / draws
     expected = np.array(expected) / sum(expected)
     # Five standard deviations, which is 0 where nothing may be drawn.
@@ -131,7 +143,7 @@ def test_samplers_draw_from_their_distribution(sampler, expected):
 @pytest.mark.parametrize("sampler", [Sampler(), Sampler(temperature=1.0, top_k=1)])
 def test_of_equal_logits_the_lower_id_is_the_likelier(sampler):
     logits = jnp.array([[0.0, 3.0, 1.0, 3.0, 3.0]] * 50)
-    assert sampler.sample(row_keys(0, 50), logits).tolist() == [1] * 50
+    assert Samplers.of(sampler, 50).sample(row_keys(0, 50), logits).tolist() == [1] * 50
 
 
 def test_a_row_stops_at_the_end_and_others_go_on():
@@ -161,10 +173,10 @@ def test_a_retnets_state_keeps_its_size():
     progress = prefill(model, PROMPTS, room=1024)
     sizes = jax.tree.map(jnp.shape, progress)
     for _ in range(64):
-        tokens, progress = decode(model, progress, keys, 16, WARM)
+        block, progress = decode(model, progress, keys, 16, Samplers.of(WARM, 3))
     assert jax.tree.map(jnp.shape, progress) == sizes
     assert progress.state.position.tolist() == [1029, 1025, 1064]
-    assert len(np.unique(tokens)) > 8
+    assert len(np.unique(block.tokens)) > 8
 
 
 @pytest.mark.parametrize("axes", [None, {"fsdp": 2, "tensor": 2}], ids=["1 device", "8 devices"])

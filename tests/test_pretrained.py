@@ -16,7 +16,7 @@ from eval import evaluate
 from retnet_jax import RetNet, generate, interop, load_pretrained, presets
 from retnet_jax.config import Config, ConfigError, DataConfig, OptimizerConfig, TrainConfig
 from retnet_jax.data import BatchStream, load_tokenizer, open_store
-from retnet_jax.evaluation import document_nll_window, perplexity_report
+from retnet_jax.evaluation import perplexity_report, window_nll
 from retnet_jax.pretrained import read_pretrained
 from retnet_jax.train_step import loss_sum
 from train import train
@@ -61,16 +61,16 @@ def test_evaluation(directory, corpus, tmp_path, capsys):
     texts = [path.read_text(encoding="utf-8") for path in sorted(corpus.iterdir())]
     tokenizer = load_tokenizer(directory)
     documents = [np.array([1, *ids]) for ids in tokenizer.encode_batch(texts)]
-    nll = document_nll_window(interop.load(directory), documents, window_length=2048, batch_size=4)
-    expected = perplexity_report(nll, documents, texts).bits_per_byte
+    nll = window_nll(interop.load(directory), documents, window_length=2048, batch_size=4)
+    expected = perplexity_report(nll, texts).bits_per_byte
     assert record["protocols"]["window"]["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
-    assert (record["step"], record["window_length"]) == (None, 2048)
+    assert (record["step"], record["plan"]["window_length"]) == (None, 2048)
 
 
 def test_generation(directory):
     tokenizer = load_tokenizer(directory)
     prompt = tokenizer.encode("def state")
-    (ids,) = generate(
+    ((ids, _),) = generate(
         load_pretrained(directory, dtype="bfloat16"),
         [[1, *prompt]],
         max_tokens=30,

@@ -211,7 +211,7 @@ def start(model: LanguageModel, batch: int, position: int, capacity: int) -> Pro
         return state._replace(
             layers=layers,
             visible=jnp.broadcast_to(jnp.arange(capacity) < position, (batch, capacity)),
-            length=jnp.int32(position),
+            length=places,
             position=places,
         )
 

@@ -14,7 +14,6 @@ from retnet_jax.config import ConfigError
 
 BOS = "<bos>"
 FILE_NAME = "tokenizer.json"
-_CONTEXT = 16  # tokens that are decoded again with the ones after them
 
 
 class Tokenizer(Protocol):
@@ -57,11 +56,16 @@ class TextStream:
     Args:
       tokenizer: what the ids are of.
       before: ids in front of the first piece, whose text is known.
+
+    Attributes:
+      context: how many tokens are decoded again with the ones after them.
     """
+
+    context = 16
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()):
         self._tokenizer = tokenizer
-        self._ids = list(before)[-_CONTEXT:]
+        self._ids = list(before)[-self.context :]
         self._shown = len(tokenizer.decode(self._ids))  # characters
 
     def add(self, ids: list[int]) -> str:
@@ -71,8 +75,8 @@ class TextStream:
         known = len(text.rstrip("\ufffd"))
         new = text[self._shown : known]
         self._shown = max(self._shown, known)
-        if known == len(text) and len(self._ids) > 4 * _CONTEXT:
-            self._ids = self._ids[-_CONTEXT:]
+        if known == len(text) and len(self._ids) > 4 * self.context:
+            self._ids = self._ids[-self.context :]
             self._shown = len(self._tokenizer.decode(self._ids))
         return new
 

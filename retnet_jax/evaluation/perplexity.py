@@ -1,24 +1,25 @@
-"""Perplexity and bits per byte of documents.
+"""-log p of every token of documents, by three protocols.
 
 A document is its tokens d_0 = BOS, d_1 ... d_n. Scored are d_1 ... d_n, each given the tokens
-before it that the protocol lets the model see; BOS is not, nor is the end of a document. The
-protocols:
+before it that the protocol lets the model see; BOS is not, nor is the end of a document.
 
     stateful   d_i given d_0 ... d_{i-1}: the state is carried through the document
-    window     d_i given those of its window: d_{kL} ... d_{kL+L-1}, read from zero state, predict
-               d_{kL+1} ... d_{kL+L}. Every token is scored once, the first from BOS, as by
-               `loglikelihood_rolling` of EleutherAI's lm-evaluation-harness, but for the last
-               window: there it is shorter too, but gets more context, L inputs in all
+    window     windows of L tokens, each read from zero state. Every token is scored once, the first
+               from BOS. The last window of a document begins as early as L inputs allow and is
+               scored where the one before ended: `loglikelihood_rolling` of lm-evaluation-harness
+    sliding    windows of which each is scored for `stride` tokens and has the L - stride before
+               them as context; `window` is the case stride = L
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from retnet_jax.config import ConfigError
 from retnet_jax.cross_entropy import token_cross_entropy
 from retnet_jax.model import LanguageModel, State
 from retnet_jax.shapes import Array, Float, Int
@@ -29,15 +30,15 @@ from retnet_jax.sharding import constrain
 _PIECE_LENGTH = 512
 
 
-def document_nll_stateful(
+def stateful_nll(
     model: LanguageModel,
     documents: Sequence[np.ndarray],
     *,
     batch_size: int,
     piece_length: int = _PIECE_LENGTH,
     progress: Callable[[int], object] = lambda tokens: None,
-) -> np.ndarray:
-    """-log p(d_1 ... d_n | BOS) of each document, in nats.
+) -> list[np.ndarray]:
+    """-log p(d_i | d_0 ... d_{i-1}) of each document, in nats.
 
     Documents of similar length go through the model together, piece by piece.
 
@@ -46,10 +47,10 @@ def document_nll_stateful(
       documents: token ids [n + 1] of each, BOS first.
       batch_size: documents at once.
       piece_length: most tokens at once; to rounding the result is the same for all.
-      progress: called with the number of tokens scored since the last call.
+      progress: called with the number of tokens read since the last call.
 
     Returns:
-      float64 [documents], summed in float64.
+      float32 [n] of each.
     """
     lengths = [len(document) - 1 for document in documents]
     # One length for all groups, so that few programs are compiled; where most documents are short
@@ -57,46 +58,118 @@ def document_nll_stateful(
     piece_length = min(piece_length, _power_of_two(math.ceil(np.mean(lengths))))
     rows = min(batch_size, len(documents))
     longest_first = np.argsort(lengths, kind="stable")[::-1]
-    nll = np.zeros(len(documents))
+    nll = [np.zeros(0, np.float32)] * len(documents)
     for start in range(0, len(documents), rows):
         group = longest_first[start : start + rows]
-        nll[group] = _group_nll(model, [documents[i] for i in group], rows, piece_length, progress)
+        found = _group_nll(model, [documents[i] for i in group], rows, piece_length, progress)
+        for i, losses in zip(group, found, strict=True):
+            nll[i] = losses
     return nll
 
 
-def document_nll_window(
+def window_nll(
     model: LanguageModel,
     documents: Sequence[np.ndarray],
     *,
     window_length: int,
+    stride: int | None = None,
     batch_size: int,
     progress: Callable[[int], object] = lambda tokens: None,
-) -> np.ndarray:
-    """The sum over the windows of each document of -log p(window | the token before it), in nats.
+) -> list[np.ndarray]:
+    """-log p(d_i | what its window has before it) of each document, in nats.
 
     Args:
       model: scores the tokens.
       documents: token ids [n + 1] of each, BOS first.
-      window_length: tokens scored in a window; the last of a document may have fewer.
+      window_length: inputs of a window, the protocol's L.
+      stride: tokens that a window is scored for; None: all, so that windows do not overlap.
       batch_size: windows at once.
-      progress: called with the number of tokens scored since the last call.
+      progress: called with the number of tokens read since the last call, of those that
+        `windows` has.
 
     Returns:
-      float64 [documents], summed in float64.
+      float32 [n] of each.
+
+    Raises:
+      ConfigError: for a stride that is not in 1 ... `window_length`.
     """
-    windows, owners = [], []
+    parts, owners = [], []
     for owner, document in enumerate(documents):
-        for start in range(0, len(document) - 1, window_length):
-            windows.append(document[start : start + window_length + 1])
+        for window in windows(len(document) - 1, window_length, stride):
+            parts.append((document[window.start : window.stop + 1], window.scored))
             owners.append(owner)
-    nll = document_nll_stateful(
+    found = stateful_nll(
         model,
-        windows,
+        [tokens for tokens, _ in parts],
         batch_size=batch_size,
         piece_length=min(window_length, _PIECE_LENGTH),
         progress=progress,
     )
-    return np.bincount(owners, weights=nll, minlength=len(documents))
+    nll = [[] for _ in documents]
+    for owner, losses, (_, scored) in zip(owners, found, parts, strict=True):
+        nll[owner].append(losses[len(losses) - scored :])
+    return [np.concatenate(losses) for losses in nll]
+
+
+class Window(NamedTuple):
+    """Inputs d_start ... d_{stop-1} of a document, scored on the last `scored` of their targets."""
+
+    start: int
+    stop: int
+    scored: int
+
+
+def windows(tokens: int, length: int, stride: int | None = None) -> list[Window]:
+    """The windows of a document of so many tokens after BOS; see `window_nll`."""
+    stride = length if stride is None else stride
+    if not 1 <= stride <= length:
+        raise ConfigError(f"stride={stride} is not in 1 ... {length}, the window's length")
+    found = [Window(0, min(length, tokens), min(length, tokens))]
+    while (done := found[-1].stop) < tokens:
+        stop = min(tokens, done + stride)
+        found.append(Window(stop - length, stop, stop - done))
+    return found
+
+
+def last_tokens_nll(
+    model: LanguageModel,
+    documents: Sequence[np.ndarray],
+    context_lengths: Sequence[int],
+    *,
+    scored: int = 128,
+    batch_size: int,
+    progress: Callable[[int], object] = lambda tokens: None,
+) -> dict[int, np.ndarray]:
+    """-log p of the same tokens after contexts of several lengths (arXiv 2307.08621, Table 8).
+
+    Of each document that is long enough, the `scored` tokens that end the longest context's window
+    are scored in windows that end there and have that many inputs in all.
+
+    Returns:
+      For each length float64 [documents that are long enough], the sum over the tokens in nats.
+
+    Raises:
+      ConfigError: if no document is as long as the longest context, or a context is shorter than
+        `scored`.
+    """
+    longest = max(context_lengths)
+    if min(context_lengths) < scored:
+        raise ConfigError(
+            f"a context of {min(context_lengths)} tokens is shorter than the {scored} that are "
+            "scored at its end"
+        )
+    long = [document[: longest + 1] for document in documents if len(document) > longest]
+    if not long:
+        most = max(len(document) - 1 for document in documents)
+        raise ConfigError(
+            f"no document has {longest} tokens, the longest context; the longest has {most}"
+        )
+    nll = {}
+    for length in context_lengths:
+        parts = [document[longest - length :] for document in long]
+        found = stateful_nll(model, parts, batch_size=batch_size, progress=progress)
+        nll[length] = np.array([losses[-scored:].sum(dtype=np.float64) for losses in found])
+    return nll
 
 
 def _group_nll(
@@ -105,13 +178,13 @@ def _group_nll(
     rows: int,
     piece_length: int,
     progress: Callable[[int], object],
-) -> np.ndarray:
-    """As `document_nll_stateful` of at most `rows` documents, the longest first."""
+) -> list[np.ndarray]:
+    """As `stateful_nll` of at most `rows` documents, the longest first."""
     n_pieces = math.ceil((len(documents[0]) - 1) / piece_length)
     # A Transformer is compiled for each capacity: rounded up, at most by a quarter, they are few.
     step = max(1, _power_of_two(n_pieces) // 8)
     state = model.init_state(rows, piece_length * step * math.ceil(n_pieces / step))
-    nll = np.zeros(rows)
+    nll = []
     for start in range(0, n_pieces * piece_length, piece_length):
         # One token more than is read: the target of the last.
         tokens = np.zeros((rows, piece_length + 1), np.int32)
@@ -121,9 +194,10 @@ def _group_nll(
             tokens[row, : len(piece)] = piece
             real[row, : max(0, len(piece) - 1)] = 1
         losses, state = _piece_nll(model, state, tokens[:, :-1], tokens[:, 1:], real)
-        nll += np.asarray(losses, np.float64).sum(axis=1, where=real == 1)
+        nll.append(np.asarray(losses))
         progress(int(real.sum()))
-    return nll[: len(documents)]
+    joined = np.concatenate(nll, axis=1)
+    return [joined[row, : len(document) - 1] for row, document in enumerate(documents)]
 
 
 @partial(jax.jit, donate_argnames="state")
@@ -142,70 +216,3 @@ def _piece_nll(
 def _power_of_two(least: int) -> int:
     """The smallest power of two that is not less."""
     return 1 << max(0, least - 1).bit_length()
-
-
-@dataclass(frozen=True)
-class PerplexityReport:
-    """What one protocol gives on a set of documents."""
-
-    bits_per_byte: float  # nll / ln 2 / bytes
-    standard_error: float  # of bits_per_byte, by `ratio_standard_error` over documents
-    token_perplexity: float  # exp(nll / tokens)
-    word_perplexity: float  # exp(nll / words)
-    nll: float  # -log p of all documents, in nats
-    documents: int
-    tokens: int  # scored, so without BOS
-    words: int  # separated by whitespace
-    bytes: int  # of UTF-8
-
-
-def perplexity_report(
-    nll: np.ndarray,
-    documents: Sequence[np.ndarray],
-    texts: Sequence[str],
-    byte_counts: np.ndarray | None = None,
-) -> PerplexityReport:
-    """Sums up documents; all sums and quotients are of totals, not means over documents.
-
-    Args:
-      nll: of each document, in nats.
-      documents: token ids [n + 1] of each, BOS first.
-      texts: the same documents as text, for their words and bytes.
-      byte_counts: bytes of each document's UTF-8, where the texts were decoded from tokens and may
-        have lost some; None: those of the texts.
-    """
-    if byte_counts is None:
-        byte_counts = np.array([len(text.encode("utf-8")) for text in texts])
-    bits = nll / math.log(2)
-    total = float(nll.sum())
-    tokens = sum(len(document) - 1 for document in documents)
-    words = sum(len(text.split()) for text in texts)
-    return PerplexityReport(
-        bits_per_byte=float(bits.sum() / byte_counts.sum()),
-        standard_error=ratio_standard_error(bits, byte_counts),
-        token_perplexity=_exp(total / tokens),
-        word_perplexity=_exp(total / words),
-        nll=total,
-        documents=len(documents),
-        tokens=tokens,
-        words=words,
-        bytes=int(byte_counts.sum()),
-    )
-
-
-def ratio_standard_error(x: np.ndarray, y: np.ndarray) -> float:
-    """Standard error of R = sum x / sum y over n units drawn at random, such as documents.
-
-    sqrt(n / (n - 1) * sum (x_i - R y_i)^2) / sum y: the delta method (Cochran, Sampling Techniques,
-    1977, chapter 6, without its correction for a finite population). NaN for a single unit.
-    """
-    n = len(x)
-    if n == 1:
-        return math.nan
-    residuals = x - x.sum() / y.sum() * y
-    return float(np.sqrt(n / (n - 1) * np.square(residuals).sum()) / y.sum())
-
-
-def _exp(x: float) -> float:
-    """exp(x), infinite where that is beyond float64: text without spaces can be one long word."""
-    return math.exp(x) if x < 709 else math.inf

@@ -41,14 +41,31 @@ class KVCache(NamedTuple):
 
     layers: KeysValues | tuple[KeysValues, ...] | None  # a tuple: of a model for decoding
     visible: Bool[Array, "b s"]  # slots that hold tokens of the document the row ended in
-    length: Int[Array, ""]  # slots in use, padding included
+    length: Int[Array, " b"]  # slots in use, padding included; a call writes behind the most
     position: Int[Array, " b"]  # of the next token in its document
+
+    def take(self, rows: Int[Array, " r"]) -> "KVCache":
+        """The caches of some rows; one may be taken several times."""
+        layers = jax.tree.map(lambda x: x[..., rows, :, :, :], self.layers)
+        return KVCache(layers, self.visible[rows], self.length[rows], self.position[rows])
+
+    def put(self, rows: Int[Array, " r"], cache: "KVCache") -> "KVCache":
+        """With the rows of another cache, of as many slots, at places `rows`."""
+        layers = jax.tree.map(
+            lambda x, new: x.at[..., rows, :, :, :].set(new), self.layers, cache.layers
+        )
+        rest = zip(self[1:], cache[1:], strict=True)
+        return KVCache(layers, *(x.at[rows].set(new) for x, new in rest))
 
     def with_room(self, tokens: int) -> "KVCache":
         """The same cache with slots for so many more tokens."""
         if isinstance(self.length, jax.core.Tracer):
             return self
-        missing = max(0, int(self.length) + tokens - self.visible.shape[1])
+        return self.with_capacity(int(self.length.max()) + tokens)
+
+    def with_capacity(self, tokens: int) -> "KVCache":
+        """The same cache with slots for at least so many tokens in all."""
+        missing = max(0, tokens - self.visible.shape[1])
         pad = [(0, 0), (0, missing), (0, 0), (0, 0)]
         return self._replace(
             layers=jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 4) + pad), self.layers),
@@ -114,7 +131,7 @@ class Attention(nnx.Module):
                 jnp.zeros((*shape, config.v_width // config.n_heads), config.dtype),
             ),
             visible=jnp.zeros((batch_size, capacity), bool),
-            length=jnp.zeros((), jnp.int32),
+            length=jnp.zeros(batch_size, jnp.int32),
             position=jnp.zeros(batch_size, jnp.int32),
         )
 
@@ -137,15 +154,16 @@ class Attention(nnx.Module):
         turn = rotation(
             place, config.q_width // config.n_heads, config.rotation, config.state_dtype
         )
+        start = state.length.max()
         # An overflowing write would be moved onto earlier slots in silence.
-        overflows = state.length + length > state.visible.shape[1]
+        overflows = start + length > state.visible.shape[1]
         turn = turn._replace(cos=jnp.where(overflows, jnp.nan, turn.cos))
         # The document in each slot: 0 for the one the row opens with, -1 for what none can see.
         real, _, index = documents(segment_ids)
         slot_document = jax.lax.dynamic_update_slice_in_dim(
             jnp.where(state.visible, jnp.int32(0), -1),
             jnp.where(real, index, -1),
-            state.length,
+            start,
             axis=1,
         )
         q = (*shape, config.n_heads, config.q_width // config.n_heads)
@@ -158,11 +176,11 @@ class Attention(nnx.Module):
                 implementation=kernel,
             )
         else:
-            mask = None if fresh and one_document else _mask(slot_document, index, state.length)
+            mask = None if fresh and one_document else _mask(slot_document, index, start)
             attend = partial(attend_to_all, mask=mask)
-        return AttentionContext(turn, state.length, attend), state._replace(
+        return AttentionContext(turn, start, attend), state._replace(
             visible=slot_document == index[:, -1:],
-            length=state.length + length,
+            length=jnp.full_like(state.length, start + length),
             position=after,
         )
 

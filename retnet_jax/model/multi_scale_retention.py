@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
@@ -28,6 +29,26 @@ class RetentionState(NamedTuple):
     # S of each layer; None: nothing read yet; a tuple: of a model for decoding
     layers: Float[Array, "n b h k v"] | tuple[Float[Array, "b h v k"], ...] | None
     position: Int[Array, " b"]  # of the next token in its document
+
+    def take(self, rows: Int[Array, " r"]) -> "RetentionState":
+        """The states of some rows; one may be taken several times."""
+        layers = jax.tree.map(lambda x: x[..., rows, :, :, :], self.layers)
+        return RetentionState(layers, self.position[rows])
+
+    def put(self, rows: Int[Array, " r"], state: "RetentionState") -> "RetentionState":
+        """With another state's rows at places `rows`."""
+        layers = jax.tree.map(
+            lambda x, new: x.at[..., rows, :, :, :].set(new), self.layers, state.layers
+        )
+        return RetentionState(layers, self.position.at[rows].set(state.position))
+
+    def with_room(self, tokens: int) -> "RetentionState":
+        """A cache would get slots for so many more tokens; this state has one size."""
+        return self
+
+    def with_capacity(self, tokens: int) -> "RetentionState":
+        """A cache would get slots for so many tokens in all."""
+        return self
 
 
 class RetentionContext(NamedTuple):

@@ -1,0 +1,281 @@
+"""Log-likelihoods of continuations. What requests begin with alike is read once.
+
+    score(model, [(context_ids, continuation_ids), ...])  ->  [(log-likelihood, is_greedy), ...]
+
+The requests' tokens are a trie (`prefix_trie.py`). Its nodes are read in chunkwise form, many at
+once, each from the state that its parent left: a RetNet's state is one array, so a prompt is read
+once for all questions, and a question once for all its answers. A Transformer does the same with
+its cache. States wait in a pool of slots until all children have been read.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from heapq import heappop, heappush
+from itertools import count
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from retnet_jax.config import ConfigError
+from retnet_jax.cross_entropy import logits_at_once
+from retnet_jax.evaluation.prefix_trie import Node, PrefixTrie, Request
+from retnet_jax.model import LanguageModel, State
+from retnet_jax.shapes import Array, Bool, Float, Int
+from retnet_jax.sharding import constrain
+
+# Few shapes are compiled: nodes are padded to powers of two from here on, have this many queries or
+# as many as tokens, and are read in whole batches, or quarters of them and so on.
+_SHORTEST = 16
+_FEW_QUERIES = 8
+# Slots of the pool that no node owns: the state before the first token, and where states go that
+# nobody needs.
+_NOTHING_READ, _WASTE = 0, 1
+
+
+class Score(NamedTuple):
+    """What a model thinks of a continuation."""
+
+    log_likelihood: float  # log p(continuation | context), in nats
+    is_greedy: bool  # whether each of its tokens is the likeliest
+
+
+def score(
+    model: LanguageModel,
+    requests: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    progress: Callable[[int], object] = lambda tokens: None,
+) -> list[Score]:
+    """The log-likelihood of each continuation after its context, in the order of the requests.
+
+    The log-softmax is float32, sums are float64. On a mesh (`jax.set_mesh`) rows are split.
+
+    Args:
+      model: RetNet or Transformer.
+      requests: token ids of context and continuation; the model reads nothing before a context, so
+        it opens with BOS where texts do.
+      batch_size: nodes of the trie that are read at once. There are states of about three times as
+        many.
+      max_length: as in `PrefixTrie`.
+      progress: called with the number of tokens read since the last call, of those that
+        `PrefixTrie(requests).tokens` says.
+
+    Raises:
+      ConfigError: as `PrefixTrie`, and for an id that the model does not know.
+    """
+    trie = PrefixTrie([Request(*request) for request in requests], max_length)
+    return score_trie(model, trie, batch_size=batch_size, progress=progress)
+
+
+def score_trie(
+    model: LanguageModel,
+    trie: PrefixTrie,
+    *,
+    batch_size: int = 32,
+    progress: Callable[[int], object] = lambda tokens: None,
+) -> list[Score]:
+    """As `score`, of requests that are a trie already."""
+    _check_ids(trie, model.config.vocab_size)
+    log_likelihood = np.zeros(trie.requests)
+    is_greedy = np.ones(trie.requests, bool)
+
+    def collect(batch: list[Node], answers: tuple[Array, Array]) -> None:
+        log_p, greedy = (np.asarray(x) for x in answers)
+        for row, node in enumerate(batch):
+            for request, first, last in node.asked:
+                log_likelihood[request] += log_p[row, first : node.inner].sum(dtype=np.float64)
+                log_likelihood[request] += log_p[row, last]
+                is_greedy[request] &= greedy[row, first : node.inner].all() & greedy[row, last]
+        progress(sum(len(node.tokens) for node in batch))
+
+    pool = _Pool(model, batch_size, _capacity(trie))
+    # One batch is awaited while the next is computed.
+    waiting = None
+    for batch in _schedule(trie, batch_size):
+        answers = pool.read(batch)
+        if waiting is not None:
+            collect(*waiting)
+        waiting = batch, answers
+    if waiting is not None:
+        collect(*waiting)
+    return [
+        Score(float(x), bool(greedy)) for x, greedy in zip(log_likelihood, is_greedy, strict=True)
+    ]
+
+
+def _check_ids(trie: PrefixTrie, vocab_size: int) -> None:
+    for node in trie.nodes():
+        ids = [*node.tokens[[node.tokens.argmin(), node.tokens.argmax()]].tolist()]
+        ids += [target for _, target in node.queries[node.inner :]]
+        for token in ids:
+            if not 0 <= token < vocab_size:
+                raise ConfigError(
+                    f"a request has the token id {token}, but the model knows ids from 0 to "
+                    f"{vocab_size - 1}; is the tokenizer another model's?"
+                )
+
+
+def _schedule(trie: PrefixTrie, batch_size: int) -> Iterator[list[Node]]:
+    """All nodes in batches of about one length, parents before their children.
+
+    A batch is full where it can be, and of the full ones the deepest comes first: it frees states.
+    Otherwise shallower nodes are read until there are more children. So a length has less than a
+    batch of nodes waiting, and what waits has states of a few batches.
+    """
+    ready, order = defaultdict(list), count()
+
+    def add(node):
+        heappush(ready[_padded(len(node.tokens))], (-node.level, next(order), node))
+
+    for node in trie.roots:
+        add(node)
+    while waiting := [heap for heap in ready.values() if heap]:
+        heap = max(waiting, key=lambda heap: (len(heap) >= batch_size, -heap[0][0]))
+        batch = [heappop(heap)[-1] for _ in range(min(batch_size, len(heap)))]
+        yield batch
+        for node in batch:
+            for child in node.children:
+                add(child)
+
+
+class _Pool:
+    """The states of nodes whose children are still to be read, a slot of a batch each."""
+
+    def __init__(self, model: LanguageModel, batch_size: int, capacity: int):
+        self._model = model
+        self._batch_size = batch_size
+        self._capacity = capacity  # of a Transformer's cache
+        slots = 2 * batch_size
+        self._state = model.init_state(slots + 2, self._capacity)
+        self._free = list(range(slots + 1, _WASTE, -1))
+        self._lengths = [0] * (slots + 2)  # slots of a Transformer's cache that are in use
+        self._slots: dict[Node, int] = {}
+        self._unread: dict[Node, int] = {}  # children of the nodes that have a slot
+
+    def read(self, batch: Sequence[Node]) -> tuple[Float[Array, "b s"], Bool[Array, "b s"]]:
+        """Reads nodes, and answers their queries: log p of the target, whether it is likeliest."""
+        rows = self._batch_size
+        while rows > 1 and (quarter := -(-rows // 4)) >= len(batch):
+            rows = quarter
+        length = _padded(max(len(node.tokens) for node in batch))
+        asked = max(len(node.queries) for node in batch)
+        asked = _FEW_QUERIES if asked <= _FEW_QUERIES else max(length, _power_of_two(asked))
+        tokens = np.zeros((rows, length), np.int32)
+        counts = np.zeros(rows, np.int32)
+        queries = np.zeros((rows, asked, 2), np.int32)
+        for row, node in enumerate(batch):
+            tokens[row, : len(node.tokens)] = node.tokens
+            counts[row] = len(node.tokens)
+            queries[row, : len(node.queries)] = np.reshape(node.queries, (-1, 2))
+        sources, targets = self._places(batch, length)
+        rest = rows - len(batch)
+        self._state, answers = _read(
+            self._model,
+            self._state,
+            np.array(sources + [_NOTHING_READ] * rest),
+            np.array(targets + [_WASTE] * rest) if set(targets) != {_WASTE} else None,
+            tokens,
+            counts,
+            queries,
+        )
+        return answers
+
+    def _places(self, batch: Sequence[Node], length: int) -> tuple[list[int], list[int]]:
+        """The slots that nodes start from, and those that their states go to."""
+        sources = [self._slots.get(node.parent, _NOTHING_READ) for node in batch]
+        for node in batch:
+            if node.parent is not None:
+                self._unread[node.parent] -= 1
+                if not self._unread[node.parent]:
+                    del self._unread[node.parent]
+                    self._free.append(self._slots.pop(node.parent))
+        after = max(self._lengths[source] for source in sources) + length
+        if after > self._capacity:
+            self._capacity = _power_of_two(after)
+            self._state = self._state.with_capacity(self._capacity)
+        targets = []
+        for node in batch:
+            slot = _WASTE
+            if node.children:
+                slot = self._slots[node] = self._take_free()
+                self._unread[node] = len(node.children)
+                self._lengths[slot] = after
+            targets.append(slot)
+        return sources, targets
+
+    def _take_free(self) -> int:
+        if not self._free:
+            slots = len(self._lengths)
+            more = self._model.init_state(2 * slots, self._capacity)
+            self._state = more.put(jnp.arange(slots), self._state)
+            self._free = list(range(2 * slots - 1, slots - 1, -1))
+            self._lengths += [0] * slots
+        return self._free.pop()
+
+
+@partial(jax.jit, donate_argnames="pool")
+def _read(
+    model: LanguageModel,
+    pool: State,
+    sources: Int[Array, " b"],
+    targets: Int[Array, " b"] | None,
+    tokens: Int[Array, "b t"],
+    counts: Int[Array, " b"],
+    queries: Int[Array, "b s 2"],
+) -> tuple[State, tuple[Float[Array, "b s"], Bool[Array, "b s"]]]:
+    """The pool after reading tokens from the slots `sources` on into `targets`; and the answers."""
+    segment_ids = (jnp.arange(tokens.shape[1]) < counts[:, None]).astype(jnp.int32)
+    hidden, state = model.hidden(constrain(tokens, "bt"), pool.take(sources), segment_ids)
+    if targets is not None:
+        pool = pool.put(targets, state)
+    offsets, ids = queries[..., 0], queries[..., 1]
+    asked = jnp.take_along_axis(hidden, offsets[..., None], axis=1)
+    answers = _answers(model, asked, ids)
+    return pool, jax.tree.map(lambda x: constrain(x, "  "), answers)  # whole, for every process
+
+
+def _answers(
+    model: LanguageModel, hidden: Float[Array, "b s d"], ids: Int[Array, "b s"]
+) -> tuple[Float[Array, "b s"], Bool[Array, "b s"]]:
+    """The log p of ids, and whether each is the likeliest, with the logits of a part at a time."""
+    b, s, d = hidden.shape
+    part = s
+    while part > 1 and b * part * model.config.vocab_size > logits_at_once():
+        part //= 2
+
+    def of_part(inputs):
+        hidden, ids = inputs
+        logits = model.logits(hidden)
+        log_p = jax.nn.log_softmax(logits)
+        log_p = jnp.take_along_axis(log_p, ids[..., None], axis=-1)[..., 0]
+        return log_p, logits.argmax(-1) == ids
+
+    if part == s:
+        return of_part((hidden, ids))
+    parts = (
+        hidden.reshape(b, s // part, part, d).swapaxes(0, 1),
+        ids.reshape(b, s // part, part).swapaxes(0, 1),
+    )
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(b, s), jax.lax.map(of_part, parts))
+
+
+def _capacity(trie: PrefixTrie) -> int:
+    """Slots of a cache for the longest path through a trie, whose nodes are padded."""
+    end, longest = {}, 1
+    for node in trie.nodes():
+        end[node] = end.get(node.parent, 0) + _padded(len(node.tokens))
+        longest = max(longest, end[node])
+    return _power_of_two(longest)
+
+
+def _padded(length: int) -> int:
+    return max(_SHORTEST, _power_of_two(length))
+
+
+def _power_of_two(least: int) -> int:
+    """The smallest power of two that is not less."""
+    return 1 << max(0, least - 1).bit_length()

@@ -1,0 +1,142 @@
+"""The rows of a task: from local files, the Hugging Face hub or tensorflow_datasets."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from retnet_jax.config import ConfigError
+from retnet_jax.evaluation.tasks import Row, Task
+
+HUBS = ("hf", "tfds")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one split, checked.
+
+    Attributes:
+      rows: in the order of the data set.
+      names: where each comes from, for messages: a file and line.
+    """
+
+    rows: list[Row]
+    names: list[str]
+
+    @property
+    def sha256(self) -> str:
+        """In hex, of the rows as JSON: equal for equal rows in one order."""
+        lines = (json.dumps(row, sort_keys=True, default=str) for row in self.rows)
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def read_rows(task: Task, split: str, source: str) -> Rows:
+    """One split of a task.
+
+    Args:
+      task: from `TASKS`.
+      split: such as `task.split`.
+      source: a directory, which has TASK/SPLIT.jsonl with a row a line in the fields of the data
+        set; or "hf" or "tfds", which download it with that library.
+
+    Raises:
+      ConfigError: for a split that is not there or has no rows, and for a row that is no JSON or
+        has a field that is missing, of another type or out of range.
+    """
+    if source == "hf":
+        named = _from_hugging_face(task, split)
+    elif source == "tfds":
+        named = _from_tfds(task, split)
+    else:
+        named = _from_file(Path(source) / task.name / f"{split}.jsonl", task)
+    if not named:
+        raise ConfigError(f"{task.name} has no rows in split {split!r} of {source}")
+    for name, row in named:
+        _check(task, row, name)
+    names, rows = zip(*named, strict=True)
+    return Rows(list(rows), list(names))
+
+
+def _from_file(path: Path, task: Task) -> list[tuple[str, Any]]:
+    if not path.is_file():
+        raise ConfigError(
+            f"{path} is not there: {task.name} needs a file with a row a line and the fields "
+            f"{', '.join(task.fields)}"
+        )
+    named = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            name = f"{path}, line {number}"
+            try:
+                named.append((name, json.loads(line)))
+            except ValueError as error:
+                raise ConfigError(f"{name}: not JSON ({error})") from None
+    return named
+
+
+def _from_hugging_face(task: Task, split: str) -> list[tuple[str, Any]]:
+    try:
+        import datasets
+    except ImportError:
+        raise ConfigError("--data=hf needs `pip install datasets`") from None
+    path, configuration = task.hub
+    try:
+        rows = datasets.load_dataset(path, configuration, split=split)
+    except Exception as error:  # of many kinds: no network, no such split, no access
+        raise ConfigError(f"datasets cannot load {path} ({split}): {error}") from error
+    return [(f"{path}, {split} row {number}", row) for number, row in enumerate(rows)]
+
+
+def _from_tfds(task: Task, split: str) -> list[tuple[str, Any]]:
+    if task.tfds is None:
+        raise ConfigError(
+            f"{task.name} has other fields in tensorflow_datasets; use --data=hf or a directory"
+        )
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError:
+        raise ConfigError("--data=tfds needs `pip install tensorflow-datasets`") from None
+    try:
+        rows = tfds.data_source(task.tfds, split=split)
+    except Exception as error:  # as above
+        raise ConfigError(
+            f"tensorflow_datasets cannot load {task.tfds} ({split}): {error}"
+        ) from error
+    return [(f"{task.tfds}, {split} row {n}", _as_python(row)) for n, row in enumerate(rows)]
+
+
+def _as_python(row: dict[str, Any]) -> dict[str, Any]:
+    """Strings for bytes, numbers for arrays."""
+    plain = {name: x.item() if hasattr(x, "item") else x for name, x in row.items()}
+    return {name: x.decode() if isinstance(x, bytes) else x for name, x in plain.items()}
+
+
+def _check(task: Task, row: Any, name: str) -> None:
+    if not isinstance(row, dict):
+        raise ConfigError(f"{name}: {row!r} is no object with the fields of {task.name}")
+    for field, kind in task.fields.items():
+        if field not in row:
+            raise ConfigError(
+                f"{name}: the field {field!r} of {task.name} is missing; there are "
+                f"{', '.join(map(repr, row))}"
+            )
+        if not isinstance(row[field], kind):
+            kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+            raise ConfigError(
+                f"{name}: {field}={row[field]!r} is of type {type(row[field]).__name__}; "
+                f"{task.name} needs {kinds}"
+            )
+    try:
+        question = task.question(row, "lm_eval")
+    except (KeyError, ValueError, IndexError) as error:
+        raise ConfigError(
+            f"{name}: this is no row of {task.name} ({type(error).__name__}: {error}): {row!r}"
+        ) from None
+    if question.choices != task.choices or not 0 <= question.label < task.choices:
+        raise ConfigError(
+            f"{name}: {task.name} has {task.choices} choices; this row has {question.choices}, and "
+            f"its label names number {question.label} counted from 0"
+        )

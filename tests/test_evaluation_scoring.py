@@ -1,0 +1,229 @@
+"""Scores of continuations against plain loops; what is read, and that it is read once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+
+from retnet_jax import ModelConfig, RetNet, Transformer
+from retnet_jax.config import ConfigError, MeshConfig
+from retnet_jax.evaluation import PrefixTrie, Request, score, score_trie
+from retnet_jax.evaluation.prefix_trie import LONGEST_NODE
+from retnet_jax.sharding import make_mesh, with_shardings
+
+VOCABULARY = 24
+CONFIG = ModelConfig(vocab_size=VOCABULARY, d_model=16, n_layers=2, n_heads=2, chunk_size=8)
+KINDS = (RetNet, Transformer)
+
+
+def build(kind):
+    model = kind(CONFIG, rngs=nnx.Rngs(0))
+    # Drawn larger: at the start every model's predictions are close to uniform.
+    model.embedding = nnx.Param(model.embedding[...] * 50)
+    model.head = nnx.Param(model.head[...] * 50)
+    return model
+
+
+MODELS = {kind: build(kind) for kind in KINDS}
+
+
+def requests_of_a_task(rng, questions=7, choices=3, prompt=40):
+    """A prompt for all, questions of any length, choices that begin alike."""
+    draw = lambda n: rng.integers(1, VOCABULARY, n).tolist()  # noqa: E731
+    shared = [0, *draw(prompt)]
+    requests = []
+    for _ in range(questions):
+        context = shared + draw(rng.integers(1, 30))
+        begin = draw(2)
+        requests += [Request(context, begin + draw(rng.integers(1, 6))) for _ in range(choices)]
+    return requests
+
+
+@jax.jit
+def parallel_logits(model, tokens):
+    return model(tokens, form="parallel")[0]
+
+
+def by_definition(model, requests):
+    """Each request alone, in one parallel pass; sums in float64."""
+    longest = max(len(context) + len(continuation) for context, continuation in requests)
+    expected = []
+    for context, continuation in requests:
+        tokens = np.zeros(longest, np.int32)
+        tokens[: len(context) + len(continuation)] = [*context, *continuation]
+        log_p = np.asarray(jax.nn.log_softmax(parallel_logits(model, tokens[None])[0]), np.float64)
+        places = len(context) - 1 + np.arange(len(continuation))
+        greedy = (log_p[places].argmax(-1) == continuation).all()
+        expected.append((log_p[places, continuation].sum(), bool(greedy)))
+    return expected
+
+
+def assert_same(found, expected):
+    likelihoods = np.array([score[0] for score in expected])
+    assert [score.log_likelihood for score in found] == pytest.approx(likelihoods, rel=1e-5)
+    assert [score.is_greedy for score in found] == [score[1] for score in expected]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_are_those_of_each_request_alone_in_the_order_given(kind):
+    rng = np.random.default_rng(0)
+    model, requests = MODELS[kind], requests_of_a_task(rng)
+    # Continuations that the model itself would write, one that is asked twice, one of one token, a
+    # context that is another's continuation.
+    context = requests[0].context
+    greedy = []
+    for _ in range(3):
+        row = np.array([*context, *greedy])
+        greedy.append(int(parallel_logits(model, row[None])[0, -1].argmax()))
+    requests += [Request(context, greedy), requests[4], Request([0], context[1:9])]
+    requests += [Request(context, greedy[:1]), Request(context[:5], [*context[5:], 3])]
+    requests = [requests[i] for i in rng.permutation(len(requests))]
+    expected = by_definition(model, requests)
+    assert sum(greedy for _, greedy in expected) >= 2
+    assert_same(score(model, requests, batch_size=4), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sharing_prefixes_changes_no_score(kind):
+    model, requests = MODELS[kind], requests_of_a_task(np.random.default_rng(1))
+    shared, alone = (PrefixTrie(requests, reuse=reuse) for reuse in (True, False))
+    assert shared.tokens < alone.tokens / 2
+    assert alone.tokens == alone.tokens_alone == shared.tokens_alone
+    found, expected = (score_trie(model, trie, batch_size=8) for trie in (shared, alone))
+    assert_same(found, expected)
+
+
+def test_a_prompt_is_read_once_and_a_question_once():
+    rng = np.random.default_rng(2)
+    requests = requests_of_a_task(rng, questions=5, choices=4, prompt=100)
+    read = []
+    found = score(MODELS[RetNet], requests, batch_size=4, progress=read.append)
+    assert len(found) == 20
+    prompts, questions = 101, sum(len(x.context) - 101 for x in requests[::4])
+    continuations = sum(len(x.continuation) for x in requests)
+    assert sum(read) == PrefixTrie(requests).tokens <= prompts + questions + continuations
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=12), min_size=1, max_size=20))
+def test_a_trie_has_each_distinct_prefix_once_and_asks_for_all(rows):
+    requests = [Request(row[:1], row[1:]) for row in rows]
+    trie = PrefixTrie(requests)
+    inputs = [tuple(row[:-1]) for row in rows]
+    assert trie.tokens == len({row[:n] for row in inputs for n in range(1, len(row) + 1)})
+    asked = [{} for _ in rows]
+    for node in trie.nodes():
+        path, above = list(node.tokens), node.parent
+        while above is not None:
+            path, above = [*above.tokens, *path], above.parent
+        start = len(path) - len(node.tokens)
+        for request, first, last in node.asked:
+            for query in [*range(first, node.inner), last]:
+                offset, target = node.queries[query]
+                assert path[: start + offset + 1] == rows[request][: start + offset + 1]
+                asked[request][start + offset + 1] = target
+    # Each token of a continuation is asked for once, after the tokens before it.
+    assert asked == [dict(enumerate(row[1:], start=1)) for row in rows]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_longer_than_a_node(kind):
+    rng = np.random.default_rng(3)
+    requests = requests_of_a_task(rng, questions=3, choices=2, prompt=2 * LONGEST_NODE + 100)
+    assert max(len(node.tokens) for node in PrefixTrie(requests).nodes()) == LONGEST_NODE
+    found = score(MODELS[kind], requests, batch_size=2)
+    assert_same(found, by_definition(MODELS[kind], requests))
+
+
+def test_requests_that_are_too_long_lose_their_beginning_and_are_counted():
+    requests = requests_of_a_task(np.random.default_rng(4), questions=3)
+    trie = PrefixTrie(requests, max_length=30)
+    assert trie.truncated == len(requests)
+    cut = [
+        Request(([*context, *continuation[:-1]])[-30:][: 31 - len(continuation)], continuation)
+        for context, continuation in requests
+    ]
+    assert {len(x.context) + len(x.continuation) for x in cut} == {31}
+    found = score_trie(MODELS[RetNet], trie, batch_size=4)
+    assert_same(found, by_definition(MODELS[RetNet], cut))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mesh_gives_the_same(kind):
+    model, requests = MODELS[kind], requests_of_a_task(np.random.default_rng(5))
+    expected = score(model, requests, batch_size=8)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    shardings = jax.tree.map(lambda x: x.sharding, with_shardings(model, mesh))
+    with jax.set_mesh(mesh):
+        found = score(jax.device_put(model, shardings), requests, batch_size=8)
+    assert_same(found, expected)
+
+
+def test_states_are_few_whatever_the_number_of_requests():
+    """Those of the questions of a few batches, not of all."""
+    from retnet_jax.evaluation import scoring
+
+    sizes = []
+
+    class Pool(scoring._Pool):
+        def read(self, batch):
+            answers = super().read(batch)
+            sizes.append(len(self._lengths))
+            return answers
+
+    requests = requests_of_a_task(np.random.default_rng(6), questions=150, choices=4, prompt=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "_Pool", Pool)
+        found = score(MODELS[RetNet], requests, batch_size=8)
+    assert len(found) == 600
+    assert max(sizes) <= 8 * 8
+
+
+def constant_model(log_p):
+    """Predicts one distribution whatever it read: the last norm's output is constant."""
+    model = RetNet(CONFIG, rngs=nnx.Rngs(0))
+    unit = np.zeros(CONFIG.d_model, np.float32)
+    unit[0] = 1.0
+    model.final_norm.scale = nnx.Param(jnp.zeros(CONFIG.d_model))
+    model.final_norm.bias = nnx.Param(jnp.asarray(unit))
+    model.head = nnx.Param(jnp.asarray(np.outer(log_p, unit), jnp.float32))
+    return model
+
+
+def test_a_unigram_model_scores_its_entropy():
+    rng = np.random.default_rng(7)
+    counts = rng.integers(1, 50, VOCABULARY)
+    text = rng.permutation(np.repeat(np.arange(VOCABULARY), counts)).tolist()
+    p = counts / counts.sum()
+    (found,) = score(constant_model(np.log(p)), [([0], text)])
+    entropy = -(p * np.log(p)).sum()
+    assert -found.log_likelihood / len(text) == pytest.approx(entropy, rel=1e-5)
+    (likeliest,) = score(constant_model(np.log(p)), [([0], [int(p.argmax())] * 5)])
+    assert likeliest.is_greedy
+    assert not found.is_greedy
+
+
+BAD = [
+    ([([], [1])], "request 0 has an empty context"),
+    ([([0], [1]), ([0], [])], "request 1 has an empty continuation"),
+    ([([0, 24], [1])], "token id 24, but the model knows ids from 0 to 23"),
+    ([([0], [1, -1])], "token id -1"),
+    ([([0], [1, 99])], "token id 99"),
+]
+
+
+@pytest.mark.parametrize(("requests", "message"), BAD)
+def test_requests_that_cannot_be_scored_are_named(requests, message):
+    with pytest.raises(ConfigError, match=message):
+        score(MODELS[RetNet], requests)
+
+
+def test_a_continuation_longer_than_what_is_read():
+    with pytest.raises(ConfigError, match=r"request 0 has .* of 9 tokens.*max_length=8"):
+        score(MODELS[RetNet], [([0], [1] * 9)], max_length=8)
+
+
+def test_no_requests():
+    assert score(MODELS[RetNet], []) == []

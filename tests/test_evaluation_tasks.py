@@ -1,0 +1,417 @@
+"""The seven tasks: their texts against lm-evaluation-harness's, accuracy, and bad rows."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from eval import evaluate
+from retnet_jax import ModelConfig, RetNet, Transformer
+from retnet_jax.checkpoint import Checkpoints
+from retnet_jax.config import Config, ConfigError, DataConfig
+from retnet_jax.data import ByteTokenizer
+from retnet_jax.evaluation import (
+    TASKS,
+    Plan,
+    PrefixTrie,
+    Score,
+    draw_shots,
+    encode_pairs,
+    paired_difference,
+    read_rows,
+    read_tasks,
+    recall,
+    score,
+    score_trie,
+    task_requests,
+    task_result,
+)
+from retnet_jax.evaluation.accuracy import task_texts
+from retnet_jax.workdir import open_workdir
+
+ROOT = Path(__file__).parents[1]
+ROWS = ROOT / "tests" / "tasks"
+GOLDEN = json.loads((ROOT / "tests" / "lm_eval_requests.json").read_text(encoding="utf-8"))
+BYTES = ByteTokenizer()
+
+
+def rows_of(name):
+    task = TASKS[name]
+    return task, *(read_rows(task, split, str(ROWS)) for split in (task.split, task.shots_from))
+
+
+@pytest.mark.parametrize("shots", [0, 4])
+@pytest.mark.parametrize("name", TASKS)
+def test_texts_are_the_harnesss_own(name, shots):
+    """Golden texts by tests/make_lm_eval_requests.py; in wsc273 no row is its own example."""
+    task, rows, pool = rows_of(name)
+    examples = draw_shots(task, rows, pool, shots)
+    asked = task_texts(task, rows, examples, "lm_eval")
+    found = [list(text) for _, texts in asked for text in texts]
+    assert len(rows.rows) >= 8
+    assert found == GOLDEN[f"{name} {shots}"]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_clean_texts_have_single_spaces_and_sentences_as_they_are_written(name):
+    task, rows, pool = rows_of(name)
+    examples = draw_shots(task, rows, pool, 4)
+    dirty = 0
+    for variant in ("clean", "lm_eval"):
+        asked = task_texts(task, rows, examples, variant)
+        for whole in (a + b for _, texts in asked for a, b in texts):
+            if variant == "lm_eval":
+                dirty += bool(re.search(r"  | [.,;]| 's", whole))
+            else:
+                assert not re.search(r"  | [.,;]| 's [^v]", whole)
+    assert dirty or name == "storycloze_2016"
+
+
+@pytest.mark.parametrize("mode", ["per-document", "fixed"])
+@pytest.mark.parametrize("name", TASKS)
+def test_no_row_is_its_own_example(name, mode):
+    task, rows, pool = rows_of(name)
+    for seed in range(20):
+        shots = draw_shots(task, rows, pool, 4, mode, seed)
+        assert all(len(x) == 4 and row not in x for row, x in zip(rows.rows, shots, strict=True))
+        if mode == "fixed":  # but for the row's own place
+            assert len({json.dumps(x) for examples in shots for x in examples}) <= 5
+
+
+def test_the_right_choice_and_lengths_decide():
+    """Scores that know the answers, that know nothing, and that prefer what is short."""
+    task, rows, _ = rows_of("hellaswag")
+    requests = task_requests(task, rows, [()] * 8, BYTES, "lm_eval")
+    labels = [question.label for question in requests.questions]
+    oracle = [Score(0.0 if i % 4 == labels[i // 4] else -1.0, True) for i in range(32)]
+    result = task_result(task, requests, oracle)
+    assert result.accuracy() == result.accuracy("acc_norm") == 1
+    assert result.standard_error() == 0
+    assert (result.random, result.majority, result.rows) == (0.25, 0.25, 8)
+
+    lengths = [[len(x) for x in row["endings"]] for row in rows.rows]
+    short = task_result(task, requests, [Score(-len(b), True) for _, b in requests.texts])
+    assert short.correct["acc"].tolist() == [
+        int(np.argmin([len(b) for _, b in requests.texts[4 * i : 4 * i + 4]])) == labels[i]
+        for i in range(8)
+    ]
+    # Of equal log-likelihoods the longest choice has the highest for each character.
+    even = task_result(task, requests, [Score(-100.0, True)] * 32)
+    endings = [[len(b) - 1 for _, b in requests.texts[4 * i : 4 * i + 4]] for i in range(8)]
+    assert even.correct["acc_norm"].tolist() == [
+        int(np.argmax(row)) == label for row, label in zip(endings, labels, strict=True)
+    ]
+    assert lengths != endings  # lm-eval's texts are without the marks of WikiHow
+
+
+def test_standard_errors_and_paired_differences_are_the_formulas():
+    one, other = np.array([1, 1, 0, 1, 1, 0]), np.array([1, 0, 0, 1, 0, 1])
+    found = paired_difference(one, other)
+    differences = np.array([0, 1, 0, 0, 1, -1])
+    assert found.mean == pytest.approx(1 / 6)
+    deviation = np.sqrt(np.square(differences - 1 / 6).sum() / 5)
+    assert found.standard_error == pytest.approx(deviation / np.sqrt(6))
+    assert found.z == pytest.approx(found.mean / found.standard_error)
+    assert paired_difference(one, one).z == 0
+
+
+def test_pairs_are_divided_as_the_harness_divides_them():
+    pairs = encode_pairs(BYTES, [("a b ", "c"), ("a b", " c"), ("", "xy")])
+    assert pairs[0] == pairs[1] == ([256, *b"a b"], [*b" c"])
+    assert pairs[2] == ([256], [*b"xy"])
+
+
+TINY = ModelConfig(vocab_size=257, d_model=32, n_layers=1, n_heads=2)
+
+
+def build(kind, seed=0):
+    model = kind(TINY, rngs=nnx.Rngs(seed))
+    model.embedding = nnx.Param(model.embedding[...] * 20)
+    return model
+
+
+@pytest.mark.parametrize("mode", ["per-document", "fixed"])
+@pytest.mark.parametrize("kind", [RetNet, Transformer])
+def test_sharing_prefixes_of_a_task_changes_nothing(kind, mode):
+    task, rows, pool = rows_of("hellaswag")
+    shots = draw_shots(task, rows, pool, 4, mode)
+    requests = task_requests(task, rows, shots, BYTES, "lm_eval")
+    tries = [PrefixTrie(requests.pairs, reuse=reuse) for reuse in (True, False)]
+    found, expected = (score_trie(build(kind), trie, batch_size=8) for trie in tries)
+    assert [x.is_greedy for x in found] == [x.is_greedy for x in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert one.log_likelihood == pytest.approx(other.log_likelihood, abs=1e-3)
+    results = [task_result(task, requests, scores).correct for scores in (found, expected)]
+    for metric in task.metrics:
+        assert results[0][metric].tolist() == results[1][metric].tolist()
+    prompts = {a[: a.rfind("\n\n")] for a, _ in requests.texts}
+    questions = [a[a.rfind("\n\n") :] for a, _ in requests.texts[::4]]
+    most = 1 + sum(map(len, [*prompts, *questions, *(b for _, b in requests.texts)]))
+    assert tries[0].tokens <= most
+
+
+def make_run(directory, kind, seed):
+    config = Config(model=build(kind).config, data=DataConfig(tokenizer="byte"))
+    open_workdir(directory, config, BYTES)
+    checkpoints = Checkpoints(directory / "checkpoints", keep=1)
+    checkpoints.save(0, {"model": build(kind, seed)}, next_batch=0)
+    checkpoints.close()
+    return directory
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("runs")
+    return [
+        make_run(directory / name, kind, seed)
+        for name, kind, seed in (("one", RetNet, 0), ("other", RetNet, 1))
+    ]
+
+
+def test_eval_compares_two_models_in_one_table(runs, tmp_path, capsys):
+    output = tmp_path / "result.json"
+    # Three rows at once do not divide over the eight devices: all is on one.
+    plan = Plan(
+        parts=("tasks",),
+        task_data=str(ROWS),
+        shots=(0, 4),
+        tasks=("copa", "hellaswag"),
+        batch_size=3,
+    )
+    evaluate(runs[0], plan, against=runs[1], output=output)
+    table, record = capsys.readouterr().out, json.loads(output.read_text())
+    tokens = []
+    for own, seed in ((record, 0), (record["against"], 1)):
+        for found in own["tasks"]:
+            task, rows, pool = rows_of(found["task"])
+            shots = draw_shots(task, rows, pool, found["shots"])
+            requests = task_requests(task, rows, shots, BYTES, "lm_eval")
+            scores = score(build(RetNet, seed), requests.pairs, batch_size=3)
+            expected = task_result(task, requests, scores)
+            for metric in task.metrics:
+                assert found[metric]["correct"] == expected.correct[metric].astype(int).tolist()
+                assert found[metric]["mean"] == expected.accuracy(metric)
+                assert f"{100 * expected.accuracy(metric):.2f}" in table
+            tokens.append(found["tokens_read"])
+            assert found["tokens_without_sharing"] > found["tokens_read"]
+    assert f"{sum(tokens[:4]):,} tokens read" in table
+    assert record["checkpoint_sha256"] != record["against"]["checkpoint_sha256"]
+    assert [x["task"] for x in record["task_data"]] == ["copa", "hellaswag"]
+    assert all(len(x["rows_sha256"]) == 64 for x in record["task_data"])
+    markdown = output.with_suffix(".md").read_text()
+    assert record["checkpoint_sha256"] in markdown
+    assert "| hellaswag | 4 | acc_norm |" in markdown
+    with pytest.raises(ConfigError, match=r"result\.json exists already"):
+        evaluate(runs[0], plan, output=output)
+
+
+def run_harness(run, tmp_path, tasks, shots):
+    """Samples of each task, by lm-evaluation-harness's command."""
+    pytest.importorskip("lm_eval", reason="pip install lm-eval==0.4.13")
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    local = tmp_path / "tasks"
+    subprocess.run(
+        [sys.executable, ROOT / "tools/lm_eval_tasks.py", f"--data={ROWS}", f"--output={local}"],
+        check=True,
+    )
+    command = [sys.executable, "-m", "retnet_jax.evaluation.harness", "run", "--log_samples"]
+    command += ["--model", "retnet_jax", "--model_args", f"pretrained={run}", "--batch_size", "8"]
+    command += ["--include_path", local, "--tasks", ",".join(f"{name}_local" for name in tasks)]
+    command += ["--num_fewshot", str(shots), "--output_path", tmp_path / "out"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    (results,) = (tmp_path / "out").rglob("results_*.json")
+    samples = {}
+    for name in tasks:
+        (path,) = (tmp_path / "out").rglob(f"samples_{name}_local_*.jsonl")
+        samples[name] = [json.loads(line) for line in path.read_text().splitlines()]
+    return json.loads(results.read_text())["results"], samples
+
+
+def test_the_harness_finds_what_eval_finds(runs, tmp_path):
+    names = ("hellaswag", "wsc273")
+    results, samples = run_harness(runs[0], tmp_path, names, shots=4)
+    for name in names:
+        task, rows, pool = rows_of(name)
+        requests = task_requests(task, rows, draw_shots(task, rows, pool, 4), BYTES, "lm_eval")
+        scores = score(build(RetNet), requests.pairs)
+        expected = task_result(task, requests, scores)
+        for metric in task.metrics:
+            assert results[f"{name}_local"][f"{metric},none"] == expected.accuracy(metric)
+            error = results[f"{name}_local"][f"{metric}_stderr,none"]
+            assert error == pytest.approx(expected.standard_error(metric))
+        found = [x for sample in samples[name] for x in sample["filtered_resps"]]
+        for (likelihood, greedy), one in zip(found, scores, strict=True):
+            assert float(likelihood) == pytest.approx(one.log_likelihood, abs=1e-3)
+            assert (greedy in (True, "True")) == one.is_greedy
+
+
+HARNESS = """
+import json, sys
+from lm_eval.api.instance import Instance
+from retnet_jax.evaluation.harness import RetNetLM
+lm = RetNetLM({run!r}, batch_size=2, max_length={length})
+make = lambda kind, *args: Instance(kind, {{}}, args, 0)
+texts = {texts!r}
+rolling = lm.loglikelihood_rolling([make("loglikelihood_rolling", text) for text in texts])
+options = {{"until": ["e", "\\n\\n"], "max_gen_toks": 20}}
+generated = lm.generate_until([make("generate_until", text, options) for text in texts])
+try:
+    lm.generate_until([make("generate_until", "a", {{"num_beams": 3}})])
+except ValueError as error:
+    said = str(error)
+json.dump([rolling, generated, said], open({output!r}, "w"))
+"""
+
+
+@pytest.mark.parametrize("length", [None, 16])
+def test_the_harness_reads_whole_texts_and_generates(runs, tmp_path, length):
+    pytest.importorskip("lm_eval", reason="pip install lm-eval==0.4.13")
+    from retnet_jax.evaluation import stateful_nll, window_nll
+    from retnet_jax.evaluation.texts import encoded
+    from retnet_jax.text_generation import Writer
+
+    texts, output = ["Once upon a time there was", "x", "Grüße " * 20], str(tmp_path / "out.json")
+    program = HARNESS.format(run=str(runs[0]), texts=texts, output=output, length=length)
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True)
+    rolling, generated, said = json.loads(Path(output).read_text())
+    documents = encoded(texts, BYTES)
+    if length is None:
+        expected = stateful_nll(build(RetNet), documents, batch_size=2)
+    else:
+        expected = window_nll(build(RetNet), documents, window_length=length, batch_size=2)
+    assert rolling == pytest.approx([-x.sum() for x in expected], rel=1e-5)
+    writer = Writer(build(RetNet), BYTES, texts, 20, stop=["e", "\n\n"])
+    list(writer)
+    assert generated == [found.text for found in writer.continuations]
+    assert not any("e" in text for text in generated)
+    assert "generation arguments ['num_beams'] are none of" in said
+
+
+def test_recall_of_a_model_that_knows_nothing_is_chance():
+    uniform = nnx.clone(build(RetNet))
+    uniform.head = nnx.Param(0 * uniform.head[...])
+    found = recall(uniform, range(50), bos_id=256, distances=(8, 40), trials=20, vocab_size=256)
+    assert [(x.probe, x.distance) for x in found] == [
+        (probe, distance) for distance in (8, 40) for probe in ("associative", "copying")
+    ]
+    for result in found:
+        assert result.nll_per_token == pytest.approx(np.log(257), rel=1e-5)
+        assert result.accuracy == 0  # of equal values none is the likeliest
+        assert result.random == (1 / 8 if result.probe == "associative" else 0)
+
+
+def test_recall_asks_for_what_was_said_before():
+    from retnet_jax.evaluation.recall import PAIRS, SPAN, _associative, _copying
+
+    rng, between = np.random.default_rng(0), np.full(30, 7)
+    ids = rng.permutation(np.arange(10, 200))
+    requests = _associative(256, ids, between, rng)
+    context = requests[0].context
+    key = context[-1]
+    assert len(context) == 1 + 2 * PAIRS + 30 + 1
+    assert requests[0].continuation == [context[context.index(key) + 1]]
+    assert {x.continuation[0] for x in requests} == set(context[2 : 1 + 2 * PAIRS : 2])
+    (request,) = _copying(256, ids, between, rng)
+    span = [*request.context[-SPAN // 2 :], *request.continuation]
+    assert request.context[1 : 1 + SPAN] == span
+    assert request.context[1 + SPAN : -SPAN // 2] == [7] * 30
+
+
+def write_rows(directory, name, split, rows):
+    path = directory / name / f"{split}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{x if isinstance(x, str) else json.dumps(x)}\n" for x in rows))
+
+
+PIQA = json.loads((ROWS / "piqa/validation.jsonl").read_text().splitlines()[0])
+WINOGRANDE = json.loads((ROWS / "winogrande/validation.jsonl").read_text().splitlines()[0])
+COPA = json.loads((ROWS / "copa/validation.jsonl").read_text().splitlines()[0])
+BAD = [
+    ("piqa", [PIQA, {k: v for k, v in PIQA.items() if k != "sol2"}], "line 2: .*'sol2'.* missing"),
+    ("piqa", [PIQA | {"goal": 3}], "line 1: goal=3 is of type int; piqa needs str"),
+    ("piqa", [PIQA, "{"], "line 2: not JSON"),
+    ("piqa", ["[1]"], r"line 1: \[1\] is no object"),
+    ("piqa", [PIQA | {"label": 2}], "line 1: piqa has 2 choices; .* number 2"),
+    ("piqa", [], "piqa has no rows in split 'validation'"),
+    ("winogrande", [WINOGRANDE | {"sentence": "no blank"}], "line 1: this is no row of winogrande"),
+    ("copa", [COPA | {"question": "why"}], "line 1: this is no row of copa .KeyError: 'why'"),
+    ("copa", [COPA | {"choice1": ""}], "line 1: this is no row of copa .IndexError"),
+]
+
+
+@pytest.mark.parametrize(("name", "rows", "message"), BAD)
+def test_rows_that_do_not_fit_are_named(name, rows, message, tmp_path):
+    write_rows(tmp_path, name, "validation", rows)
+    with pytest.raises(ConfigError, match=message):
+        read_rows(TASKS[name], "validation", str(tmp_path))
+
+
+def test_a_missing_split_and_too_few_examples(tmp_path):
+    write_rows(tmp_path, "piqa", "validation", [PIQA])
+    plan = Plan(parts=("tasks",), task_data=str(tmp_path), tasks=("piqa",), shots=(4,))
+    with pytest.raises(ConfigError, match=r"piqa/train\.jsonl is not there: .* goal, sol1"):
+        read_tasks(plan)
+    write_rows(tmp_path, "piqa", "train", [PIQA] * 3)
+    with pytest.raises(ConfigError, match=r"4 shots need 5 rows .* there are 3.*train\.jsonl"):
+        read_tasks(plan)
+    with pytest.raises(ConfigError, match="the tasks need --data: a directory with"):
+        read_tasks(Plan(parts=("tasks",)))
+
+
+def test_a_choice_that_becomes_no_token_is_named():
+    class Deaf(ByteTokenizer):
+        def encode_batch(self, texts):
+            return [list(x.removesuffix(" no").encode()) for x in texts]
+
+    task, rows, _ = rows_of("boolq")
+    with pytest.raises(ConfigError, match=r"validation\.jsonl, line 1: choice 0 of boolq, ' no'"):
+        task_requests(task, rows, [()] * 8, Deaf(), "lm_eval")
+
+
+def run_eval(*arguments):
+    done = subprocess.run(
+        [sys.executable, ROOT / "eval.py", *arguments], capture_output=True, text=True, check=False
+    )
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def test_the_program_runs_the_suite_and_loads_no_foreign_library(runs, tmp_path):
+    """eval.py in a process whose imports of them fail."""
+    (tmp_path / "text.txt").write_text("some text of more than a few words\n" * 20)
+    program = (
+        "import sys, runpy\n"
+        "for name in ('torch', 'transformers', 'datasets', 'lm_eval'): sys.modules[name] = None\n"
+        "sys.argv = ['eval.py'] + sys.argv[1:]\n"
+        "runpy.run_path('eval.py', run_name='__main__')"
+    )
+    arguments = [f"--workdir={runs[0]}", "--suite=paper,recall", f"--data={ROWS}", "--shots=0"]
+    arguments += [f"--data={tmp_path}/*.txt", "--distances=16", "--trials=4"]
+    arguments += ["--protocol=window,sliding,stateful", "--window-length=32", "--stride=8"]
+    arguments += ["--context-lengths=128,256", "--shot-mode=fixed"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for expected in (*TASKS, "sliding 32 by 8", "0 to 127", "same last 128 tokens", "associative"):
+        assert expected in done.stdout
+
+
+def test_command_lines_that_do_not_fit(runs):
+    for arguments, message in (
+        (["--tasks=mmlu"], "--tasks: 'mmlu' is none of hellaswag"),
+        (["--suite=all"], "--suite: 'all' is none of perplexity"),
+        (["--shots=few", "--suite=tasks"], "--shots=few: numbers of 0 or more"),
+        (["--suite=tasks"], "the tasks need --data: a directory with TASK/SPLIT.jsonl"),
+        (["--data=a*.txt", "--data=b*.txt"], "--data names of text files more than one"),
+    ):
+        done = run_eval(f"--workdir={runs[0]}", *arguments)
+        assert done.returncode == 2
+        assert message in done.stderr

@@ -1,0 +1,254 @@
+"""Texts: log-probabilities, samplers of each row, stop strings, and states that are kept."""
+
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tolerances import assert_close
+
+from retnet_jax import ModelConfig, RetNet, Transformer, for_decoding, generate
+from retnet_jax.checkpoint import Checkpoints
+from retnet_jax.config import Config, ConfigError, DataConfig
+from retnet_jax.data import ByteTokenizer, TextStream, train_bpe
+from retnet_jax.errors import CheckpointError
+from retnet_jax.generate import prefill
+from retnet_jax.sampling import Sampler
+from retnet_jax.saved_state import load_reading, save_reading
+from retnet_jax.text_generation import Writer, _Row
+from retnet_jax.workdir import open_workdir
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ModelConfig(vocab_size=264, d_model=32, n_layers=2, n_heads=2)
+KINDS = (RetNet, Transformer)
+BYTES = ByteTokenizer()
+PROMPTS = ["x", "once upon a time", "Grüße"]
+WARM = Sampler(temperature=1.0)
+
+
+@functools.cache
+def build(kind):
+    model = kind(CONFIG, rngs=nnx.Rngs(2))
+    model.embedding = nnx.Param(25 * model.embedding[...])
+    return for_decoding(model)
+
+
+def written(*args, **kwargs):
+    writer = Writer(*args, **kwargs)
+    additions = list(writer)
+    for row, found in enumerate(writer.continuations):
+        assert "".join(new[row] for new in additions) == found.text
+    return writer
+
+
+@pytest.mark.parametrize("sampler", [Sampler(), Sampler(0.7, top_k=20, top_p=0.9)])
+def test_log_probabilities_are_the_models_own(sampler):
+    model = RetNet(CONFIG, rngs=nnx.Rngs(2))
+    prompts = [[256, 3, 5], [256]]
+    found = generate(model, prompts, 20, sampler, vocab_size=257)
+    for prompt, row in zip(prompts, found, strict=True):
+        logits, _ = model(jnp.array([prompt + row.tokens]), form="parallel")
+        log_p = jax.nn.log_softmax(logits[0, len(prompt) - 1 : -1, :257])
+        expected = log_p[jnp.arange(20), jnp.array(row.tokens)]
+        assert_close(np.array(row.log_probabilities), expected)
+
+
+def test_each_row_has_its_own_sampler():
+    """What a row gets is what it gets where all have that sampler."""
+    samplers = [Sampler(), Sampler(1.0), Sampler(2.0, top_k=7), Sampler(0.5, top_p=0.8)]
+    prompts = [[256, 1], [256, 2], [256, 3], [256, 4]]
+    together = generate(build(RetNet), prompts, 16, samplers, seed=5)
+    for row, sampler in enumerate(samplers):
+        alone = generate(build(RetNet), prompts, 16, sampler, seed=5)
+        assert together[row].tokens == alone[row].tokens
+    with pytest.raises(ConfigError, match="2 samplers for 4 prompts"):
+        generate(build(RetNet), prompts, 16, samplers[:2])
+
+
+def test_a_stop_string_spread_over_tokens_ends_a_text_and_is_not_part_of_it():
+    whole = written(build(RetNet), BYTES, PROMPTS, 80, WARM, seed=1)
+    text = whole.continuations[1].text
+    # Three characters, each of them at least one token, from anywhere but the beginning.
+    stop = text[20:23]
+    assert len(stop.encode()) >= 3
+    place = text.index(stop)
+    cut = written(build(RetNet), BYTES, PROMPTS, 80, WARM, seed=1, stop=[stop, "no such text"])
+    one = cut.continuations[1]
+    assert (one.text, one.ended_by) == (text[:place], "stop")
+    assert len(one.tokens) == len(one.log_probabilities)
+    assert stop in BYTES.decode(one.tokens)
+    for row in (0, 2):
+        if stop not in whole.continuations[row].text:
+            assert cut.continuations[row] == whole.continuations[row]
+
+
+def shown(text, stop, size=1):
+    """What a row gives for each token of a text, by bytes, and in all."""
+    row, ids = _Row(TextStream(BYTES, before=[256]), stop), list(text.encode())
+    blocks = [ids[i : i + size] for i in range(0, len(ids), size)]
+    parts = [row.add(block, [0.0] * len(block), BYTES.end_id) for block in blocks]
+    return [*parts, row.rest()], row.continuation
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [
+        ("ab\n\ncd", ["\n\n"], "ab"),
+        ("ab\ncd", ["\n\n"], "ab\ncd"),
+        ("ab\n", ["\n\n"], "ab\n"),
+        ("aaab", ["aab"], "a"),
+        ("xx END", ["ND", "END"], "xx "),
+        ("größer", ["ß"], "grö"),
+        ("nothing", [], "nothing"),
+        ("stop", ["stop"], ""),
+    ],
+)
+def test_text_before_a_stop_string(text, stop, expected, size):
+    parts, found = shown(text, stop, size)
+    assert "".join(parts) == found.text == expected
+    assert found.ended_by == ("length" if text == expected else "stop")
+    if size == 1 and text == "ab\n\ncd":
+        assert parts[:3] == ["a", "b", ""]  # the newline is held back
+
+
+def test_the_end_of_a_text_is_no_text():
+    row = _Row(TextStream(BYTES, before=[256]), ["\n\n"])
+    assert row.add([97, 10, 256, 98], [0.0] * 4, 256) + row.rest() == "a\n"
+    assert row.continuation.ended_by == "end"
+    assert row.continuation.tokens == [97, 10]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_read_in_parts_is_the_whole(kind):
+    rng = np.random.default_rng(0)
+    whole = [rng.integers(0, 256, n).tolist() for n in (700, 40, 3)]
+    cut = [600, 40, 1]  # one has nothing more to read
+    first = prefill(build(kind), [row[:n] for row, n in zip(whole, cut, strict=True)], room=4)
+    rest = [row[n:] for row, n in zip(whole, cut, strict=True)]
+    found = prefill(build(kind), rest, 4, first)
+    expected = prefill(build(kind), whole, room=4)
+    assert_close(found.logits, expected.logits)
+    assert found.state.position.tolist() == [700, 40, 3]
+    # The first is still there to go on from again.
+    assert_close(prefill(build(kind), rest, 4, first).logits, expected.logits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sampler", [Sampler(), WARM])
+def test_a_saved_state_goes_on_exactly_where_it_stopped(kind, sampler, tmp_path):
+    model, path = build(kind), tmp_path / "new" / "text.state"
+    whole = written(model, BYTES, ["Grüße, "], 40, sampler, seed=3).continuations[0]
+    first = written(model, BYTES, ["Grüße, "], 13, sampler, seed=3, block_size=1)
+    save_reading(path, first.reading, model, BYTES)
+    after = load_reading(path, model, BYTES)
+    rest = written(model, BYTES, [""], 27, sampler, seed=3, after=after).continuations[0]
+    assert first.continuations[0].tokens + rest.tokens == whole.tokens
+    assert first.continuations[0].text + rest.text == whole.text
+    log_p = first.continuations[0].log_probabilities + rest.log_probabilities
+    assert_close(np.array(log_p), np.array(whole.log_probabilities))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_text_is_asked_many_questions(kind):
+    model, text, questions = build(kind), "a long text " * 9, ["Who?", "Why not?", ""]
+    read = written(model, BYTES, [text], 0)
+    assert read.continuations[0].text == ""
+    answers = written(model, BYTES, questions, 20, after=read.reading)
+    expected = written(model, BYTES, [text + question for question in questions], 20)
+    assert answers.continuations[0].tokens == expected.continuations[0].tokens
+    assert [x.text for x in answers.continuations] == [x.text for x in expected.continuations]
+
+
+def test_after_its_end_a_text_needs_a_prompt():
+    reading = written(build(RetNet), BYTES, ["x"], 3, block_size=1).reading
+    ended = reading.progress._replace(ended=np.array([True]))
+    reading = type(reading)(ended, reading.last_ids)
+    with pytest.raises(ConfigError, match="prompt 1 is empty, but the text before it has ended"):
+        Writer(build(RetNet), BYTES, ["next", ""], 3, after=reading)
+    assert written(build(RetNet), BYTES, ["next"], 3, after=reading).continuations[0].tokens
+
+
+def test_states_that_cannot_be_used_are_refused(tmp_path):
+    model, path = build(RetNet), tmp_path / "text.state"
+    save_reading(path, written(model, BYTES, ["x"], 3, block_size=1).reading, model, BYTES)
+    intact = path.read_bytes()
+    load_reading(path, model, BYTES)
+    with pytest.raises(CheckpointError, match="exists already"):
+        save_reading(path, written(model, BYTES, ["x"], 3).reading, model, BYTES)
+
+    other = nnx.clone(model)
+    other.embedding = nnx.Param(2 * model.embedding[...])
+    half = for_decoding(RetNet(CONFIG, rngs=nnx.Rngs(2)), state_dtype="bfloat16")
+    bpe = train_bpe(["abcabd" * 9], 259)
+    for refused, message in (
+        (lambda: load_reading(path, other, BYTES), "saved with another model"),
+        (lambda: load_reading(path, half, BYTES), "saved with another model"),
+        (lambda: load_reading(path, model, bpe), "saved with another tokenizer"),
+        (lambda: load_reading(tmp_path / "none", model, BYTES), "is not there"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            refused()
+
+    for damaged in (intact[:-100], b"", b"text", intact[:-1] + bytes([intact[-1] ^ 1])):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"text\.state .*damaged"):
+            load_reading(path, model, BYTES)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("run")
+    config = Config(model=CONFIG, data=DataConfig(tokenizer="byte"))
+    open_workdir(directory, config, BYTES)
+    checkpoints = Checkpoints(directory / "checkpoints", keep=1)
+    model = RetNet(CONFIG, rngs=nnx.Rngs(2))
+    model.embedding = nnx.Param(25 * model.embedding[...])
+    checkpoints.save(0, {"model": model}, next_batch=0)
+    checkpoints.close()
+    return directory
+
+
+def run(*arguments, status=0):
+    done = subprocess.run(
+        [sys.executable, ROOT / "generate.py", *arguments], capture_output=True, check=False
+    )
+    assert done.returncode == status, done.stderr.decode()
+    assert b"Traceback" not in done.stderr
+    return done.stdout.decode() if status == 0 else done.stderr.decode()
+
+
+def test_the_program_keeps_and_continues_a_state(workdir, tmp_path):
+    state, lines = tmp_path / "x.state", tmp_path / "requests.jsonl"
+    whole = run(f"--workdir={workdir}", "--prompt=once", "--max-tokens=30")
+    first = run(f"--workdir={workdir}", "--prompt=once", "--max-tokens=9", f"--save-state={state}")
+    rest = run(f"--workdir={workdir}", "--max-tokens=21", f"--load-state={state}")
+    assert first[:-1] + rest == whole
+
+    lines.write_text('{"prompt": "once"}\n\n{"prompt": "a", "temperature": 0.9, "top_k": 5}\n')
+    output = tmp_path / "answers.jsonl"
+    run(f"--workdir={workdir}", f"--requests={lines}", "--max_tokens=30", f"--output={output}")
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [answer["prompt"] for answer in answers] == ["once", "a"]
+    assert "once" + answers[0]["text"] + "\n" == whole
+    assert len(answers[1]["log_probabilities"]) == len(answers[1]["tokens"]) == 30
+
+
+def test_the_program_refuses_what_does_not_fit(workdir, tmp_path):
+    state, requests = tmp_path / "bad.state", tmp_path / "requests.jsonl"
+    state.write_bytes(b"x" * 100)
+    requests.write_text('{"prompt": "a"}\n{"prompt": "b", "top_q": 1}\n')
+    for arguments, message in (
+        (("--prompt=a", f"--load_state={state}"), "bad.state is no saved state, or is damaged"),
+        (("--prompt=a", "--prompt=b", "--save_state=x"), "keeps one text; there are 2 prompts"),
+        ((f"--requests={requests}",), "requests.jsonl, line 2: top_q=1 does not fit"),
+        (("--prompt=a", "--stop="), "a stop string is empty"),
+        ((), "give the texts to continue as --prompt or as --requests"),
+    ):
+        assert message in run(f"--workdir={workdir}", *arguments, status=2)
