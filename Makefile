@@ -23,10 +23,10 @@ quickstart: .venv/run
 # Most of the tests' time is compilation; this leaves LLVM's optimisations out, a quarter of it.
 test: lint .venv/libtpu .venv/cuda .venv/py312
 	XLA_FLAGS=--xla_backend_optimization_level=0 PYTHONPATH=.venv/libtpu \
-	  $(BIN)/python -m pytest -n 2 -m "not slow"
+	  $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: lint .venv/libtpu .venv/cuda .venv/py312
-	PYTHONPATH=.venv/libtpu $(BIN)/python -m pytest -n 2
+	PYTHONPATH=.venv/libtpu $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -38,12 +38,14 @@ from retnet_jax.evaluation import (
     Text,
     as_json,
     compressed_bits_per_byte,
+    differences_as_json,
     evaluate_model,
     given_text,
     held_out_text,
     read_tasks,
     tables,
     texts,
+    windows,
 )
 from retnet_jax.pretrained import checkpoint_sha256, load_checkpoint, read_pretrained
 from retnet_jax.sharding import make_mesh
@@ -58,10 +60,7 @@ def main() -> None:
     with processes.ending_with_the_others("Nothing was written."):
         text, task_data = divided(given.data or [])
         plan = given_plan(given, task_data)
-        if given.checkpoint is not None and text is None and needs_text(plan):
-            raise ConfigError(
-                "--checkpoint is evaluated on --data: give text files, such as 'corpus/**/*.txt'"
-            )
+        check_use(given, plan, text, task_data)
         evaluate(
             Path(given.workdir or given.checkpoint),
             plan,
@@ -141,17 +140,19 @@ def given_plan(given, task_data: str | None) -> Plan:
         ("protocol", given.protocol, PROTOCOLS),
         ("tasks", given.tasks, tuple(TASKS)),
     ):
+        if not names:
+            raise ConfigError(f"--{flag} is empty; it takes some of {', '.join(known)}")
         for name in names:
             if name not in known:
                 raise ConfigError(f"--{flag}: {name!r} is none of {', '.join(known)}")
     shots = given.shots or (["0", "4"] if "paper" in given.suite else ["0"])
     return Plan(
         parts=tuple(dict.fromkeys(parts)),
-        protocols=tuple(given.protocol),
+        protocols=tuple(dict.fromkeys(given.protocol)),
         window_length=given.window_length or 0,
         stride=given.stride,
         context_lengths=numbers("context_lengths", given.context_lengths, least=128),
-        tasks=tuple(given.tasks),
+        tasks=tuple(dict.fromkeys(given.tasks)),
         task_data=task_data,
         shots=numbers("shots", shots, least=0),
         shot_mode=given.shot_mode,
@@ -164,11 +165,44 @@ def given_plan(given, task_data: str | None) -> Plan:
     )
 
 
+def check_use(given, plan: Plan, text: str | None, task_data: str | None) -> None:
+    """Raises `ConfigError` for data that is missing, and for data and flags that nothing uses."""
+    if given.checkpoint is not None and text is None and needs_text(plan):
+        raise ConfigError(
+            "--checkpoint is evaluated on --data: give text files, such as 'corpus/**/*.txt'"
+        )
+    if task_data is not None and "tasks" not in plan.parts:
+        raise ConfigError(
+            f"--data={task_data} is a place for tasks' rows, which --suite={','.join(plan.parts)} "
+            f"does not use: for text give files, such as '{task_data}/*.txt'"
+        )
+    if text is not None and not needs_text(plan):
+        raise ConfigError(
+            f"--data={text} is no directory; the tasks need one with TASK/SPLIT.jsonl (or hf, tfds)"
+        )
+    perplexity, tasks, recall = (part in plan.parts for part in PARTS)
+    used = {
+        "protocol": perplexity,
+        "context_lengths": perplexity,
+        "window_length": perplexity and {"window", "sliding"} & set(plan.protocols),
+        "stride": perplexity and "sliding" in plan.protocols,
+        "compressors": perplexity,
+        **dict.fromkeys(("tasks", "shots", "shot_mode", "variant", "max_length"), tasks),
+        **dict.fromkeys(("distances", "trials"), recall),
+    }
+    for flag, use in used.items():
+        if given[flag].present and not use:
+            raise ConfigError(
+                f"--{flag} has no effect with --suite={','.join(plan.parts)} and "
+                f"--protocol={','.join(plan.protocols)}: leave it out"
+            )
+
+
 def numbers(flag: str, values: Sequence[str], least: int) -> tuple[int, ...]:
     """The integers of a flag."""
     if any(not value.isdecimal() or int(value) < least for value in values):
         raise ConfigError(f"--{flag}={','.join(values)}: numbers of {least} or more are needed")
-    return tuple(map(int, values))
+    return tuple(dict.fromkeys(map(int, values)))
 
 
 def divided(data: Sequence[str]) -> tuple[str | None, str | None]:
@@ -207,6 +241,8 @@ def evaluate(
     Raises:
       ConfigError, CheckpointError: before anything is computed, for input that does not fit.
     """
+    if output is not None and output.suffix == ".md":
+        raise ConfigError(f"--output={output}: name the JSON file; the Markdown goes beside it")
     for path in () if output is None else (output, output.with_suffix(".md")):
         if path.exists():
             raise ConfigError(f"--output: {path} exists already: name another file, or delete it")
@@ -216,29 +252,38 @@ def evaluate(
     tasks = read_tasks(plan)
     length = plan.window_length or pretrained[0][0].data.sequence_length
     plan = dataclasses.replace(plan, window_length=length, stride=plan.stride or -(-length // 2))
+    if "sliding" in plan.protocols:
+        windows(1, plan.window_length, plan.stride)  # before anything is computed
     mesh = evaluation_mesh(plan.batch_size, fsdp)
 
     results, models = [], []
     for path, (_, tokenizer) in zip(directories, pretrained, strict=True):
-        results.append(Results())
         own = text_for(tokenizer, pretrained[0][1], text)
-        results[-1], record = evaluate_one(path, tokenizer, own, tasks, plan, mesh, changes or {})
-        models.append(record | as_json(results[-1], own))
+        found, record = evaluate_one(path, tokenizer, own, tasks, plan, mesh, changes or {})
+        results.append(found)
+        models.append(record | as_json(found, own))
     if not processes.is_first():
         return
     compressed = compressed_bits_per_byte(text.joined) if compressors and text else {}
-    found = tables([path.name for path in directories], results, text, plan, compressed)
+    names = [path.name for path in directories]
+    if len(set(names)) < len(names) or "" in names:
+        names = list(map(str, directories))
+    found = tables(names, results, text, plan, compressed)
     print(*found, sep="\n\n")
     if output is not None:
         record = {
             **models[0],
             "against": models[1] if against else None,
+            "first_less_second": differences_as_json(results, text) if against else None,
             "data": text.record if text else None,
             "task_data": [task_record(task) for task in tasks],
             "plan": dataclasses.asdict(plan),
             "form": "chunkwise",
             "compressors": compressed,
             "device": jax.devices()[0].device_kind,
+            "devices": mesh.size,
+            "processes": jax.process_count(),
+            "fsdp": fsdp,
             "versions": versions(),
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
         }
@@ -314,7 +359,7 @@ def task_record(found: TaskRows) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Of what the numbers depend on."""
     found = {"python": platform.python_version()}
-    for package in ("jax", "jaxlib", "flax", "retnet-jax"):
+    for package in ("jax", "jaxlib", "flax", "numpy", "tokenizers", "retnet-jax"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -324,13 +369,14 @@ def versions() -> dict[str, str]:
 
 def write_report(path: Path, record: dict[str, Any], found: Sequence) -> None:
     """Writes JSON, and the tables as Markdown beside it; neither exists yet."""
+    text = json.dumps(record, indent=2, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("x", encoding="utf-8") as file:
-        json.dump(record, file, indent=2, allow_nan=False)
-        file.write("\n")
+        file.write(text)
     lines = [f"# {record['checkpoint']}", ""]
     lines += [f"- {name}: {record[name]}" for name in ("checkpoint_sha256", "step", "tokenizer")]
-    lines += [f"- {name}: {record[name]}" for name in ("form", "device", "versions", "date")]
+    lines += [f"- {name}: {record[name]}" for name in ("form", "device", "devices", "versions")]
+    lines += [f"- date: {record['date']}"]
     lines += [f"- dtype: {record['model']['dtype']}", f"- data: {record['data']}"]
     lines += [f"- tasks: {record['task_data']}", f"- plan: {record['plan']}", ""]
     lines += [table.markdown + "\n" for table in found]

@@ -67,8 +67,10 @@ def generate(args) -> None:
     """
     prompts, samplers = given_requests(args)
     output = None if args.output is None else Path(args.output)
-    if output is not None and output.exists():
-        raise ConfigError(f"--output={output} exists already: name another file, or delete it")
+    for name in ("output", "save_state"):
+        path = getattr(args, name)
+        if path is not None and Path(path).exists():
+            raise ConfigError(f"--{name}={path} exists already: name another file, or delete it")
     if args.save_state is not None and len(prompts) > 1:
         raise ConfigError(f"--save_state keeps one text; there are {len(prompts)} prompts")
     directory = Path(args.workdir or args.checkpoint)
@@ -143,7 +145,7 @@ def read_requests(path: Path) -> list[tuple[str, dict]]:
     """
     kinds = {"prompt": str, "temperature": (int, float), "top_k": int, "top_p": (int, float)}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--requests={path} cannot be read: {error}") from None
     requests = []
@@ -158,10 +160,12 @@ def read_requests(path: Path) -> list[tuple[str, dict]]:
         if not isinstance(request, dict) or "prompt" not in request:
             raise ConfigError(f"{name}: no object with a prompt: {line[:80]}")
         for field, value in request.items():
-            if field not in kinds or not isinstance(value, kinds[field]) or value is True:
+            optional = field != "prompt" and value is None
+            number = isinstance(value, kinds.get(field, ())) and not isinstance(value, bool)
+            if field not in kinds or not (number or optional):
                 raise ConfigError(
                     f"{name}: {field}={value!r} does not fit; a request has prompt (text) and may "
-                    "have temperature, top_k and top_p (numbers)"
+                    "have temperature, top_k and top_p (numbers, or null)"
                 )
         requests.append((name, request))
     if not requests:

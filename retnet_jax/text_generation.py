@@ -60,7 +60,8 @@ class Writer:
       stop: strings that end a text, and are no part of it.
       block_size: tokens between looks at the text; a text may be written on in vain for so many.
       after: a text read before, which all prompts go on, or one for each; None: prompts begin
-        texts, with BOS.
+        texts, with BOS. A prompt is encoded alone, so where it begins within a word its tokens are
+        not those of the joined text.
 
     Raises:
       ConfigError: for an empty stop string, another number of texts than prompts, a text that has
@@ -155,18 +156,28 @@ class _Row:
 
     def add(self, tokens: Sequence[int], log_p: Sequence[float], end_id: int) -> str:
         """Takes new tokens up to the one that ends the text; gives the text that is certain."""
-        given = ""
-        for token, probability in zip(tokens, log_p, strict=True):
-            if self.done:
-                break
-            if token == end_id:
-                self._end("end")
-                break
-            self.continuation.tokens.append(token)
-            self.continuation.log_probabilities.append(probability)
-            given += self._certain(self._stream.add([token]))
+        if self.done:
+            return ""
+        ended = end_id in tokens
+        tokens = tokens[: tokens.index(end_id)] if ended else tokens
+        before, held = self._stream.copy(), self._held
+        given = self._certain(self._stream.add(list(tokens)))
+        if self.done:
+            tokens = tokens[: self._tokens_to_stop(before, held, tokens)]
+        elif ended:
+            self._end("end")
         self.continuation.text += given
+        self.continuation.tokens += tokens
+        self.continuation.log_probabilities += log_p[: len(tokens)]
         return given
+
+    def _tokens_to_stop(self, stream: TextStream, text: str, tokens: Sequence[int]) -> int:
+        """After how many tokens a stop string is complete."""
+        for number, token in enumerate(tokens, start=1):
+            text += stream.add([token])
+            if any(stop in text for stop in self._stop):
+                return number
+        return len(tokens)
 
     def rest(self) -> str:
         """What was held back, if no more comes."""

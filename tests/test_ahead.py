@@ -160,6 +160,7 @@ def test_it_compiles_the_step_that_train_runs(config, tmp_path, monkeypatch):
     assert lowered == [ahead.compile_step(config).lowered.as_text()]
 
 
+@pytest.mark.slow
 def test_a_saved_step_trains_alike(config, uninterrupted, tmp_path, monkeypatch):
     step = ahead.compile_step(config)
     ahead.save(step, tmp_path / "step")
@@ -222,6 +223,7 @@ def test_meshes_that_split_a_dimension_of_the_torus(tpus):
     assert dict(mesh.shape) == {"data": 8, "fsdp": 8, "seq": 1, "tensor": 1}
 
 
+@pytest.mark.slow
 def test_slices_exchange_over_the_network(tpus):
     """The gradient of what fsdp does not split over slices, in each micro-batch or once."""
     config = dataclasses.replace(on_four(), mesh=MeshConfig(data=2, fsdp=4))

@@ -324,6 +324,7 @@ def test_processes_that_die_or_hang_are_survived(tmp_path, monkeypatch):
     }
 
 
+@pytest.mark.slow
 def test_the_script_needs_no_library_of_data_or_checkpoints(tmp_path):
     """Where they cannot be imported, torch neither, it runs, and so do the sections' modules."""
     for name in ("grain", "orbax", "tokenizers", "ml_collections", "tensorboardX", "torch"):

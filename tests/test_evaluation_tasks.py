@@ -7,11 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
 
-from eval import evaluate
+from eval import evaluate, evaluation_mesh
 from retnet_jax import ModelConfig, RetNet, Transformer
 from retnet_jax.checkpoint import Checkpoints
 from retnet_jax.config import Config, ConfigError, DataConfig
@@ -33,6 +34,7 @@ from retnet_jax.evaluation import (
     task_result,
 )
 from retnet_jax.evaluation.accuracy import task_texts
+from retnet_jax.pretrained import load_checkpoint
 from retnet_jax.workdir import open_workdir
 
 ROOT = Path(__file__).parents[1]
@@ -137,7 +139,7 @@ def build(kind, seed=0):
 
 
 @pytest.mark.parametrize("mode", ["per-document", "fixed"])
-@pytest.mark.parametrize("kind", [RetNet, Transformer])
+@pytest.mark.parametrize("kind", [RetNet, pytest.param(Transformer, marks=pytest.mark.slow)])
 def test_sharing_prefixes_of_a_task_changes_nothing(kind, mode):
     task, rows, pool = rows_of("hellaswag")
     shots = draw_shots(task, rows, pool, 4, mode)
@@ -148,7 +150,7 @@ def test_sharing_prefixes_of_a_task_changes_nothing(kind, mode):
     for one, other in zip(found, expected, strict=True):
         assert one.log_likelihood == pytest.approx(other.log_likelihood, abs=1e-3)
     results = [task_result(task, requests, scores).correct for scores in (found, expected)]
-    for metric in task.metrics:
+    for metric in results[0]:
         assert results[0][metric].tolist() == results[1][metric].tolist()
     prompts = {a[: a.rfind("\n\n")] for a, _ in requests.texts}
     questions = [a[a.rfind("\n\n") :] for a, _ in requests.texts[::4]]
@@ -180,33 +182,40 @@ def test_eval_compares_two_models_in_one_table(runs, tmp_path, capsys):
     plan = Plan(
         parts=("tasks",),
         task_data=str(ROWS),
-        shots=(0, 4),
-        tasks=("copa", "hellaswag"),
+        shots=(0, 1),
+        tasks=("copa", "piqa"),
         batch_size=3,
     )
     evaluate(runs[0], plan, against=runs[1], output=output)
     table, record = capsys.readouterr().out, json.loads(output.read_text())
     tokens = []
-    for own, seed in ((record, 0), (record["against"], 1)):
+    mesh = evaluation_mesh(plan.batch_size, fsdp=False)
+    for own, run in zip((record, record["against"]), runs, strict=True):
+        model, _ = load_checkpoint(run, mesh)
         for found in own["tasks"]:
             task, rows, pool = rows_of(found["task"])
             shots = draw_shots(task, rows, pool, found["shots"])
             requests = task_requests(task, rows, shots, BYTES, "lm_eval")
-            scores = score(build(RetNet, seed), requests.pairs, batch_size=3)
+            with jax.set_mesh(mesh):  # as the program, so that nothing is compiled again
+                scores = score(model, requests.pairs, batch_size=3)
             expected = task_result(task, requests, scores)
-            for metric in task.metrics:
+            for metric in expected.correct:
                 assert found[metric]["correct"] == expected.correct[metric].astype(int).tolist()
                 assert found[metric]["mean"] == expected.accuracy(metric)
                 assert f"{100 * expected.accuracy(metric):.2f}" in table
             tokens.append(found["tokens_read"])
             assert found["tokens_without_sharing"] > found["tokens_read"]
     assert f"{sum(tokens[:4]):,} tokens read" in table
+    assert f"{sum(tokens[4:]):,} tokens read" in table
+    assert set(record["first_less_second"]) == {
+        f"{name}, {shots} shots" for name in ("copa", "piqa") for shots in (0, 1)
+    }
     assert record["checkpoint_sha256"] != record["against"]["checkpoint_sha256"]
-    assert [x["task"] for x in record["task_data"]] == ["copa", "hellaswag"]
+    assert [x["task"] for x in record["task_data"]] == ["copa", "piqa"]
     assert all(len(x["rows_sha256"]) == 64 for x in record["task_data"])
     markdown = output.with_suffix(".md").read_text()
     assert record["checkpoint_sha256"] in markdown
-    assert "| hellaswag | 4 | acc_norm |" in markdown
+    assert "| piqa | 1 | acc_norm |" in markdown
     with pytest.raises(ConfigError, match=r"result\.json exists already"):
         evaluate(runs[0], plan, output=output)
 
@@ -234,6 +243,7 @@ def run_harness(run, tmp_path, tasks, shots):
     return json.loads(results.read_text())["results"], samples
 
 
+@pytest.mark.slow
 def test_the_harness_finds_what_eval_finds(runs, tmp_path):
     names = ("hellaswag", "wsc273")
     results, samples = run_harness(runs[0], tmp_path, names, shots=4)
@@ -242,7 +252,7 @@ def test_the_harness_finds_what_eval_finds(runs, tmp_path):
         requests = task_requests(task, rows, draw_shots(task, rows, pool, 4), BYTES, "lm_eval")
         scores = score(build(RetNet), requests.pairs)
         expected = task_result(task, requests, scores)
-        for metric in task.metrics:
+        for metric in expected.correct:
             assert results[f"{name}_local"][f"{metric},none"] == expected.accuracy(metric)
             error = results[f"{name}_local"][f"{metric}_stderr,none"]
             assert error == pytest.approx(expected.standard_error(metric))
@@ -270,7 +280,7 @@ json.dump([rolling, generated, said], open({output!r}, "w"))
 """
 
 
-@pytest.mark.parametrize("length", [None, 16])
+@pytest.mark.parametrize("length", [None, pytest.param(16, marks=pytest.mark.slow)])
 def test_the_harness_reads_whole_texts_and_generates(runs, tmp_path, length):
     pytest.importorskip("lm_eval", reason="pip install lm-eval==0.4.13")
     from retnet_jax.evaluation import stateful_nll, window_nll
@@ -375,14 +385,6 @@ def test_a_choice_that_becomes_no_token_is_named():
         task_requests(task, rows, [()] * 8, Deaf(), "lm_eval")
 
 
-def run_eval(*arguments):
-    done = subprocess.run(
-        [sys.executable, ROOT / "eval.py", *arguments], capture_output=True, text=True, check=False
-    )
-    assert "Traceback" not in done.stderr
-    return done
-
-
 def test_the_program_runs_the_suite_and_loads_no_foreign_library(runs, tmp_path):
     """eval.py in a process whose imports of them fail."""
     (tmp_path / "text.txt").write_text("some text of more than a few words\n" * 20)
@@ -395,23 +397,67 @@ def test_the_program_runs_the_suite_and_loads_no_foreign_library(runs, tmp_path)
     arguments = [f"--workdir={runs[0]}", "--suite=paper,recall", f"--data={ROWS}", "--shots=0"]
     arguments += [f"--data={tmp_path}/*.txt", "--distances=16", "--trials=4"]
     arguments += ["--protocol=window,sliding,stateful", "--window-length=32", "--stride=8"]
-    arguments += ["--context-lengths=128,256", "--shot-mode=fixed"]
+    arguments += ["--context-lengths=128,256", "--shot-mode=fixed", "--tasks=copa,wsc273"]
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    for expected in (*TASKS, "sliding 32 by 8", "0 to 127", "same last 128 tokens", "associative"):
+    for expected in (
+        "copa",
+        "wsc273",
+        "sliding 32 by 8",
+        "0 to 127",
+        "same last 128 tokens",
+        "associative",
+    ):
         assert expected in done.stdout
 
 
+COMMAND_LINES = [
+    (["--tasks=mmlu"], "--tasks: 'mmlu' is none of hellaswag"),
+    (["--suite=all"], "--suite: 'all' is none of perplexity"),
+    (["--shots=few", "--suite=tasks"], "--shots=few: numbers of 0 or more"),
+    (["--suite=tasks"], "the tasks need --data: a directory with TASK/SPLIT.jsonl"),
+    (["--data=a*.txt", "--data=b*.txt"], "--data names of text files more than one"),
+    ([f"--data={ROWS}"], "is a place for tasks' rows, which --suite=perplexity does not use"),
+    (["--suite=tasks", "--data=no/such"], "--data=no/such is no directory; the tasks need one"),
+    (["--stride=4"], "--stride has no effect with --suite=perplexity and --protocol=window,"),
+    (["--trials=4"], "--trials has no effect"),
+    (["--protocol="], "--protocol is empty; it takes some of window"),
+    (["--output=result.md"], "name the JSON file; the Markdown goes beside it"),
+    (
+        ["--protocol=sliding", "--stride=9", "--window-length=8", f"--data={ROOT}/eval.py"],
+        "stride=9 is not in 1 ... 8",
+    ),
+    (["--context-lengths=128,90000", f"--data={ROOT}/LICENS*"], "no document has 90000 tokens"),
+]
+ALL_COMMAND_LINES = """
+import json, sys, eval
+from absl import flags
+from retnet_jax import command_line
+eval.define_flags()
+for arguments in json.loads(sys.argv[1]):
+    flags.FLAGS.unparse_flags()
+    for name in list(flags.FLAGS):
+        flags.FLAGS[name].unparse()
+    try:
+        command_line._reporting(command_line._parse, ["eval.py", *arguments])
+        command_line._reporting(eval.main)
+    except SystemExit as error:
+        print(f"exit {error.code}", file=sys.stderr)
+    print("---", file=sys.stderr)
+"""
+
+
 def test_command_lines_that_do_not_fit(runs):
-    for arguments, message in (
-        (["--tasks=mmlu"], "--tasks: 'mmlu' is none of hellaswag"),
-        (["--suite=all"], "--suite: 'all' is none of perplexity"),
-        (["--shots=few", "--suite=tasks"], "--shots=few: numbers of 0 or more"),
-        (["--suite=tasks"], "the tasks need --data: a directory with TASK/SPLIT.jsonl"),
-        (["--data=a*.txt", "--data=b*.txt"], "--data names of text files more than one"),
-    ):
-        done = run_eval(f"--workdir={runs[0]}", *arguments)
-        assert done.returncode == 2
-        assert message in done.stderr
+    """All in one process, which takes seconds to start."""
+    lines = json.dumps([[f"--workdir={runs[0]}", *line] for line, _ in COMMAND_LINES])
+    done = subprocess.run(
+        [sys.executable, "-c", ALL_COMMAND_LINES, lines], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    said = done.stderr.split("---\n")[:-1]
+    for (_, message), found in zip(COMMAND_LINES, said, strict=True):
+        assert message in found
+        assert found.endswith("exit 2\n")

@@ -79,6 +79,7 @@ def test_flops_of_splash_attention_are_counted():
     assert found == flops_of(lambda *qkv: attend_to_all(*qkv, None), x, x, x) > 0
 
 
+@pytest.mark.slow
 def test_a_model_on_a_mesh_computes_the_same_with_splash_attention(monkeypatch):
     segments = jnp.asarray(SEGMENTS[:, 64:192])
     transformer = model(n_layers=1, remat="q,k,v,retention")

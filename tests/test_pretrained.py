@@ -16,7 +16,7 @@ from eval import evaluate
 from retnet_jax import RetNet, generate, interop, load_pretrained, presets
 from retnet_jax.config import Config, ConfigError, DataConfig, OptimizerConfig, TrainConfig
 from retnet_jax.data import BatchStream, load_tokenizer, open_store
-from retnet_jax.evaluation import perplexity_report, window_nll
+from retnet_jax.evaluation import Plan, perplexity_report, window_nll
 from retnet_jax.pretrained import read_pretrained
 from retnet_jax.train_step import loss_sum
 from train import train
@@ -49,11 +49,8 @@ def corpus(tmp_path_factory):
 def test_evaluation(directory, corpus, tmp_path, capsys):
     evaluate(
         directory,
+        Plan(protocols=("window",), window_length=0),
         data=str(corpus / "*.txt"),
-        protocols=["window"],
-        window_length=None,
-        batch_size=4,
-        compressors=False,
         output=tmp_path / "result.json",
     )
     assert "RetNet of" in capsys.readouterr().out
@@ -152,6 +149,7 @@ def test_continued_training(directory, corpus, tmp_path):
     assert losses(tmp_path / "again")[0] < found[0] - 0.5
 
 
+@pytest.mark.slow
 def test_continued_training_without_a_tokenizer_makes_its_own(corpus, tmp_path):
     config = presets.paper(**sizes(post_norm=True, deepnorm=True, ffn_norm=None))
     interop.torchscale.save(RetNet(config, rngs=nnx.Rngs(0)), tmp_path / "begin")

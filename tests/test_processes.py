@@ -80,7 +80,8 @@ def training(count, config_file, workdir, *arguments):
     return Group("train.py", count, f"--config={config_file}", f"--workdir={workdir}", *arguments)
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
 def test_processes_train_what_one_does(count, config_file, uninterrupted, tmp_path):
     """Before and after one of them had a SIGTERM, which ends all at the same step."""
     group = training(count, config_file, tmp_path / "run")
@@ -120,7 +121,8 @@ def test_when_one_is_killed_the_others_end_and_fewer_go_on(
 
 @pytest.mark.slow
 def test_processes_evaluate_what_one_does(uninterrupted, tmp_path):
-    arguments = [f"--workdir={uninterrupted}", "--batch_size=8"]
+    arguments = [f"--workdir={uninterrupted}", "--batch_size=8", "--suite=paper", "--shots=1"]
+    arguments += ["--tasks=copa", f"--data={ROOT}/tests/tasks"]
     ends = Group("eval.py", 2, *arguments, f"--output={tmp_path / 'two.json'}").ends()
     assert [status for status, *_ in ends] == [0, 0], ends
     assert "bits/byte" in ends[0][1]
@@ -136,6 +138,7 @@ def test_processes_evaluate_what_one_does(uninterrupted, tmp_path):
     for protocol in ("window", "stateful"):
         bits = [x["protocols"][protocol]["bits_per_byte"] for x in (one, two)]
         assert bits[0] == pytest.approx(bits[1], rel=1e-6)
+    assert one["tasks"] == two["tasks"]
 
 
 def test_processes_that_were_not_started_alike_are_refused(config_file, tmp_path):

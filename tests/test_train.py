@@ -30,6 +30,7 @@ from retnet_jax.config import (
 )
 from retnet_jax.data import build_store
 from retnet_jax.errors import CheckpointError
+from retnet_jax.evaluation import Plan
 from retnet_jax.metrics import MetricsLog
 from retnet_jax.workdir import locked
 from train import Run, train
@@ -122,7 +123,9 @@ def test_a_run_leaves_config_metrics_and_checkpoints(config, uninterrupted):
     assert list(uninterrupted.glob("events.out.tfevents.*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_the_run_goes_on_exactly(
     config, uninterrupted, tmp_path, monkeypatch, number, capfd
 ):
@@ -177,11 +180,7 @@ def test_carried_states_of_a_mixture_resume_exactly(mixture, tmp_path, monkeypat
         assert held_out[f"held_out_perplexity/{name}"] == pytest.approx(np.exp(loss))
     evaluate(
         tmp_path / "whole",
-        data=None,
-        protocols=["window"],
-        window_length=None,
-        batch_size=4,
-        compressors=False,
+        Plan(protocols=("window",), window_length=0),
         output=tmp_path / "result.json",
     )
     record = json.loads((tmp_path / "result.json").read_text())["protocols"]["window"]

@@ -179,6 +179,7 @@ def test_micro_batches_carry_the_state_of_their_rows(micro_batches):
     assert (np.asarray(expected[1].carry.position) > 0).all()
 
 
+@pytest.mark.slow
 def test_eight_devices_carry_what_one_does():
     config = dataclasses.replace(
         CONFIG,

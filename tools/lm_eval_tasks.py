@@ -63,6 +63,8 @@ def task_files(data: Path, harness: Path) -> dict[str, str]:
             continue
         task = TASKS[name]
         splits = {split: data / name / f"{split}.jsonl" for split in (task.split, task.shots_from)}
+        if not splits[task.split].is_file():
+            raise ConfigError(f"{splits[task.split]} is not there: {name} is evaluated on it")
         there = {split: str(path) for split, path in splits.items() if path.is_file()}
         # JSON is YAML as well.
         options = {

@@ -66,7 +66,8 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()):
         self._tokenizer = tokenizer
         self._ids = list(before)[-self.context :]
-        self._shown = len(tokenizer.decode(self._ids))  # characters
+        # In characters; one that is torn comes with its last token.
+        self._shown = len(tokenizer.decode(self._ids).rstrip("\ufffd"))
 
     def add(self, ids: list[int]) -> str:
         """The text that is known now and was not before."""
@@ -79,6 +80,12 @@ class TextStream:
             self._ids = self._ids[-self.context :]
             self._shown = len(self._tokenizer.decode(self._ids))
         return new
+
+    def copy(self) -> "TextStream":
+        """One that stands at the same place."""
+        other = TextStream(self._tokenizer)
+        other._ids, other._shown = list(self._ids), self._shown
+        return other
 
     def rest(self) -> str:
         """What was held back, if no more comes."""

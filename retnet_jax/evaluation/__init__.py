@@ -28,7 +28,7 @@ from retnet_jax.evaluation.perplexity import (
 )
 from retnet_jax.evaluation.prefix_trie import PrefixTrie, Request
 from retnet_jax.evaluation.recall import RecallResult, recall
-from retnet_jax.evaluation.report import as_json, tables
+from retnet_jax.evaluation.report import as_json, differences_as_json, tables
 from retnet_jax.evaluation.scoring import Score, score, score_trie
 from retnet_jax.evaluation.statistics import (
     Difference,
@@ -78,6 +78,7 @@ __all__ = [
     "Text",
     "as_json",
     "compressed_bits_per_byte",
+    "differences_as_json",
     "draw_shots",
     "encode_pairs",
     "evaluate_model",

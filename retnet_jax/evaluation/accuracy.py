@@ -54,7 +54,13 @@ def draw_shots(
         sample = generator.sample(pool.rows, drawn) if once is None else once
         sample = [x for x in sample if x != row]
         if len(sample) < count:  # the pool has the row more than once
-            sample = generator.sample([x for x in pool.rows if x != row], count)
+            others = [x for x in pool.rows if x != row]
+            if len(others) < count:
+                raise ConfigError(
+                    f"{count} shots need as many rows other than the one that is asked, but of "
+                    f"those from {pool.names[0]} on only {len(others)} are"
+                )
+            sample = generator.sample(others, count)
         shots.append(sample[:count])
     return shots
 

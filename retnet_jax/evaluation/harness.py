@@ -40,10 +40,10 @@ class RetNetLM(TemplateLM):
 
     Args:
       pretrained: directory of a training run or a checkpoint.
-      batch_size: rows at once.
-      max_length: most tokens of a request, cut at its beginning, and the length of the windows of
-        `loglikelihood_rolling`. None: a request is not cut, and rolling carries the state through
-        the whole text, which a RetNet can.
+      batch_size: rows at once; "auto": 32.
+      max_length: most tokens that are read for a log-likelihood, cut at their beginning, and the
+        length of the windows of `loglikelihood_rolling`. None: nothing is cut, and rolling carries
+        the state through the whole text, which a RetNet can. Prompts to generate from are not cut.
       dtype: of activations.
       max_gen_toks: tokens to generate where a task does not say.
       seed: of random choices in generation.
@@ -67,11 +67,12 @@ class RetNetLM(TemplateLM):
         _, self.tokenizer = read_pretrained(directory)
         changes = {} if dtype is None else {"dtype": dtype}
         self.model, self.step = load_checkpoint(directory, first_device(), **changes)
-        self.batch_size = int(batch_size)
+        self.batch_size = 32 if str(batch_size).startswith("auto") else int(batch_size)
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size} is less than 1")
         self.max_length = None if max_length is None else int(max_length)
         self.max_gen_toks = int(max_gen_toks)
         self.seed = int(seed)
-        self.pretrained = directory
 
     @property
     def eot_token_id(self) -> int:
@@ -142,6 +143,8 @@ class RetNetLM(TemplateLM):
         groups = defaultdict(list)
         for number, request in enumerate(requests):
             options = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
+            if options.get("num_beams") == 1:
+                del options["num_beams"]
             if unknown := set(options) - _GENERATION:
                 raise ConfigError(
                     f"generation arguments {sorted(unknown)} are none of {sorted(_GENERATION)}"
@@ -160,7 +163,8 @@ class RetNetLM(TemplateLM):
                         [requests[number].args[0] for number, _ in part],
                         max_tokens,
                         [_sampler(options) for _, options in part],
-                        self.seed,
+                        # A request may be asked several times, to be answered differently.
+                        self.seed + part[0][0],
                         stop=stop,
                     )
                     for _ in writer:
@@ -184,8 +188,10 @@ class RetNetLM(TemplateLM):
 
 
 def _sampler(options: dict) -> Sampler:
-    temperature = options.get("temperature") or 0.0
-    if not temperature:
+    temperature = options.get("temperature")
+    if temperature is None:
+        temperature = 1.0 if options.get("do_sample") else 0.0
+    if temperature == 0:
         return Sampler()
     top_k, top_p = options.get("top_k") or None, options.get("top_p")
     return Sampler(temperature, top_k, None if top_p == 1 else top_p)

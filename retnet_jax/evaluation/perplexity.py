@@ -21,6 +21,7 @@ import numpy as np
 
 from retnet_jax.config import ConfigError
 from retnet_jax.cross_entropy import token_cross_entropy
+from retnet_jax.evaluation.padding import power_of_two
 from retnet_jax.model import LanguageModel, State
 from retnet_jax.shapes import Array, Float, Int
 from retnet_jax.sharding import constrain
@@ -53,13 +54,16 @@ def stateful_nll(
       float32 [n] of each.
     """
     lengths = [len(document) - 1 for document in documents]
+    nll = [np.zeros(0, np.float32)] * len(documents)
+    some = [number for number, length in enumerate(lengths) if length]
+    if not some:
+        return nll
     # One length for all groups, so that few programs are compiled; where most documents are short
     # it is short, so that little of it is padding.
-    piece_length = min(piece_length, _power_of_two(math.ceil(np.mean(lengths))))
-    rows = min(batch_size, len(documents))
-    longest_first = np.argsort(lengths, kind="stable")[::-1]
-    nll = [np.zeros(0, np.float32)] * len(documents)
-    for start in range(0, len(documents), rows):
+    piece_length = min(piece_length, power_of_two(math.ceil(np.mean(lengths))))
+    rows = min(batch_size, len(some))
+    longest_first = sorted(some, key=lambda number: -lengths[number])
+    for start in range(0, len(some), rows):
         group = longest_first[start : start + rows]
         found = _group_nll(model, [documents[i] for i in group], rows, piece_length, progress)
         for i, losses in zip(group, found, strict=True):
@@ -105,7 +109,7 @@ def window_nll(
         piece_length=min(window_length, _PIECE_LENGTH),
         progress=progress,
     )
-    nll = [[] for _ in documents]
+    nll = [[np.zeros(0, np.float32)] for _ in documents]
     for owner, losses, (_, scored) in zip(owners, found, parts, strict=True):
         nll[owner].append(losses[len(losses) - scored :])
     return [np.concatenate(losses) for losses in nll]
@@ -152,24 +156,31 @@ def last_tokens_nll(
       ConfigError: if no document is as long as the longest context, or a context is shorter than
         `scored`.
     """
+    check_contexts(documents, context_lengths, scored)
     longest = max(context_lengths)
-    if min(context_lengths) < scored:
-        raise ConfigError(
-            f"a context of {min(context_lengths)} tokens is shorter than the {scored} that are "
-            "scored at its end"
-        )
     long = [document[: longest + 1] for document in documents if len(document) > longest]
-    if not long:
-        most = max(len(document) - 1 for document in documents)
-        raise ConfigError(
-            f"no document has {longest} tokens, the longest context; the longest has {most}"
-        )
     nll = {}
     for length in context_lengths:
         parts = [document[longest - length :] for document in long]
         found = stateful_nll(model, parts, batch_size=batch_size, progress=progress)
         nll[length] = np.array([losses[-scored:].sum(dtype=np.float64) for losses in found])
     return nll
+
+
+def check_contexts(
+    documents: Sequence[np.ndarray], context_lengths: Sequence[int], scored: int = 128
+) -> None:
+    """Raises what `last_tokens_nll` raises."""
+    longest, most = max(context_lengths), max(len(document) - 1 for document in documents)
+    if min(context_lengths) < scored:
+        raise ConfigError(
+            f"a context of {min(context_lengths)} tokens is shorter than the {scored} that are "
+            "scored at its end"
+        )
+    if most < longest:
+        raise ConfigError(
+            f"no document has {longest} tokens, the longest context; the longest has {most}"
+        )
 
 
 def _group_nll(
@@ -182,7 +193,7 @@ def _group_nll(
     """As `stateful_nll` of at most `rows` documents, the longest first."""
     n_pieces = math.ceil((len(documents[0]) - 1) / piece_length)
     # A Transformer is compiled for each capacity: rounded up, at most by a quarter, they are few.
-    step = max(1, _power_of_two(n_pieces) // 8)
+    step = max(1, power_of_two(n_pieces) // 8)
     state = model.init_state(rows, piece_length * step * math.ceil(n_pieces / step))
     nll = []
     for start in range(0, n_pieces * piece_length, piece_length):
@@ -211,8 +222,3 @@ def _piece_nll(
     hidden, state = model.hidden(constrain(tokens, "bt"), state, segment_ids)
     losses = token_cross_entropy(hidden, model.head_matrix(), targets)
     return constrain(losses, "  "), state  # whole, for every process to read
-
-
-def _power_of_two(least: int) -> int:
-    """The smallest power of two that is not less."""
-    return 1 << max(0, least - 1).bit_length()

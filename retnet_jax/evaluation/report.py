@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from retnet_jax.evaluation.statistics import (
+    Difference,
     PerplexityReport,
     paired_difference,
     perplexity_report,
@@ -17,7 +18,7 @@ from retnet_jax.evaluation.statistics import (
     sums,
 )
 from retnet_jax.evaluation.suite import Plan, Results
-from retnet_jax.evaluation.tables import Table, percent, plus_minus
+from retnet_jax.evaluation.tables import Table, in_errors, percent, plus_minus
 from retnet_jax.evaluation.texts import Text
 
 _LAST_TOKENS = 128
@@ -42,11 +43,18 @@ def tables(
     first = results[0]
     found = []
     if first.nll:
-        found.append(_perplexity(names, results, text, plan, compressed))
-    if "stateful" in first.nll:
-        found.append(_positions(names, results))
-    if first.last_nll:
-        found.append(_contexts(names, results))
+        found.append(_perplexity(names, results, text, plan))
+    for name, of_model in zip(names, results, strict=True):
+        # A table for each: their tokens may differ.
+        of_name = f", {name}" if len(names) > 1 else ""
+        if "stateful" in of_model.nll:
+            found.append(_positions(of_name, of_model.nll["stateful"]))
+        if of_model.last_nll:
+            found.append(_contexts(of_name, of_model.last_nll))
+    if first.nll and len(results) == 2:
+        found.append(_differences(results, text, plan))
+    if compressed:
+        found.append(_compressors(compressed))
     if first.tasks:
         found.append(_tasks(names, results, plan))
     if first.recall:
@@ -54,7 +62,7 @@ def tables(
     return found
 
 
-def _perplexity(names, results, text, plan, compressed) -> Table:
+def _perplexity(names, results, text, plan) -> Table:
     table = Table(
         "",
         [
@@ -79,39 +87,55 @@ def _perplexity(names, results, text, plan, compressed) -> Table:
                     f"{report.tokens:,}",
                     f"{report.bytes:,}",
                 )
-        if len(results) == 2:
-            mean, error = bits_difference(*(found.nll[protocol] for found in results), text)
-            table.add("  difference", f"{mean:+.4f}", plus_minus(error), _z(mean, error))
+    return table
+
+
+def _differences(results, text, plan) -> Table:
+    table = Table("the first less the second", ("", "bits/byte", "std. error", "z"))
+    for protocol in results[0].nll:
+        found = bits_difference(*(x.nll[protocol] for x in results), text)
+        cells = f"{found.mean:+.4f}", plus_minus(found.standard_error), in_errors(found.z)
+        table.add(plan.label(protocol), *cells)
+    return table
+
+
+def _compressors(compressed) -> Table:
+    table = Table("", ("", "bits/byte"))
     for name, bits in compressed.items():
         table.add(name, f"{bits:.4f}")
     return table
 
 
-def _positions(names, results) -> Table:
-    columns = ["position in the document"]
-    for name in names:
-        columns += [name, "std. error"] if len(names) > 1 else ["nats/token", "std. error"]
-    table = Table("stateful, by position", [*columns, "documents", "tokens"])
-    for buckets in zip(*(position_buckets(x.nll["stateful"]) for x in results), strict=True):
-        cells = []
-        for bucket in buckets:
-            cells += [f"{bucket.nll_per_token:.4f}", plus_minus(bucket.standard_error)]
-        last = buckets[0]
+def _positions(of_name, nll) -> Table:
+    table = Table(
+        f"stateful, by position{of_name}",
+        [
+            *("position in the document", "nats/token", "std. error"),
+            *("perplexity", "documents", "tokens"),
+        ],
+    )
+    for bucket in position_buckets(nll):
         table.add(
-            f"{last.first:,} to {last.last:,}", *cells, f"{last.documents:,}", f"{last.tokens:,}"
+            f"{bucket.first:,} to {bucket.last:,}",
+            f"{bucket.nll_per_token:.4f}",
+            plus_minus(bucket.standard_error),
+            f"{bucket.perplexity:,.6g}",
+            f"{bucket.documents:,}",
+            f"{bucket.tokens:,}",
         )
     return table
 
 
-def _contexts(names, results) -> Table:
-    documents = len(next(iter(results[0].last_nll.values())))
+def _contexts(of_name, last_nll) -> Table:
+    documents = len(next(iter(last_nll.values())))
     table = Table(
-        f"perplexity of the same last {_LAST_TOKENS} tokens of {documents} documents",
-        ("tokens of context", *(names if len(names) > 1 else ["perplexity"])),
+        f"the same last {_LAST_TOKENS} tokens of {documents} documents{of_name}",
+        ("tokens of context", "nats/token", "std. error", "perplexity"),
     )
-    for length in results[0].last_nll:
-        nll = [found.last_nll[length].mean() / _LAST_TOKENS for found in results]
-        table.add(f"{length:,}", *(f"{math.exp(x):,.6g}" for x in nll))
+    for length, nll in last_nll.items():
+        each = nll / _LAST_TOKENS
+        error = plus_minus(standard_error(each))
+        table.add(f"{length:,}", f"{each.mean():.4f}", error, f"{math.exp(each.mean()):,.6g}")
     return table
 
 
@@ -142,7 +166,7 @@ def _tasks(names, results, plan) -> Table:
                 difference = paired_difference(*(found.correct[metric] for found in each))
                 cells += [f"{100 * difference.mean:+.2f}"]
                 cells += [plus_minus(100 * difference.standard_error, 2)]
-                cells += [f"{difference.z:.1f}"]
+                cells += [in_errors(difference.z)]
             random, majority = percent(each[0].random), percent(each[0].majority)
             table.add(task, str(shots), metric, *cells, random, majority, f"{each[0].rows:,}")
     for shots in plan.shots:
@@ -186,14 +210,31 @@ def reports(nll: Sequence[np.ndarray], text: Text) -> dict[str, PerplexityReport
 
 def bits_difference(
     one: Sequence[np.ndarray], other: Sequence[np.ndarray], text: Text
-) -> tuple[float, float]:
-    """How many bits per byte more `one` needs than `other` for the same documents; its error."""
+) -> Difference:
+    """How many bits per byte more `one` needs than `other` for the same documents."""
     bits = (sums(one) - sums(other)) / math.log(2)
-    return float(bits.sum() / text.byte_counts.sum()), ratio_standard_error(bits, text.byte_counts)
+    mean = float(bits.sum() / text.byte_counts.sum())
+    return Difference(mean, ratio_standard_error(bits, text.byte_counts))
 
 
-def _z(mean: float, error: float) -> str:
-    return f"z {mean / error:.1f}" if error > 0 else ""
+def differences_as_json(results: Sequence[Results], text: Text | None) -> dict[str, Any]:
+    """What the first model's results are more than the second's, by protocol and by task."""
+    one, other = results
+    record: dict[str, Any] = {
+        protocol: _of_difference(bits_difference(one.nll[protocol], other.nll[protocol], text))
+        for protocol in one.nll
+    }
+    for (task, shots), found in one.tasks.items():
+        against = other.tasks[task, shots].correct
+        record[f"{task}, {shots} shots"] = {
+            metric: _of_difference(paired_difference(correct, against[metric]))
+            for metric, correct in found.correct.items()
+        }
+    return record
+
+
+def _of_difference(found: Difference) -> dict[str, float | None]:
+    return _finite(found) | {"z": _number(found.z)}
 
 
 def as_json(results: Results, text: Text | None) -> dict[str, Any]:
@@ -213,7 +254,7 @@ def as_json(results: Results, text: Text | None) -> dict[str, Any]:
             {
                 "context": length,
                 "documents": len(nll),
-                "nll_per_token": float(nll.mean()) / _LAST_TOKENS,
+                "nll_per_token": _number(float(nll.mean()) / _LAST_TOKENS),
                 "standard_error": _number(standard_error(nll / _LAST_TOKENS)),
             }
             for length, nll in results.last_nll.items()
@@ -247,7 +288,7 @@ def as_json(results: Results, text: Text | None) -> dict[str, Any]:
                 "distance": found.distance,
                 "accuracy": found.accuracy,
                 "standard_error": _number(found.standard_error),
-                "nll_per_token": found.nll_per_token,
+                "nll_per_token": _number(found.nll_per_token),
                 "random": found.random,
                 "trials": len(found.correct),
             }

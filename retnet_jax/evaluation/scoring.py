@@ -21,6 +21,7 @@ import numpy as np
 
 from retnet_jax.config import ConfigError
 from retnet_jax.cross_entropy import logits_at_once
+from retnet_jax.evaluation.padding import power_of_two
 from retnet_jax.evaluation.prefix_trie import Node, PrefixTrie, Request
 from retnet_jax.model import LanguageModel, State
 from retnet_jax.shapes import Array, Bool, Float, Int
@@ -79,6 +80,8 @@ def score_trie(
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> list[Score]:
     """As `score`, of requests that are a trie already."""
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size} is less than 1")
     _check_ids(trie, model.config.vocab_size)
     log_likelihood = np.zeros(trie.requests)
     is_greedy = np.ones(trie.requests, bool)
@@ -163,7 +166,7 @@ class _Pool:
             rows = quarter
         length = _padded(max(len(node.tokens) for node in batch))
         asked = max(len(node.queries) for node in batch)
-        asked = _FEW_QUERIES if asked <= _FEW_QUERIES else max(length, _power_of_two(asked))
+        asked = _FEW_QUERIES if asked <= _FEW_QUERIES else max(length, power_of_two(asked))
         tokens = np.zeros((rows, length), np.int32)
         counts = np.zeros(rows, np.int32)
         queries = np.zeros((rows, asked, 2), np.int32)
@@ -195,7 +198,7 @@ class _Pool:
                     self._free.append(self._slots.pop(node.parent))
         after = max(self._lengths[source] for source in sources) + length
         if after > self._capacity:
-            self._capacity = _power_of_two(after)
+            self._capacity = power_of_two(after)
             self._state = self._state.with_capacity(self._capacity)
         targets = []
         for node in batch:
@@ -269,13 +272,8 @@ def _capacity(trie: PrefixTrie) -> int:
     for node in trie.nodes():
         end[node] = end.get(node.parent, 0) + _padded(len(node.tokens))
         longest = max(longest, end[node])
-    return _power_of_two(longest)
+    return power_of_two(longest)
 
 
 def _padded(length: int) -> int:
-    return max(_SHORTEST, _power_of_two(length))
-
-
-def _power_of_two(least: int) -> int:
-    """The smallest power of two that is not less."""
-    return 1 << max(0, least - 1).bit_length()
+    return max(_SHORTEST, power_of_two(length))

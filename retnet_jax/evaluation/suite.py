@@ -8,8 +8,20 @@ import numpy as np
 
 from retnet_jax.config import ConfigError
 from retnet_jax.data import Tokenizer
-from retnet_jax.evaluation.accuracy import TaskResult, draw_shots, task_requests, task_result
-from retnet_jax.evaluation.perplexity import last_tokens_nll, stateful_nll, window_nll, windows
+from retnet_jax.evaluation.accuracy import (
+    TaskRequests,
+    TaskResult,
+    draw_shots,
+    task_requests,
+    task_result,
+)
+from retnet_jax.evaluation.perplexity import (
+    check_contexts,
+    last_tokens_nll,
+    stateful_nll,
+    window_nll,
+    windows,
+)
 from retnet_jax.evaluation.prefix_trie import PrefixTrie
 from retnet_jax.evaluation.recall import RecallResult, recall
 from retnet_jax.evaluation.scoring import score_trie
@@ -144,10 +156,18 @@ def evaluate_model(
       ConfigError: for input that the model cannot take.
     """
     results = Results()
+    if "perplexity" in plan.parts and plan.context_lengths:
+        check_contexts(text.tokens, plan.context_lengths)
+    # All of them before anything is computed, so that a row that does not fit costs nothing.
+    prepared = [
+        (of_task, shots, _requests(of_task, shots, tokenizer, plan))
+        for of_task in tasks
+        for shots in plan.shots
+    ]
     if "perplexity" in plan.parts:
         _perplexity(results, model, text, plan)
-    for of_task in tasks:
-        _task(results, model, tokenizer, of_task, plan)
+    for of_task, shots, requests in prepared:
+        _task(results, model, of_task.task, shots, requests, plan)
     if "recall" in plan.parts:
         total = 2 * plan.trials * sum(plan.distances)
         with progress_bar("recall", total) as progress:
@@ -195,21 +215,36 @@ def _perplexity(results: Results, model: LanguageModel, text: Text, plan: Plan) 
         )
 
 
+def _requests(of_task: TaskRows, shots: int, tokenizer: Tokenizer, plan: Plan) -> TaskRequests:
+    task, rows = of_task.task, of_task.rows
+    examples = [()] * len(rows.rows)
+    if shots:
+        examples = draw_shots(task, rows, of_task.pool, shots, plan.shot_mode, plan.seed)
+    requests = task_requests(task, rows, examples, tokenizer, plan.variant)
+    for number, pair in enumerate(requests.pairs):
+        if plan.max_length is not None and len(pair.continuation) > plan.max_length:
+            raise ConfigError(
+                f"{rows.names[number // task.choices]}: choice {number % task.choices} of "
+                f"{task.name} has {len(pair.continuation)} tokens, more than "
+                f"max_length={plan.max_length}"
+            )
+    return requests
+
+
 def _task(
-    results: Results, model: LanguageModel, tokenizer: Tokenizer, of_task: TaskRows, plan: Plan
+    results: Results,
+    model: LanguageModel,
+    task: Task,
+    shots: int,
+    requests: TaskRequests,
+    plan: Plan,
 ) -> None:
-    task, rows, pool = of_task.task, of_task.rows, of_task.pool
-    for shots in plan.shots:
-        examples = [()] * len(rows.rows)
-        if shots:
-            examples = draw_shots(task, rows, pool, shots, plan.shot_mode, plan.seed)
-        requests = task_requests(task, rows, examples, tokenizer, plan.variant)
-        trie = PrefixTrie(requests.pairs, plan.max_length)
-        with progress_bar(f"{task.name}, {shots} shots", trie.tokens) as progress:
-            scores = score_trie(model, trie, batch_size=plan.batch_size, progress=progress)
-        results.tasks[task.name, shots] = task_result(task, requests, scores)
-        results.read[task.name, shots] = trie.tokens, trie.tokens_alone
-        results.truncated += trie.truncated
+    trie = PrefixTrie(requests.pairs, plan.max_length)
+    with progress_bar(f"{task.name}, {shots} shots", trie.tokens) as progress:
+        scores = score_trie(model, trie, batch_size=plan.batch_size, progress=progress)
+    results.tasks[task.name, shots] = task_result(task, requests, scores)
+    results.read[task.name, shots] = trie.tokens, trie.tokens_alone
+    results.truncated += trie.truncated
 
 
 @contextmanager

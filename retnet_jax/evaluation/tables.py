@@ -45,6 +45,11 @@ def plus_minus(error: float, digits: int = 4) -> str:
     return "-" if math.isnan(error) else f"± {error:.{digits}f}"
 
 
+def in_errors(z: float) -> str:
+    """A difference in standard errors; a dash where there is no error."""
+    return "-" if math.isnan(z) else f"{z:.1f}"
+
+
 def percent(share: float) -> str:
     """A share in percent."""
     return f"{100 * share:.2f}"

@@ -131,7 +131,7 @@ def _check(task: Task, row: Any, name: str) -> None:
             )
     try:
         question = task.question(row, "lm_eval")
-    except (KeyError, ValueError, IndexError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{name}: this is no row of {task.name} ({type(error).__name__}: {error}): {row!r}"
         ) from None

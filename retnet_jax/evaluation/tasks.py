@@ -83,11 +83,6 @@ class Task:
             continuations = [" " + x for x in continuations]
         return Question(contexts, continuations, label)
 
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """The names of what is reported."""
-        return ("acc", "acc_norm") if self.normalized else ("acc",)
-
 
 def _single_spaces(text: str) -> str:
     return re.sub(" {2,}", " ", text)
