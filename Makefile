@@ -21,7 +21,7 @@ quickstart: .venv/run
 	  --prompt="def read_lines(path):"
 
 # Most of the tests' time is compilation; this leaves LLVM's optimisations out, a quarter of it.
-test: lint .venv/libtpu .venv/cuda .venv/py312
+test: lint .venv/libtpu .venv/cuda
 	XLA_FLAGS=--xla_backend_optimization_level=0 PYTHONPATH=.venv/libtpu \
 	  $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 

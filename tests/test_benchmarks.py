@@ -253,6 +253,7 @@ def test_readme_has_the_table_of_what_was_measured():
     assert report.goals_table(report.Report(data)) in (ROOT / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_failures_are_recorded_and_the_next_case_runs(tmp_path):
     def raising(error):
         def measure():

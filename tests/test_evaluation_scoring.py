@@ -17,6 +17,7 @@ from retnet_jax.sharding import make_mesh, with_shardings
 VOCABULARY = 24
 CONFIG = ModelConfig(vocab_size=VOCABULARY, d_model=16, n_layers=2, n_heads=2, chunk_size=8)
 KINDS = (RetNet, Transformer)
+MOST = [RetNet, pytest.param(Transformer, marks=pytest.mark.slow)]  # of the tests that take long
 
 
 def build(kind):
@@ -86,7 +87,7 @@ def test_scores_are_those_of_each_request_alone_in_the_order_given(kind):
     assert_same(score(model, requests, batch_size=4), expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MOST)
 def test_sharing_prefixes_changes_no_score(kind):
     model, requests = MODELS[kind], requests_of_a_task(np.random.default_rng(1))
     shared, alone = (PrefixTrie(requests, reuse=reuse) for reuse in (True, False))
@@ -128,7 +129,7 @@ def test_a_trie_has_each_distinct_prefix_once_and_asks_for_all(rows):
     assert asked == [dict(enumerate(row[1:], start=1)) for row in rows]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MOST)
 def test_prompts_longer_than_a_node(kind):
     rng = np.random.default_rng(3)
     requests = requests_of_a_task(rng, questions=3, choices=2, prompt=2 * LONGEST_NODE + 100)
@@ -150,7 +151,7 @@ def test_requests_that_are_too_long_lose_their_beginning_and_are_counted():
     assert_same(found, by_definition(MODELS[RetNet], cut))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MOST)
 def test_a_mesh_gives_the_same(kind):
     model, requests = MODELS[kind], requests_of_a_task(np.random.default_rng(5))
     expected = score(model, requests, batch_size=8)

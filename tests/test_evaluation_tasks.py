@@ -138,7 +138,7 @@ def build(kind, seed=0):
     return model
 
 
-@pytest.mark.parametrize("mode", ["per-document", "fixed"])
+@pytest.mark.parametrize("mode", [pytest.param("per-document", marks=pytest.mark.slow), "fixed"])
 @pytest.mark.parametrize("kind", [RetNet, pytest.param(Transformer, marks=pytest.mark.slow)])
 def test_sharing_prefixes_of_a_task_changes_nothing(kind, mode):
     task, rows, pool = rows_of("hellaswag")

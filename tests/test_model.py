@@ -110,7 +110,7 @@ def test_one_token_steps_in_preallocated_state(name):
     assert step._cache_size() == 1
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["retnet", pytest.param("transformer", marks=pytest.mark.slow)])
 def test_packed_documents_equal_each_alone(name):
     model, row = make(name), tokens(1, 15)
     segments = jnp.asarray([[0, 0, 4, 4, 4, 4, 4, 7, 7, 7, 1, 1, 1, 1, 0]])

@@ -97,24 +97,18 @@ def test_rows_in_segments(monkeypatch):
     assert_same_as_xla(inputs(b=1, t=310, h=1, k=64, v=64), documents(jnp.asarray([segments])))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(HAS_INTERPRETER, reason="this jax has the interpreter")
-@pytest.mark.parametrize(
-    ("chosen", "count"),
-    [
-        ("documents_and_padding or not_supported", 2),
-        pytest.param("mosaic_gpu and not compiled", 11, marks=pytest.mark.slow),
-    ],
-)
-def test_in_an_environment_with_the_interpreter(chosen, count):
+def test_in_an_environment_with_the_interpreter():
     python = ROOT / ".venv/py312/bin/python"
     if not python.exists():
         pytest.skip("no .venv/py312: `make .venv/py312` makes it where there is a python3.12")
     suite = ROOT / "tests/test_retention_implementations.py"
-    command = [python, "-m", "pytest", "-q", "-k", chosen, Path(__file__), suite]
+    command = [python, "-m", "pytest", "-q", "-k", "not compiled", Path(__file__), suite]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    assert f"{count} passed" in run.stdout, run.stdout[-4000:]
+    assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 30, run.stdout[-4000:]
 
 
 def test_what_is_not_supported_is_said():
@@ -130,11 +124,11 @@ def test_what_is_not_supported_is_said():
         mosaic_gpu.chunkwise(*inputs(b=1, t=8, h=1, k=64, v=64), None, chunk_size=32)
 
 
-OTHER_WIDTHS = [(64, 64), (64, 128), (128, 128), (128, 256), (256, 432)]
+OTHER_WIDTHS = [(64, 64), (64, 128), (128, 256), (256, 432), (256, 512)]
 
 
 @pytest.mark.parametrize(
-    ("k", "v"), [(256, 512), *(pytest.param(*x, marks=pytest.mark.slow) for x in OTHER_WIDTHS)]
+    ("k", "v"), [(128, 128), *(pytest.param(*x, marks=pytest.mark.slow) for x in OTHER_WIDTHS)]
 )
 def test_compiled_for_an_h200(k, v, tmp_path):
     """No spills, and in the GPU's memory no temporaries but scores, factors and states."""

@@ -158,14 +158,10 @@ def test_a_row_of_a_million_tokens_trains():
     assert losses[-1] < losses[0] - 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "remat",
-    [
-        "full",
-        pytest.param("dots", marks=pytest.mark.slow),
-        pytest.param("q,k,v,up", marks=pytest.mark.slow),
-        pytest.param("offload:q,k,v,up", marks=pytest.mark.slow),
-    ],
+    ["full", "dots", "q,k,v,up", "offload:q,k,v,up"],
 )
 def test_what_is_computed_again_changes_nothing(remat):
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, n_layers=5))

@@ -313,7 +313,8 @@ exec(compile(Path("train.py").read_text(), "train.py", "exec"))
 """
 
 
-@pytest.mark.parametrize("disk", [pytest.param("full to the end", marks=pytest.mark.slow), "freed"])
+@pytest.mark.slow
+@pytest.mark.parametrize("disk", ["full to the end", "freed"])
 def test_a_full_disk_costs_a_checkpoint_and_nothing_else(
     config, config_file, uninterrupted, tmp_path, disk
 ):

@@ -94,7 +94,7 @@ def on_one_device(mixer):
 
 
 # The others run with all the long tests.
-OFTEN = [("retention", {"fsdp": 2, "seq": 2, "tensor": 2}), ("attention", {"data": 8})]
+OFTEN = [("retention", {"fsdp": 2, "seq": 2, "tensor": 2})]
 SELDOM = [
     (x, mesh) for x in ("retention", "attention") for mesh in MESHES if (x, mesh) not in OFTEN
 ]
@@ -133,6 +133,7 @@ def test_micro_batches_weigh_tokens_not_parts(micro_batches):
     assert_close(sums(model, batch(0), micro_batches), sums(model, batch(0), 1))
 
 
+@pytest.mark.slow
 def test_halves_of_windows_with_their_state_carried_are_the_whole():
     """A document that goes on, one that begins anew, and one that ends in padding."""
     model = initial_state(CONFIG).model
