@@ -217,11 +217,13 @@ def _room_for(model: LanguageModel, progress: Progress | None, rows: int, tokens
         logits = jnp.zeros((rows, model.config.vocab_size), model.config.state_dtype)
         state = model.init_state(rows, capacity=tokens)
         progress = Progress(logits, state, jnp.zeros(rows, bool))
-        # Placed like the norms: whole, on all of the model's devices. What is placed nowhere in
-        # particular comes out of the first call with a place, and the second is compiled again.
-        return jax.device_put(progress, model.first_block.mixer_norm.scale[...].sharding)
-    # What is read from here on uses up its arrays; the caller may go on from them again.
-    return jax.tree.map(jnp.copy, progress._replace(state=progress.state.with_room(tokens)))
+    else:
+        # What is read from here on uses up its arrays; the caller may go on from them again.
+        roomy = progress._replace(state=progress.state.with_room(tokens))
+        progress = jax.tree.map(jnp.copy, roomy)
+    # Placed like the norms: whole, on all of the model's devices. What is placed nowhere in
+    # particular comes out of the first call with a place, and the second is compiled again for it.
+    return jax.device_put(progress, model.first_block.mixer_norm.scale[...].sharding)
 
 
 @partial(

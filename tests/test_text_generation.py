@@ -18,7 +18,7 @@ from retnet_jax.checkpoint import Checkpoints
 from retnet_jax.config import Config, ConfigError, DataConfig
 from retnet_jax.data import ByteTokenizer, TextStream, train_bpe
 from retnet_jax.errors import CheckpointError
-from retnet_jax.generate import prefill
+from retnet_jax.generate import decode, prefill
 from retnet_jax.sampling import Sampler
 from retnet_jax.saved_state import load_reading, save_reading
 from retnet_jax.text_generation import Writer, _Row
@@ -148,7 +148,13 @@ def test_a_saved_state_goes_on_exactly_where_it_stopped(kind, sampler, tmp_path)
     first = written(model, BYTES, ["Grüße, "], 13, sampler, seed=3, block_size=1)
     save_reading(path, first.reading, model, BYTES)
     after = load_reading(path, model, BYTES)
-    rest = written(model, BYTES, [""], 27, sampler, seed=3, after=after).continuations[0]
+    writer = Writer(model, BYTES, [""], 27, sampler, seed=3, after=after)
+    blocks = iter(writer)
+    next(blocks)
+    compiled = decode._cache_size()
+    list(blocks)
+    assert decode._cache_size() == compiled
+    rest = writer.continuations[0]
     assert first.continuations[0].tokens + rest.tokens == whole.tokens
     assert first.continuations[0].text + rest.text == whole.text
     log_p = first.continuations[0].log_probabilities + rest.log_probabilities

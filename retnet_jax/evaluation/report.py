@@ -150,11 +150,13 @@ def _tasks(names, results, plan) -> Table:
         [*columns, "random", "majority", "rows"],
     )
     read = [np.sum(list(found.read.values()), axis=0) for found in results]
-    table.note = "; ".join(
-        f"{f'{name}: ' if len(names) > 1 else ''}{tokens:,} tokens read, {alone:,} without shared "
-        f"prefixes; {found.truncated:,} requests cut to {plan.max_length or 'no'} tokens"
-        for name, found, (tokens, alone) in zip(names, results, read, strict=True)
-    )
+    notes = []
+    for name, found, (tokens, alone) in zip(names, results, read, strict=True):
+        note = f"{tokens:,} tokens read, {alone:,} without shared prefixes"
+        if plan.max_length is not None:
+            note += f"; {found.truncated:,} requests cut to {plan.max_length:,} tokens"
+        notes.append(f"{name}: {note}" if len(names) > 1 else note)
+    table.note = "\n".join(notes)
     for task, shots in results[0].tasks:
         each = [found.tasks[task, shots] for found in results]
         for metric in each[0].correct:
