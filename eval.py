@@ -189,6 +189,7 @@ def check_use(given, plan: Plan, text: str | None, task_data: str | None) -> Non
         "compressors": perplexity,
         **dict.fromkeys(("tasks", "shots", "shot_mode", "variant", "max_length"), tasks),
         **dict.fromkeys(("distances", "trials"), recall),
+        "seed": tasks or recall,
     }
     for flag, use in used.items():
         if given[flag].present and not use:
@@ -331,7 +332,8 @@ def evaluate_one(
         results = evaluate_model(model, tokenizer, text, tasks, plan)
     return results, {
         "checkpoint": str(directory.absolute()),
-        "checkpoint_sha256": checkpoint_sha256(directory, step),
+        # Read once, where the record is written.
+        "checkpoint_sha256": checkpoint_sha256(directory, step) if processes.is_first() else None,
         "step": step,
         "model": dataclasses.asdict(model.config),
         "tokenizer": tokenizer.fingerprint,

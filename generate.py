@@ -160,12 +160,12 @@ def read_requests(path: Path) -> list[tuple[str, dict]]:
         if not isinstance(request, dict) or "prompt" not in request:
             raise ConfigError(f"{name}: no object with a prompt: {line[:80]}")
         for field, value in request.items():
-            optional = field != "prompt" and value is None
-            number = isinstance(value, kinds.get(field, ())) and not isinstance(value, bool)
-            if field not in kinds or not (number or optional):
+            absent = field in ("top_k", "top_p") and value is None
+            fits = isinstance(value, kinds.get(field, ())) and not isinstance(value, bool)
+            if not (absent or fits):
                 raise ConfigError(
                     f"{name}: {field}={value!r} does not fit; a request has prompt (text) and may "
-                    "have temperature, top_k and top_p (numbers, or null)"
+                    "have temperature (a number), top_k and top_p (numbers, or null)"
                 )
         requests.append((name, request))
     if not requests:

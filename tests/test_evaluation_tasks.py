@@ -423,6 +423,7 @@ COMMAND_LINES = [
     (["--suite=tasks", "--data=no/such"], "--data=no/such is no directory; the tasks need one"),
     (["--stride=4"], "--stride has no effect with --suite=perplexity and --protocol=window,"),
     (["--trials=4"], "--trials has no effect"),
+    (["--seed=4"], "--seed has no effect"),
     (["--protocol="], "--protocol is empty; it takes some of window"),
     (["--output=result.md"], "name the JSON file; the Markdown goes beside it"),
     (

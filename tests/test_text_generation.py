@@ -249,11 +249,14 @@ def test_the_program_keeps_and_continues_a_state(workdir, tmp_path):
 def test_the_program_refuses_what_does_not_fit(workdir, tmp_path):
     state, requests = tmp_path / "bad.state", tmp_path / "requests.jsonl"
     state.write_bytes(b"x" * 100)
+    null = tmp_path / "null.jsonl"
+    null.write_text('{"prompt": "a", "temperature": null}\n')
     requests.write_text('{"prompt": "a"}\n{"prompt": "b", "top_q": 1}\n')
     for arguments, message in (
         (("--prompt=a", f"--load_state={state}"), "bad.state is no saved state, or is damaged"),
         (("--prompt=a", "--prompt=b", "--save_state=x"), "keeps one text; there are 2 prompts"),
         ((f"--requests={requests}",), "requests.jsonl, line 2: top_q=1 does not fit"),
+        ((f"--requests={null}",), "null.jsonl, line 1: temperature=None does not fit"),
         (("--prompt=a", "--stop="), "a stop string is empty"),
         ((), "give the texts to continue as --prompt or as --requests"),
     ):
