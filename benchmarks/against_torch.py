@@ -21,7 +21,7 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks.measure import interleaved_seconds, median_milliseconds, write_results
-from retnet_jax.retention import log_decay, retention
+from retnet_jax.ops.retention import log_decay, retention
 
 try:
     import torch

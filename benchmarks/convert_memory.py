@@ -17,9 +17,10 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks.measure import write_results
-from retnet_jax import interop, presets
+from retnet_jax import interop
 from retnet_jax.config import ModelConfig
-from retnet_jax.interop.sources import Description, parameter_shape
+from retnet_jax.interop import presets
+from retnet_jax.interop.parameter_source import Description, parameter_shape
 from retnet_jax.interop.tensor_files import TensorInfo
 
 SIZES = {

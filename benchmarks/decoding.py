@@ -15,8 +15,8 @@ from absl import app, flags
 from flax import nnx
 
 from benchmarks.measure import interleaved_seconds, write_results
-from configs.quickstart import get_config
-from retnet_jax.generate import decode, prefill, row_keys
+from retnet_jax.configs.quickstart import get_config
+from retnet_jax.generation.decode import decode, prefill, row_keys
 from retnet_jax.model import build_model, for_decoding
 
 flags.DEFINE_integer("near", 100, "position of the early token")

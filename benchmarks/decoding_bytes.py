@@ -3,7 +3,7 @@
     python -m benchmarks.decoding_bytes [--gpu=h200 | --topology=v5e:2x2] [--batch_sizes=1,64]
 
 The paper's sizes in bfloat16, one device. "least" is what has to be read and written: all weights
-but the embedding's, and the state in and out. Needs the compilers that `retnet_jax/ahead` names.
+but the embedding's, and the state in and out. Needs the compilers that `retnet_jax/aot` names.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ from absl import app, flags
 from flax import nnx
 
 from benchmarks.measure import write_results
-from retnet_jax.ahead import topologies
-from retnet_jax.ahead.traffic import memory_traffic
-from retnet_jax.generate import Progress, decode, row_keys
+from retnet_jax.aot import topologies
+from retnet_jax.aot.traffic import memory_traffic
+from retnet_jax.generation.decode import Progress, decode, row_keys
 from retnet_jax.model import build_model, for_decoding
 
 flags.DEFINE_enum("gpu", "h200", topologies.GPUS, "kind of GPU")
@@ -64,7 +64,7 @@ def moved(device, size: str, batch_size: int, weights: str | None, state_dtype: 
 
 def abstract_arguments(size: str, batch_size: int, weights: str | None, state_dtype: str):
     """Shapes of a model, of its progress and of the rows' keys."""
-    config = importlib.import_module(f"configs.retnet_{size}").get_config().model
+    config = importlib.import_module(f"retnet_jax.configs.retnet_{size}").get_config().model
     config = dataclasses.replace(config, dtype="bfloat16", remat="none")
 
     def build():

@@ -18,11 +18,11 @@ import numpy as np
 from absl import flags
 
 from benchmarks.measure import write_results
-from retnet_jax import command_line
 from retnet_jax.data import open_store
 from retnet_jax.model import LanguageModel, for_decoding
 from retnet_jax.model import decoding as layout
 from retnet_jax.pretrained import load_pretrained, read_pretrained
+from retnet_jax.programs import command_line
 
 flags.DEFINE_multi_string("workdir", None, "directory of a training run", required=True)
 flags.DEFINE_integer("length", 4096, "tokens in a row")

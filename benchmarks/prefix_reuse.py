@@ -19,7 +19,7 @@ from absl import app, flags
 from flax import nnx
 
 from benchmarks.measure import interleaved_seconds, write_results
-from configs.quickstart import get_config
+from retnet_jax.configs.quickstart import get_config
 from retnet_jax.evaluation import PrefixTrie, Request, score_trie
 from retnet_jax.model import build_model
 

@@ -16,7 +16,7 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks.measure import RESULTS, interleaved_seconds, median_milliseconds, write_results
-from retnet_jax.retention import log_decay, retention
+from retnet_jax.ops.retention import log_decay, retention
 
 flags.DEFINE_integer("rounds", 5, "timed calls of each")
 flags.DEFINE_integer("longest", 8192, "the longest row; lengths are powers of two from 512")

@@ -16,14 +16,14 @@ import jax
 from absl import flags
 
 from benchmarks.measure import write_results
-from retnet_jax import command_line
-from retnet_jax.checkpoint import Checkpoints
 from retnet_jax.data import open_stores
-from retnet_jax.metrics import MetricsLog
-from retnet_jax.processes import StopRequest
-from retnet_jax.sharding import make_mesh
-from retnet_jax.train_step import abstract_state, make_step
-from train import Run, start_or_restore
+from retnet_jax.parallel.processes import StopRequest
+from retnet_jax.parallel.sharding import make_mesh
+from retnet_jax.programs import command_line
+from retnet_jax.programs.train import Run, start_or_restore
+from retnet_jax.runs.checkpoint import Checkpoints
+from retnet_jax.runs.log import MetricsLog
+from retnet_jax.training.step import abstract_state, make_step
 
 flags.DEFINE_integer("segments", 6, "timed segments of each loop")
 flags.DEFINE_integer("steps", 40, "steps in a segment")

@@ -1,20 +1,3 @@
-"""The paper's 2.7B RetNet (arXiv 2307.08621, Table 2): 32 layers, d 2560, 10 heads.
+"""The config that lives in `retnet_jax/configs/retnet_2p7b.py`."""
 
-    python train.py --config=configs/retnet_2p7b.py --workdir=runs/retnet_2p7b
-    python train.py --config=configs/retnet_2p7b.py:transformer --workdir=runs/transformer_2p7b
-
-100B tokens, 4M a step. Put JSON lines into data/corpus/ or set --config.data.path. Not yet run.
-"""
-
-from configs.paper_settings import paper_config, paper_model
-from retnet_jax.config import Config, TrainConfig
-
-
-def get_config(architecture: str = "retnet") -> Config:
-    """The RetNet, or with "transformer" its twin of as many parameters."""
-    return paper_config(
-        paper_model(n_layers=32, d_model=2560),
-        architecture,
-        learning_rate=3e-4,
-        train=TrainConfig(steps=25_000, batch_size=2048, micro_batches=16),
-    )
+from retnet_jax.configs.retnet_2p7b import get_config  # noqa: F401

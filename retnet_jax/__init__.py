@@ -1,18 +1,32 @@
-"""Retentive networks (RetNet, arXiv 2307.08621) in JAX and Flax."""
+"""Retentive networks (RetNet, arXiv 2307.08621) in JAX and Flax.
 
-from retnet_jax.config import Config, ModelConfig
-from retnet_jax.generate import generate
-from retnet_jax.model import RetNet, Transformer, for_decoding
-from retnet_jax.pretrained import load_pretrained
-from retnet_jax.retention import retention
+What most programs and notebooks need stands here; each name is loaded when it is first used, so
+that `import retnet_jax` takes neither jax nor a library for data or checkpoints.
+"""
 
-__all__ = [
-    "Config",
-    "ModelConfig",
-    "RetNet",
-    "Transformer",
-    "for_decoding",
-    "generate",
-    "load_pretrained",
-    "retention",
-]
+import importlib
+
+_HOME = {
+    "Config": "retnet_jax.config",
+    "ModelConfig": "retnet_jax.config",
+    "RetNet": "retnet_jax.model",
+    "Transformer": "retnet_jax.model",
+    "for_decoding": "retnet_jax.model",
+    "generate": "retnet_jax.generation.decode",
+    "load_pretrained": "retnet_jax.pretrained",
+    "retention": "retnet_jax.ops.retention",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -10,11 +10,11 @@ from jax.sharding import Mesh
 from retnet_jax import interop
 from retnet_jax.config import Config, ConfigError, DataConfig, ModelConfig, read_config
 from retnet_jax.data import Tokenizer, has_tokenizer, load_tokenizer
-from retnet_jax.interop.sources import abstract_model, changed
+from retnet_jax.interop.parameter_source import abstract_model, changed
 from retnet_jax.interop.tensor_files import has_tensor_files
 from retnet_jax.model import LanguageModel
-from retnet_jax.sharding import first_device, with_shardings
-from retnet_jax.workdir import read_workdir
+from retnet_jax.parallel.sharding import first_device, with_shardings
+from retnet_jax.runs.workdir import read_workdir
 
 
 def load_pretrained(
@@ -41,7 +41,7 @@ def load_checkpoint(
     directory: Path, mesh: Mesh | None = None, **changes: Any
 ) -> tuple[LanguageModel, int | None]:
     """As `load_pretrained`, and the step of a training run's newest checkpoint."""
-    from retnet_jax.checkpoint import restore_model
+    from retnet_jax.runs.checkpoint import restore_model
 
     if not is_run(directory):
         return interop.load(directory, mesh, **changes), None

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import settings
 
 jaxtyping.install_import_hook(
-    ["retnet_jax.retention", "retnet_jax.model", "retnet_jax.generate", "retnet_jax.cross_entropy"],
+    ["retnet_jax.ops", "retnet_jax.model", "retnet_jax.generation.decode"],
     "beartype.beartype",
 )
 
@@ -24,7 +24,7 @@ settings.load_profile("jax")
 def tpu_compiler():
     """XLA's compiler for TPUs, without one."""
     pytest.importorskip("libtpu", reason="pip install libtpu, of the version of jax's extra tpu")
-    from retnet_jax.ahead import topologies
+    from retnet_jax.aot import topologies
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("XLA_FLAGS", "TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE"):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from retnet_jax.command_line import SharesParser
+from retnet_jax.programs.command_line import SharesParser
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import jax
 import pytest
 from flax import nnx
 
-from retnet_jax import Config, ModelConfig, presets
+from retnet_jax import Config, ModelConfig
 from retnet_jax.config import (
     ConfigError,
     DataConfig,
@@ -17,6 +17,7 @@ from retnet_jax.config import (
     config_from_json,
     differences,
 )
+from retnet_jax.interop import presets
 from retnet_jax.model import build_model
 
 PAPER = {"200m": 0.201e9, "1p3b": 1.208e9, "2p7b": 2.517e9, "6p7b": 6.442e9}
@@ -24,7 +25,7 @@ PAPER = {"200m": 0.201e9, "1p3b": 1.208e9, "2p7b": 2.517e9, "6p7b": 6.442e9}
 
 @pytest.mark.parametrize("size", PAPER)
 def test_paper_sizes_and_their_twins(size):
-    module = importlib.import_module(f"configs.retnet_{size}")
+    module = importlib.import_module(f"retnet_jax.configs.retnet_{size}")
     retnet, twin = (module.get_config(name) for name in ("retnet", "transformer"))
     for config in (retnet, twin):
         config.check()

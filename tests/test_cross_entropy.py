@@ -7,8 +7,8 @@ import optax
 import pytest
 from tolerances import assert_close
 
-from retnet_jax import cross_entropy
-from retnet_jax.cross_entropy import cross_entropy_sum, token_cross_entropy
+from retnet_jax.ops import cross_entropy
+from retnet_jax.ops.cross_entropy import cross_entropy_sum, token_cross_entropy
 
 
 def problem(b=3, t=10, d=8, w=23):

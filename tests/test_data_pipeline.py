@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retnet_jax.data import windows
-from retnet_jax.data.pipeline import BatchStream, batch_numbers, number_of_windows
+from retnet_jax.data.batches import BatchStream, batch_numbers, number_of_windows
 from retnet_jax.data.token_store import Split
 from retnet_jax.data.windows import packed_starts, run_starts
 

@@ -16,9 +16,7 @@ import pytest
 from flax import nnx
 from tolerances import assert_close
 
-from eval import evaluate
 from retnet_jax import RetNet, Transformer
-from retnet_jax.checkpoint import CheckpointError, Checkpoints
 from retnet_jax.config import Config, ConfigError, DataConfig, ModelConfig
 from retnet_jax.data import ByteTokenizer, build_store, open_store, train_bpe
 from retnet_jax.evaluation import (
@@ -33,7 +31,9 @@ from retnet_jax.evaluation import (
     window_nll,
     windows,
 )
-from retnet_jax.workdir import open_workdir
+from retnet_jax.programs.evaluate import evaluate
+from retnet_jax.runs.checkpoint import CheckpointError, Checkpoints
+from retnet_jax.runs.workdir import open_workdir
 
 ROOT = Path(__file__).parent.parent
 VOCABULARY = 23

@@ -12,9 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from eval import evaluate, evaluation_mesh
 from retnet_jax import ModelConfig, RetNet, Transformer
-from retnet_jax.checkpoint import Checkpoints
 from retnet_jax.config import Config, ConfigError, DataConfig
 from retnet_jax.data import ByteTokenizer
 from retnet_jax.evaluation import (
@@ -33,9 +31,11 @@ from retnet_jax.evaluation import (
     task_requests,
     task_result,
 )
-from retnet_jax.evaluation.accuracy import task_texts
+from retnet_jax.evaluation.task_requests import task_texts
 from retnet_jax.pretrained import load_checkpoint
-from retnet_jax.workdir import open_workdir
+from retnet_jax.programs.evaluate import evaluate, evaluation_mesh
+from retnet_jax.runs.checkpoint import Checkpoints
+from retnet_jax.runs.workdir import open_workdir
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "tests" / "tasks"
@@ -284,8 +284,8 @@ json.dump([rolling, generated, said], open({output!r}, "w"))
 def test_the_harness_reads_whole_texts_and_generates(runs, tmp_path, length):
     pytest.importorskip("lm_eval", reason="pip install lm-eval==0.4.13")
     from retnet_jax.evaluation import stateful_nll, window_nll
-    from retnet_jax.evaluation.texts import encoded
-    from retnet_jax.text_generation import Writer
+    from retnet_jax.evaluation.held_out_texts import encoded
+    from retnet_jax.generation.texts import Writer
 
     texts, output = ["Once upon a time there was", "x", "Grüße " * 20], str(tmp_path / "out.json")
     program = HARNESS.format(run=str(runs[0]), texts=texts, output=output, length=length)
@@ -318,7 +318,7 @@ def test_recall_of_a_model_that_knows_nothing_is_chance():
 
 
 def test_recall_asks_for_what_was_said_before():
-    from retnet_jax.evaluation.recall import PAIRS, SPAN, _associative, _copying
+    from retnet_jax.evaluation.recall_probes import PAIRS, SPAN, _associative, _copying
 
     rng, between = np.random.default_rng(0), np.full(30, 7)
     ids = rng.permutation(np.arange(10, 200))
@@ -435,7 +435,7 @@ COMMAND_LINES = [
 ALL_COMMAND_LINES = """
 import json, sys, eval
 from absl import flags
-from retnet_jax import command_line
+from retnet_jax.programs import command_line
 eval.define_flags()
 for arguments in json.loads(sys.argv[1]):
     flags.FLAGS.unparse_flags()

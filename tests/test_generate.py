@@ -14,14 +14,14 @@ from flax import nnx
 from tolerances import assert_close
 
 from retnet_jax import generate as generated
-from retnet_jax.checkpoint import Checkpoints
 from retnet_jax.config import Config, ConfigError, DataConfig, MeshConfig, ModelConfig
 from retnet_jax.data import ByteTokenizer
-from retnet_jax.generate import Stream, decode, prefill, row_keys
+from retnet_jax.generation.decode import Stream, decode, prefill, row_keys
+from retnet_jax.generation.sampling import Sampler, Samplers
 from retnet_jax.model import RetNet, Transformer
-from retnet_jax.sampling import Sampler, Samplers
-from retnet_jax.sharding import make_mesh, with_shardings
-from retnet_jax.workdir import open_workdir
+from retnet_jax.parallel.sharding import make_mesh, with_shardings
+from retnet_jax.runs.checkpoint import Checkpoints
+from retnet_jax.runs.workdir import open_workdir
 
 CONFIG = ModelConfig(vocab_size=264, d_model=32, n_layers=2, n_heads=2)
 KINDS = (RetNet, Transformer)

@@ -15,13 +15,13 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from retnet_jax import interop, load_pretrained, presets
+from retnet_jax import interop, load_pretrained
 from retnet_jax.config import ConfigError, MeshConfig, ModelConfig
 from retnet_jax.errors import CheckpointError
-from retnet_jax.interop import Description
-from retnet_jax.interop.layout import LayoutSource, config_values
+from retnet_jax.interop import Description, presets
+from retnet_jax.interop.tables import LayoutSource, config_values
 from retnet_jax.model import build_model
-from retnet_jax.sharding import make_mesh
+from retnet_jax.parallel.sharding import make_mesh
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CASES = {

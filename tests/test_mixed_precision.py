@@ -11,7 +11,7 @@ import pytest
 from retnet_jax import Config, ModelConfig
 from retnet_jax.config import DataConfig, OptimizerConfig, TrainConfig
 from retnet_jax.data import BatchStream, open_or_build
-from retnet_jax.train_step import initial_state, train_step
+from retnet_jax.training.step import initial_state, train_step
 
 STEPS = 500
 

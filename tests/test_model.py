@@ -11,7 +11,7 @@ from tolerances import RELATIVE, assert_close
 
 from retnet_jax import ModelConfig, RetNet, Transformer
 from retnet_jax.config import ConfigError
-from retnet_jax.model.rotation import rotate, rotation
+from retnet_jax.ops.rotation import rotate, rotation
 
 MODELS = {"retnet": RetNet, "transformer": Transformer}
 SMALL = ModelConfig(vocab_size=61, d_model=32, n_layers=2, n_heads=2, chunk_size=4)

@@ -18,7 +18,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from tolerances import assert_close
 
-from retnet_jax.retention import documents, log_decay, mosaic_gpu, xla
+from retnet_jax.ops.retention import documents, log_decay, mosaic_gpu, xla
 
 ROOT = Path(__file__).parent.parent
 HAS_INTERPRETER = hasattr(plgpu, "InterpretGPUParams")
@@ -156,7 +156,7 @@ def test_compiled_for_an_h200(k, v, tmp_path):
 
 def compile_for_an_h200(k: int, v: int) -> dict:
     """Outputs and gradients of heads k/v, compiled: the numbers the test above is about."""
-    from retnet_jax.ahead import topologies
+    from retnet_jax.aot import topologies
 
     topologies.prepare()
     mesh = jax.sharding.Mesh(np.array(topologies.gpus("h200")), "x")

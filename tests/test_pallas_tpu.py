@@ -12,14 +12,14 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import NamedSharding, PartitionSpec
 from tolerances import assert_close
 
-from retnet_jax.ahead import topologies
+from retnet_jax.aot import topologies
 from retnet_jax.config import MeshConfig, ModelConfig
-from retnet_jax.model.gated_norm import gated_norm
-from retnet_jax.model.map_heads import map_heads, on_tpu
 from retnet_jax.model.multi_scale_retention import MultiScaleRetention
-from retnet_jax.model.rotation import rotate, rotation
-from retnet_jax.retention import documents, log_decay, pallas_tpu
-from retnet_jax.sharding import make_mesh
+from retnet_jax.ops.gated_norm import gated_norm
+from retnet_jax.ops.map_heads import map_heads, on_tpu
+from retnet_jax.ops.retention import documents, log_decay, pallas_tpu
+from retnet_jax.ops.rotation import rotate, rotation
+from retnet_jax.parallel.sharding import make_mesh
 
 CHIPS = {
     "v4": "v4:2x2x1",

@@ -14,11 +14,12 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 from tolerances import assert_close, relative_difference
 
-from retnet_jax import interop, presets
-from retnet_jax.interop.sources import ModelSource
+from retnet_jax import interop
+from retnet_jax.interop import presets
+from retnet_jax.interop.parameter_source import ModelSource
 from retnet_jax.model import build_model
 from retnet_jax.model.multi_scale_retention import MultiScaleRetention
-from retnet_jax.retention import log_decay, row_normalizer
+from retnet_jax.ops.retention import log_decay, row_normalizer
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CASES = ("a_h4", "b_shared", "c_h1", "d_bigqk", "e_eps0", "f_deepnorm")

@@ -12,14 +12,15 @@ import pytest
 from flax import nnx
 from test_pretrained_tokenizer import llama
 
-from eval import evaluate
-from retnet_jax import RetNet, generate, interop, load_pretrained, presets
+from retnet_jax import RetNet, generate, interop, load_pretrained
 from retnet_jax.config import Config, ConfigError, DataConfig, OptimizerConfig, TrainConfig
 from retnet_jax.data import BatchStream, load_tokenizer, open_store
 from retnet_jax.evaluation import Plan, perplexity_report, window_nll
+from retnet_jax.interop import presets
 from retnet_jax.pretrained import read_pretrained
-from retnet_jax.train_step import loss_sum
-from train import train
+from retnet_jax.programs.evaluate import evaluate
+from retnet_jax.programs.train import train
+from retnet_jax.training.step import loss_sum
 
 ROOT = Path(__file__).parent.parent
 

@@ -12,7 +12,7 @@ import tokenizers as hf
 
 from retnet_jax.config import ConfigError, DataConfig
 from retnet_jax.data import TextStream, load_tokenizer, open_or_build
-from retnet_jax.data.pretrained_tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
+from retnet_jax.data.tokenizers.pretrained import HuggingFaceTokenizer, SentencePieceTokenizer
 
 TEXTS = [
     "def return self retention state chunk",

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tolerances import assert_close, relative_difference
 
-from retnet_jax.retention import documents, log_decay, positions, retention, row_normalizer, xla
+from retnet_jax.ops.retention import documents, log_decay, positions, retention, row_normalizer, xla
 
 FORMS = ("parallel", "chunkwise", "recurrent")
 RULES = ("log_spaced", "powers_of_two")

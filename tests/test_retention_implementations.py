@@ -10,8 +10,8 @@ from jax.experimental.pallas import mosaic_gpu
 from tolerances import assert_close, relative_difference
 
 from retnet_jax.config import MeshConfig
-from retnet_jax.retention import IMPLEMENTATIONS, documents, log_decay, pallas_tpu, retention
-from retnet_jax.sharding import make_mesh
+from retnet_jax.ops.retention import IMPLEMENTATIONS, documents, log_decay, pallas_tpu, retention
+from retnet_jax.parallel.sharding import make_mesh
 
 H = 2
 DECAY = log_decay("log_spaced", H, (1 / 8, 1 / 256))

@@ -12,9 +12,9 @@ from tolerances import assert_close
 
 from retnet_jax.config import DataConfig, MeshConfig
 from retnet_jax.data import Batch
-from retnet_jax.retention import log_decay, retention, sequence_parallel, split_rows
-from retnet_jax.sharding import batch_shardings, make_mesh
-from retnet_jax.train_step import abstract_state, initial_state, loss_sum, make_step
+from retnet_jax.ops.retention import log_decay, retention, sequence_parallel, split_rows
+from retnet_jax.parallel.sharding import batch_shardings, make_mesh
+from retnet_jax.training.step import abstract_state, initial_state, loss_sum, make_step
 
 B, T, H, K, V = 2, 64, 2, 8, 16
 LOG_DECAY = log_decay("log_spaced", H, (1 / 8, 1 / 64))

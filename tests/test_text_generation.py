@@ -14,15 +14,15 @@ from flax import nnx
 from tolerances import assert_close
 
 from retnet_jax import ModelConfig, RetNet, Transformer, for_decoding, generate
-from retnet_jax.checkpoint import Checkpoints
 from retnet_jax.config import Config, ConfigError, DataConfig
 from retnet_jax.data import ByteTokenizer, TextStream, train_bpe
 from retnet_jax.errors import CheckpointError
-from retnet_jax.generate import decode, prefill
-from retnet_jax.sampling import Sampler
-from retnet_jax.saved_state import load_reading, save_reading
-from retnet_jax.text_generation import Writer, _Row
-from retnet_jax.workdir import open_workdir
+from retnet_jax.generation.decode import decode, prefill
+from retnet_jax.generation.sampling import Sampler
+from retnet_jax.generation.saved_state import load_reading, save_reading
+from retnet_jax.generation.texts import Writer, _Row
+from retnet_jax.runs.checkpoint import Checkpoints
+from retnet_jax.runs.workdir import open_workdir
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ModelConfig(vocab_size=264, d_model=32, n_layers=2, n_heads=2)

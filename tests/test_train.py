@@ -16,8 +16,6 @@ import numpy as np
 import pytest
 from etils import epath
 
-from eval import evaluate
-from retnet_jax.checkpoint import Checkpoints
 from retnet_jax.config import (
     Config,
     ConfigError,
@@ -31,9 +29,11 @@ from retnet_jax.config import (
 from retnet_jax.data import build_store
 from retnet_jax.errors import CheckpointError
 from retnet_jax.evaluation import Plan
-from retnet_jax.metrics import MetricsLog
-from retnet_jax.workdir import locked
-from train import Run, train
+from retnet_jax.programs.evaluate import evaluate
+from retnet_jax.programs.train import Run, train
+from retnet_jax.runs.checkpoint import Checkpoints
+from retnet_jax.runs.log import MetricsLog
+from retnet_jax.runs.workdir import locked
 
 ROOT = Path(__file__).parent.parent
 STEPS = 10
@@ -286,7 +286,8 @@ def test_killed_at_random_moments_again_and_again(config, tmp_path):
 FULL_DISK = """
 import resource, sys, time
 from pathlib import Path
-from retnet_jax import command_line, metrics
+from retnet_jax.runs import log as metrics
+from retnet_jax.programs import command_line
 
 write = metrics.MetricsLog.write
 

@@ -14,9 +14,9 @@ from tolerances import assert_close
 from retnet_jax import Config, ModelConfig
 from retnet_jax.config import ConfigError, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from retnet_jax.data import Batch
-from retnet_jax.optim import learning_rate_factor, make_optimizer
-from retnet_jax.sharding import batch_shardings, check_fit, make_mesh, path_name
-from retnet_jax.train_step import (
+from retnet_jax.parallel.sharding import batch_shardings, check_fit, make_mesh, path_name
+from retnet_jax.training.optim import learning_rate_factor, make_optimizer
+from retnet_jax.training.step import (
     _where_continued,
     abstract_state,
     gradient_sums,

@@ -22,9 +22,10 @@ from pathlib import Path
 
 from absl import flags
 
-from retnet_jax import ahead, command_line
-from retnet_jax.ahead import topologies
+from retnet_jax import aot
+from retnet_jax.aot import topologies
 from retnet_jax.config import ConfigError
+from retnet_jax.programs import command_line
 
 flags.DEFINE_string("topology", None, "TPU generation and shape, such as v5p:4x4x4")
 flags.DEFINE_integer("slices", 1, "TPU slices of that shape", 1)
@@ -50,16 +51,16 @@ def main() -> None:
     else:
         devices = topologies.gpus(given.gpu, given.gpus) if given.gpu else None
     if given.fit:
-        found = ahead.fit(config, devices, given.fit)
-        print(ahead.ranking(found))
+        found = aot.fit(config, devices, given.fit)
+        print(aot.ranking(found))
         results = [report.as_dict() for report in found]
     else:
-        step = ahead.compile_step(config, devices)
-        report = ahead.report(step)
+        step = aot.compile_step(config, devices)
+        report = aot.report(step)
         print(report.text())
         results = report.as_dict()
         if given.save:
-            ahead.save(step, Path(given.save))
+            aot.save(step, Path(given.save))
             print(f"written to {given.save}")
     if given.output:
         Path(given.output).write_text(json.dumps(results, indent=2) + "\n")

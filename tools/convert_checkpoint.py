@@ -12,7 +12,8 @@ nothing is written.
 
 from absl import flags
 
-from retnet_jax import command_line, interop
+from retnet_jax import interop
+from retnet_jax.programs import command_line
 
 flags.DEFINE_string("source", None, "directory of a checkpoint", required=True)
 flags.DEFINE_string("target", None, "directory to write; must not exist", required=True)

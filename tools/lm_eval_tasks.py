@@ -15,9 +15,9 @@ from pathlib import Path
 
 from absl import flags
 
-from retnet_jax import command_line
 from retnet_jax.config import ConfigError
 from retnet_jax.evaluation import TASKS
+from retnet_jax.programs import command_line
 
 FILES = {
     "hellaswag": "hellaswag/hellaswag.yaml",

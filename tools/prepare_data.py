@@ -9,9 +9,10 @@ checked against the config and against the hashes of its files, and printed.
 
 from absl import flags
 
-from retnet_jax import command_line
-from retnet_jax.data import TokenStore, build_store, check_files, files, open_or_build
+from retnet_jax.data import TokenStore, build_store, check_files, open_or_build
+from retnet_jax.files import paths as files
 from retnet_jax.pretrained import with_initial_model
+from retnet_jax.programs import command_line
 
 flags.DEFINE_integer("processes", None, "that work in parallel; else one for each core", 1)
 

@@ -30,7 +30,7 @@ from benchmarks.accelerator.timing import (
 from benchmarks.accelerator.training import tiny_config
 from configs import retnet_1p3b, retnet_2p7b, retnet_6p7b
 from retnet_jax.config import ModelConfig
-from retnet_jax.generate import Progress, decode, prefill, row_keys
+from retnet_jax.generation.decode import Progress, decode, prefill, row_keys
 from retnet_jax.model import LanguageModel, State, build_model, for_decoding
 from retnet_jax.model.multi_scale_retention import RetentionState
 

@@ -19,7 +19,7 @@ from benchmarks.accelerator import fla_kernel
 from benchmarks.accelerator.bounds import attention_work, retention_work
 from benchmarks.accelerator.cases import Case
 from benchmarks.accelerator.timing import device_time
-from retnet_jax.retention import IMPLEMENTATIONS, log_decay, retention
+from retnet_jax.ops.retention import IMPLEMENTATIONS, log_decay, retention
 
 KINDS = ("both", "forward")
 # Widths of q, k and of v, or attention's 128; and length.

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.accelerator.bounds import Work, decoding_bytes
 from benchmarks.accelerator.cases import PROBLEMS
-from retnet_jax.chips import chip
+from retnet_jax.parallel.chips import chip
 
 NOT_MEASURED = "not yet measured"
 Record = dict[str, Any]

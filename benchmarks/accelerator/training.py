@@ -1,10 +1,10 @@
 """The training step of the paper's configs on one device, on rows of one document each.
 
 It is train.py's step, but told that there are no borders of documents in the rows: with them a
-Transformer on a GPU has no flash attention (`retnet_jax/model/flash_attention.py`).
+Transformer on a GPU has no flash attention (`retnet_jax/ops/flash_attention.py`).
 
 A step has 32,768 tokens, in micro-batches of 16,384 or a row and with as little recomputed as
-fits: layouts come from `retnet_jax/ahead/fit.py`, the compiler says whether they fit. Steps follow
+fits: layouts come from `retnet_jax/aot/fit.py`, the compiler says whether they fit. Steps follow
 each other without a pause; the time of one is that from its predecessor's metrics to its own. MFU
 counts `ModelConfig.training_flops_per_token`, nothing that is computed twice.
 """
@@ -20,13 +20,13 @@ import numpy as np
 from benchmarks.accelerator.cases import Case
 from benchmarks.accelerator.timing import REPEATS, check_memory, peak_bytes, summary
 from configs import retnet_1p3b, retnet_2p7b
-from retnet_jax.ahead import CompiledStep, DoesNotFitError, compile_step
-from retnet_jax.ahead.fit import layouts
-from retnet_jax.chips import chip
+from retnet_jax.aot import CompiledStep, DoesNotFitError, compile_step
+from retnet_jax.aot.fit import layouts
 from retnet_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from retnet_jax.data import Batch
-from retnet_jax.sharding import batch_shardings
-from retnet_jax.train_step import initial_state
+from retnet_jax.parallel.chips import chip
+from retnet_jax.parallel.sharding import batch_shardings
+from retnet_jax.training.step import initial_state
 
 CONFIGS = {"1.3B": retnet_1p3b.get_config, "2.7B": retnet_2p7b.get_config}
 _TOKENS = 32_768  # of a step

@@ -14,24 +14,24 @@ A document begins with the id of `<bos>`; where one ends and the next begins is 
 they are used.
 """
 
-from retnet_jax.data.pipeline import Batch, BatchStream, batch_numbers, number_of_windows
-from retnet_jax.data.pretrained_tokenizer import has_tokenizer, load_tokenizer
-from retnet_jax.data.sources import Document, Skipped, read_documents
-from retnet_jax.data.store_builder import (
+from retnet_jax.data.batches import Batch, BatchStream, batch_numbers, number_of_windows
+from retnet_jax.data.build import (
     Stores,
     build_store,
     open_or_build,
     open_stores,
     train_tokenizer,
 )
+from retnet_jax.data.sources import Document, Skipped, read_documents
 from retnet_jax.data.token_store import Split, TokenStore, check_files, open_store
-from retnet_jax.data.tokenizer import (
+from retnet_jax.data.tokenizers.byte_level import (
     BPETokenizer,
     ByteTokenizer,
     TextStream,
     Tokenizer,
     train_bpe,
 )
+from retnet_jax.data.tokenizers.pretrained import has_tokenizer, load_tokenizer
 
 __all__ = [
     "BPETokenizer",

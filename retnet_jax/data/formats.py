@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from retnet_jax.config import ConfigError
-from retnet_jax.data import files
+from retnet_jax.files import paths as files
 
 TOO_LONG = "too long"
 Part = tuple[int, int | None, int, int]  # start, stop, number of the first record, bytes

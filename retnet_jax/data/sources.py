@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from retnet_jax.config import SOURCES, ConfigError, DataConfig
-from retnet_jax.data import files, formats
+from retnet_jax.data import formats
 from retnet_jax.data.formats import Record, UnreadableError
+from retnet_jax.files import paths as files
 
 _PIECE_BYTES = 64_000_000
 _EXAMPLES = 10_000  # of a data set that is read by index, in a piece

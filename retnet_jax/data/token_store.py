@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 
 from retnet_jax.config import ConfigError
-from retnet_jax.data import files
-from retnet_jax.data.pretrained_tokenizer import CONFIG_NAME, NAMES, load_tokenizer
-from retnet_jax.data.tokenizer import Tokenizer
+from retnet_jax.data.tokenizers.byte_level import Tokenizer
+from retnet_jax.data.tokenizers.pretrained import CONFIG_NAME, NAMES, load_tokenizer
+from retnet_jax.files import paths as files
 
 FORMAT = 3
 SPLITS = ("train", "held_out")

@@ -10,16 +10,8 @@ suite.py        what is evaluated of a model, and its results; report.py, tables
 harness.py      the model behind the interface of lm-evaluation-harness
 """
 
-from retnet_jax.evaluation.accuracy import (
-    SHOT_MODES,
-    TaskRequests,
-    TaskResult,
-    draw_shots,
-    encode_pairs,
-    task_requests,
-    task_result,
-)
 from retnet_jax.evaluation.compressors import compressed_bits_per_byte
+from retnet_jax.evaluation.held_out_texts import Text, given_text, held_out_text
 from retnet_jax.evaluation.perplexity import (
     last_tokens_nll,
     stateful_nll,
@@ -27,8 +19,17 @@ from retnet_jax.evaluation.perplexity import (
     windows,
 )
 from retnet_jax.evaluation.prefix_trie import PrefixTrie, Request
-from retnet_jax.evaluation.recall import RecallResult, recall
-from retnet_jax.evaluation.report import as_json, differences_as_json, tables
+from retnet_jax.evaluation.recall_probes import RecallResult, recall
+from retnet_jax.evaluation.record import as_json, differences_as_json, tables
+from retnet_jax.evaluation.run import (
+    PARTS,
+    PROTOCOLS,
+    Plan,
+    Results,
+    TaskRows,
+    evaluate_model,
+    read_tasks,
+)
 from retnet_jax.evaluation.scoring import Score, score, score_trie
 from retnet_jax.evaluation.statistics import (
     Difference,
@@ -40,18 +41,17 @@ from retnet_jax.evaluation.statistics import (
     ratio_standard_error,
     standard_error,
 )
-from retnet_jax.evaluation.suite import (
-    PARTS,
-    PROTOCOLS,
-    Plan,
-    Results,
-    TaskRows,
-    evaluate_model,
-    read_tasks,
+from retnet_jax.evaluation.task_requests import (
+    SHOT_MODES,
+    TaskRequests,
+    TaskResult,
+    draw_shots,
+    encode_pairs,
+    task_requests,
+    task_result,
 )
-from retnet_jax.evaluation.task_data import HUBS, Rows, read_rows
+from retnet_jax.evaluation.task_rows import HUBS, Rows, read_rows
 from retnet_jax.evaluation.tasks import TASKS, VARIANTS, Question, Task
-from retnet_jax.evaluation.texts import Text, given_text, held_out_text
 
 __all__ = [
     "HUBS",

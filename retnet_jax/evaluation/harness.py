@@ -18,17 +18,17 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 from retnet_jax.config import ConfigError
-from retnet_jax.evaluation.accuracy import encode_pairs
+from retnet_jax.evaluation.held_out_texts import encoded
 from retnet_jax.evaluation.perplexity import stateful_nll, window_nll
 from retnet_jax.evaluation.prefix_trie import PrefixTrie, Request
 from retnet_jax.evaluation.scoring import score_trie
 from retnet_jax.evaluation.statistics import sums
-from retnet_jax.evaluation.texts import encoded
+from retnet_jax.evaluation.task_requests import encode_pairs
+from retnet_jax.generation.sampling import Sampler
+from retnet_jax.generation.texts import Writer
 from retnet_jax.model import for_decoding
+from retnet_jax.parallel.sharding import first_device
 from retnet_jax.pretrained import load_checkpoint, read_pretrained
-from retnet_jax.sampling import Sampler
-from retnet_jax.sharding import first_device
-from retnet_jax.text_generation import Writer
 
 # What of a request's generation arguments is used; more would be another distribution.
 _GENERATION = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}

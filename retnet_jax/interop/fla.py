@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from retnet_jax.config import ConfigError, ModelConfig
-from retnet_jax.interop.layout import Layout, Rule, check_exact, check_types, refuse_features
-from retnet_jax.interop.sources import Description
+from retnet_jax.interop.parameter_source import Description
+from retnet_jax.interop.presets import FLA
+from retnet_jax.interop.tables import Layout, Rule, check_exact, check_types, refuse_features
 from retnet_jax.interop.tensor_files import TensorFiles, TensorInfo
-from retnet_jax.presets import FLA
 
 TYPES = {
     int: "hidden_size num_heads num_hidden_layers vocab_size max_position_embeddings",

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from retnet_jax.config import ConfigError
-from retnet_jax.interop.sources import Source
+from retnet_jax.interop.parameter_source import Source
 from retnet_jax.interop.tensor_files import TensorInfo
 
 _SCALE = "layers/mixer/head_norm/scale"

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from retnet_jax.config import Config, ModelConfig, config_from_json, read_config
-from retnet_jax.interop.layout import Layout, Rule
-from retnet_jax.interop.sources import Description, abstract_model, parameter_shapes
+from retnet_jax.interop.parameter_source import Description, abstract_model, parameter_shapes
+from retnet_jax.interop.tables import Layout, Rule
 from retnet_jax.interop.tensor_files import TensorInfo
 
 
@@ -51,7 +51,7 @@ class RunSource:
     """The parameters of a training run's newest checkpoint, read one by one."""
 
     def __init__(self, workdir: Path):
-        from retnet_jax.checkpoint import ParameterReader
+        from retnet_jax.runs.checkpoint import ParameterReader
 
         self.description = describe(read_config(workdir / "config.json"))
         model = abstract_model(self.description.model)

@@ -5,8 +5,9 @@ from functools import partial
 from typing import Any
 
 from retnet_jax.config import ConfigError, ModelConfig
-from retnet_jax.interop.layout import Layout, check_exact, check_types, refuse_features
-from retnet_jax.interop.sources import Description
+from retnet_jax.interop.parameter_source import Description
+from retnet_jax.interop.presets import SYNCDOTH
+from retnet_jax.interop.tables import Layout, check_exact, check_types, refuse_features
 from retnet_jax.interop.tensor_files import TensorInfo
 from retnet_jax.interop.torchscale import (
     ABSENT,
@@ -22,7 +23,6 @@ from retnet_jax.interop.torchscale import (
     shape,
     sublayer_norm,
 )
-from retnet_jax.presets import SYNCDOTH
 
 
 def read_config(values: dict[str, Any], infos: Mapping[str, TensorInfo]) -> Description:

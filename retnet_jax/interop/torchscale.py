@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from retnet_jax.config import ConfigError, ModelConfig
-from retnet_jax.interop.layout import Layout, Rule, check_exact, check_types, refuse_features
-from retnet_jax.interop.sources import Description
+from retnet_jax.interop.parameter_source import Description
+from retnet_jax.interop.presets import TORCHSCALE, TORCHSCALE_2023
+from retnet_jax.interop.tables import Layout, Rule, check_exact, check_types, refuse_features
 from retnet_jax.interop.tensor_files import TensorInfo
-from retnet_jax.presets import TORCHSCALE, TORCHSCALE_2023
 
 TYPES = {
     int: "vocab_size decoder_embed_dim decoder_value_embed_dim decoder_ffn_embed_dim "

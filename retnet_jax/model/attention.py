@@ -16,12 +16,12 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from retnet_jax.config import ModelConfig
-from retnet_jax.model import flash_attention
 from retnet_jax.model.layers import Linear, project, split_heads
-from retnet_jax.model.rotation import Rotation, rotate, rotation
-from retnet_jax.retention import documents, positions
+from retnet_jax.ops import flash_attention
+from retnet_jax.ops.retention import documents, positions
+from retnet_jax.ops.rotation import Rotation, rotate, rotation
+from retnet_jax.parallel.sharding import constrain
 from retnet_jax.shapes import Array, Bool, Float, Int
-from retnet_jax.sharding import constrain
 
 
 class KeysValues(NamedTuple):

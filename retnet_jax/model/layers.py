@@ -10,8 +10,8 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from retnet_jax.compiler import materialized
 from retnet_jax.config import ModelConfig
+from retnet_jax.ops.linear import materialized
 from retnet_jax.shapes import Array, Float
 
 

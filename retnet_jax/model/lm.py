@@ -18,12 +18,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from retnet_jax.config import ConfigError, ModelConfig
 from retnet_jax.model.attention import Attention, KVCache
-from retnet_jax.model.embedding import look_up
-from retnet_jax.model.flash_attention import is_cudnn
 from retnet_jax.model.layers import NORMS, FeedForward, normal
 from retnet_jax.model.multi_scale_retention import MultiScaleRetention, RetentionState
+from retnet_jax.ops.embedding import look_up
+from retnet_jax.ops.flash_attention import is_cudnn
+from retnet_jax.parallel.sharding import constrain
 from retnet_jax.shapes import Array, Float, Int
-from retnet_jax.sharding import constrain
 
 State = RetentionState | KVCache
 

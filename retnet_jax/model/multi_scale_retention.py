@@ -8,10 +8,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from retnet_jax.config import ModelConfig
-from retnet_jax.model.gated_norm import gated_norm
 from retnet_jax.model.layers import Linear, RMSNorm, project, split_heads
-from retnet_jax.model.rotation import Rotation, rotate, rotation
-from retnet_jax.retention import (
+from retnet_jax.ops.gated_norm import gated_norm
+from retnet_jax.ops.retention import (
     SplitRows,
     log_decay,
     positions,
@@ -20,6 +19,7 @@ from retnet_jax.retention import (
     score_clamp,
     split_rows,
 )
+from retnet_jax.ops.rotation import Rotation, rotate, rotation
 from retnet_jax.shapes import Array, Float, Int
 
 

@@ -1,0 +1,187 @@
+"""The step that train.py runs, lowered and compiled for any devices; and kept in a file."""
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import serialize_executable
+from jax.extend import core
+from jax.sharding import Mesh
+
+from retnet_jax.config import Config, ConfigError
+from retnet_jax.errors import brief
+from retnet_jax.parallel.chips import chip
+from retnet_jax.parallel.sharding import check_fit, make_mesh
+from retnet_jax.training.step import TrainState, abstract_batch, abstract_state, make_step
+
+
+class DoesNotFitError(ConfigError):
+    """A step that needs more memory than a device has."""
+
+
+class CompiledStep(NamedTuple):
+    """A training step for some devices, and how long it took to make."""
+
+    config: Config
+    mesh: Mesh
+    state: TrainState  # shapes and shardings
+    jaxpr: core.ClosedJaxpr
+    lowered: jax.stages.Lowered
+    compiled: jax.stages.Compiled
+    lower_seconds: float
+    compile_seconds: float
+
+
+def compile_step(
+    config: Config, devices: Sequence[jax.Device] | None = None, one_document: bool = False
+) -> CompiledStep:
+    """Compiles the training step of a config.
+
+    Args:
+      config: as train.py gets it; its mesh has to fit the devices.
+      devices: those of this machine (None), or described ones (`topologies.py`).
+      one_document: as of `abstract_batch`; train.py's step is that of windows with several.
+
+    Raises:
+      ConfigError: for a mesh that does not fit.
+      DoesNotFitError: saying by how much, and what would fit.
+    """
+    mesh = make_mesh(config.mesh, devices)
+    check_fit(mesh, config)
+    state = abstract_state(config, mesh)
+    with jax.set_mesh(mesh):
+        begin = time.perf_counter()
+        batch = abstract_batch(config, mesh, one_document)
+        traced = make_step(config, state).trace(state, batch)
+        lowered = traced.lower()
+        lower_seconds = time.perf_counter() - begin
+        begin = time.perf_counter()
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise DoesNotFitError(_does_not_fit(config, mesh, _overflow(str(error)))) from error
+    step = CompiledStep(
+        config,
+        mesh,
+        state,
+        traced.jaxpr,
+        lowered,
+        compiled,
+        lower_seconds,
+        time.perf_counter() - begin,
+    )
+    _check_memory(step)
+    return step
+
+
+def _check_memory(step: CompiledStep) -> None:
+    """Where the compiler does not look at the device's memory itself."""
+    device, memory = chip(step.mesh.devices.flat[0].device_kind), step.compiled.memory_analysis()
+    if device is None:
+        return
+    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    if needed > device.memory:
+        numbers = f"{needed / 2**30:.1f} GiB of {device.memory / 2**30:.1f} GiB"
+        raise DoesNotFitError(_does_not_fit(step.config, step.mesh, numbers))
+
+
+def _overflow(message: str) -> str:
+    sizes = re.search(r"Used ([\d.]+)G of ([\d.]+)G|\(([\d.]+)G\).*\(([\d.]+)G\)", message)
+    if sizes is None:
+        return " ".join(message.split())[:300]
+    needed, there = filter(None, sizes.groups())
+    return f"{needed} GiB of {there} GiB"
+
+
+def _does_not_fit(config: Config, mesh: Mesh, numbers: str) -> str:
+    rows = config.train.batch_size // config.train.micro_batches
+    rows //= mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = []
+    if rows > 1:
+        ways.append(f"train.micro_batches={config.train.micro_batches * rows} (one row at a time)")
+    if config.model.remat != "full":
+        ways.append("model.remat='full'")
+    if mesh.shape["data"] > 1:
+        ways.append(f"mesh.fsdp={mesh.shape['fsdp'] * mesh.shape['data']} with mesh.data=1")
+    if config.optimizer.moment_dtype == "float32":
+        ways.append("optimizer.moment_dtype='bfloat16'")
+    ways.append("more devices, a mesh.tensor or mesh.seq over them")
+    kind = mesh.devices.flat[0].device_kind
+    return (
+        f"the step does not fit a {kind}, of whose memory it needs {numbers}. "
+        f"Less is needed with {'; or '.join(ways)}"
+    )
+
+
+def save(step: CompiledStep, path: Path) -> None:
+    """Writes a compiled step to a file for `load`.
+
+    Raises:
+      ConfigError: if the compiler has no way to.
+    """
+    try:
+        program, _, _ = serialize_executable.serialize(step.compiled)
+    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
+        raise ConfigError(
+            f"the program for {step.mesh.devices.flat[0].device_kind} cannot be written: "
+            f"{brief(error)}"
+        ) from error
+    path.write_bytes(json.dumps(_described(step.lowered, step.mesh)).encode() + b"\n" + program)
+
+
+def load(path: Path, config: Config, mesh: Mesh, state: TrainState) -> jax.stages.Compiled:
+    """The step in a file that `save` wrote: (state, batch) -> (state, metrics).
+
+    It is lowered again, which takes seconds, to be sure that it is the same.
+
+    Raises:
+      ConfigError: if there is no such file, if it holds another step than this config's on this
+        mesh, or if this machine's runtime cannot load it.
+    """
+    if not path.is_file():
+        raise ConfigError(
+            f"--compiled={path} does not exist: tools/compile_ahead.py --save={path} writes it"
+        )
+    header, _, program = path.read_bytes().partition(b"\n")
+    with jax.set_mesh(mesh):
+        lowered = make_step(config, state).lower(state, abstract_batch(config, mesh))
+    try:
+        found = json.loads(header)
+    except ValueError:
+        raise ConfigError(f"--compiled={path} is no compiled step") from None
+    expected = _described(lowered, mesh)
+    if found != expected:
+        shown = [
+            f"{name}: {found.get(name)!r} in the file, {value!r} here"
+            for name, value in expected.items()
+            if found.get(name) != value
+        ]
+        raise ConfigError(
+            f"--compiled={path} holds another step than this one:\n  " + "\n  ".join(shown)
+        )
+    try:
+        return serialize_executable.deserialize_and_load(
+            program, lowered.in_tree, lowered.out_tree, execution_devices=list(mesh.devices.flat)
+        )
+    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
+        raise ConfigError(
+            f"--compiled={path} cannot be loaded by this machine's runtime ({brief(error)}); "
+            "without --compiled the step is compiled here"
+        ) from error
+
+
+def _described(lowered: jax.stages.Lowered, mesh: Mesh) -> dict[str, Any]:
+    """What has to be alike for a program to be the same."""
+    return {
+        "jax": jax.__version__,
+        "device": mesh.devices.flat[0].device_kind,
+        "mesh": dict(mesh.shape),
+        "program": hashlib.sha256(lowered.as_text().encode()).hexdigest()[:16],
+    }

@@ -1,0 +1,171 @@
+"""What a compiled step costs: memory, FLOPs, messages, and the least time it can take."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+
+from retnet_jax.aot.compile_step import CompiledStep
+from retnet_jax.aot.hlo import Messages, Program
+from retnet_jax.parallel.chips import Chip, chip
+
+
+@dataclass(frozen=True)
+class Report:
+    """Bytes, FLOPs and seconds of one step; of one device where nothing else is said."""
+
+    mesh: dict[str, int]
+    device: str
+    remat: str
+    rows: int  # of a micro-batch
+    tokens: int  # of a step, all devices
+    parameter_bytes: int
+    optimizer_bytes: int
+    temporary_bytes: int  # activations, gradients, buffers
+    peak_bytes: int
+    memory_bytes: float | None  # that it has; None: no data sheet
+    model_flops: float  # all devices: `ModelConfig.training_flops_per_token`
+    flops: float  # all devices: matrix products as they are run, recomputation included
+    messages: tuple[Messages, ...]
+    compute_seconds: float | None  # flops at the peak
+    message_seconds: float | None  # received bytes at the links' speed
+    kernel_seconds: float | None  # Pallas kernels at their roofline, in `estimated_seconds` too
+    estimated_seconds: float | None  # all but messages, as the compiler expects it; TPUs only
+    lower_seconds: float
+    compile_seconds: float
+    peak_flops: float | None
+
+    @property
+    def step_seconds(self) -> float | None:
+        """The least time of a step: computation and messages at once."""
+        if self.compute_seconds is None:
+            return None
+        return max(self.estimated_seconds or self.compute_seconds, self.message_seconds)
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs utilisation at `step_seconds`."""
+        if self.step_seconds is None:
+            return None
+        devices = math.prod(self.mesh.values())
+        return self.model_flops / (devices * self.peak_flops * self.step_seconds)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        messages = [message._asdict() for message in self.messages]
+        return asdict(self) | {
+            "messages": messages,
+            "step_seconds": self.step_seconds,
+            "mfu": self.mfu,
+        }
+
+    def text(self) -> str:
+        """For people."""
+        axes = " ".join(f"{name}={size}" for name, size in self.mesh.items())
+        lines = [
+            f"{math.prod(self.mesh.values())} x {self.device}, mesh {axes}; "
+            f"remat {self.remat}, {self.rows} rows a device in a micro-batch",
+            f"lowered in {self.lower_seconds:.1f} s, compiled in {self.compile_seconds:.1f} s",
+            "",
+            "memory of a device, GiB",
+            *(
+                f"  {name:<34}{size / 2**30:9.2f}"
+                for name, size in (
+                    ("parameters", self.parameter_bytes),
+                    ("optimiser", self.optimizer_bytes),
+                    ("activations, gradients, buffers", self.temporary_bytes),
+                    ("at most", self.peak_bytes),
+                )
+            ),
+        ]
+        if self.memory_bytes is not None:
+            share = self.peak_bytes / self.memory_bytes
+            lines.append(f"  of {self.memory_bytes / 2**30:.1f}: {share:.0%}")
+        lines += [
+            "",
+            f"FLOPs of a step: model {self.model_flops:.3e}, as computed {self.flops:.3e} "
+            f"({self.flops / self.model_flops:.2f} times)",
+            "",
+            "messages of a step            along            times   GiB a device receives",
+        ]
+        lines += [
+            f"  {x.kind:<27} {','.join(x.axes):<15} {x.count:6} {x.bytes / 2**30:12.3f}"
+            for x in self.messages
+        ] or ["  none"]
+        lines += ["", *self._times()]
+        return "\n".join(lines)
+
+    def _times(self) -> list[str]:
+        if self.step_seconds is None:
+            return [f"no lower bounds: there is no data sheet of a {self.device!r} here"]
+        estimate = "none"
+        if self.estimated_seconds is not None:
+            estimate = f"{self.estimated_seconds:.3f}"
+        speed = self.tokens / self.step_seconds
+        return [
+            "seconds of a step, at least",
+            f"  matrix products at the peak       {self.compute_seconds:9.3f}",
+            f"  messages at the links' speed      {self.message_seconds:9.3f}",
+            f"  Pallas kernels at their roofline  {self.kernel_seconds:9.3f}",
+            f"  these and the compiler's estimate {estimate:>9}",
+            f"best: {self.step_seconds:.3f} s, MFU {self.mfu:.1%}, {speed:,.0f} tokens/s",
+        ]
+
+
+def report(step: CompiledStep) -> Report:
+    """Reads a compiled step."""
+    config, mesh = step.config, step.mesh
+    device = mesh.devices.flat[0]
+    known = chip(device.device_kind)
+    program = Program(step.compiled, step.jaxpr, mesh)
+    tokens = config.train.batch_size * config.data.sequence_length
+    rows = config.train.batch_size // config.train.micro_batches
+    kernels = estimated = None
+    if known is not None:
+        kernels = _kernel_seconds(program, known)
+        if known.clock and program.estimated_cycles:
+            estimated = program.estimated_cycles / known.clock + kernels
+    return Report(
+        mesh=dict(mesh.shape),
+        device=device.device_kind,
+        remat=config.model.remat,
+        rows=rows // (mesh.shape["data"] * mesh.shape["fsdp"]),
+        tokens=tokens,
+        parameter_bytes=_device_bytes(step.state.model),
+        optimizer_bytes=_device_bytes(step.state.optimizer),
+        temporary_bytes=program.memory.temp_size_in_bytes,
+        peak_bytes=program.peak_bytes,
+        memory_bytes=None if known is None else known.memory,
+        model_flops=tokens * config.model.training_flops_per_token(config.data.sequence_length),
+        flops=program.flops,
+        messages=tuple(program.messages),
+        compute_seconds=None if known is None else program.flops / mesh.size / known.flops,
+        message_seconds=None if known is None else _message_seconds(program, known),
+        kernel_seconds=kernels,
+        estimated_seconds=estimated,
+        lower_seconds=step.lower_seconds,
+        compile_seconds=step.compile_seconds,
+        peak_flops=None if known is None else known.flops,
+    )
+
+
+def _device_bytes(tree: Any) -> int:
+    return sum(
+        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _kernel_seconds(program: Program, known: Chip) -> float:
+    return sum(
+        x.count * max(x.flops / known.flops, x.bytes / known.memory_bandwidth)
+        for x in program.kernels
+    )
+
+
+def _message_seconds(program: Program, known: Chip) -> float:
+    """Within a slice over its links, and at the same time between slices over the network."""
+    network = sum(x.bytes for x in program.messages if x.axes == ("slices",))
+    links = sum(x.bytes for x in program.messages) - network
+    return max(links / known.links_bandwidth, network / known.network_bandwidth)

@@ -1,0 +1,21 @@
+"""The paper's 200M RetNet (arXiv 2307.08621, 3.3): 16 layers, d 1024, 4 heads.
+
+    python train.py --config=configs/retnet_200m.py --workdir=runs/retnet_200m
+    python train.py --config=configs/retnet_200m.py:transformer --workdir=runs/transformer_200m
+
+5B tokens as in its Tables 5 and 6; 0.5M a step and the learning rate are ours. Put JSON lines into
+data/corpus/ or set --config.data.path. Not yet run.
+"""
+
+from retnet_jax.config import Config, TrainConfig
+from retnet_jax.configs.paper_settings import paper_config, paper_model
+
+
+def get_config(architecture: str = "retnet") -> Config:
+    """The RetNet, or with "transformer" its twin of as many parameters."""
+    return paper_config(
+        paper_model(n_layers=16, d_model=1024),
+        architecture,
+        learning_rate=6e-4,
+        train=TrainConfig(steps=10_000, batch_size=256, micro_batches=4),
+    )

@@ -1,0 +1,20 @@
+"""The paper's 6.7B RetNet (arXiv 2307.08621, Table 2): 32 layers, d 4096, 16 heads.
+
+    python train.py --config=configs/retnet_6p7b.py --workdir=runs/retnet_6p7b
+    python train.py --config=configs/retnet_6p7b.py:transformer --workdir=runs/transformer_6p7b
+
+100B tokens, 4M a step. Put JSON lines into data/corpus/ or set --config.data.path. Not yet run.
+"""
+
+from retnet_jax.config import Config, TrainConfig
+from retnet_jax.configs.paper_settings import paper_config, paper_model
+
+
+def get_config(architecture: str = "retnet") -> Config:
+    """The RetNet, or with "transformer" its twin of as many parameters."""
+    return paper_config(
+        paper_model(n_layers=32, d_model=4096),
+        architecture,
+        learning_rate=3e-4,
+        train=TrainConfig(steps=25_000, batch_size=2048, micro_batches=16),
+    )

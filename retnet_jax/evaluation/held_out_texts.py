@@ -1,0 +1,122 @@
+"""The documents that a model is evaluated on: what its run held out, or given files."""
+
+import hashlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retnet_jax.config import Config, ConfigError, DataConfig
+from retnet_jax.data import Skipped, Tokenizer, open_store, read_documents
+from retnet_jax.files import paths as files
+
+
+@dataclass(frozen=True)
+class Text:
+    """Documents to evaluate on.
+
+    Attributes:
+      tokens: ids of each, BOS first.
+      texts: the documents.
+      byte_counts: of each as it was before it became tokens.
+      sources: the store of each, or nothing.
+      description: for people.
+      origin: for the record.
+    """
+
+    tokens: list[np.ndarray]
+    texts: list[str]
+    byte_counts: np.ndarray
+    sources: list[str]
+    description: str
+    origin: dict[str, Any]
+
+    @property
+    def joined(self) -> bytes:
+        """All documents in one."""
+        return "".join(self.texts).encode("utf-8")
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Where the documents are from, and what tells them from others."""
+        return self.origin | {"sha256": hashlib.sha256(self.joined).hexdigest()}
+
+
+def encoded(texts: list[str], tokenizer: Tokenizer) -> list[np.ndarray]:
+    """The ids of each document, BOS first."""
+    return [np.array([tokenizer.bos_id, *ids], np.int32) for ids in tokenizer.encode_batch(texts)]
+
+
+def held_out_text(config: Config, tokenizer: Tokenizer, workdir: Path) -> Text:
+    """The held-out documents of the store that a run was trained on.
+
+    Raises:
+      ConfigError: if the store is not there, is damaged, or has another tokenizer.
+    """
+    directories = list(config.data.mixture) or [config.data.store]
+    tokens, byte_counts, sources, stores = [], [], [], []
+    for directory in directories:
+        if not files.exists(directory):
+            raise ConfigError(
+                f"data.store={directory!r} of {workdir / 'config.json'} does not exist (from "
+                f"{Path.cwd()}): start where the run was trained, or give other text with --data"
+            )
+        store = open_store(directory)
+        if store.tokenizer.fingerprint != tokenizer.fingerprint:
+            raise ConfigError(
+                f"data.store={directory!r} has another tokenizer "
+                f"({store.tokenizer.fingerprint[:12]}) than {workdir} "
+                f"({tokenizer.fingerprint[:12]}): it is not the store that the run was trained on; "
+                "give text with --data"
+            )
+        tokens += [store.held_out.document(i) for i in range(len(store.held_out))]
+        byte_counts.append(store.held_out.byte_counts)
+        sources += [directory] * len(store.held_out)
+        stores.append({"store": directory, "options": store.manifest["options"]})
+    return Text(
+        tokens,
+        texts=[tokenizer.decode(ids.tolist()) for ids in tokens],
+        byte_counts=np.concatenate(byte_counts),
+        sources=sources,
+        description=f"held-out documents of {', '.join(directories)}",
+        origin={"split": "held_out", "stores": stores},
+    )
+
+
+def given_text(pattern: str, text_field: str, tokenizer: Tokenizer) -> Text:
+    """The documents in files; what cannot be used is left out, and said on stderr.
+
+    Raises:
+      ConfigError: if no file matches or none has a document.
+    """
+    source = _source_of(pattern)
+    skipped = Skipped()
+    try:
+        config = DataConfig(source=source, path=pattern, text_field=text_field)
+        documents = list(read_documents(config, skipped))
+    except ConfigError as error:
+        raise ConfigError(f"--data: {error}") from None
+    if not documents:
+        raise ConfigError(f"--data={pattern} has no documents; {skipped.count} skipped: {skipped}")
+    if skipped.count:
+        rest = [f"and {skipped.count - 20} more"] if skipped.count > 20 else []
+        print(f"skipped {skipped.count}:", *skipped.first[:20], *rest, sep="\n  ", file=sys.stderr)
+    texts = [document.text for document in documents]
+    return Text(
+        tokens=encoded(texts, tokenizer),
+        texts=texts,
+        byte_counts=np.array([document.byte_count for document in documents]),
+        sources=[""] * len(documents),
+        description=f"documents of {pattern}",
+        origin={"files": pattern, "source": source, "skipped": skipped.as_dict()},
+    )
+
+
+def _source_of(pattern: str) -> str:
+    """The source that reads the files of a glob."""
+    if pattern.endswith(".parquet"):
+        return "parquet"
+    lines = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
+    return "jsonl" if pattern.endswith(lines) else "text"

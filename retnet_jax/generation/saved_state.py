@@ -1,0 +1,137 @@
+"""What a model has read, in a file: a long text is read once and gone on with many times.
+
+A file is safetensors, with the arrays of a `Reading` and in its metadata what they belong to. It
+fits one model, its weights included, with the dtypes it had.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from retnet_jax.data import Tokenizer
+from retnet_jax.errors import CheckpointError, brief
+from retnet_jax.generation.decode import Progress
+from retnet_jax.generation.texts import Reading
+from retnet_jax.model import LanguageModel
+from retnet_jax.parallel.sharding import path_name
+
+_FORMAT = "retnet-jax state 1"
+
+
+def save_reading(path: Path, reading: Reading, model: LanguageModel, tokenizer: Tokenizer) -> None:
+    """Writes what a model has read to a file, which appears when it is complete.
+
+    Raises:
+      CheckpointError: if the file exists, or cannot be written.
+    """
+    from safetensors.numpy import save
+
+    if path.exists():
+        raise CheckpointError(f"{path} exists already: name another file, or delete it")
+    arrays = {name: np.asarray(x) for name, x in _named(reading.progress).items()}
+    metadata = {
+        "format": _FORMAT,
+        "model": model_fingerprint(model),
+        "tokenizer": tokenizer.fingerprint,
+        "last_ids": json.dumps(reading.last_ids),
+        "dtypes": json.dumps({name: x.dtype.name for name, x in arrays.items()}),
+        "shapes": json.dumps({name: x.shape for name, x in arrays.items()}),
+        "sha256": _digest(arrays),
+    }
+    # As bytes, because not every dtype is one of numpy's own.
+    plain = {name: np.frombuffer(x.tobytes(), np.uint8) for name, x in arrays.items()}
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_bytes(save(plain, metadata))
+        os.replace(unfinished, path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
+
+
+def load_reading(path: Path, model: LanguageModel, tokenizer: Tokenizer) -> Reading:
+    """What `save_reading` wrote, for the same model laid out in the same way.
+
+    Raises:
+      CheckpointError: for a file that is not there, damaged, or of another model or tokenizer.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            plain = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is not there: --save_state writes such files") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is no saved state, or is damaged: {brief(error)}; read the text again"
+        ) from error
+    if metadata.get("format") != _FORMAT:
+        raise CheckpointError(f"{path} is no saved state of this program; --save_state writes such")
+    try:
+        arrays = _arrays(plain, json.loads(metadata["dtypes"]), json.loads(metadata["shapes"]))
+        last_ids = json.loads(metadata["last_ids"])
+        intact = _digest(arrays) == metadata["sha256"]
+    except (KeyError, ValueError, TypeError):
+        intact = False
+    if not intact:
+        raise CheckpointError(f"{path} is damaged: its contents are not those that were written")
+    for name, of in (("model", model_fingerprint(model)), ("tokenizer", tokenizer.fingerprint)):
+        if metadata[name] != of:
+            raise CheckpointError(
+                f"{path} was saved with another {name} (or other options of it) "
+                f"({metadata[name][:12]} there, {of[:12]} here): read the text again"
+            )
+    rows, capacity = len(last_ids), _capacity(arrays)
+    shape = jax.eval_shape(lambda: _empty(model, rows, capacity))
+    places, tree = jax.tree_util.tree_flatten_with_path(shape)
+    return Reading(
+        jax.tree.unflatten(tree, [jnp.asarray(arrays[path_name(place)]) for place, _ in places]),
+        last_ids,
+    )
+
+
+def model_fingerprint(model: LanguageModel) -> str:
+    """SHA-256, in hex, of a model's config, its layout and the beginning of every parameter."""
+    digest = hashlib.sha256(repr(model.config).encode())
+    for name, x in _named(model).items():
+        digest.update(f"{name} {x.dtype} {x.shape}".encode())
+        digest.update(np.asarray(x[(0,) * (x.ndim - 1)][:256] if x.ndim else x).tobytes())
+    return digest.hexdigest()
+
+
+def _empty(model: LanguageModel, rows: int, capacity: int) -> Progress:
+    logits = jnp.zeros((rows, model.config.vocab_size), model.config.state_dtype)
+    return Progress(logits, model.init_state(rows, capacity), jnp.zeros(rows, bool))
+
+
+def _capacity(arrays: dict[str, np.ndarray]) -> int:
+    """Slots of a Transformer's cache; of a RetNet's state anything."""
+    return arrays["state/visible"].shape[1] if "state/visible" in arrays else 1
+
+
+def _named(tree) -> dict[str, jax.Array]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {path_name(place): x for place, x in leaves}
+
+
+def _arrays(plain: dict[str, np.ndarray], dtypes: dict, shapes: dict) -> dict[str, np.ndarray]:
+    return {
+        name: np.frombuffer(plain[name].tobytes(), jnp.dtype(dtypes[name])).reshape(shapes[name])
+        for name in dtypes
+    }
+
+
+def _digest(arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name, x in sorted(arrays.items()):
+        digest.update(f"{name} {x.dtype} {x.shape}".encode())
+        digest.update(x.tobytes())
+    return digest.hexdigest()

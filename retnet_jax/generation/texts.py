@@ -1,0 +1,211 @@
+"""Generation of texts: prompts and stop strings in, text out as it comes.
+
+    writer = Writer(model, tokenizer, ["Once", "The"], max_tokens=100, stop=["END"])
+    for additions in writer:                  # of each prompt the text that is new
+        ...
+    writer.continuations[0].text
+
+What was read and written can be kept (`saved_state.py`) and gone on with.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import jax.numpy as jnp
+import numpy as np
+
+from retnet_jax.config import ConfigError
+from retnet_jax.data import TextStream, Tokenizer
+from retnet_jax.generation.decode import Progress, Stream
+from retnet_jax.generation.sampling import GREEDY, Sampler
+from retnet_jax.model import LanguageModel
+
+
+@dataclass
+class Continuation:
+    """What was written after a prompt, so far or in all."""
+
+    text: str = ""  # without the stop string
+    tokens: list[int] = field(default_factory=list)  # with those that made the stop string
+    log_probabilities: list[float] = field(default_factory=list)  # of each token, in nats
+    ended_by: str = "length"  # "end" of the text, "stop" string, or else as many as wanted
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Texts that were read so far, to go on from.
+
+    Attributes:
+      progress: of the model; a row for each text.
+      last_ids: the last tokens of each text, on which the text of the next ones can depend.
+    """
+
+    progress: Progress
+    last_ids: list[list[int]]
+
+
+class Writer:
+    """Continues texts; iterating gives what is new of each, until all have ended.
+
+    A stop string ends a text also where it is spread over tokens. Of text that may be the beginning
+    of one nothing is given until that is known.
+
+    Args:
+      model: RetNet or Transformer, best from `for_decoding`.
+      tokenizer: the model's.
+      prompts: texts. With `after` they may be empty.
+      max_tokens: most tokens to write after each.
+      sampler: how a token is chosen, one for all or one for each prompt.
+      seed: of the random choices.
+      stop: strings that end a text, and are no part of it.
+      block_size: tokens between looks at the text; a text may be written on in vain for so many.
+      after: a text read before, which all prompts go on, or one for each; None: prompts begin
+        texts, with BOS. A prompt is encoded alone, so where it begins within a word its tokens are
+        not those of the joined text.
+
+    Raises:
+      ConfigError: for an empty stop string, another number of texts than prompts, a text that has
+        ended and no prompt to go on with; and as `generate`.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: Tokenizer,
+        prompts: Sequence[str],
+        max_tokens: int,
+        sampler: Sampler | Sequence[Sampler] = GREEDY,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        block_size: int = 16,
+        after: Reading | None = None,
+    ):
+        if "" in stop:
+            raise ConfigError("a stop string is empty, which would end every text at once")
+        self._end_id = tokenizer.end_id
+        ids = tokenizer.encode_batch(prompts)
+        progress = None
+        if after is None:
+            ids = [[tokenizer.bos_id, *row] for row in ids]
+            before = [[]] * len(ids)
+        else:
+            texts = _rows(after, len(prompts))
+            progress = after.progress.take(jnp.array(texts))
+            before = [after.last_ids[row] for row in texts]
+            for number, (row, prompt) in enumerate(zip(texts, ids, strict=True)):
+                if not prompt and bool(after.progress.ended[row]):
+                    raise ConfigError(
+                        f"prompt {number} is empty, but the text before it has ended: give a "
+                        "prompt that begins the next"
+                    )
+        self._ids = [[*old, *new] for old, new in zip(before, ids, strict=True)]
+        self._stream = Stream(
+            model,
+            ids,
+            max_tokens,
+            sampler,
+            seed,
+            end_id=tokenizer.end_id,
+            vocab_size=tokenizer.vocab_size,
+            block_size=block_size,
+            progress=progress,
+        )
+        self._rows = [_Row(TextStream(tokenizer, before=row), stop) for row in self._ids]
+        self.continuations = [row.continuation for row in self._rows]
+
+    def __iter__(self) -> Iterator[list[str]]:
+        for block in self._stream:
+            tokens, log_p = (x.tolist() for x in block)
+            yield [
+                row.add(*new, self._end_id)
+                for row, *new in zip(self._rows, tokens, log_p, strict=True)
+            ]
+            self._stream.stop([row.done for row in self._rows])
+        yield [row.rest() for row in self._rows]
+
+    @property
+    def reading(self) -> Reading:
+        """What has been read and written so far.
+
+        That of a single text with a block size of 1 is exact. Otherwise the model has read on to
+        the end of the block, or until the longest text ended.
+        """
+        rows = zip(self._ids, self.continuations, strict=True)
+        last_ids = [[*before, *after.tokens][-TextStream.context :] for before, after in rows]
+        ended = np.array([row.ended_by == "end" for row in self.continuations])
+        return Reading(self._stream.progress._replace(ended=ended), last_ids)
+
+
+def _rows(after: Reading, prompts: int) -> list[int]:
+    """Which text each prompt goes on."""
+    texts = len(after.last_ids)
+    if texts not in (1, prompts):
+        raise ConfigError(f"there are {prompts} prompts for {texts} texts to go on")
+    return [0] * prompts if texts == 1 else list(range(prompts))
+
+
+class _Row:
+    """One text that is being written."""
+
+    def __init__(self, stream: TextStream, stop: Sequence[str]):
+        self._stream = stream
+        self._stop = stop
+        self._held = ""  # text that may be the beginning of a stop string
+        self.continuation = Continuation()
+        self.done = False
+
+    def add(self, tokens: Sequence[int], log_p: Sequence[float], end_id: int) -> str:
+        """Takes new tokens up to the one that ends the text; gives the text that is certain."""
+        if self.done:
+            return ""
+        ended = end_id in tokens
+        tokens = tokens[: tokens.index(end_id)] if ended else tokens
+        before, held = self._stream.copy(), self._held
+        given = self._certain(self._stream.add(list(tokens)))
+        if self.done:
+            tokens = tokens[: self._tokens_to_stop(before, held, tokens)]
+        elif ended:
+            self._end("end")
+        self.continuation.text += given
+        self.continuation.tokens += tokens
+        self.continuation.log_probabilities += log_p[: len(tokens)]
+        return given
+
+    def _tokens_to_stop(self, stream: TextStream, text: str, tokens: Sequence[int]) -> int:
+        """After how many tokens a stop string is complete."""
+        for number, token in enumerate(tokens, start=1):
+            text += stream.add([token])
+            if any(stop in text for stop in self._stop):
+                return number
+        return len(tokens)
+
+    def rest(self) -> str:
+        """What was held back, if no more comes."""
+        if self.done and self.continuation.ended_by == "stop":
+            return ""
+        rest = self._certain(self._stream.rest()) + self._held
+        self._held = ""
+        self.continuation.text += rest
+        return rest
+
+    def _certain(self, new: str) -> str:
+        """What of the text held back and the new one is no stop string nor may become one."""
+        text = self._held + new
+        found = [place for stop in self._stop if (place := text.find(stop)) >= 0]
+        if found:
+            self._held = ""
+            self._end("stop")
+            return text[: min(found)]
+        keep = max((_beginning(stop, text) for stop in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def _end(self, reason: str) -> None:
+        self.done = True
+        self.continuation.ended_by = reason
+
+
+def _beginning(stop: str, text: str) -> int:
+    """How many characters at the end of a text a stop string begins with."""
+    most = min(len(stop) - 1, len(text))
+    return next((n for n in range(most, 0, -1) if text.endswith(stop[:n])), 0)

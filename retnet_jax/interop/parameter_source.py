@@ -1,0 +1,139 @@
+"""Where parameters come from, one at a time, and the model that is filled with them."""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from retnet_jax.config import ConfigError, ModelConfig
+from retnet_jax.interop.tensor_files import TensorInfo
+from retnet_jax.model import DecodingModel, LanguageModel, build_model
+from retnet_jax.parallel.sharding import first_device, path_name, with_shardings
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a checkpoint's config says: the model, and what goes from one config to the other."""
+
+    model: ModelConfig
+    context_length: int = 2048  # tokens it was trained on at once
+    bos_id: int | None = None
+    eos_id: int | None = None
+
+
+class Source(Protocol):
+    """Parameters to be loaded, saved or converted."""
+
+    description: Description
+
+    def info(self, own: str, layer: int | None) -> TensorInfo:
+        """Shape, in our orientation, and dtype of a parameter."""
+        ...
+
+    def read(self, own: str, layer: int | None) -> np.ndarray:
+        """A parameter in our orientation; of one layer, where it is stacked."""
+        ...
+
+
+class ModelSource:
+    """The parameters of a model in memory, fetched from its devices one by one."""
+
+    def __init__(self, model: LanguageModel):
+        """Raises `ConfigError` for a model that is laid out for decoding."""
+        if isinstance(model, DecodingModel):
+            raise ConfigError(
+                "a model from for_decoding() cannot be saved: its weights are rounded and joined; "
+                "save the one it was made from"
+            )
+        self.description = Description(model.config)
+        leaves = jax.tree_util.tree_flatten_with_path(model)[0]
+        self._leaves = {path_name(path): leaf for path, leaf in leaves}
+        self._fetched: tuple[str, np.ndarray] | None = None
+
+    def info(self, own: str, layer: int | None) -> TensorInfo:
+        leaf = self._leaves[own]
+        return TensorInfo(leaf.shape if layer is None else leaf.shape[1:], np.dtype(leaf.dtype))
+
+    def read(self, own: str, layer: int | None) -> np.ndarray:
+        if self._fetched is None or self._fetched[0] != own:
+            self._fetched = own, np.asarray(self._leaves[own])
+        array = self._fetched[1]
+        return array if layer is None else array[layer]
+
+
+def load_model(source: Source, mesh: Mesh | None = None, **changes: Any) -> LanguageModel:
+    """A model with the parameters of a source.
+
+    One parameter at a time is on the host, and each device gets its own part of it alone.
+
+    Args:
+      source: what is read.
+      mesh: where the parameters go, laid out as in training; None: the first device.
+      changes: fields of `ModelConfig` that change no parameter, such as dtype.
+
+    Raises:
+      ConfigError: if a change needs other parameters.
+    """
+    config = changed(source.description.model, changes)
+    mesh = first_device() if mesh is None else mesh
+
+    def array(path, leaf):
+        name = path_name(path)
+        if name.startswith("layers/"):
+            whole = np.empty(leaf.shape, leaf.dtype)
+            for layer in range(leaf.shape[0]):
+                whole[layer] = source.read(name, layer)
+        else:
+            whole = np.asarray(source.read(name, None), leaf.dtype)
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: whole[index])
+
+    return jax.tree_util.tree_map_with_path(array, with_shardings(abstract_model(config), mesh))
+
+
+def changed(config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
+    """A config with other values in fields that change no parameter.
+
+    Raises:
+      ConfigError: for a field that does, or that there is not.
+    """
+    known = {field.name for field in dataclasses.fields(ModelConfig)}
+    for name in changes:
+        if name not in known:
+            raise ConfigError(f"{name}={changes[name]!r}: model has no such field")
+    new = dataclasses.replace(config, **changes)
+    new.check()
+    if parameter_shapes(new) != parameter_shapes(config):
+        given = ", ".join(f"{name}={value!r}" for name, value in changes.items())
+        raise ConfigError(
+            f"{given} needs other parameters than the checkpoint has; dtype, remat, chunk_size "
+            "and score_clamp can be changed"
+        )
+    return new
+
+
+def abstract_model(config: ModelConfig) -> Any:
+    """Shapes and dtypes of a model's parameters, in the structure of the model."""
+    return jax.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0)))
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter, by its own name."""
+    # A copy, which nobody changes later; and float64 would need jax to be set up for it.
+    return _parameter_shapes(dataclasses.replace(config, dtype="float32"))
+
+
+def parameter_shape(config: ModelConfig, own: str, layer: int | None) -> tuple[int, ...]:
+    """The shape of a parameter, of one layer where a layer is given."""
+    shape = parameter_shapes(config)[own]
+    return shape if layer is None else shape[1:]
+
+
+@functools.cache
+def _parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_flatten_with_path(abstract_model(config))[0]
+    return {path_name(path): leaf.shape for path, leaf in leaves}

@@ -1,0 +1,1 @@
+"""Functions of arrays, some with kernels or gradients of their own."""

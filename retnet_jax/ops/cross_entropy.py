@@ -1,0 +1,208 @@
+"""Cross-entropy of an output head without the logits of all tokens in memory.
+
+For a vocabulary of 100,000 the float32 logits of a batch are larger than everything else in a
+training step. Here they exist for one chunk of positions at a time, and the gradient is computed
+along with the loss: three matrix products with the head in all, as many as with all logits kept.
+"""
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from retnet_jax.ops.linear import materialized
+from retnet_jax.parallel.sharding import WORDS, axes_of, axis_size, backend, layout, many_devices
+from retnet_jax.shapes import Array, Float, Int
+
+
+def logits_at_once() -> int:
+    """Most logits that a device holds.
+
+    Accelerators: 2^27, 512 MiB in float32, so that the sum of the head's gradient, as large, is
+    read and written for a thousand tokens at once and not for each few; not yet measured. CPU:
+    2^21, which stay in its caches: 68 ms against 105 for the loss and gradients of 2048 tokens,
+    d 128 and a vocabulary of 4096, of 2^18 to 2^25 (2 cores, float32).
+    """
+    return 2**21 if backend() == "cpu" else 2**27
+
+
+def cross_entropy_sum(
+    hidden: Float[Array, "b t d"],
+    head: Float[Array, "w d"],
+    targets: Int[Array, "b t"],
+    weights: Float[Array, "b t"],
+) -> Float[Array, ""]:
+    """Sum over positions of weight times -log softmax(hidden head^T)[target], in nats, float32."""
+    return objective_sum(hidden, head, targets, weights, 0.0)[0]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def objective_sum(
+    hidden: Float[Array, "b t d"],
+    head: Float[Array, "w d"],
+    targets: Int[Array, "b t"],
+    weights: Float[Array, "b t"],
+    z_loss: float,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """What training makes small, and the cross-entropy in it, as `cross_entropy_sum`.
+
+    The first is the second plus `z_loss` times the weighted sum of the squared log normalisers,
+    which keeps logits from drifting (arXiv 2204.02311, section 5). The first alone has a gradient.
+    On a mesh (`jax.set_mesh`) each device has its part of the rows, positions and vocabulary.
+    """
+    return _objective_and_gradients(hidden, head, targets, weights, z_loss)[0]
+
+
+def token_cross_entropy(
+    hidden: Float[Array, "b t d"], head: Float[Array, "w d"], targets: Int[Array, "b t"]
+) -> Float[Array, "b t"]:
+    """-log softmax(hidden head^T)[target] of each position, in nats, float32."""
+
+    def chunk(_, inputs):
+        hidden, targets = inputs
+        log_normalizer = jax.nn.logsumexp(_logits(hidden, head), axis=-1)
+        return None, log_normalizer - _target_logits(hidden, head, targets)
+
+    size = _chunk_size(hidden.shape, head.shape[0])
+    _, losses = jax.lax.scan(chunk, None, (_chunks(hidden, size), _chunks(targets, size)))
+    return _join(losses, targets.shape[1])
+
+
+def _objective_and_gradients(hidden, head, targets, weights, z_loss):
+    if not many_devices():
+        return _of_this_device(hidden, head, targets, weights, z_loss, _Split())
+    tokens = layout("bt", targets.shape)
+    words = PartitionSpec(layout("w", head.shape[:1])[0], None)
+    over = axes_of(tokens)
+    # The head's gradient is handed out as the head itself is stored; the rest of it is summed up.
+    scattered = "fsdp" in over and head.shape[0] % math.prod(map(axis_size, WORDS)) == 0
+    split = _Split(
+        tokens=tuple(axis for axis in over if not (scattered and axis == "fsdp")),
+        scattered="fsdp" if scattered else None,
+        words=words[0],
+    )
+    return jax.shard_map(
+        partial(_of_this_device, z_loss=z_loss, split=split),
+        in_specs=(PartitionSpec(*tokens, None), words, tokens, tokens),
+        out_specs=(
+            (PartitionSpec(), PartitionSpec()),
+            (PartitionSpec(*tokens, None), PartitionSpec(WORDS if scattered else words[0], None)),
+        ),
+        check_vma=False,
+    )(hidden, head, targets, weights)
+
+
+class _Split(NamedTuple):
+    """Mesh axes along which the devices have different tokens and different words."""
+
+    tokens: tuple[str, ...] = ()  # of which the head's gradient is summed up
+    scattered: str | None = None  # of which each keeps its words of that sum
+    words: str | None = None
+
+
+def _of_this_device(hidden, head, targets, weights, z_loss, split):
+    """Objective, cross-entropy and gradients, from this device's tokens and words."""
+    over_words = partial(_over, split.words)
+    first_word = 0 if split.words is None else jax.lax.axis_index(split.words) * head.shape[0]
+
+    def chunk(carry, inputs):
+        sums, d_head = carry
+        hidden, targets, weights = inputs
+        logits = _logits(hidden, head)
+        # The exponentials serve the sum and the gradient; logits are not looked at again.
+        top = over_words(jax.lax.pmax, logits.max(-1, keepdims=True))
+        exponentials = jnp.exp(logits - top)
+        total = over_words(jax.lax.psum, exponentials.sum(-1, keepdims=True))
+        log_normalizer = jnp.log(total) + top
+        word = targets - first_word
+        own = (word >= 0) & (word < head.shape[0])
+        target_logits = _target_logits(hidden, head, jnp.where(own, word, 0))
+        target_logits = over_words(jax.lax.psum, jnp.where(own, target_logits, 0))
+        losses = log_normalizer[..., 0] - target_logits
+        squares = jnp.square(log_normalizer[..., 0])
+
+        weights = weights[..., None]
+        is_target = word[..., None] == jnp.arange(head.shape[0])
+        scale = weights * (1 + 2 * z_loss * log_normalizer) / total
+        d_logits = exponentials * scale - jnp.where(is_target, weights, 0)
+        d_logits = materialized(d_logits.astype(hidden.dtype))
+        d_hidden = jnp.einsum("bcw,wd->bcd", d_logits, head.astype(hidden.dtype))
+        d_head += _head_gradient(hidden, d_logits, head.dtype)
+        sums += jnp.stack([(x * weights[..., 0]).sum() for x in (losses, squares)])
+        return (sums, d_head), over_words(jax.lax.psum, d_hidden)
+
+    size = _chunk_size(hidden.shape, head.shape[0])
+    start = (jnp.zeros(2, jnp.promote_types(jnp.float32, hidden.dtype)), jnp.zeros_like(head.T))
+    inputs = tuple(_chunks(x, size) for x in (hidden, targets, weights))
+    (sums, d_head), d_hidden = jax.lax.scan(chunk, start, inputs)
+    if split.scattered is not None:
+        sums = jax.lax.psum(sums, split.scattered)
+        d_head = jax.lax.psum_scatter(d_head, split.scattered, scatter_dimension=1, tiled=True)
+    if split.tokens:
+        sums, d_head = jax.lax.psum((sums, d_head), split.tokens)
+    cross_entropy, squares = sums
+    gradients = _join(d_hidden, hidden.shape[1]), d_head.T
+    return (cross_entropy + z_loss * squares, cross_entropy), gradients
+
+
+def _over(axis, reduce, x):
+    return x if axis is None else reduce(x, axis)
+
+
+def _head_gradient(hidden, d_logits, dtype):
+    """The transposed gradient of the head, [d w]."""
+    product = partial(jnp.einsum, "bcd,bcw->dw", preferred_element_type=dtype)
+    # XLA on CPU cannot multiply transposed bfloat16 with a float32 sum ("Unsupported element type
+    # for DotThunk::Execute", jax 0.10.2).
+    return jax.lax.platform_dependent(
+        hidden,
+        d_logits,
+        cpu=lambda hidden, d_logits: product(hidden.astype(dtype), d_logits.astype(dtype)),
+        default=product,
+    )
+
+
+def _scale(z_loss, gradients, cotangents):
+    cotangent, _ = cotangents
+    d_hidden, d_head = ((cotangent * x).astype(x.dtype) for x in gradients)
+    return d_hidden, d_head, None, None
+
+
+objective_sum.defvjp(_objective_and_gradients, _scale)
+
+
+def _logits(hidden, head):
+    dtype = jnp.promote_types(jnp.float32, hidden.dtype)
+    return jnp.einsum(
+        "bcd,wd->bcw", hidden, head.astype(hidden.dtype), preferred_element_type=dtype
+    )
+
+
+def _target_logits(hidden, head, targets):
+    # Computed again, which costs less than picking them out of the logits.
+    dtype = jnp.promote_types(jnp.float32, hidden.dtype)
+    rows = head[targets].astype(hidden.dtype).astype(dtype)  # rounded as in the logits
+    return (hidden.astype(dtype) * rows).sum(-1)
+
+
+def _chunk_size(shape: tuple[int, int, int], vocabulary: int) -> int:
+    batch, length, _ = shape
+    n_chunks = -(-batch * length * vocabulary // logits_at_once())
+    return max(1, -(-length // n_chunks))
+
+
+def _chunks(x, size):
+    """[b t ...] -> [n b c ...], the last chunk filled with zeros."""
+    batch, length = x.shape[:2]
+    n_chunks = -(-length // size)
+    x = jnp.pad(x, [(0, 0), (0, n_chunks * size - length)] + [(0, 0)] * (x.ndim - 2))
+    return x.reshape(batch, n_chunks, size, *x.shape[2:]).swapaxes(0, 1)
+
+
+def _join(chunks, length):
+    """The inverse of `_chunks`."""
+    x = chunks.swapaxes(0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]

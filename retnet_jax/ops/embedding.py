@@ -1,0 +1,85 @@
+"""The look-up of token embeddings, on one device and on a mesh."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from retnet_jax.parallel.sharding import WORDS, axes_of, axis_size, constrain, layout, many_devices
+from retnet_jax.shapes import Array, Float, Int
+
+
+def look_up(
+    table: Float[Array, "w d"], tokens: Int[Array, "b t"], dtype: str
+) -> Float[Array, "b t d"]:
+    """Rows of a table, in `dtype`; their gradient is summed up in the table's.
+
+    On a mesh (`jax.set_mesh`) each device has the words of its place along "tensor" gathered, and
+    gets back the gradient of those it stores alone.
+    """
+    split = math.prod(map(axis_size, WORDS))
+    if not many_devices() or table.shape[0] % split:
+        return constrain(table, "wd")[tokens].astype(dtype)
+    return _look_up(table, tokens, dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _look_up(table, tokens, dtype):
+    return _forward(table, tokens, dtype)[0]
+
+
+def _forward(table, tokens, dtype):
+    places = layout("bt", tokens.shape)
+
+    @partial(
+        jax.shard_map,
+        in_specs=(PartitionSpec(WORDS, None), places),
+        out_specs=PartitionSpec(*places, None),
+        check_vma=False,
+    )
+    def rows(table, tokens):
+        table = jax.lax.all_gather(table.astype(dtype), "fsdp", tiled=True)
+        own, word = _own_words(tokens, table.shape[0])
+        return jax.lax.psum(jnp.where(own[..., None], table[word], 0), "tensor")
+
+    return rows(table, tokens), (tokens, jnp.zeros((0, table.shape[0]), table.dtype))
+
+
+def _backward(dtype, residuals, d_rows):
+    tokens, like = residuals
+    words = like.shape[1]
+    places = layout("bt", tokens.shape)
+    others = tuple(axis for axis in axes_of(places) if axis != "fsdp")
+
+    @partial(
+        jax.shard_map,
+        in_specs=(places, PartitionSpec(*places, None)),
+        out_specs=PartitionSpec(WORDS, None),
+        check_vma=False,
+    )
+    def sums(tokens, d_rows):
+        count = words // axis_size("tensor")
+        own, word = _own_words(tokens, count)
+        d_rows = jnp.where(own[..., None], d_rows.astype(like.dtype), 0)
+        d_table = jnp.zeros((count, d_rows.shape[-1]), like.dtype).at[word].add(d_rows)
+        if "fsdp" in axes_of(places):
+            d_table = jax.lax.psum_scatter(d_table, "fsdp", tiled=True)
+        else:  # rows that fsdp does not divide are on all of its devices
+            size = count // axis_size("fsdp")
+            start = jax.lax.axis_index("fsdp") * size
+            d_table = jax.lax.dynamic_slice_in_dim(d_table, start, size)
+        return jax.lax.psum(d_table, others) if others else d_table
+
+    return sums(tokens, d_rows), None
+
+
+_look_up.defvjp(_forward, _backward)
+
+
+def _own_words(tokens, count):
+    """Which tokens are among this device's words, and their rows; row 0 for the others."""
+    word = tokens - jax.lax.axis_index("tensor") * count
+    own = (word >= 0) & (word < count)
+    return own, jnp.where(own, word, 0)

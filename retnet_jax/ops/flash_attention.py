@@ -1,0 +1,140 @@
+"""Causal softmax attention that never holds the scores [t t]: kernels of libraries, where they are.
+
+    backend   rows of one document each   several documents, padding
+    TPU       splash attention of jax     splash attention of jax
+    GPU       cuDNN, through jax          none: jax's public interface has no place for documents
+    CPU       none                        none                              (jax-ml/jax#29731)
+
+They serve whole rows of bfloat16, with nothing in a cache before them; `attention.py` has what they
+compute, in XLA, and uses that for all else: packed rows on a GPU have all their scores [t t] in
+memory. Neither was run on its device.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from retnet_jax.parallel.sharding import axis_size, backend, layout, local_shape, many_devices
+from retnet_jax.shapes import Array, Float, Int
+
+KERNELS = {"tpu": "splash", "gpu": "cudnn"}  # of a backend
+SHORTEST_ROW = 128  # that they are chosen for
+LANES = 128
+WIDEST_HEAD = 256
+# Tokens on a side of a tile of scores, at most, as MaxText has it. With 1024 and heads of 256 the
+# backward pass needs more than the 16 MiB of a v4's VMEM.
+LARGEST_BLOCK = 512
+
+
+def flash_attention(
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b t h k"],
+    v: Float[Array, "b t h k"],
+    document: Int[Array, "b t"] | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "b t h k"]:
+    """What each token sees in its document, up to itself.
+
+    Args:
+      q: queries, rotated and scaled, by k^-1/2.
+      k: keys, rotated.
+      v: values.
+      document: a number for each document of a row, and another for its padding, whose output is
+        of no meaning; None: each row is one document.
+      implementation: "splash", which a CPU interprets, slowly, or "cudnn"; None: the backend's.
+
+    Returns:
+      y in v's dtype. `jax.checkpoint` knows it, and what else the backward pass needs, by the name
+      "retention", but those of "cudnn" by the policy `is_cudnn`.
+
+    Raises:
+      NotImplementedError: for what cannot run here, with the reason.
+    """
+    name = KERNELS.get(backend()) if implementation is None else implementation
+    reason = unsupported(name, q, one_document=document is None)
+    if reason is not None:
+        raise NotImplementedError(f"implementation={name!r} cannot run here: {reason}")
+    run = {"splash": _splash, "cudnn": _cudnn}[name]
+    if not many_devices():
+        return run(q, k, v, document)
+    wide = layout("bthk", q.shape)
+    rows = None if document is None else layout("bt", document.shape)
+    # XLA does not look into a kernel to split it.
+    return jax.shard_map(run, in_specs=(wide, wide, wide, rows), out_specs=wide, check_vma=False)(
+        q, k, v, document
+    )
+
+
+def best(q: Array | jax.ShapeDtypeStruct, one_document: bool) -> str | None:
+    """The implementation to choose for queries such as q [b t h k]; None for XLA."""
+    name = KERNELS.get(backend())
+    # The scores of short rows are small, and float32 is for exact work.
+    if name is None or q.dtype != jnp.bfloat16 or q.shape[1] < SHORTEST_ROW:
+        return None
+    return name if unsupported(name, q, one_document) is None else None
+
+
+def unsupported(
+    name: str | None, q: Array | jax.ShapeDtypeStruct, one_document: bool
+) -> str | None:
+    """Why an implementation cannot run on what computes, with such queries; None if it can."""
+    if name not in KERNELS.values():
+        return f"there is none of that name for {backend()!r}, only {list(KERNELS.values())}"
+    if axis_size("seq") > 1:
+        return "positions are split over devices"
+    if name == "cudnn":
+        return _unsupported_by_cudnn(q, one_document)
+    if backend() not in ("tpu", "cpu"):
+        return f"it is for TPUs (and interpreted on a CPU), not for {backend()!r}"
+    if q.shape[1] % LANES:
+        return f"rows of {q.shape[1]} tokens are not a multiple of {LANES}"
+    if q.shape[3] > WIDEST_HEAD:
+        return f"heads of {q.shape[3]} are wider than {WIDEST_HEAD}"
+    return None
+
+
+def _splash(q, k, v, document):
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    t, h = q.shape[1:3]
+    block = math.gcd(t, LARGEST_BLOCK)
+    sizes = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+    # Lists the tiles that are not empty, once for all layers; for 32,768 tokens it takes seconds.
+    kernel = splash.make_splash_mha_single_device(
+        splash.MultiHeadMask([splash.CausalMask((t, t))] * h),
+        block_sizes=splash.BlockSizes(**dict.fromkeys(sizes, block)),
+        residual_checkpoint_name="retention",
+        interpret=backend() == "cpu",
+    )
+
+    def row(q, k, v, document):
+        ids = None if document is None else splash.SegmentIds(document, document)
+        return kernel(q, k, v, segment_ids=ids)
+
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    return jnp.swapaxes(jax.vmap(row)(q, k, v, document), 1, 2)
+
+
+def _cudnn(q, k, v, document=None):
+    del document
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, scale=1.0, implementation="cudnn")
+
+
+def is_cudnn(primitive, *_, **__) -> bool:
+    """A policy of `jax.checkpoint` that keeps what cuDNN's forward pass returns: it has no name."""
+    return primitive.name.startswith("dot_product_attention_fwd")
+
+
+def _unsupported_by_cudnn(q, one_document: bool) -> str | None:
+    if backend() != "gpu" or jax.default_backend() != "gpu":
+        return f"it is for GPUs that are there, not for {backend()!r} on {jax.default_backend()!r}"
+    if not one_document:
+        return "jax's public interface to cuDNN has no place for documents"
+    # Versions, dtypes and widths of heads are checked by jax as it traces.
+    local = jax.ShapeDtypeStruct(local_shape("bthk", q.shape), q.dtype)
+    try:
+        jax.eval_shape(lambda *qkv: jax.vjp(_cudnn, *qkv)[1](qkv[0]), local, local, local)
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        return str(error)
+    return None

@@ -1,0 +1,115 @@
+"""A function of each token and head, in one pass over memory: on TPUs a kernel.
+
+XLA for TPU lays [b t h v] out in tiles of heads and width, and [b t (h v)], which matrix products
+read and write, in tiles of positions and width. Between the two it copies, in float32 where a norm
+wants it. The kernel reads and writes [b t (h v)] and leaves everything in its place.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec
+
+from retnet_jax.parallel.sharding import backend, layout, local_shape, many_devices
+from retnet_jax.shapes import Array
+
+LANES = 128
+VMEM = 16 * 2**20  # bytes that a kernel can have on all TPUs
+LONGEST_BLOCK = 256  # tokens
+
+
+def map_heads(function: Callable, like: Array, *arrays: Array | None, outputs: int = 1) -> tuple:
+    """`function` of each token and head.
+
+    Args:
+      function: of one head's [... v] in float32 (or float64), `[... 1]` where it has one number a
+        head, and [... k] where all heads share it; to a tuple of [... v]. `None` comes as it is.
+      like: the shape [b t h v] and dtype of the results.
+      arrays: [b t h v], [b t h], or [b t 1 k] for all heads.
+      outputs: results that `function` returns.
+    """
+    if backend() == "tpu" and like.dtype == jnp.bfloat16 and like.shape[-1] % LANES == 0:
+        return on_tpu(function, like, *arrays, outputs=outputs)
+    wide = jnp.promote_types(jnp.float32, like.dtype)
+
+    def operand(x):
+        if x is None:
+            return None
+        return (x[..., None] if x.ndim == 3 else x).astype(wide)
+
+    return tuple(x.astype(like.dtype) for x in function(*map(operand, arrays)))
+
+
+def on_tpu(function: Callable, like: Array, *arrays: Array | None, outputs: int = 1) -> tuple:
+    """`map_heads` as a kernel, which a CPU interprets."""
+    given = [x for x in arrays if x is not None]
+
+    def of_given(*operands):
+        operands = iter(operands)
+        return function(*(None if x is None else next(operands) for x in arrays))
+
+    of_heads = PartitionSpec(*layout("bth", like.shape[:3]))
+    n_heads = local_shape("bth", like.shape[:3])[2]
+    shared = [x.ndim == 4 and x.shape[2] == 1 for x in given]
+    run = partial(_call, of_given, n_heads, shared, like.shape[3], like.dtype, outputs)
+    if many_devices():
+        run = jax.shard_map(
+            run,
+            in_specs=tuple(PartitionSpec(*of_heads[:2]) if x else of_heads for x in shared),
+            out_specs=(of_heads,) * outputs,
+            check_vma=False,
+        )
+    # Flat outside too: XLA would give a product that is reshaped to [b t h v] that layout.
+    results = run(*(x.reshape(*x.shape[:2], -1) for x in given))
+    return tuple(x.reshape(like.shape) for x in results)
+
+
+def _call(function, n_heads, shared, width, dtype, outputs, *arrays):
+    b, t = arrays[0].shape[:2]
+    out = jax.ShapeDtypeStruct((b, t, n_heads * width), dtype)
+    moved = [*arrays, *[out] * outputs]
+    lanes = sum(-(-x.shape[2] // LANES) * LANES for x in moved)
+    size = LONGEST_BLOCK
+    while size > 16 and 2 * size * lanes * dtype.itemsize > VMEM // 2:
+        size //= 2
+    size = min(size, t)
+    blocks = [pl.BlockSpec((1, size, x.shape[2]), lambda row, step: (row, step, 0)) for x in moved]
+
+    def kernel(*refs):
+        inputs, results = refs[: len(arrays)], refs[len(arrays) :]
+        for head in range(n_heads):
+            operands = (
+                ref[0, :, _lanes(ref, 1, 0) if one else _lanes(ref, n_heads, head)]
+                for ref, one in zip(inputs, shared, strict=True)
+            )
+            values = function(*(x.astype(jnp.float32) for x in operands))
+            for ref, y in zip(results, values, strict=True):
+                ref[0, :, _lanes(ref, n_heads, head)] = y.astype(dtype)
+
+    return pl.pallas_call(
+        kernel,
+        grid=(b, -(-t // size)),
+        in_specs=blocks[: len(arrays)],
+        out_specs=blocks[len(arrays) :],
+        out_shape=(out,) * outputs,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=0,
+            transcendentals=0,
+            bytes_accessed=sum(x.size * x.dtype.itemsize for x in moved),
+        ),
+        interpret=backend() == "cpu",
+        name="map_heads",
+    )(*arrays)
+
+
+def _lanes(ref, n_heads: int, head: int) -> slice:
+    """Those of one of the heads that share a block."""
+    width = ref.shape[2] // n_heads
+    return slice(head * width, (head + 1) * width)

@@ -1,0 +1,30 @@
+"""Retention: one linear recurrence with a fixed decay for each head.
+
+For the tokens n = 0, 1, ... of a document, with S_-1 the initial state (Eq. 1 to 6 of
+arXiv 2307.08621, with the rotation already in q and k):
+
+    S_n = gamma S_{n-1} + k_n^T v_n        y_n = q_n S_n = sum_{m<=n} gamma^(n-m) (q_n . k_m) v_m
+
+`retention` computes it in parallel, chunk by chunk, or token by token: three ways to the same
+outputs, final state and gradients. It is linear; scaling, normalisers and gates are its caller's.
+On a mesh that splits positions (`jax.set_mesh`, axis "seq") the chunkwise form runs on all of it.
+"""
+
+from retnet_jax.ops.retention.api import FORMS, IMPLEMENTATIONS, retention
+from retnet_jax.ops.retention.clamp import score_clamp
+from retnet_jax.ops.retention.decay import log_decay, row_normalizer
+from retnet_jax.ops.retention.devices import SplitRows, split_rows
+from retnet_jax.ops.retention.document_index import documents, positions
+
+__all__ = [
+    "FORMS",
+    "IMPLEMENTATIONS",
+    "SplitRows",
+    "documents",
+    "log_decay",
+    "positions",
+    "retention",
+    "row_normalizer",
+    "score_clamp",
+    "split_rows",
+]

@@ -1,0 +1,146 @@
+"""The entry: checks, and the choice of a form and an implementation."""
+
+from functools import partial
+from importlib import import_module
+
+import jax
+import jax.numpy as jnp
+
+from retnet_jax.ops.retention import sequence_parallel, xla
+from retnet_jax.ops.retention.devices import SplitRows, on_each_device, parts, split_rows
+from retnet_jax.parallel.sharding import backend, local_shape, many_devices
+from retnet_jax.shapes import Array, Float, Int
+
+FORMS = ("parallel", "chunkwise", "recurrent")
+IMPLEMENTATIONS = ("xla", "pallas_tpu", "mosaic_gpu")
+SHORTEST_ROW = 128  # that kernels are chosen for
+KERNELS = {"tpu": "pallas_tpu", "gpu": "mosaic_gpu"}  # of a backend
+
+
+def retention(
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b t h k"],
+    v: Float[Array, "b t h v"],
+    log_decay: Float[Array, " h"],
+    state: Float[Array, "b h k v"] | None = None,
+    segment_ids: Int[Array, "b t"] | SplitRows | None = None,
+    form: str = "chunkwise",
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
+    """Retention of each head, and its state after the last token.
+
+    Args:
+      q: queries, rotated and scaled. float32 or bfloat16, as k and v.
+      k: keys, rotated.
+      v: values.
+      log_decay: log gamma of each head, float32, negative.
+      state: S before the first token, float32, of the document that each row opens with; None: 0.
+      segment_ids: documents and padding. 0 is padding, which neither writes nor decays the state
+        and whose output is 0; a change of id from one real token to the next is a border, where
+        the state is 0. None: each row is one document. `split_rows(segment_ids)` serves many
+        calls: it numbers the documents once.
+      form: "parallel" (Eq. 5, O(t^2)), "chunkwise" (Eq. 7) or "recurrent" (Eq. 6).
+      chunk_size: tokens in a chunk of the chunkwise form, of any length; None: the fastest.
+      implementation: "xla", or the kernels of the chunkwise form "pallas_tpu" and "mosaic_gpu",
+        which a CPU interprets, slowly; None: the backend's kernel for bfloat16 rows that it can
+        run, else "xla".
+
+    Returns:
+      y in v's dtype, and the state after each row's last real token, float32.
+
+    Raises:
+      ValueError: for arguments whose shapes, dtypes or values do not fit, naming them.
+      NotImplementedError: for an implementation by name that cannot run them here, with the reason.
+    """
+    _check(q, k, v, log_decay, state, segment_ids)
+    if form not in FORMS:
+        raise ValueError(f"form={form!r} is not one of {', '.join(map(repr, FORMS))}")
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"implementation={implementation!r} is none of {IMPLEMENTATIONS} or None")
+    if chunk_size is not None and form != "chunkwise":
+        raise ValueError(f"chunk_size={chunk_size} is for form='chunkwise', not form={form!r}")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size} is less than 1")
+    rows = segment_ids
+    if rows is not None and not isinstance(rows, SplitRows):
+        rows = split_rows(rows)
+    chosen = _choose(implementation, form, q, k, v, chunk_size)
+    if chosen is xla and q.shape[1] == 1 and rows is None:
+        form = "recurrent"  # one pass over the state
+    if form != "chunkwise":
+        if state is None:
+            state = xla.zero_state(q, v)
+        row = None if rows is None else rows.documents
+        return getattr(xla, form)(q, k, v, log_decay, state, row)
+    local = partial(chosen.chunkwise, chunk_size=chunk_size)
+    if parts(q.shape[1]) > 1:
+        return sequence_parallel.chunkwise(local, q, k, v, log_decay, state, rows)
+    if chosen is not xla and many_devices():  # XLA does not look into a kernel to split it
+
+        def of_documents(*inputs_and_rows):
+            *inputs, rows = inputs_and_rows
+            return local(*inputs, None if rows is None else rows.documents)
+
+        return on_each_device(of_documents, q, k, v, log_decay, state, rows)
+    return local(q, k, v, log_decay, state, None if rows is None else rows.documents)
+
+
+def _choose(implementation: str | None, form: str, q, k, v, chunk_size: int | None):
+    """The module whose `chunkwise` runs."""
+    name = implementation
+    if name is None:
+        name = KERNELS.get(backend(), "xla")
+        # A short row has no chunks, and float32 is for exact work.
+        if form != "chunkwise" or q.dtype != jnp.bfloat16 or q.shape[1] < SHORTEST_ROW:
+            name = "xla"
+    if name == "xla":
+        return xla
+    if form != "chunkwise":
+        raise NotImplementedError(
+            f"implementation={name!r} has form='chunkwise', not form={form!r}; 'xla' has"
+        )
+    kernel = import_module(f"{__package__}.{name}")
+    shapes = (jax.ShapeDtypeStruct(local_shape("bth.", x.shape), x.dtype) for x in (q, k, v))
+    reason = kernel.unsupported(*shapes, chunk_size)
+    if reason is None:
+        return kernel
+    if implementation is None:
+        return xla
+    raise NotImplementedError(f"implementation={name!r} cannot run here: {reason}")
+
+
+def _check(q, k, v, log_decay, state, segment_ids) -> None:
+    if q.ndim != 4 or v.ndim != 4:
+        raise ValueError(
+            f"q {q.shape} and v {v.shape} must have the dimensions [b t h k], [b t h v]"
+        )
+    b, t, h, width = q.shape
+    if isinstance(segment_ids, SplitRows):
+        segment_ids = segment_ids.documents.index
+    if t == 0:
+        raise ValueError(f"q {q.shape} has no tokens; at least one is needed")
+    expected = {
+        "k": (k, (b, t, h, width)),
+        "v": (v, (b, t, h, v.shape[3])),
+        "log_decay": (log_decay, (h,)),
+        "state": (state, (b, h, width, v.shape[3])),
+        "segment_ids": (segment_ids, (b, t)),
+    }
+    for name, (array, shape) in expected.items():
+        if array is not None and array.shape != shape:
+            raise ValueError(f"{name} {array.shape} does not fit q {q.shape}: {shape} would")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            f"q, k and v have the dtypes {q.dtype}, {k.dtype}, {v.dtype}; one is needed"
+        )
+    for name, array in (("log_decay", log_decay), ("state", state)):
+        if array is not None and array.dtype != _state_dtype(q):
+            raise ValueError(
+                f"{name} is {array.dtype}; for {q.dtype} inputs it is {_state_dtype(q)}"
+            )
+
+
+def _state_dtype(q):
+    """float32 for all but float64 inputs, which stand for reference computations."""
+    return jnp.promote_types(jnp.float32, q.dtype)

@@ -1,0 +1,419 @@
+"""Chunkwise retention on TPUs: forward and backward as Pallas kernels, with the state in VMEM.
+
+A program walks the chunks of one row in order, for a group of heads. Their float32 states stay in
+VMEM, so that q, k, v and y of each token are all that passes through HBM. Heads stay where the
+projections leave them: blocks are whole heads of [b t (h k)], side by side.
+
+The backward pass walks the chunks twice: forward in time it computes the states again, and from
+them d_q; backward in time it carries d_S, and computes d_k and d_v. Nothing is kept of the forward
+pass but its inputs. To keep the states instead would save 2 k v FLOPs a token and head, for 8 k v
+bytes written and read in each chunk: at widths 256/512 and chunks of 128 that is 0.6 ns of a v5p's
+matrix units for 3 ns of its memory.
+
+**Tile sizes.** With chunks of c tokens, a token and head takes 4 k v + 2 c (k + v) FLOPs forward
+and 12 k v + 6 c (k + v) backward, and in bfloat16 4 (k + v) and 10 (k + v) bytes. At 256/512 and
+c = 128 that is 230 FLOPs a byte forward, where matrix units and memory of a v5p are even at 166 and
+of a v6e at 560: longer chunks only add work to a v5p. But the matrix units of v6e and later are
+256 x 256, and half empty with 128. The compilers agree: by their schedules, forward and
+backward together take a v5p 22 cycles of one token and head with c = 128 and 25 with 256, a v6e 13
+and 9 (256/512, four heads a program). Some 300 of a program's bundles start its copies, whence the
+four heads. None of this was run on a TPU.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from retnet_jax.ops.retention.decay_gradient import decay_gradient
+from retnet_jax.ops.retention.document_index import Documents
+from retnet_jax.parallel.sharding import backend, device_kind
+from retnet_jax.shapes import Array, Float, Int
+
+State = Float[Array, "b h k v"]
+
+LANES = 128
+MOST_HEADS = 4  # of one program, unless more are needed to fill whole lanes
+
+
+class Chip(NamedTuple):
+    """What a kernel has to know of a TPU."""
+
+    vmem: int  # bytes of one core
+    chunk: int  # tokens, in bfloat16
+
+
+# By the start of `jax.Device.device_kind`.
+CHIPS = {
+    "TPU v4": Chip(16 * 2**20, 128),
+    "TPU v5 lite": Chip(128 * 2**20, 128),
+    "TPU v5": Chip(64 * 2**20, 128),
+    "TPU v6 lite": Chip(128 * 2**20, 256),
+    "TPU7x": Chip(64 * 2**20, 256),
+}
+_ANY_CHIP = Chip(16 * 2**20, 128)
+
+
+def chunkwise(
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b t h k"],
+    v: Float[Array, "b t h v"],
+    log_decay: Float[Array, " h"],
+    state: State | None,
+    row: Documents | None,
+    chunk_size: int | None = None,
+) -> tuple[Float[Array, "b t h v"], State]:
+    """`retention.xla.chunkwise` as a kernel, interpreted on a CPU; `state=None` is 0."""
+    plan = Plan.of(q, v, chunk_size)
+    numbers = None if row is None else document_numbers(row, plan.chunk)
+    return _retention(plan, q, k, v, log_decay, state, numbers, row)
+
+
+def unsupported(q, k, v, chunk_size: int | None = None) -> str | None:
+    """Why the kernels cannot run on what computes, with arrays of such shapes; None if they can."""
+    if backend() not in ("tpu", "cpu"):
+        return f"it is for TPUs (and interpreted on a CPU), not for {backend()!r}"
+    if q.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"it takes bfloat16 and float32, not {q.dtype}"
+    plan = Plan.of(q, v, chunk_size)
+    if backend() == "cpu":
+        return None
+    if plan.chunk % 16 and plan.chunk != plan.t:
+        return f"chunk_size={plan.chunk} is not a multiple of 16"
+    if plan.vmem() > _chip().vmem:
+        return (
+            f"{plan.group} heads of {plan.k}/{plan.v}, which together fill whole lanes, need "
+            f"{plan.vmem() / 2**20:.0f} MiB of VMEM, and {device_kind()} has {_chip().vmem >> 20}"
+        )
+    return None
+
+
+class Plan(NamedTuple):
+    """Shapes, and how they are cut."""
+
+    b: int
+    t: int
+    h: int
+    k: int
+    v: int
+    itemsize: int
+    chunk: int
+    group: int  # heads of one program
+
+    @staticmethod
+    def of(q, v, chunk_size: int | None) -> "Plan":
+        """For arrays of these shapes."""
+        b, t, h, k = q.shape
+        whole = Plan(b, t, h, k, v.shape[3], q.dtype.itemsize, 0, 0)
+        wanted = chunk_size or _chip().chunk * 2 // q.dtype.itemsize
+        for chunk in (wanted,) if chunk_size else (wanted, wanted // 2, wanted // 4):
+            plan = whole._replace(chunk=min(chunk, t))
+            groups = [n for n in range(1, h + 1) if plan._fills_lanes(n)]
+            fitting = [n for n in groups if n <= max(MOST_HEADS, groups[0])]
+            for group in reversed(fitting):
+                plan = plan._replace(group=group)
+                if plan.vmem() <= _chip().vmem:
+                    return plan
+        return plan
+
+    def _fills_lanes(self, n_heads: int) -> bool:
+        if self.h % n_heads:
+            return False
+        return n_heads == self.h or not (n_heads * self.k % LANES or n_heads * self.v % LANES)
+
+    @property
+    def n_chunks(self) -> int:
+        return -(-self.t // self.chunk)
+
+    def vmem(self) -> int:
+        """Bytes that the hungriest kernel takes: blocks of two steps, states, and temporaries."""
+        k, v = (-(-width // LANES) * LANES for width in (self.k, self.v))
+        tokens = 3 * self.chunk * self.group * (self.k + self.v) * self.itemsize
+        states = self.group * self.k * v * 4
+        temporaries = 4 * self.chunk * (6 * self.chunk + 4 * (k + v)) + 10 * self.k * v
+        return 2 * tokens + states + temporaries + 2 * 2**20
+
+
+def _chip() -> Chip:
+    kind = device_kind()
+    return next((chip for start, chip in CHIPS.items() if kind.startswith(start)), _ANY_CHIP)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _retention(plan, q, k, v, log_decay, state, numbers, row):
+    (y,), final = _walk(_outputs, plan, log_decay, numbers, (q, k, v), state, out=(v,))
+    return y, final
+
+
+def _retention_forward(plan, *inputs):
+    is_primal = lambda x: isinstance(x, jax.custom_derivatives.CustomVJPPrimal)  # noqa: E731
+    decay_is_trained = inputs[3].perturbed
+    inputs = jax.tree.map(lambda x: x.value, inputs, is_leaf=is_primal)
+    y, final = _retention(plan, *inputs)
+    return (y, final), (inputs, final if decay_is_trained else None)
+
+
+def _retention_backward(plan, residuals, cotangents):
+    (q, k, v, log_decay, state, numbers, row), final = residuals
+    d_y, d_final = cotangents
+    if _is_zero(d_final):
+        d_final = None
+    if _is_zero(d_y):
+        d_y = jnp.zeros(d_y.shape, d_y.dtype)
+    walk = partial(_walk, plan=plan, log_decay=log_decay, numbers=numbers)
+    (d_q,), _ = walk(_query_gradients, tokens=(k, v, d_y), state=state, out=(q,), returns=False)
+    (d_k, d_v), d_state = walk(
+        _key_gradients,
+        tokens=(q, k, v, d_y),
+        state=d_final,
+        out=(k, v),
+        returns=state is not None,
+        backward=True,
+    )
+    d_log_decay = None if final is None else decay_gradient(q, d_q, k, d_k, final, d_final, row)
+    return d_q, d_k, d_v, d_log_decay, d_state, None, None
+
+
+def _is_zero(cotangent) -> bool:
+    return isinstance(cotangent, jax.custom_derivatives.SymbolicZero)
+
+
+_retention.defvjp(_retention_forward, _retention_backward, symbolic_zeros=True)
+
+
+# One chunk of one head: from the powers of gamma, the state before it (or its gradient after it)
+# and the tokens' [l k] and [l v] to what is written, and the state after it (the gradient before).
+
+
+def _outputs(decays, state, q, k, v):
+    scores = (_dot(q, k, 1, 1) * decays.within).astype(v.dtype)
+    old = _dot(q, state.astype(q.dtype), 1, 0)
+    return (_dot(scores, v, 1, 0) + decays.from_start * old,), _next(decays, state, k, v)
+
+
+def _query_gradients(decays, state, k, v, d_y):
+    d_scores = (_dot(d_y, v, 1, 1) * decays.within).astype(k.dtype)
+    old = _dot(d_y, state.astype(d_y.dtype), 1, 1)
+    return (_dot(d_scores, k, 1, 0) + decays.from_start * old,), _next(decays, state, k, v)
+
+
+def _next(decays, state, k, v):
+    decayed_k = (k * decays.to_end).astype(k.dtype)
+    return decays.across * state + _dot(decayed_k, v, 0, 0)
+
+
+def _key_gradients(decays, d_state, q, k, v, d_y):
+    # Scores with their keys in rows, so that none of them is transposed.
+    scores = (_dot(k, q, 1, 1) * decays.within_transposed).astype(d_y.dtype)
+    d_scores = (_dot(v, d_y, 1, 1) * decays.within_transposed).astype(q.dtype)
+    later = d_state.astype(k.dtype)
+    d_v = _dot(scores, d_y, 1, 0) + decays.to_end * _dot(k, later, 1, 0)
+    d_k = _dot(d_scores, q, 1, 0) + decays.to_end * _dot(v, later, 1, 1)
+    decayed_q = (q * decays.from_start).astype(q.dtype)
+    return (d_k, d_v), decays.across * d_state + _dot(decayed_q, d_y, 0, 0)
+
+
+def _dot(x, y, x_axis, y_axis):
+    """Product over an axis of each, summed in float32."""
+    return jax.lax.dot_general(
+        x,
+        y,
+        (((x_axis,), (y_axis,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _walk(one_chunk, plan, log_decay, numbers, tokens, state, out, backward=False, returns=True):
+    """All chunks of all heads, one after the other, or from the last to the first.
+
+    Args:
+      one_chunk: one of the functions above.
+      plan: shapes and tiles.
+      log_decay: float32 [h].
+      numbers: of the documents, or None.
+      tokens: its inputs [b t h k] or [b t h v].
+      state: float32 [b h k v] to begin with; None: 0.
+      out: arrays like its outputs.
+      backward: whether to walk from the last chunk to the first.
+      returns: whether the state that the walk ends with is wanted.
+
+    Returns:
+      The outputs, and that state, or None.
+    """
+
+    def place(row, group, step):
+        return row, plan.n_chunks - 1 - step if backward else step, group
+
+    def blocks(x):
+        return pl.BlockSpec((1, plan.chunk, plan.group * x.shape[3]), place)
+
+    def flat(x):
+        return jax.ShapeDtypeStruct((plan.b, plan.t, plan.h * x.shape[3]), x.dtype)
+
+    of_numbers = None
+    if numbers is not None:
+        shape = (1, 1, *numbers.shape[2:])
+        of_numbers = pl.BlockSpec(shape, lambda *at: (*place(*at)[:2], 0, 0))
+    whole = pl.BlockSpec(memory_space=pl.ANY)
+    states = jax.ShapeDtypeStruct((plan.b, plan.h, plan.k, plan.v), jnp.float32)
+    outputs, last = pl.pallas_call(
+        partial(_kernel, one_chunk, plan, backward),
+        grid=(plan.b, plan.h // plan.group, plan.n_chunks),
+        in_specs=(
+            pl.BlockSpec(memory_space=pltpu.SMEM),
+            of_numbers,
+            [*map(blocks, tokens)],
+            None if state is None else whole,
+        ),
+        out_specs=([*map(blocks, out)], whole if returns else None),
+        out_shape=([*map(flat, out)], states if returns else None),
+        scratch_shapes=[pltpu.VMEM((plan.group, plan.k, plan.v), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=plan.vmem(),
+        ),
+        cost_estimate=_cost(plan, one_chunk, tokens + out),
+        interpret=backend() == "cpu",
+        name=f"retention{one_chunk.__name__}",
+    )(log_decay, numbers, [x.reshape(flat(x).shape) for x in tokens], state)
+    return [y.reshape(x.shape) for y, x in zip(outputs, out, strict=True)], last
+
+
+def _kernel(
+    one_chunk, plan, backward, log_decay, numbers, tokens, first_state, outputs, last_state, states
+):
+    """One chunk of a group of heads; `states` in VMEM stay from chunk to chunk."""
+    row, group, step = (pl.program_id(axis) for axis in range(3))
+    chunk = plan.n_chunks - 1 - step if backward else step
+    heads = pl.ds(group * plan.group, plan.group)
+
+    @pl.when(step == 0)
+    def _():
+        if first_state is None:
+            states[...] = jnp.zeros_like(states)
+        else:
+            pltpu.sync_copy(first_state.at[row, heads], states)
+
+    if numbers is None:
+        exponents = Exponents.of_one_document(plan, chunk)
+    else:
+        exponents = Exponents.of_documents(numbers[0, 0])
+    for head in range(plan.group):
+        inputs = [_read(ref, head, plan, chunk) for ref in tokens]
+        decays = exponents.powers(log_decay[group * plan.group + head])
+        results, states[head] = one_chunk(decays, states[head], *inputs)
+        for ref, y in zip(outputs, results, strict=True):
+            ref[0, :, _lanes(ref, head, plan)] = y.astype(ref.dtype)
+
+    if last_state is not None:
+
+        @pl.when(step == plan.n_chunks - 1)
+        def _():
+            pltpu.sync_copy(states, last_state.at[row, heads])
+
+
+def _lanes(ref, head: int, plan: Plan) -> slice:
+    """Those of one head of a group's block."""
+    width = ref.shape[2] // plan.group
+    return slice(head * width, (head + 1) * width)
+
+
+def _read(ref, head: int, plan: Plan, chunk):
+    """A head's tokens of a chunk; 0 behind the end of the row, where a block holds anything."""
+    x = ref[0, :, _lanes(ref, head, plan)]
+    if plan.t % plan.chunk == 0:
+        return x
+    places = jax.lax.broadcasted_iota(jnp.int32, (plan.chunk, 1), 0)
+    return jnp.where(places < plan.t - chunk * plan.chunk, x, jnp.zeros_like(x))
+
+
+# Of the products of `one_chunk` those with the state, 2 k v FLOPs a token, and those in the chunk,
+# c (k + v).
+_PRODUCTS = {_outputs: (2, 2), _query_gradients: (2, 2), _key_gradients: (3, 4)}
+
+
+def _cost(plan: Plan, one_chunk, arrays) -> pl.CostEstimate:
+    with_state, within = _PRODUCTS[one_chunk]
+    k, v, c, heads = plan.k, plan.v, plan.chunk, plan.b * plan.h
+    each = 2 * with_state * k * v + within * c * (k + v)
+    return pl.CostEstimate(
+        flops=heads * plan.t * each,
+        transcendentals=heads * plan.t * c,
+        bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays) + 4 * heads * k * v,
+    )
+
+
+class Exponents(NamedTuple):
+    """Real tokens by which gamma decays in one chunk; negative where nothing passes."""
+
+    within: Int[Array, "l m"]  # from key m to query l
+    within_transposed: Int[Array, "m l"]
+    from_start: Int[Array, "l 1"]  # from the state before the chunk to query l
+    to_end: Int[Array, "l 1"]  # from key l to the state after the chunk
+    across: Int[Array, "1 1"]  # from the state before the chunk to the one after
+
+    @staticmethod
+    def of_one_document(plan: Plan, chunk) -> "Exponents":
+        places = jax.lax.broadcasted_iota(jnp.int32, (plan.chunk, 1), 0)
+        along = jax.lax.broadcasted_iota(jnp.int32, (1, plan.chunk), 1)
+        filled = jnp.minimum(plan.chunk, plan.t - chunk * plan.chunk)
+        return Exponents(
+            within=places - along,
+            within_transposed=along - places,
+            from_start=places + 1,
+            to_end=filled - 1 - places,
+            across=jnp.full((1, 1), filled),
+        )
+
+    @staticmethod
+    def of_documents(numbers: Int[Array, "n l"]) -> "Exponents":
+        """From a chunk of what `document_numbers` returns."""
+        columns = numbers.T
+        count, document, from_start, to_end = (columns[:, i : i + 1] for i in range(4))
+        count_along, document_along, across = (numbers[i : i + 1] for i in (0, 1, 4))
+        same = (document == document_along) & (document >= 0)
+        return Exponents(
+            within=jnp.where(same, count - count_along, -1),
+            within_transposed=jnp.where(same, count_along - count, -1),
+            from_start=from_start,
+            to_end=to_end,
+            across=across[:, :1],
+        )
+
+    def powers(self, log_decay: Float[Array, ""]) -> "Exponents":
+        """Powers of gamma with these exponents."""
+        return Exponents(
+            *(jnp.where(x >= 0, jnp.exp(log_decay * x.astype(jnp.float32)), 0.0) for x in self)
+        )
+
+
+def document_numbers(row: Documents, chunk: int) -> Int[Array, "b c 5 l"]:
+    """Of rows with documents and padding, what the `Exponents` of each chunk follow from.
+
+    Of each token: the real tokens up to it, its document (-1: padding), and three of the exponents.
+    That is 20 bytes a token, for all heads.
+    """
+    b, t = row.count.shape
+    n = -(-t // chunk)
+    behind = ((0, 0), (0, n * chunk - t))
+    real, count, index = (
+        jnp.pad(x, behind, mode=mode).reshape(b, n, chunk)
+        for x, mode in zip(row, ("constant", "edge", "edge"), strict=True)
+    )
+    end_count, end_index = count[..., -1:], index[..., -1:]
+    start_count, start_index = (
+        jnp.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0))) for x in (end_count, end_index)
+    )
+    across = jnp.where(end_index == start_index, end_count - start_count, -1)
+    numbers = (
+        count,
+        jnp.where(real, index, -1),
+        jnp.where(real & (index == start_index), count - start_count, -1),
+        jnp.where(real & (index == end_index), end_count - count, -1),
+        jnp.broadcast_to(across, real.shape),
+    )
+    return jnp.stack(numbers, axis=2)

@@ -1,0 +1,119 @@
+"""Retention of rows whose positions are split over devices: the mesh axis "seq".
+
+Each device runs its part of a row from the empty state. The n states are exchanged once, and what
+came before a part is added to its outputs: retention is linear in the state. So the devices tell
+each other (n - 1) [b h k v] float32 numbers in a layer, however long the rows are.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from retnet_jax.ops.retention import xla
+from retnet_jax.ops.retention.devices import SplitRows, on_each_device
+from retnet_jax.ops.retention.document_index import Documents
+from retnet_jax.parallel.sharding import axis_size
+from retnet_jax.shapes import Array, Float, Int
+
+# With more parts than this, states are summed up in log2 n messages between neighbours at growing
+# distance, and none of the devices holds all n of them.
+MOST_GATHERED = 8
+
+
+def chunkwise(
+    local: Callable,
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b t h k"],
+    v: Float[Array, "b t h v"],
+    log_decay: Float[Array, " h"],
+    state: Float[Array, "b h k v"] | None,
+    rows: SplitRows | None,
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
+    """`local`, the chunkwise form on one device, for rows that are split over the axis "seq"."""
+
+    def part(q, k, v, log_decay, initial, rows):
+        n, length = axis_size("seq"), q.shape[1]
+        if initial is None:
+            initial = xla.zero_state(q, v)
+        cuts = _Cuts.of(rows, n, length)
+        here = jax.lax.axis_index("seq")
+        row = None if rows is None else cuts.counted_from(here, rows.documents)
+        y, after = local(q, k, v, log_decay, None, row)
+        exchange = _gathered if n <= MOST_GATHERED else _passed_on
+        before, final = exchange(initial, after, log_decay, cuts, n)
+        before = checkpoint_name(before, "state_before")
+        reach = cuts.reach(log_decay, here, rows, length)
+        old = jnp.einsum(
+            "bthk,bhkv->bthv", q, before.astype(q.dtype), preferred_element_type=before.dtype
+        )
+        y = y.astype(old.dtype) + old * reach.swapaxes(1, 2)[..., None]
+        return y.astype(v.dtype), final
+
+    return on_each_device(part, q, k, v, log_decay, state, rows)
+
+
+class _Cuts(NamedTuple):
+    """What was counted at each of the n + 1 cuts: before the first part, and after each."""
+
+    count: Int[Array, "#b m"]  # real tokens
+    index: Int[Array, "#b m"]  # number of the document
+
+    @staticmethod
+    def of(rows: SplitRows | None, n: int, size: int) -> "_Cuts":
+        if rows is None:
+            count = size * jnp.arange(n + 1, dtype=jnp.int32)[None]
+            return _Cuts(count, jnp.zeros_like(count))
+        start = ((0, 0), (1, 0))
+        return _Cuts(jnp.pad(rows.end_count, start), jnp.pad(rows.end_index, start))
+
+    def counted_from(self, cut, documents: Documents) -> Documents:
+        """The documents of the part behind a cut, as if the row began there."""
+        real, count, index = documents
+        return Documents(real, count - self.count[:, cut, None], index - self.index[:, cut, None])
+
+    def between(self, log_decay, starts, end) -> Float[Array, "#b h m"]:
+        """gamma^tokens from each cut of `starts` to the cut `end`; 0 from another document."""
+        tokens = self.count[:, end, None] - self.count[:, starts]
+        same = self.index[:, end, None] == self.index[:, starts]
+        return xla.power_of_decay(log_decay, tokens, same & (starts <= end))
+
+    def reach(self, log_decay, cut, rows: SplitRows | None, size: int) -> Float[Array, "#b h t"]:
+        """gamma^tokens from a cut to each token of the part behind it; 0 in other documents."""
+        if rows is None:
+            return xla.power_of_decay(log_decay, jnp.arange(1, size + 1)[None])
+        real, count, index = self.counted_from(cut, rows.documents)
+        return xla.power_of_decay(log_decay, count, real & (index == 0))
+
+
+def _gathered(initial, after, log_decay, cuts: _Cuts, n: int):
+    """The state before this device's part, and the one after the row, from the states of all."""
+    states = jnp.concatenate([initial[None], jax.lax.all_gather(after, "seq")])
+
+    def state_at(cut):
+        decays = cuts.between(log_decay, jnp.arange(n + 1), cut)
+        decays = jnp.broadcast_to(decays, (*states.shape[1:3], n + 1))
+        return jnp.einsum("bhj,jbhkv->bhkv", decays, states)
+
+    return state_at(jax.lax.axis_index("seq")), state_at(n)
+
+
+def _passed_on(initial, after, log_decay, cuts: _Cuts, n: int):
+    """The same from log2 n messages: after the i-th a device knows of 2^i parts before its own."""
+    here = jax.lax.axis_index("seq")
+
+    def decayed(state, start, end):
+        return cuts.between(log_decay, jnp.array([start]), end)[..., None] * state
+
+    before = jax.lax.ppermute(after, "seq", [(i, i + 1) for i in range(n - 1)])
+    before = jnp.where(here == 0, initial, before)
+    distance = 1
+    while distance < n:
+        pairs = [(i, i + distance) for i in range(n - distance)]
+        earlier = jax.lax.ppermute(before, "seq", pairs)  # 0 where there is none
+        before += decayed(earlier, jnp.maximum(here - distance, 0), here)
+        distance *= 2
+    final = after + decayed(before, n - 1, n)
+    return before, jax.lax.psum(jnp.where(here == n - 1, final, 0), "seq")

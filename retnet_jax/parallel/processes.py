@@ -1,0 +1,266 @@
+"""Many processes that train one model: how they find each other, agree, and stop together.
+
+The engine is `jax.distributed`: a service in process 0 that all others keep in touch with. When one
+dies, JAX ends the others within `HEARTBEAT_SECONDS`, so that none waits for ever; the same command
+then goes on from the newest checkpoint, on as many processes as there are.
+"""
+
+import contextlib
+import hashlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from retnet_jax.config import Config, ConfigError, flatten
+from retnet_jax.errors import CheckpointError, DamagedCheckpointError
+
+T = TypeVar("T")
+
+HEARTBEAT_SECONDS = 30
+
+
+def connect(
+    coordinator: str | None, count: int | None, index: int | None, seconds: int = 300
+) -> None:
+    """Joins the processes of this run, before jax is used; alone it does nothing.
+
+    Args:
+      coordinator: HOST:PORT of process 0. None: what TPU pods, SLURM and MPI tell of themselves.
+      count: processes.
+      index: of this one, from 0.
+      seconds: to wait for the others.
+
+    Raises:
+      ConfigError: for some of the arguments without the others, and if the coordinator or the
+        others are not there in time.
+    """
+    given = (coordinator, count, index)
+    if all(x is None for x in given) and not _in_cluster():
+        return
+    if None in given and any(x is not None for x in given):
+        raise ConfigError(
+            "--coordinator_address, --num_processes and --process_id belong together; "
+            f"given are {coordinator}, {count} and {index}"
+        )
+    if coordinator is not None:
+        if not 0 <= index < count:
+            raise ConfigError(f"--process_id={index} is not one of --num_processes={count}")
+        if index > 0:
+            _wait_for(coordinator, seconds)
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            count,
+            index,
+            initialization_timeout=seconds,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+    except (RuntimeError, ValueError) as error:
+        brief = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"the processes of this run, with the coordinator at {coordinator or 'its own place'}, "
+            f"did not come together in {seconds} s: {brief}"
+        ) from error
+
+
+def _in_cluster() -> bool:
+    """Whether the environment says that this is one of several processes."""
+    several = int(os.environ.get("SLURM_NTASKS", 1)) > 1
+    several |= int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
+    several |= "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    return several or any(
+        name in os.environ for name in ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS")
+    )
+
+
+def _wait_for(coordinator: str, seconds: float) -> None:
+    """Returns when something listens at an address."""
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"--coordinator_address={coordinator} is not HOST:PORT")
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=5):
+                return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise ConfigError(
+                    f"--coordinator_address={coordinator} cannot be reached ({error}), for "
+                    f"{seconds} s: process 0 has to run there, and its port to be open"
+                ) from error
+        time.sleep(0.5)
+
+
+def is_first() -> bool:
+    """Whether this is the process that logs and writes what one alone writes."""
+    return jax.process_index() == 0
+
+
+def gather_texts(text: str) -> list[str]:
+    """The texts that all processes call this with, by process."""
+    if jax.process_count() == 1:
+        return [text]
+    data = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(len(data)))
+    padded = np.pad(data, (0, int(sizes.max()) - len(data)))
+    rows = multihost_utils.process_allgather(padded)
+    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+
+
+def facts() -> dict[str, str | int]:
+    """On what this run is computed, for the record."""
+    return {
+        "processes": jax.process_count(),
+        "devices": jax.device_count(),
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "code": _code_fingerprint(),
+    }
+
+
+def check_alike(config: Config) -> None:
+    """Raises `ConfigError` in all processes if one has another config, code or jax than the first.
+
+    The error shows the differences.
+    """
+    described = {f"config.{name}": value for name, value in flatten(config).items()} | {
+        "jax": jax.__version__,
+        "code of retnet_jax": _code_fingerprint(),
+    }
+    lines = "\n".join(f"{name}: {value!r}" for name, value in described.items())
+    first, *others = (text.splitlines() for text in gather_texts(lines))
+    for index, other in enumerate(others, start=1):
+        changes = [
+            f"  {mine}, in process {index} {theirs.partition(': ')[2]}"
+            for mine, theirs in zip(first, other, strict=False)
+            if mine != theirs
+        ]
+        if other != first:
+            raise ConfigError(
+                f"processes 0 and {index} were not started alike:\n" + "\n".join(changes)
+            )
+
+
+def _code_fingerprint() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def once(action: Callable[[], T]) -> T | None:
+    """Does something in the first process; all wait for it, and all have its error.
+
+    Returns:
+      What the action returned; in the other processes None.
+
+    Raises:
+      ConfigError, CheckpointError: as the action did.
+    """
+    result, failure = None, None
+    if is_first():
+        try:
+            result = action()
+        except _SHARED as error:
+            failure = error
+    kind, _, message = gather_texts(f"{type(failure).__name__}\n{failure}")[0].partition("\n")
+    if failure is not None:
+        raise failure
+    for error in _SHARED:
+        if kind == error.__name__:
+            raise error(message)
+    return result
+
+
+_SHARED = (ConfigError, DamagedCheckpointError, CheckpointError)
+
+
+def any_of_us(wish: bool) -> bool:
+    """Whether any process wishes it."""
+    return any(text == "yes" for text in gather_texts("yes" if wish else "no"))
+
+
+class StopRequest:
+    """SIGTERM or SIGINT to any of the processes, which all see at the same step."""
+
+    name = ""  # of the signal, once it was seen
+
+    def seen(self, step: int) -> bool:
+        """Whether all are to stop before this step; to be asked before each."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.name = "SIGTERM"
+        return bool(self.name)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[StopRequest]:
+    """Takes SIGINT and SIGTERM as requests to stop. The second one acts as usual."""
+    request = StopRequest()
+    together = jax.process_count() > 1  # then JAX itself waits for SIGTERM, and tells the others
+
+    def handle(number, _):
+        signal.signal(number, before[number])
+        if together:
+            signal.raise_signal(signal.SIGTERM)
+        else:
+            request.name = signal.Signals(number).name
+
+    numbers = [signal.SIGINT] if together else [signal.SIGINT, signal.SIGTERM]
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def ending_with_the_others(advice: str) -> Iterator[None]:
+    """Has one of several processes end with a message when another one did.
+
+    An operation that others take part in may then fail, or never end, until JAX or the library that
+    carries it ends this process from within. A small process of its own sees that and says so.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    who = f"process {jax.process_index()} of {jax.process_count()}"
+    watch = subprocess.Popen(
+        [
+            *(sys.executable, "-S", "-c", _LAST_WORDS),
+            f"{who} ended abruptly: it was killed, or another was and it could not go on without. "
+            + advice,
+        ],
+        stdin=subprocess.PIPE,
+        start_new_session=True,  # out of reach of Ctrl-C
+    )
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        brief = " ".join(str(error).split())[:300]
+        message = f"{who} ends, because another has ended or cannot be reached ({brief}). {advice}"
+        print(message, file=sys.stderr, flush=True)
+        watch.communicate(b"said")
+        os._exit(1)  # at once: the usual end of a program waits for the other processes
+    finally:
+        if watch.poll() is None:
+            watch.communicate(b"said")
+
+
+# Its input ends when the process that holds the other end of it does, however that ends.
+_LAST_WORDS = """
+import sys
+if not sys.stdin.buffer.read():
+    print(sys.argv[1], file=sys.stderr, flush=True)
+"""

@@ -1,0 +1,1 @@
+"""The programs: flags, help, and messages a person can act on."""

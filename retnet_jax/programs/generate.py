@@ -1,0 +1,217 @@
+"""Continues prompts with a trained model.
+
+    python generate.py --workdir=runs/quickstart --prompt="def main("
+    python generate.py --workdir=DIR --temperature=0.8 --top_p=0.95 --prompt="..." --prompt="..."
+    python generate.py --workdir=DIR --requests=requests.jsonl --output=answers.jsonl
+    python generate.py --workdir=DIR --prompt="$(cat book)" --max_tokens=0 --save_state=book.state
+    python generate.py --workdir=DIR --load_state=book.state --prompt="Who ..." --prompt="Why ..."
+
+One prompt's continuation is printed as it comes, those of several when all are done. A text ends
+where the model ends the document, before a --stop string, or after --max_tokens.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import flags
+
+from retnet_jax.config import ConfigError
+from retnet_jax.generation.sampling import Sampler
+from retnet_jax.generation.saved_state import load_reading, save_reading
+from retnet_jax.generation.texts import Writer
+from retnet_jax.model import for_decoding
+from retnet_jax.pretrained import load_pretrained, read_pretrained
+from retnet_jax.programs import command_line
+
+
+def main() -> None:
+    """The program."""
+    define_flags()
+    command_line.run(_main)
+
+
+def define_flags() -> None:
+    """Not at import, so that a process can import this program along with others."""
+    flags.DEFINE_string("workdir", None, "directory of a training run")
+    flags.DEFINE_string("checkpoint", None, "directory of a trained model, own or foreign")
+    flags.mark_flags_as_mutual_exclusive(["workdir", "checkpoint"], required=True)
+    flags.DEFINE_multi_string("prompt", None, "text to continue; may be given several times")
+    flags.DEFINE_string(
+        "requests",
+        None,
+        "JSON lines with a prompt each, and perhaps its own temperature, top_k and top_p",
+    )
+    flags.DEFINE_integer("max_tokens", 256, "most tokens to add to each prompt", lower_bound=0)
+    flags.DEFINE_float("temperature", 0.0, "0: the likeliest token; else: draw at this temperature")
+    flags.DEFINE_integer("top_k", None, "draw among this many likeliest tokens")
+    flags.DEFINE_float("top_p", None, "draw among the likeliest tokens that have this probability")
+    flags.DEFINE_multi_string(
+        "stop", [], "a text ends before this string; may be given several times"
+    )
+    command_line.define_dtype()
+    flags.DEFINE_enum("weights", None, ["int8"], "of the matrices; if not given in --dtype")
+    flags.DEFINE_enum("state_dtype", None, ["float32", "bfloat16"], "of a RetNet's state")
+    flags.DEFINE_integer("seed", 0, "of the draws", lower_bound=0, upper_bound=2**32 - 1)
+    flags.DEFINE_string("load_state", None, "file of --save_state: prompts go on from there")
+    flags.DEFINE_string("save_state", None, "file to keep what was read and written; one prompt")
+    flags.DEFINE_string(
+        "output", None, "JSON lines to write: texts, tokens, their log-probabilities"
+    )
+
+
+def _main() -> int:
+    """Generates as the flags say."""
+    try:
+        generate(flags.FLAGS)
+    except KeyboardInterrupt:
+        print()
+        return 130  # as a shell reports SIGINT
+    return 0
+
+
+def generate(args) -> None:
+    """Prints prompts with their continuations, and on stderr the speed.
+
+    Raises:
+      ConfigError, CheckpointError: for a directory, prompt or file that does not fit.
+    """
+    prompts, samplers = given_requests(args)
+    output = None if args.output is None else Path(args.output)
+    for name in ("output", "save_state"):
+        path = getattr(args, name)
+        if path is not None and Path(path).exists():
+            raise ConfigError(f"--{name}={path} exists already: name another file, or delete it")
+    if args.save_state is not None and len(prompts) > 1:
+        raise ConfigError(f"--save_state keeps one text; there are {len(prompts)} prompts")
+    directory = Path(args.workdir or args.checkpoint)
+    _, tokenizer = read_pretrained(directory)
+    model = load_pretrained(directory, **command_line.given_dtype())
+    model = for_decoding(model, weights=args.weights, state_dtype=args.state_dtype)
+    after = None
+    if args.load_state is not None:
+        after = load_reading(Path(args.load_state), model, tokenizer)
+    writer = Writer(
+        model,
+        tokenizer,
+        prompts,
+        args.max_tokens,
+        samplers,
+        args.seed,
+        stop=args.stop,
+        # What is saved must not be read on to the end of a block.
+        block_size=1 if args.save_state else 16,
+        after=after,
+    )
+    speed = Speed(lambda: sum(len(found.tokens) for found in writer.continuations))
+    if len(prompts) == 1:
+        print(prompts[0], end="", flush=True)
+    for additions in writer:
+        speed.note()
+        if len(prompts) == 1:
+            print(additions[0], end="", flush=True)
+    if len(prompts) == 1:
+        print()
+    else:
+        for number, (prompt, found) in enumerate(
+            zip(prompts, writer.continuations, strict=True), start=1
+        ):
+            print(f"--- {number} of {len(prompts)} ---", prompt + found.text, sep="\n")
+    print(speed, file=sys.stderr)
+    if output is not None:
+        with output.open("x", encoding="utf-8") as file:
+            for prompt, found in zip(prompts, writer.continuations, strict=True):
+                record = {"prompt": prompt, **dataclasses.asdict(found)}
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    if args.save_state is not None:
+        save_reading(Path(args.save_state), writer.reading, model, tokenizer)
+
+
+def given_requests(args) -> tuple[list[str], list[Sampler]]:
+    """The prompts that the flags give, and the sampler of each."""
+    if (args.prompt is None) == (args.requests is None):
+        if args.prompt is not None or args.load_state is None:
+            raise ConfigError("give the texts to continue as --prompt or as --requests")
+        args.prompt = [""]  # goes on without a word from us
+    default = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
+    if args.requests is None:
+        check_prompts(args.prompt, "--prompt", may_be_empty=args.load_state is not None)
+        return args.prompt, [Sampler(**default)] * len(args.prompt)
+    prompts, samplers = [], []
+    for name, request in read_requests(Path(args.requests)):
+        prompts.append(request.pop("prompt"))
+        check_prompts(prompts[-1:], f"{name}: prompt", may_be_empty=args.load_state is not None)
+        try:
+            samplers.append(Sampler(**default | request))
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from None
+    return prompts, samplers
+
+
+def read_requests(path: Path) -> list[tuple[str, dict]]:
+    """The lines of --requests as objects, and their names.
+
+    Raises:
+      ConfigError: for a file that is not there or empty, and a line that is no request.
+    """
+    kinds = {"prompt": str, "temperature": (int, float), "top_k": int, "top_p": (int, float)}
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--requests={path} cannot be read: {error}") from None
+    requests = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        name = f"{path}, line {number}"
+        try:
+            request = json.loads(line)
+        except ValueError as error:
+            raise ConfigError(f"{name}: not JSON ({error})") from None
+        if not isinstance(request, dict) or "prompt" not in request:
+            raise ConfigError(f"{name}: no object with a prompt: {line[:80]}")
+        for field, value in request.items():
+            absent = field in ("top_k", "top_p") and value is None
+            fits = isinstance(value, kinds.get(field, ())) and not isinstance(value, bool)
+            if not (absent or fits):
+                raise ConfigError(
+                    f"{name}: {field}={value!r} does not fit; a request has prompt (text) and may "
+                    "have temperature (a number), top_k and top_p (numbers, or null)"
+                )
+        requests.append((name, request))
+    if not requests:
+        raise ConfigError(f"--requests={path} has no requests: a line is {{'prompt': '...'}}")
+    return requests
+
+
+def check_prompts(prompts: list[str], name: str, may_be_empty: bool) -> None:
+    """Raises `ConfigError` for a prompt that is no text."""
+    for prompt in prompts:
+        if not prompt and not may_be_empty:
+            raise ConfigError(f"{name}='' is empty; give the beginning of a text, such as 'The'")
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ConfigError(f"{name}={prompt!a} is not valid UTF-8") from None
+
+
+class Speed:
+    """Tokens a second after the first block, which is compiled; `count` says how many there are."""
+
+    def __init__(self, count: Callable[[], int]):
+        self._count = count
+        self._notes = []
+
+    def note(self) -> None:
+        """That a block has come."""
+        self._notes.append((time.perf_counter(), self._count()))
+
+    def __str__(self) -> str:
+        # The last note is of what was held back, after the blocks.
+        if len(self._notes) < 3 or self._notes[-2][1] == self._notes[0][1]:
+            return "too few tokens to tell their speed"
+        (begin, before), (end, after) = self._notes[0], self._notes[-2]
+        return f"{(after - before) / (end - begin):.1f} tokens/s, compilation left out"

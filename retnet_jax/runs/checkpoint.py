@@ -1,0 +1,318 @@
+"""Checkpoints of training states: the one file that knows Orbax.
+
+A checkpoint is a directory named by its step: `model` and `optimizer` hold arrays under names such
+as `layers/mixer/q/kernel`, `progress` the place in the data, `files.json` every file with its size.
+It is written under another name and renamed when complete, so what carries a step's name was whole
+once; `files.json` tells whether it still is.
+"""
+
+import contextlib
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers
+
+from retnet_jax.errors import CheckpointError, DamagedCheckpointError
+from retnet_jax.parallel import processes
+from retnet_jax.parallel.sharding import path_name
+
+
+class Checkpoints:
+    """The checkpoints of one run, written while training goes on.
+
+    Args:
+      directory: holds one directory for each checkpoint; created when it is not there.
+      keep: the number of newest checkpoints that are not deleted.
+      keep_every: those of steps divisible by this are not deleted either; 0: none.
+    """
+
+    def __init__(self, directory: epath.PathLike, keep: int, keep_every: int = 0):
+        self._directory = epath.Path(directory)
+        # What a killed run left unfinished. Orbax can do this too, but in the background, where it
+        # can meet the next save to the same step.
+        processes.once(self._delete_unfinished)
+        kept = [checkpoint_managers.LatestN(keep)]
+        if keep_every:
+            kept.append(checkpoint_managers.EveryNSteps(keep_every))
+        self._begun: int | None = None
+        self._manager = ocp.CheckpointManager(
+            _absolute(self._directory),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(kept),
+                async_options=ocp.options.AsyncOptions(
+                    timeout_secs=600, post_finalization_callback=self._list_files
+                ),
+            ),
+        )
+
+    def _delete_unfinished(self) -> None:
+        for unfinished in self._directory.glob("*.orbax-checkpoint-tmp"):
+            unfinished.rmtree()
+
+    def steps(self) -> list[int]:
+        """The steps of complete checkpoints, the newest first."""
+        return sorted(self._manager.all_steps(), reverse=True)
+
+    def latest_step(self) -> int | None:
+        """The step of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, items: dict[str, Any], next_batch: int) -> None:
+        """Copies trees of arrays and begins to write them, all processes together.
+
+        Args:
+          step: names the checkpoint.
+          items: trees by name; one that is None is left out.
+          next_batch: number of the batch that comes after this step.
+
+        Raises:
+          CheckpointError: if the disk has no room for it, or the save before this one failed and
+            nobody waited for it; older checkpoints stay good.
+        """
+        with self._reporting():
+            self._manager.wait_until_finished()
+            trees = _present(items)
+            self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(trees)))
+            self._begun = step
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    **{name: ocp.args.StandardSave(_named(tree)) for name, tree in trees.items()},
+                    # A batch is a function of (seed, number), so this is all of the data's state.
+                    progress=ocp.args.JsonSave({"step": step, "next_batch": next_batch}),
+                ),
+            )
+
+    def wait(self) -> None:
+        """Returns when nothing is being written any more.
+
+        Raises:
+          CheckpointError: if the last save failed.
+        """
+        with self._reporting():
+            self._manager.wait_until_finished()
+
+    def restore(self, step: int, items: dict[str, Any]) -> tuple[dict[str, Any], int]:
+        """Trees of arrays, and the next batch's number.
+
+        Args:
+          step: of the checkpoint.
+          items: shapes, dtypes and shardings of each, as from `abstract_state`; None for none.
+
+        Raises:
+          DamagedCheckpointError: if files are missing or damaged.
+          CheckpointError: if they hold other arrays.
+        """
+        path, trees = self._directory / str(step), _present(items)
+        processes.once(lambda: _check_files(path))
+        found = _read(self._manager, path, **trees)
+        restored = {name: _unnamed(tree, found[name]) for name, tree in trees.items()}
+        return dict.fromkeys(items) | restored, found.progress["next_batch"]
+
+    def set_aside(self, step: int) -> None:
+        """Gives a damaged checkpoint a name under which it is not looked for."""
+        path = self._directory / str(step)
+        processes.once(lambda: path.rename(path.with_name(f"{step}.damaged-{time.time_ns()}")))
+        self._manager.reload()
+
+    def _list_files(self) -> None:
+        if not processes.is_first():
+            return
+        # It gets its name next; on object stores, which cannot rename, a marker inside instead.
+        path = self._directory / f"{self._begun}.orbax-checkpoint-tmp"
+        path = path if path.exists() else self._directory / str(self._begun)
+        sizes = {name: (path / name).stat().length for name in _files_under(path)}
+        (path / _FILES).write_text(json.dumps(sizes, indent=0))
+
+    def _check_room(self, needed: int) -> None:
+        if "://" in str(self._directory):
+            return
+        free = shutil.disk_usage(self._directory).free
+        if free < needed:
+            raise OSError(f"{needed:,} bytes are needed, {free:,} are free on the disk")
+
+    def close(self) -> None:
+        """Waits for the last save and ends its threads."""
+        with self._reporting():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _reporting(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"a checkpoint could not be written to {self._directory} ({_brief(error)}); "
+                f"the newest good one is of step {self._manager.latest_step()}"
+            ) from error
+
+
+_FILES = "files.json"
+
+
+def _files_under(path: epath.Path, prefix: str = "") -> list[str]:
+    """The files below a directory by their paths in it, but for what Orbax writes last."""
+    found: list[str] = []
+    for entry in path.iterdir():
+        if entry.is_dir():
+            found += _files_under(entry, f"{prefix}{entry.name}/")
+        elif entry.name not in (_FILES, "_CHECKPOINT_METADATA", "commit_success.txt"):
+            found.append(prefix + entry.name)
+    return sorted(found)
+
+
+def _check_files(path: epath.Path) -> None:
+    """Raises `DamagedCheckpointError` if a file of a checkpoint is missing or of another size."""
+    if not (path / _FILES).exists():
+        return  # its writer was killed right after it was complete; reading will tell
+    for name, size in json.loads((path / _FILES).read_text()).items():
+        file = path / name
+        found = file.stat().length if file.exists() else "nothing"
+        if found != size:
+            raise DamagedCheckpointError(
+                f"checkpoint {path} is damaged: {name} has {found}, not {size:,} bytes"
+                if file.exists()
+                else f"checkpoint {path} is damaged: {name} is missing"
+            )
+
+
+def restore_model(directory: Path, model: Any) -> tuple[Any, int]:
+    """The model of the newest checkpoint in a run's `checkpoints/`, and its step.
+
+    Args:
+      directory: as of `Checkpoints`.
+      model: shapes, dtypes and shardings.
+
+    Raises:
+      CheckpointError: if there is none, files are missing or damaged, or hold other arrays.
+    """
+    with _reading(directory) as (manager, step):
+        found = _read(manager, directory / str(step), model=model)
+    return _unnamed(model, found.model), step
+
+
+class ParameterReader:
+    """Reads single parameters of the newest checkpoint in a run's `checkpoints/`.
+
+    Args:
+      directory: as of `Checkpoints`.
+      model: shapes and dtypes.
+
+    Raises:
+      CheckpointError: as `restore_model`.
+    """
+
+    def __init__(self, directory: Path, model: Any):
+        with _reading(directory) as (_, step):
+            self._path = directory / str(step) / "model"
+            _check_arrays(self._path.parent, "model", model)
+
+    def read(self, name: str) -> np.ndarray:
+        """A parameter by its name, such as layers/mixer/q/kernel."""
+        item, how = 0, ocp.RestoreArgs(restore_type=np.ndarray)
+        for part in reversed(name.split("/")):
+            item, how = {part: item}, {part: how}
+        arguments = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            found = checkpointer.restore(_absolute(self._path), args=arguments)
+        for part in name.split("/"):
+            found = found[part]
+        return found
+
+
+@contextlib.contextmanager
+def _reading(directory: Path) -> Iterator[tuple[ocp.CheckpointManager, int]]:
+    """A manager of a directory that is only read, and the newest step in it."""
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} does not exist: there is no checkpoint to load")
+    options = ocp.CheckpointManagerOptions(create=False)
+    with ocp.CheckpointManager(_absolute(directory), options=options) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise CheckpointError(f"{directory} holds no complete checkpoint")
+        try:
+            _check_files(epath.Path(directory) / str(step))
+            yield manager, step
+        except DamagedCheckpointError as error:
+            raise DamagedCheckpointError(
+                f"{error}; delete or move that directory to use the checkpoint before it"
+            ) from error
+
+
+def _read(manager: ocp.CheckpointManager, path: Path, **trees: Any) -> Any:
+    """The named items of a checkpoint, each with the shapes and shardings of a tree."""
+    arguments = {name: ocp.args.StandardRestore(_named(tree)) for name, tree in trees.items()}
+    try:
+        for name, tree in trees.items():
+            _check_arrays(path, name, tree)
+        return manager.restore(
+            int(path.name),
+            args=ocp.args.Composite(**arguments, progress=ocp.args.JsonRestore()),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedCheckpointError(f"checkpoint {path} is damaged: {_brief(error)}") from error
+
+
+def _check_arrays(path: Path, item: str, tree: Any) -> None:
+    """Raises `CheckpointError` that lists all arrays that are missing, extra or misshapen."""
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+        stored = handler.metadata(_absolute(path / item)).tree
+    found, expected = (
+        {path_name(place): leaf.shape for place, leaf in jax.tree_util.tree_flatten_with_path(t)[0]}
+        for t in (stored, _named(tree))
+    )
+    differences = [
+        f"{name}: {found.get(name, 'nothing')} is there, {expected.get(name, 'nothing')} is needed"
+        for name in sorted(found | expected)
+        if found.get(name) != expected.get(name)
+    ]
+    if differences:
+        raise CheckpointError(
+            f"checkpoint {path / item} is of another model or optimiser:\n  "
+            + "\n  ".join(differences)
+        )
+
+
+def _brief(error: Exception) -> str:
+    """The first 300 characters of an error: Orbax appends whole trees and stack traces."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}{'...' if len(text) > 300 else ''}"
+
+
+def _present(items: dict[str, Any]) -> dict[str, Any]:
+    return {name: tree for name, tree in items.items() if tree is not None}
+
+
+def _absolute(path: epath.PathLike) -> epath.Path:
+    return epath.Path(path if "://" in str(path) else Path(path).absolute())
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree in nested dictionaries, by the parts of their names."""
+    nested: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        *parents, last = path_name(path).split("/")
+        level = nested
+        for name in parents:
+            level = level.setdefault(name, {})
+        level[last] = leaf
+    return nested
+
+
+def _unnamed(like: Any, nested: dict[str, Any]) -> Any:
+    """The inverse of `_named`, with the structure of `like`."""
+    leaves = []
+    for path, _ in jax.tree_util.tree_flatten_with_path(like)[0]:
+        leaf: Any = nested
+        for name in path_name(path).split("/"):
+            leaf = leaf[name]
+        leaves.append(leaf)
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)

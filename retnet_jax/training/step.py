@@ -1,0 +1,204 @@
+"""One training step as a pure function, and the state it maps.
+
+    state, metrics = train_step(config, state, batch)
+
+`abstract_state` is the single source of what a state looks like on a mesh: initialisation, restore
+and ahead-of-time compilation all start from it.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from retnet_jax.config import Config
+from retnet_jax.data import Batch
+from retnet_jax.model import LanguageModel, State, build_model
+from retnet_jax.model.multi_scale_retention import RetentionState
+from retnet_jax.ops.cross_entropy import objective_sum
+from retnet_jax.parallel.sharding import batch_shardings, with_shardings
+from retnet_jax.shapes import Array, Bool, Float, Int
+from retnet_jax.training.optim import learning_rate_factor, make_optimizer
+from retnet_jax.training.spikes import UsualStep, judge, nothing_yet
+
+
+class TrainState(NamedTuple):
+    """All that a step changes."""
+
+    step: Int[Array, ""]  # steps taken
+    model: LanguageModel
+    optimizer: Any
+    carry: State | None  # what each row goes on with: `config.train.carry_state`
+    usual: UsualStep
+
+
+class StepMetrics(NamedTuple):
+    """Scalars of one step."""
+
+    loss: Float[Array, ""]  # mean over the weights, nats per token, without the z-loss
+    gradient_norm: Float[Array, ""]  # before clipping
+    parameter_norm: Float[Array, ""]  # before the update
+    learning_rate: Float[Array, ""]
+    skipped: Int[Array, ""]  # steps passed over in a row, this one the last; 0: it was taken
+
+
+class Sums(NamedTuple):
+    """Over a batch, beside the objective."""
+
+    loss: Float[Array, ""]  # weighted cross-entropy, nats
+    weight: Float[Array, ""]
+    carry: State | None  # the state of each row after the batch, if it had one before
+
+
+def initial_state(config: Config) -> TrainState:
+    """A fresh state; a function of `config.train.seed`. To be jitted with shardings."""
+    return state_of(config, build_model(config.model, rngs=nnx.Rngs(config.train.seed)))
+
+
+def state_of(config: Config, model: LanguageModel) -> TrainState:
+    """The state before the first step, with given parameters."""
+    optimizer = make_optimizer(config.optimizer, config.train.steps).init(model)
+    carry = None
+    if config.train.carry_state:
+        carry = model.init_state(config.train.batch_size, capacity=0)
+    return TrainState(jnp.zeros((), jnp.int32), model, optimizer, carry, nothing_yet())
+
+
+def abstract_state(config: Config, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of a state, without any memory.
+
+    Raises:
+      ConfigError: for sizes that do not fit together or do not divide over the mesh.
+    """
+    return with_shardings(jax.eval_shape(partial(initial_state, config)), mesh)
+
+
+def abstract_batch(config: Config, mesh: Mesh, one_document: bool = False) -> Batch:
+    """Shapes, dtypes and shardings of a batch, as `abstract_state`.
+
+    With `one_document` its `segment_ids` are None, which says of each row that it is one document.
+    """
+    rows, length = config.train.batch_size, config.data.sequence_length
+    batch = Batch(
+        tokens=jax.ShapeDtypeStruct((rows, length), "int32"),
+        targets=jax.ShapeDtypeStruct((rows, length), "int32"),
+        segment_ids=None if one_document else jax.ShapeDtypeStruct((rows, length), "int32"),
+        weights=jax.ShapeDtypeStruct((rows, length), "float32"),
+        continues=jax.ShapeDtypeStruct((rows,), "bool"),
+    )
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        batch,
+        batch_shardings(mesh, batch),
+    )
+
+
+def make_step(config: Config, state_shape: TrainState):
+    """`train_step` as it is compiled: (state, batch) -> (state, metrics), the state donated.
+
+    What train.py runs and `tools/compile_ahead.py` compiles; to be called with the mesh set.
+    """
+    shardings = jax.tree.map(lambda x: x.sharding, state_shape)
+    return jax.jit(partial(train_step, config), donate_argnums=0, out_shardings=(shardings, None))
+
+
+def loss_sum(
+    model: LanguageModel, batch: Batch, carry: State | None = None, z_loss: float = 0.0
+) -> tuple[Float[Array, ""], Sums]:
+    """The objective on a batch: its weighted cross-entropy, plus the z-loss.
+
+    Args:
+      model: RetNet or Transformer.
+      batch: windows.
+      carry: the state of each row after its last window, for rows that go on; None: all begin anew.
+      z_loss: as of `objective_sum`.
+    """
+    state = None if carry is None else _where_continued(batch.continues, carry)
+    hidden, state = model.hidden(batch.tokens, state, segment_ids=batch.segment_ids)
+    objective, loss = objective_sum(
+        hidden, model.head_matrix(), batch.targets, batch.weights, z_loss
+    )
+    return objective, Sums(loss, batch.weights.sum(), None if carry is None else state)
+
+
+def _where_continued(continues: Bool[Array, " b"], carry: RetentionState) -> RetentionState:
+    """The state of rows that go on, the empty state for the others."""
+    return RetentionState(
+        layers=jnp.where(continues[None, :, None, None, None], carry.layers, 0.0),
+        position=jnp.where(continues, carry.position, 0),
+    )
+
+
+def train_step(config: Config, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    """One update, or none if the loss or the gradient is not what it usually is (`spikes.py`).
+
+    Micro-batches add up sums of losses, of weights and of gradients, and the division comes last:
+    a mean of their means would weigh tokens differently wherever their counts differ.
+    """
+    gradients, sums = gradient_sums(
+        state.model, batch, config.train.micro_batches, state.carry, config.train.z_loss
+    )
+    gradients = jax.tree.map(lambda g: g / sums.weight, gradients)
+    loss, norm = sums.loss / sums.weight, optax.tree.norm(gradients)
+    good, usual = judge(state.usual, loss, norm, config.train.spike_deviations)
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.model)
+    factor = learning_rate_factor(config.optimizer, config.train.steps)
+    metrics = StepMetrics(
+        loss=loss,
+        gradient_norm=norm,
+        parameter_norm=optax.tree.norm(state.model),
+        learning_rate=jnp.asarray(config.optimizer.learning_rate * factor(state.step)),
+        skipped=usual.skipped,
+    )
+    model = optax.apply_updates(state.model, updates)
+    model, optimizer_state = jax.tree.map(
+        partial(jnp.where, good), (model, optimizer_state), (state.model, state.optimizer)
+    )
+    # What a row goes on with after a step that went wrong may be wrong as well.
+    carry = jax.tree.map(lambda x: jnp.where(good, x, jnp.zeros_like(x)), sums.carry)
+    return TrainState(state.step + 1, model, optimizer_state, carry, usual), metrics
+
+
+def gradient_sums(
+    model: LanguageModel,
+    batch: Batch,
+    micro_batches: int,
+    carry: State | None = None,
+    z_loss: float = 0.0,
+) -> tuple[LanguageModel, Sums]:
+    """Sums over the batch: the gradients of the objective, and what `loss_sum` has beside it.
+
+    The batch is run in `micro_batches` parts, one after the other. No gradient flows into `carry`.
+    """
+    gradient = jax.grad(partial(loss_sum, z_loss=z_loss), has_aux=True)
+    if micro_batches == 1:
+        return gradient(model, batch, carry)
+
+    def add(totals, part):
+        gradients, sums = gradient(model, *part)
+        added = jax.tree.map(jnp.add, totals, (gradients, sums.loss, sums.weight))
+        return added, sums.carry
+
+    def split(x, axis=0):
+        # Every k-th row goes to the same part, so that each device keeps the rows it has.
+        rows = jnp.moveaxis(x, axis, 0)
+        parts = rows.reshape(-1, micro_batches, *rows.shape[1:]).swapaxes(0, 1)
+        return jnp.moveaxis(parts, 1, axis + 1)
+
+    def join(parts, axis=0):
+        rows = jnp.moveaxis(parts, axis + 1, 1).swapaxes(0, 1)
+        return jnp.moveaxis(rows.reshape(-1, *rows.shape[2:]), 0, axis)
+
+    parts = jax.tree.map(split, batch)
+    if carry is not None:
+        carry = RetentionState(split(carry.layers, axis=1), split(carry.position))
+    zeros = jax.tree.map(jnp.zeros_like, (model, jnp.float32(0), jnp.float32(0)))
+    (gradients, loss, weight), carry = jax.lax.scan(add, zeros, (parts, carry))
+    if carry is not None:
+        carry = RetentionState(join(carry.layers, axis=1), join(carry.position))
+    return gradients, Sums(loss, weight, carry)
