@@ -1,4 +1,8 @@
-"""What can be wrong with a checkpoint, own or foreign."""
+"""The errors that a person can act on; the programs print them without a traceback."""
+
+
+class ConfigError(ValueError):
+    """An option, a flag or an input that does not exist, has the wrong type or does not fit."""
 
 
 class CheckpointError(Exception):
@@ -7,6 +11,10 @@ class CheckpointError(Exception):
 
 class DamagedCheckpointError(CheckpointError):
     """A checkpoint of which files are missing, cut off or unreadable."""
+
+
+class DivergedError(Exception):
+    """Training was stopped after too many consecutive skipped steps."""
 
 
 def brief(error: Exception, most: int = 200) -> str:

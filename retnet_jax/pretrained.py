@@ -1,19 +1,21 @@
 """Loading a trained model from a directory: a training run's, or one that another program wrote."""
 
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
 from retnet_jax import interop
-from retnet_jax.config import Config, ConfigError, DataConfig, ModelConfig, read_config
+from retnet_jax.config import Config, DataConfig, ModelConfig
+from retnet_jax.config_json import read_config
 from retnet_jax.data import Tokenizer, has_tokenizer, load_tokenizer
+from retnet_jax.errors import ConfigError
 from retnet_jax.interop.parameter_source import abstract_model, changed
 from retnet_jax.interop.tensor_files import has_tensor_files
 from retnet_jax.model import LanguageModel
 from retnet_jax.parallel.sharding import first_device, with_shardings
+from retnet_jax.provenance import files_sha256
 from retnet_jax.runs.workdir import read_workdir
 
 
@@ -84,13 +86,7 @@ def checkpoint_sha256(directory: Path, step: int | None) -> str:
       directory: as for `load_pretrained`.
       step: which checkpoint of a training run, as `load_checkpoint` gives it.
     """
-    root = directory if step is None else directory / "checkpoints" / str(step)
-    digest = hashlib.sha256()
-    for path in sorted(path for path in root.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            contents = hashlib.file_digest(file, "sha256").hexdigest()
-        digest.update(f"{path.relative_to(root)} {contents}\n".encode())
-    return digest.hexdigest()
+    return files_sha256(directory if step is None else directory / "checkpoints" / str(step))
 
 
 def with_initial_model(config: Config, workdir: Path | None = None) -> Config:

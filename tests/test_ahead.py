@@ -20,7 +20,8 @@ from retnet_jax import aot
 from retnet_jax.aot import topologies
 from retnet_jax.aot.fit import layouts
 from retnet_jax.aot.hlo import flops_of
-from retnet_jax.config import ConfigError, MeshConfig, ModelConfig
+from retnet_jax.config import MeshConfig, ModelConfig
+from retnet_jax.errors import ConfigError
 from retnet_jax.model import build_model
 from retnet_jax.parallel.chips import chip
 from retnet_jax.parallel.sharding import make_mesh

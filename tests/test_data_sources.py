@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from retnet_jax.config import ConfigError, DataConfig
+from retnet_jax.config import DataConfig
 from retnet_jax.data import sources
 from retnet_jax.data.sources import Document, Skipped, list_pieces, read_documents, read_piece
+from retnet_jax.errors import ConfigError
 
 
 def read(source, path="", **options):

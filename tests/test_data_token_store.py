@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retnet_jax.config import ConfigError, DataConfig
+from retnet_jax.config import DataConfig
 from retnet_jax.data import BatchStream
 from retnet_jax.data import build as store_builder
 from retnet_jax.data.build import build_store, is_held_out, open_or_build
 from retnet_jax.data.sources import Document
 from retnet_jax.data.token_store import check_files, open_store
 from retnet_jax.data.tokenizers.byte_level import train_bpe
+from retnet_jax.errors import ConfigError
 
 TEXTS = {f"{i}.txt": f"document {i} says {'na ' * (i % 7)}é\r\n" for i in range(40)}
 

@@ -13,8 +13,9 @@ import pytest
 from flax import nnx
 
 from retnet_jax import ModelConfig, RetNet, Transformer
-from retnet_jax.config import Config, ConfigError, DataConfig
+from retnet_jax.config import Config, DataConfig
 from retnet_jax.data import ByteTokenizer
+from retnet_jax.errors import ConfigError
 from retnet_jax.evaluation import (
     TASKS,
     Plan,

@@ -16,8 +16,8 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from retnet_jax import interop, load_pretrained
-from retnet_jax.config import ConfigError, MeshConfig, ModelConfig
-from retnet_jax.errors import CheckpointError
+from retnet_jax.config import MeshConfig, ModelConfig
+from retnet_jax.errors import CheckpointError, ConfigError
 from retnet_jax.interop import Description, presets
 from retnet_jax.interop.tables import LayoutSource, config_values
 from retnet_jax.model import build_model

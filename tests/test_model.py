@@ -10,7 +10,7 @@ from flax import nnx
 from tolerances import RELATIVE, assert_close
 
 from retnet_jax import ModelConfig, RetNet, Transformer
-from retnet_jax.config import ConfigError
+from retnet_jax.errors import ConfigError
 from retnet_jax.ops.rotation import rotate, rotation
 
 MODELS = {"retnet": RetNet, "transformer": Transformer}

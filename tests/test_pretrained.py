@@ -13,8 +13,9 @@ from flax import nnx
 from test_pretrained_tokenizer import llama
 
 from retnet_jax import RetNet, generate, interop, load_pretrained
-from retnet_jax.config import Config, ConfigError, DataConfig, OptimizerConfig, TrainConfig
+from retnet_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from retnet_jax.data import BatchStream, load_tokenizer, open_store
+from retnet_jax.errors import ConfigError
 from retnet_jax.evaluation import Plan, perplexity_report, window_nll
 from retnet_jax.interop import presets
 from retnet_jax.pretrained import read_pretrained

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import tokenizers as hf
 
-from retnet_jax.config import ConfigError, DataConfig
+from retnet_jax.config import DataConfig
 from retnet_jax.data import TextStream, load_tokenizer, open_or_build
 from retnet_jax.data.tokenizers.pretrained import HuggingFaceTokenizer, SentencePieceTokenizer
+from retnet_jax.errors import ConfigError
 
 TEXTS = [
     "def return self retention state chunk",

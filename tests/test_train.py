@@ -18,7 +18,6 @@ from etils import epath
 
 from retnet_jax.config import (
     Config,
-    ConfigError,
     DataConfig,
     MeshConfig,
     ModelConfig,
@@ -27,7 +26,7 @@ from retnet_jax.config import (
     TrainConfig,
 )
 from retnet_jax.data import build_store
-from retnet_jax.errors import CheckpointError
+from retnet_jax.errors import CheckpointError, ConfigError
 from retnet_jax.evaluation import Plan
 from retnet_jax.programs.evaluate import evaluate
 from retnet_jax.programs.train import Run, train
@@ -109,7 +108,7 @@ def latest_step(workdir):
 
 
 def test_a_run_leaves_config_metrics_and_checkpoints(config, uninterrupted):
-    assert (uninterrupted / "config.json").read_text() == config.to_json()
+    assert (uninterrupted / "config.json").read_text() == to_json(config)
     lines = metrics(uninterrupted)
     assert list(lines) == list(range(1, STEPS + 1))
     assert lines[1]["loss"] == pytest.approx(np.log(257), rel=0.05)
@@ -233,8 +232,8 @@ def write_config(config, directory):
     """A config as a file for the command line."""
     path = directory / "experiment.py"
     path.write_text(
-        "from retnet_jax.config import config_from_json\n"
-        f"def get_config(): return config_from_json({config.to_json()!r})\n"
+        "from retnet_jax.config_json import config_from_json\n"
+        f"def get_config(): return config_from_json({to_json(config)!r})\n"
     )
     return path
 
@@ -391,9 +390,9 @@ def test_a_finished_run_is_left_as_it_is(config, uninterrupted, capfd):
 
 
 def test_another_config_is_refused_and_shown(config, uninterrupted):
-    values = json.loads(config.to_json())
+    values = json.loads(to_json(config))
     values["model"]["d_model"] = 32
-    from retnet_jax.config import config_from_json
+    from retnet_jax.config_json import config_from_json
 
     other = config_from_json(json.dumps(values))
     with pytest.raises(ConfigError, match=r"model.d_model: 16 -> 32"):

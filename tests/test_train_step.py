@@ -12,9 +12,10 @@ from flax import nnx
 from tolerances import assert_close
 
 from retnet_jax import Config, ModelConfig
-from retnet_jax.config import ConfigError, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from retnet_jax.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from retnet_jax.data import Batch
-from retnet_jax.parallel.sharding import batch_shardings, check_fit, make_mesh, path_name
+from retnet_jax.errors import ConfigError
+from retnet_jax.parallel.sharding import batch_shardings, check_fit, make_mesh
 from retnet_jax.training.optim import learning_rate_factor, make_optimizer
 from retnet_jax.training.step import (
     _where_continued,
@@ -24,6 +25,7 @@ from retnet_jax.training.step import (
     loss_sum,
     train_step,
 )
+from retnet_jax.trees import leaf_name
 
 CONFIG = Config(
     model=ModelConfig(vocab_size=48, d_model=16, n_layers=2, n_heads=2, tie_embeddings=True),
@@ -250,7 +252,7 @@ def test_weight_decay_shrinks_matrices_alone(name):
     for (path, update), parameter in zip(
         jax.tree_util.tree_flatten_with_path(updates)[0], jax.tree.leaves(model), strict=True
     ):
-        leaf = path_name(path)
+        leaf = leaf_name(path)
         decayed = leaf.endswith("kernel") or (name == "adamw" and leaf == "embedding")
         assert_close(update, -0.05 * parameter if decayed else 0 * parameter, what=leaf)
 

@@ -24,7 +24,7 @@ from absl import flags
 
 from retnet_jax import aot
 from retnet_jax.aot import topologies
-from retnet_jax.config import ConfigError
+from retnet_jax.errors import ConfigError
 from retnet_jax.programs import command_line
 
 flags.DEFINE_string("topology", None, "TPU generation and shape, such as v5p:4x4x4")

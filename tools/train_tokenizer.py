@@ -13,8 +13,8 @@ from pathlib import Path
 
 from absl import flags
 
-from retnet_jax.config import ConfigError
 from retnet_jax.data import train_tokenizer
+from retnet_jax.errors import ConfigError
 from retnet_jax.programs import command_line
 
 flags.DEFINE_multi_string("corpus", [], "SOURCE:PATH, as data.source and data.path")

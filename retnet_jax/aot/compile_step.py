@@ -13,8 +13,8 @@ from jax.experimental import serialize_executable
 from jax.extend import core
 from jax.sharding import Mesh
 
-from retnet_jax.config import Config, ConfigError
-from retnet_jax.errors import brief
+from retnet_jax.config import Config
+from retnet_jax.errors import ConfigError, brief
 from retnet_jax.parallel.chips import chip
 from retnet_jax.parallel.sharding import check_fit, make_mesh
 from retnet_jax.training.step import TrainState, abstract_batch, abstract_state, make_step

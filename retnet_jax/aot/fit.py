@@ -15,7 +15,8 @@ import jax
 
 from retnet_jax.aot.compile_step import DoesNotFitError, compile_step
 from retnet_jax.aot.report import Report, report
-from retnet_jax.config import Config, ConfigError, MeshConfig
+from retnet_jax.config import Config, MeshConfig
+from retnet_jax.errors import ConfigError
 from retnet_jax.parallel.chips import Chip, chip
 from retnet_jax.parallel.sharding import number_of_slices
 

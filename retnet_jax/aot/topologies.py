@@ -10,8 +10,7 @@ from collections.abc import Sequence
 import jax
 from jax.experimental import topologies
 
-from retnet_jax.config import ConfigError
-from retnet_jax.errors import brief
+from retnet_jax.errors import ConfigError, brief
 
 GPUS = ("h100", "h200")
 

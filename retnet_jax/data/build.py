@@ -12,12 +12,10 @@ however often that happens and however many processes work on it.
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import heapq
-import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -33,7 +31,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from retnet_jax.config import TOKENIZERS, ConfigError, DataConfig
+from retnet_jax.config import TOKENIZERS, DataConfig
 from retnet_jax.data.sources import (
     Document,
     Piece,
@@ -57,7 +55,9 @@ from retnet_jax.data.tokenizers.byte_level import (
     train_bpe,
 )
 from retnet_jax.data.tokenizers.pretrained import NAMES, has_tokenizer, load_tokenizer
+from retnet_jax.errors import ConfigError
 from retnet_jax.files import paths as files
+from retnet_jax.provenance import code_fingerprint, versions
 
 _SHARD_BYTES = 64_000_000  # of source files
 _MOST_SHARDS = 4096
@@ -361,7 +361,8 @@ def _finish(job: _Job, plan: dict[str, Any], surveys: list[dict], duplicates: in
         "command": plan["command"],
         "options": plan["options"],
         "fingerprint": load_tokenizer(directory).fingerprint,
-        "versions": _versions(),
+        "versions": versions("retnet-jax", "tokenizers", "tiktoken", "sentencepiece")
+        | {"retnet_jax/data": code_fingerprint("data")},
         "splits": {
             split: {
                 kind: sum(shard["splits"][split][kind] for shard in shards)
@@ -714,18 +715,6 @@ def _command() -> str:
         if taken:  # "--config=FILE", or "--config" and "FILE"
             options.append(argument)
     return shlex.join(["python", "tools/prepare_data.py", *options])
-
-
-def _versions() -> dict[str, str]:
-    """Of what the contents of a store come from."""
-    found = {"python": platform.python_version()}
-    for package in ("retnet-jax", "tokenizers", "tiktoken", "sentencepiece"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    code = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        code.update(path.read_bytes())
-    return found | {"retnet_jax/data": code.hexdigest()[:16]}
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from retnet_jax.config import ConfigError
+from retnet_jax.errors import ConfigError
 from retnet_jax.files import paths as files
 
 TOO_LONG = "too long"

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from retnet_jax.config import SOURCES, ConfigError, DataConfig
+from retnet_jax.config import SOURCES, DataConfig
 from retnet_jax.data import formats
 from retnet_jax.data.formats import Record, UnreadableError
+from retnet_jax.errors import ConfigError
 from retnet_jax.files import paths as files
 
 _PIECE_BYTES = 64_000_000

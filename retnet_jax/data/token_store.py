@@ -25,9 +25,9 @@ from typing import Any
 
 import numpy as np
 
-from retnet_jax.config import ConfigError
 from retnet_jax.data.tokenizers.byte_level import Tokenizer
 from retnet_jax.data.tokenizers.pretrained import CONFIG_NAME, NAMES, load_tokenizer
+from retnet_jax.errors import ConfigError
 from retnet_jax.files import paths as files
 
 FORMAT = 3

@@ -17,7 +17,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
-from retnet_jax.config import ConfigError
+from retnet_jax.errors import ConfigError
 from retnet_jax.evaluation.held_out_texts import encoded
 from retnet_jax.evaluation.perplexity import stateful_nll, window_nll
 from retnet_jax.evaluation.prefix_trie import PrefixTrie, Request

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from retnet_jax.config import ConfigError
+from retnet_jax.errors import ConfigError
 from retnet_jax.evaluation.padding import power_of_two
 from retnet_jax.model import LanguageModel, State
 from retnet_jax.ops.cross_entropy import token_cross_entropy

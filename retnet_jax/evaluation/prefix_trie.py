@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from retnet_jax.config import ConfigError
+from retnet_jax.errors import ConfigError
 
 # Most tokens of a node; a longer stretch of a trie is a chain of nodes.
 LONGEST_NODE = 512

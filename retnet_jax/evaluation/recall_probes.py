@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from retnet_jax.config import ConfigError
+from retnet_jax.errors import ConfigError
 from retnet_jax.evaluation.prefix_trie import Request
 from retnet_jax.evaluation.scoring import Score, score
 from retnet_jax.evaluation.statistics import standard_error

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from retnet_jax.config import ConfigError
 from retnet_jax.data import Tokenizer
+from retnet_jax.errors import ConfigError
 from retnet_jax.evaluation.held_out_texts import Text
 from retnet_jax.evaluation.perplexity import (
     check_contexts,

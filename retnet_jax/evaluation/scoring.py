@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from retnet_jax.config import ConfigError
+from retnet_jax.errors import ConfigError
 from retnet_jax.evaluation.padding import power_of_two
 from retnet_jax.evaluation.prefix_trie import LONGEST_NODE, Node, PrefixTrie, Request
 from retnet_jax.model import LanguageModel, State

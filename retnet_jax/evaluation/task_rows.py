@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from retnet_jax.config import ConfigError
+from retnet_jax.errors import ConfigError
 from retnet_jax.evaluation.tasks import Row, Task
 
 HUBS = ("hf", "tfds")

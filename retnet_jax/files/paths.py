@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from retnet_jax.config import ConfigError
+from retnet_jax.errors import ConfigError
 
 
 def is_remote(path: str) -> bool:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from retnet_jax.config import ConfigError
+from retnet_jax.errors import ConfigError
 from retnet_jax.generation.sampling import GREEDY, Sampler, Samplers
 from retnet_jax.model import LanguageModel, State, for_decoding
 from retnet_jax.shapes import Array, Bool, Float, Int

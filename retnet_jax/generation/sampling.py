@@ -7,7 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from retnet_jax.config import ConfigError
+from retnet_jax.errors import ConfigError
 from retnet_jax.shapes import Array, Float, Int
 
 

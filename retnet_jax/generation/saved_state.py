@@ -18,7 +18,7 @@ from retnet_jax.errors import CheckpointError, brief
 from retnet_jax.generation.decode import Progress
 from retnet_jax.generation.texts import Reading
 from retnet_jax.model import LanguageModel
-from retnet_jax.parallel.sharding import path_name
+from retnet_jax.trees import named_leaves, with_leaves
 
 _FORMAT = "retnet-jax state 1"
 
@@ -33,7 +33,7 @@ def save_reading(path: Path, reading: Reading, model: LanguageModel, tokenizer: 
 
     if path.exists():
         raise CheckpointError(f"{path} exists already: name another file, or delete it")
-    arrays = {name: np.asarray(x) for name, x in _named(reading.progress).items()}
+    arrays = {name: np.asarray(x) for name, x in named_leaves(reading.progress).items()}
     metadata = {
         "format": _FORMAT,
         "model": model_fingerprint(model),
@@ -91,17 +91,14 @@ def load_reading(path: Path, model: LanguageModel, tokenizer: Tokenizer) -> Read
             )
     rows, capacity = len(last_ids), _capacity(arrays)
     shape = jax.eval_shape(lambda: _empty(model, rows, capacity))
-    places, tree = jax.tree_util.tree_flatten_with_path(shape)
-    return Reading(
-        jax.tree.unflatten(tree, [jnp.asarray(arrays[path_name(place)]) for place, _ in places]),
-        last_ids,
-    )
+    leaves = {name: jnp.asarray(array) for name, array in arrays.items()}
+    return Reading(with_leaves(shape, leaves), last_ids)
 
 
 def model_fingerprint(model: LanguageModel) -> str:
     """SHA-256, in hex, of a model's config, its layout and the beginning of every parameter."""
     digest = hashlib.sha256(repr(model.config).encode())
-    for name, x in _named(model).items():
+    for name, x in named_leaves(model).items():
         digest.update(f"{name} {x.dtype} {x.shape}".encode())
         digest.update(np.asarray(x[(0,) * (x.ndim - 1)][:256] if x.ndim else x).tobytes())
     return digest.hexdigest()
@@ -115,11 +112,6 @@ def _empty(model: LanguageModel, rows: int, capacity: int) -> Progress:
 def _capacity(arrays: dict[str, np.ndarray]) -> int:
     """Slots of a Transformer's cache; of a RetNet's state anything."""
     return arrays["state/visible"].shape[1] if "state/visible" in arrays else 1
-
-
-def _named(tree) -> dict[str, jax.Array]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {path_name(place): x for place, x in leaves}
 
 
 def _arrays(plain: dict[str, np.ndarray], dtypes: dict, shapes: dict) -> dict[str, np.ndarray]:

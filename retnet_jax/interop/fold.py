@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from retnet_jax.config import ConfigError
+from retnet_jax.errors import ConfigError
 from retnet_jax.interop.parameter_source import Source
 from retnet_jax.interop.tensor_files import TensorInfo
 

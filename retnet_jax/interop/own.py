@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from retnet_jax.config import Config, ModelConfig, config_from_json, read_config
+from retnet_jax.config import Config, ModelConfig
+from retnet_jax.config_json import config_from_json, read_config
 from retnet_jax.interop.parameter_source import Description, abstract_model, parameter_shapes
 from retnet_jax.interop.tables import Layout, Rule
 from retnet_jax.interop.tensor_files import TensorInfo

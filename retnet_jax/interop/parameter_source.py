@@ -10,10 +10,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from retnet_jax.config import ConfigError, ModelConfig
+from retnet_jax.config import ModelConfig
+from retnet_jax.errors import ConfigError
 from retnet_jax.interop.tensor_files import TensorInfo
 from retnet_jax.model import DecodingModel, LanguageModel, build_model
-from retnet_jax.parallel.sharding import first_device, path_name, with_shardings
+from retnet_jax.parallel.sharding import first_device, with_shardings
+from retnet_jax.trees import leaf_name, named_leaves
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,7 @@ class ModelSource:
                 "save the one it was made from"
             )
         self.description = Description(model.config)
-        leaves = jax.tree_util.tree_flatten_with_path(model)[0]
-        self._leaves = {path_name(path): leaf for path, leaf in leaves}
+        self._leaves = named_leaves(model)
         self._fetched: tuple[str, np.ndarray] | None = None
 
     def info(self, own: str, layer: int | None) -> TensorInfo:
@@ -83,7 +84,7 @@ def load_model(source: Source, mesh: Mesh | None = None, **changes: Any) -> Lang
     mesh = first_device() if mesh is None else mesh
 
     def array(path, leaf):
-        name = path_name(path)
+        name = leaf_name(path)
         if name.startswith("layers/"):
             whole = np.empty(leaf.shape, leaf.dtype)
             for layer in range(leaf.shape[0]):
@@ -135,5 +136,4 @@ def parameter_shape(config: ModelConfig, own: str, layer: int | None) -> tuple[i
 
 @functools.cache
 def _parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_flatten_with_path(abstract_model(config))[0]
-    return {path_name(path): leaf.shape for path, leaf in leaves}
+    return {name: leaf.shape for name, leaf in named_leaves(abstract_model(config)).items()}

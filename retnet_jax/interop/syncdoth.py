@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from retnet_jax.config import ConfigError, ModelConfig
+from retnet_jax.config import ModelConfig
+from retnet_jax.errors import ConfigError
 from retnet_jax.interop.parameter_source import Description
 from retnet_jax.interop.presets import SYNCDOTH
 from retnet_jax.interop.tables import Layout, check_exact, check_types, refuse_features

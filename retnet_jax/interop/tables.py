@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from retnet_jax.config import ConfigError, ModelConfig
-from retnet_jax.errors import CheckpointError
+from retnet_jax.config import ModelConfig
+from retnet_jax.errors import CheckpointError, ConfigError
 from retnet_jax.interop.parameter_source import (
     Description,
     ModelSource,

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from retnet_jax.config import ConfigError, ModelConfig
+from retnet_jax.config import ModelConfig
+from retnet_jax.errors import ConfigError
 from retnet_jax.interop.parameter_source import Description
 from retnet_jax.interop.presets import TORCHSCALE, TORCHSCALE_2023
 from retnet_jax.interop.tables import Layout, Rule, check_exact, check_types, refuse_features

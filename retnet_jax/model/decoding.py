@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from retnet_jax.config import ConfigError
+from retnet_jax.errors import ConfigError
 from retnet_jax.model.layers import Linear
 from retnet_jax.model.lm import LanguageModel, State
 from retnet_jax.model.multi_scale_retention import MultiScaleRetention

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from retnet_jax.config import ConfigError, ModelConfig
+from retnet_jax.config import ModelConfig
+from retnet_jax.errors import ConfigError
 from retnet_jax.model.attention import Attention, KVCache
 from retnet_jax.model.layers import NORMS, FeedForward, normal
 from retnet_jax.model.multi_scale_retention import MultiScaleRetention, RetentionState

@@ -6,7 +6,6 @@ then goes on from the newest checkpoint, on as many processes as there are.
 """
 
 import contextlib
-import hashlib
 import os
 import signal
 import socket
@@ -14,15 +13,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from retnet_jax.config import Config, ConfigError, flatten
-from retnet_jax.errors import CheckpointError, DamagedCheckpointError
+from retnet_jax.config import Config
+from retnet_jax.config_json import flatten
+from retnet_jax.errors import CheckpointError, ConfigError, DamagedCheckpointError
+from retnet_jax.provenance import code_fingerprint
 
 T = TypeVar("T")
 
@@ -125,7 +125,7 @@ def facts() -> dict[str, str | int]:
         "devices": jax.device_count(),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
-        "code": _code_fingerprint(),
+        "code": code_fingerprint(),
     }
 
 
@@ -136,7 +136,7 @@ def check_alike(config: Config) -> None:
     """
     described = {f"config.{name}": value for name, value in flatten(config).items()} | {
         "jax": jax.__version__,
-        "code of retnet_jax": _code_fingerprint(),
+        "code of retnet_jax": code_fingerprint(),
     }
     lines = "\n".join(f"{name}: {value!r}" for name, value in described.items())
     first, *others = (text.splitlines() for text in gather_texts(lines))
@@ -150,13 +150,6 @@ def check_alike(config: Config) -> None:
             raise ConfigError(
                 f"processes 0 and {index} were not started alike:\n" + "\n".join(changes)
             )
-
-
-def _code_fingerprint() -> str:
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.parent.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def once(action: Callable[[], T]) -> T | None:

@@ -9,7 +9,9 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from retnet_jax.config import Config, ConfigError, MeshConfig
+from retnet_jax.config import Config, MeshConfig
+from retnet_jax.errors import ConfigError
+from retnet_jax.trees import leaf_name
 
 # In the order of the devices: those next to each other exchange the most, within `tensor`.
 AXES = ("data", "fsdp", "seq", "tensor")
@@ -211,7 +213,7 @@ def with_shardings(abstract: Any, mesh: Mesh) -> Any:
     """
 
     def place(path, leaf):
-        name = path_name(path)
+        name = leaf_name(path)
         specs = next((specs for end, *specs in PARAMETERS if _ends_with(name, end)), ())
         problems = []
         for spec in specs:
@@ -239,12 +241,6 @@ def _indivisible(shape: Sequence[int], spec: PartitionSpec, mesh: Mesh) -> str |
             shown = " * ".join(f"mesh.{axis}" for axis in axes if mesh.shape[axis] > 1)
             return f"{shown}={parts} does not divide dimension {dimension}"
     return None
-
-
-def path_name(path) -> str:
-    """The name of a leaf in a train state, such as model/layers/mixer/q/kernel."""
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    return name.removesuffix("/value")  # the array inside an nnx.Param
 
 
 def _ends_with(name: str, end: str) -> bool:

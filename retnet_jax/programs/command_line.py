@@ -12,8 +12,9 @@ from logging import CRITICAL, getLogger
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from retnet_jax.config import Config, ConfigError, check_field
-from retnet_jax.errors import CheckpointError
+from retnet_jax.config import Config
+from retnet_jax.config_json import check_field
+from retnet_jax.errors import CheckpointError, ConfigError
 
 
 class SharesParser(flags.ArgumentParser):

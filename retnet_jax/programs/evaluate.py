@@ -10,10 +10,8 @@ the evaluation.
 """
 
 import dataclasses
-import importlib.metadata
 import json
 import math
-import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +20,9 @@ from typing import Any
 import jax
 from absl import flags
 
-from retnet_jax.config import Config, ConfigError, MeshConfig
+from retnet_jax.config import Config, MeshConfig
 from retnet_jax.data import Tokenizer
+from retnet_jax.errors import ConfigError
 from retnet_jax.evaluation import (
     HUBS,
     PARTS,
@@ -50,6 +49,7 @@ from retnet_jax.parallel import processes
 from retnet_jax.parallel.sharding import make_mesh
 from retnet_jax.pretrained import checkpoint_sha256, load_checkpoint, read_pretrained
 from retnet_jax.programs import command_line
+from retnet_jax.provenance import versions
 
 
 def main() -> None:
@@ -292,7 +292,7 @@ def evaluate(
             "devices": mesh.size,
             "processes": jax.process_count(),
             "fsdp": fsdp,
-            "versions": versions(),
+            "versions": versions("jax", "jaxlib", "flax", "numpy", "tokenizers", "retnet-jax"),
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
         }
         write_report(output, record, found)
@@ -363,17 +363,6 @@ def task_record(found: TaskRows) -> dict[str, Any]:
         "rows_sha256": found.rows.sha256,
         "shots_sha256": None if found.pool is None else found.pool.sha256,
     }
-
-
-def versions() -> dict[str, str]:
-    """Of what the numbers depend on."""
-    found = {"python": platform.python_version()}
-    for package in ("jax", "jaxlib", "flax", "numpy", "tokenizers", "retnet-jax"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 def write_report(path: Path, record: dict[str, Any], found: Sequence) -> None:

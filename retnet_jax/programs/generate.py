@@ -19,7 +19,7 @@ from pathlib import Path
 
 from absl import flags
 
-from retnet_jax.config import ConfigError
+from retnet_jax.errors import ConfigError
 from retnet_jax.generation.sampling import Sampler
 from retnet_jax.generation.saved_state import load_reading, save_reading
 from retnet_jax.generation.texts import Writer

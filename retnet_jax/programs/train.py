@@ -37,7 +37,7 @@ from retnet_jax.data import (
     number_of_windows,
     open_stores,
 )
-from retnet_jax.errors import CheckpointError, DamagedCheckpointError
+from retnet_jax.errors import CheckpointError, DamagedCheckpointError, DivergedError
 from retnet_jax.parallel import processes
 from retnet_jax.parallel.sharding import check_fit, local_rows, make_mesh, place_batch
 from retnet_jax.pretrained import load_checkpoint, run_options, with_initial_model
@@ -192,10 +192,6 @@ def describe(config: Config, stores: Stores, state: TrainState, mesh: jax.shardi
             for share, store in zip(shares, stores.stores.values(), strict=True)
         )
     )
-
-
-class DivergedError(Exception):
-    """Too many steps in a row that had to be passed over."""
 
 
 class Run:

@@ -22,7 +22,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from retnet_jax.errors import CheckpointError, DamagedCheckpointError
 from retnet_jax.parallel import processes
-from retnet_jax.parallel.sharding import path_name
+from retnet_jax.trees import named_leaves, nested, with_leaves
 
 
 class Checkpoints:
@@ -114,7 +114,9 @@ class Checkpoints:
         path, trees = self._directory / str(step), _present(items)
         processes.once(lambda: _check_files(path))
         found = _read(self._manager, path, **trees)
-        restored = {name: _unnamed(tree, found[name]) for name, tree in trees.items()}
+        restored = {
+            name: with_leaves(tree, named_leaves(found[name])) for name, tree in trees.items()
+        }
         return dict.fromkeys(items) | restored, found.progress["next_batch"]
 
     def set_aside(self, step: int) -> None:
@@ -266,8 +268,7 @@ def _check_arrays(path: Path, item: str, tree: Any) -> None:
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
         stored = handler.metadata(_absolute(path / item)).tree
     found, expected = (
-        {path_name(place): leaf.shape for place, leaf in jax.tree_util.tree_flatten_with_path(t)[0]}
-        for t in (stored, _named(tree))
+        {name: leaf.shape for name, leaf in named_leaves(x).items()} for x in (stored, tree)
     )
     differences = [
         f"{name}: {found.get(name, 'nothing')} is there, {expected.get(name, 'nothing')} is needed"
@@ -296,23 +297,10 @@ def _absolute(path: epath.PathLike) -> epath.Path:
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree in nested dictionaries, by the parts of their names."""
-    nested: dict[str, Any] = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        *parents, last = path_name(path).split("/")
-        level = nested
-        for name in parents:
-            level = level.setdefault(name, {})
-        level[last] = leaf
-    return nested
+    """A tree as Orbax gets it, so that a checkpoint does not depend on the classes of the tree."""
+    return nested(named_leaves(tree))
 
 
-def _unnamed(like: Any, nested: dict[str, Any]) -> Any:
+def _unnamed(like: Any, found: dict[str, Any]) -> Any:
     """The inverse of `_named`, with the structure of `like`."""
-    leaves = []
-    for path, _ in jax.tree_util.tree_flatten_with_path(like)[0]:
-        leaf: Any = nested
-        for name in path_name(path).split("/"):
-            leaf = leaf[name]
-        leaves.append(leaf)
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+    return with_leaves(like, named_leaves(found))

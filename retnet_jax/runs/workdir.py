@@ -17,9 +17,11 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from retnet_jax.config import TOKENIZERS, Config, ConfigError, differences, read_config
+from retnet_jax.config import TOKENIZERS, Config
+from retnet_jax.config_json import differences, read_config, to_json
 from retnet_jax.data import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 from retnet_jax.data.tokenizers.pretrained import CONFIG_NAME, NAMES
+from retnet_jax.errors import ConfigError
 
 LOCK = "lock"
 
@@ -119,7 +121,7 @@ def open_workdir(workdir: epath.PathLike, config: Config, tokenizer: Tokenizer) 
 def _record(workdir: epath.Path, config: Config) -> None:
     """Writes config.json in one piece."""
     unfinished = workdir / "config.json.unfinished"
-    unfinished.write_text(config.to_json())
+    unfinished.write_text(to_json(config))
     unfinished.replace(workdir / "config.json")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import ClassVar, Protocol
 
-from retnet_jax.config import ConfigError
+from retnet_jax.errors import ConfigError
 
 BOS = "<bos>"
 FILE_NAME = "tokenizer.json"

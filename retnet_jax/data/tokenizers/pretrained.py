@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from retnet_jax.config import ConfigError
 from retnet_jax.data.tokenizers.byte_level import (
     BOS,
     FILE_NAME,
@@ -26,6 +25,7 @@ from retnet_jax.data.tokenizers.byte_level import (
     Tokenizer,
     hugging_face,
 )
+from retnet_jax.errors import ConfigError
 
 SENTENCEPIECE_NAME = "tokenizer.model"
 TIKTOKEN_NAME = "cl100k_base.tiktoken"
