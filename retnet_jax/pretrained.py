@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from retnet_jax import interop
 from retnet_jax.config import Config, DataConfig, ModelConfig
-from retnet_jax.config_json import read_config
+from retnet_jax.config_json import marked, read_config
 from retnet_jax.data import Tokenizer, has_tokenizer, load_tokenizer
 from retnet_jax.errors import ConfigError
 from retnet_jax.interop.parameter_source import abstract_model, changed
@@ -120,8 +120,9 @@ def with_initial_model(config: Config, workdir: Path | None = None) -> Config:
 
 
 def run_options(model: ModelConfig) -> dict[str, Any]:
-    """The fields of a model that say how it is computed, not what."""
-    return {name: getattr(model, name) for name in ("dtype", "remat", "chunk_size")}
+    """The options of a model that say how it is computed, not which function it is."""
+    names = (name.removeprefix("model.") for name in marked("computation"))
+    return {name: getattr(model, name) for name in names}
 
 
 def _begun_from(config: Config, found: Config) -> Config:

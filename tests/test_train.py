@@ -338,20 +338,22 @@ def test_steps_that_are_not_finite_are_passed_over_and_end_the_run(config, tmp_p
     optimizer = dataclasses.replace(
         config.optimizer, learning_rate=1e30, clip_norm=1e30, warmup_steps=0
     )
-    train_config = dataclasses.replace(config.train, most_skipped=3, checkpoint_every=100)
+    train_config = dataclasses.replace(config.train, max_skipped=3, checkpoint_every=100)
     bad = dataclasses.replace(config, optimizer=optimizer, train=train_config)
     assert train(bad, tmp_path / "run") == 1
     errors = capfd.readouterr().err
     assert "step 2 is passed over: with batch 1 the loss is " in errors
     assert "the last 3 steps, to step 4, were passed over" in errors
     assert "tests/test_" in errors.split("Their batches held parts of")[1]
-    assert "--config.data.skip_steps='(1,2,3,)' goes on" in errors
+    assert "--config.data.skip_batches='(1,2,3,)' goes on" in errors
     assert [line["loss"] for line in list(metrics(tmp_path / "run").values())[1:]] == [None] * 2
     # Without these batches, from the newest checkpoint: here from the beginning.
-    passing = dataclasses.replace(bad, data=dataclasses.replace(config.data, skip_steps=(1, 2, 3)))
+    passing = dataclasses.replace(
+        bad, data=dataclasses.replace(config.data, skip_batches=(1, 2, 3))
+    )
     assert train(passing, tmp_path / "run") == 1
     errors = capfd.readouterr().err
-    assert "goes on with another data.skip_steps: () -> (1, 2, 3)" in errors
+    assert "goes on with another data.skip_batches: () -> (1, 2, 3)" in errors
     assert "step 2 is passed over: with batch 4 the loss is " in errors
 
 

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from retnet_jax.config import TOKENIZERS, DataConfig
+from retnet_jax.config_json import marked
 from retnet_jax.data.sources import (
     Document,
     Piece,
@@ -645,11 +646,7 @@ def _split_of(document: Document, share: float) -> str:
 
 def _options(config: DataConfig, vocab_size: int) -> dict[str, Any]:
     """All that the contents of a store depend on, by the names of the fields."""
-    options = {
-        f"data.{name}": value
-        for name, value in dataclasses.asdict(config).items()
-        if name not in _NOT_STORED
-    }
+    options = {name: getattr(config, name.removeprefix("data.")) for name in marked("in_store")}
     # As JSON has them, to be compared with what was written.
     options = json.loads(json.dumps(options))
     options["data.tokenizer"] = _tokenizer_option(config)
@@ -658,10 +655,6 @@ def _options(config: DataConfig, vocab_size: int) -> dict[str, Any]:
     if config.source == "stdlib":
         options["python"] = platform.python_version()
     return options
-
-
-# What the trainer does with a store, not what is in it.
-_NOT_STORED = {"store", "sequence_length", "mixture", "windows", "skip_steps", "strict"}
 
 
 def _tokenizer_option(config: DataConfig) -> str | None:

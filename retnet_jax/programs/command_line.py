@@ -13,7 +13,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from retnet_jax.config import Config
-from retnet_jax.config_json import check_field
+from retnet_jax.config_json import check_option
 from retnet_jax.errors import CheckpointError, ConfigError
 
 
@@ -98,7 +98,7 @@ def _parse(arguments: Sequence[str]) -> list[str]:
     sys.path.append(os.getcwd())
     for argument in arguments[1:]:
         if argument.startswith(("--config.", "-config.")):
-            check_field(argument.split("=")[0].lstrip("-").removeprefix("config."))
+            check_option(argument.split("=")[0].lstrip("-").removeprefix("config."))
     rest = flags.FLAGS([arguments[0], *map(_with_underscores, arguments[1:])])
     if not flags.FLAGS["verbosity"].present:
         # Orbax tells of every array it writes, and where one cannot be written logs a stack trace

@@ -249,7 +249,7 @@ class Run:
         """
         train, profile = self.config.train, self.config.profile
         self.saved, self.saved_at, self.next_batch = done, time.monotonic(), next_batch
-        skip = frozenset(self.config.data.skip_steps)
+        skip = frozenset(self.config.data.skip_batches)
         pending = None  # a step whose metrics have not been read
         with (
             self.train_stream.iterate(next_batch, skip) as batches,
@@ -305,7 +305,7 @@ class Run:
                 f"step {step} is passed over: with batch {batch} the loss is {values['loss']:.4g}, "
                 f"the norm of its gradient {values['gradient_norm']:.4g}"
             )
-        if skipped >= self.config.train.most_skipped:
+        if skipped >= self.config.train.max_skipped:
             raise DivergedError(self._divergence(step))
         if step % self.config.train.log_every == 0 or step == self.config.train.steps:
             self.log.write(step, values | self.clock.lap())
@@ -319,7 +319,7 @@ class Run:
             f"the last {len(self.bad_batches)} steps, to step {step}, were passed over, and no "
             "checkpoint has them. Their batches held parts of\n  "
             + "\n  ".join(sorted(documents))
-            + f"\nThe same command with --config.data.skip_steps='({numbers},)' goes on from the "
+            + f"\nThe same command with --config.data.skip_batches='({numbers},)' goes on from the "
             "newest checkpoint without them; if the trouble goes on too, it is not the data"
         )
 

@@ -18,30 +18,12 @@ from collections.abc import Iterator
 from etils import epath
 
 from retnet_jax.config import TOKENIZERS, Config
-from retnet_jax.config_json import differences, read_config, to_json
+from retnet_jax.config_json import differences, marked, read_config, to_json
 from retnet_jax.data import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 from retnet_jax.data.tokenizers.pretrained import CONFIG_NAME, NAMES
 from retnet_jax.errors import ConfigError
 
 LOCK = "lock"
-
-# Of a config, what a run can go on with in another way: where and how it is computed, what it
-# reports and keeps, and which batches it passes over.
-CHANGEABLE = (
-    "mesh.",
-    "profile.",
-    "data.skip_steps",
-    "model.remat",
-    "model.chunk_size",
-    "train.micro_batches",
-    "train.log_every",
-    "train.eval_",
-    "train.checkpoint_",
-    "train.keep_",
-    "train.wandb",
-    "train.spike_deviations",
-    "train.most_skipped",
-)
 
 
 @contextlib.contextmanager
@@ -98,7 +80,8 @@ def open_workdir(workdir: epath.PathLike, config: Config, tokenizer: Tokenizer) 
         _record(workdir, config)
         return []
     changes = differences(read_config(workdir / "config.json"), config)
-    refused = [change for change in changes if not change.startswith(CHANGEABLE)]
+    lines = {name: f"{name}: {old!r} -> {new!r}" for name, (old, new) in changes.items()}
+    refused = [line for name, line in lines.items() if name not in marked("changeable")]
     if refused:
         raise ConfigError(
             f"{workdir} belongs to a run with another config (its value -> the one given):\n  "
@@ -115,7 +98,7 @@ def open_workdir(workdir: epath.PathLike, config: Config, tokenizer: Tokenizer) 
         )
     if changes:
         _record(workdir, config)
-    return changes
+    return list(lines.values())
 
 
 def _record(workdir: epath.Path, config: Config) -> None:
