@@ -110,7 +110,7 @@ def test_training_flops_count_the_compiled_products():
         (OptimizerConfig(clip_norm=0.0), "clip_norm=0.0 is not greater"),
         (TrainConfig(batch_size=6, micro_batches=4), "4 or 8 would do"),
         (TrainConfig(log_every=0), "log_every=0 is less than 1"),
-        (MeshConfig(data=-1, fsdp=-1), "can stand only once"),
+        (MeshConfig(data=-1, fsdp=-1), "only one axis may be -1"),
         (MeshConfig(tensor=0), "mesh.tensor=0 is less than 1"),
     ],
 )

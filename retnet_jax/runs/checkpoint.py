@@ -65,13 +65,14 @@ class Checkpoints:
         """The step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step: int, items: dict[str, Any], next_batch: int) -> None:
+    def save(self, step: int, items: dict[str, Any], progress: dict[str, Any]) -> None:
         """Copies trees of arrays and begins to write them, all processes together.
 
         Args:
           step: names the checkpoint.
           items: trees by name; one that is None is left out.
-          next_batch: number of the batch that comes after this step.
+          progress: values for JSON, such as the number of the next batch: a batch is a function of
+            seed and number, so this is all of the data's state.
 
         Raises:
           CheckpointError: if the disk has no room for it, or the save before this one failed and
@@ -86,8 +87,7 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(
                     **{name: ocp.args.StandardSave(_named(tree)) for name, tree in trees.items()},
-                    # A batch is a function of (seed, number), so this is all of the data's state.
-                    progress=ocp.args.JsonSave({"step": step, "next_batch": next_batch}),
+                    progress=ocp.args.JsonSave({"step": step, **progress}),
                 ),
             )
 
@@ -100,8 +100,8 @@ class Checkpoints:
         with self._reporting():
             self._manager.wait_until_finished()
 
-    def restore(self, step: int, items: dict[str, Any]) -> tuple[dict[str, Any], int]:
-        """Trees of arrays, and the next batch's number.
+    def restore(self, step: int, items: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Trees of arrays, and the progress that was saved with them.
 
         Args:
           step: of the checkpoint.
@@ -117,7 +117,7 @@ class Checkpoints:
         restored = {
             name: with_leaves(tree, named_leaves(found[name])) for name, tree in trees.items()
         }
-        return dict.fromkeys(items) | restored, found.progress["next_batch"]
+        return dict.fromkeys(items) | restored, found.progress
 
     def set_aside(self, step: int) -> None:
         """Gives a damaged checkpoint a name under which it is not looked for."""

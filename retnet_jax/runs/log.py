@@ -4,32 +4,12 @@ import json
 import math
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from etils import epath
 
 from retnet_jax.errors import ConfigError
-from retnet_jax.parallel.chips import chip
-
-
-def peak_flops(device: jax.Device) -> float:
-    """FLOP/s that MFU is measured against: the data sheet's, or else a measured float32 product."""
-    known = chip(device.device_kind)
-    if known is not None:
-        return known.flops
-    size = 1024
-    x = jax.device_put(np.ones((size, size), np.float32), device)
-    product = jax.jit(jnp.matmul)
-    product(x, x).block_until_ready()
-    seconds = []
-    for _ in range(10):
-        start = time.perf_counter()
-        product(x, x).block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
 
 
 class MetricsLog:
@@ -61,27 +41,20 @@ class MetricsLog:
         self._steps = steps
         self._session = (first_step, time.perf_counter())
 
-    def begin(self, facts: dict[str, Any]) -> tuple[float, float]:
-        """Records a start in starts.jsonl.
-
-        Returns:
-          When the run was started first, seconds since 1970, and the `training_seconds` of the last
-          line of metrics.jsonl.
-        """
-        now = time.time()
-        self._starts.append({"time": now, "step": self._session[0], **facts})
-        trained = [x["training_seconds"] for x in self._lines.records if "training_seconds" in x]
-        return self._starts.records[0]["time"], max(trained, default=0.0)
+    def begin(self, facts: dict[str, Any]) -> None:
+        """Records a start in starts.jsonl."""
+        self._starts.append({"time": time.time(), "step": self._session[0], **facts})
 
     def advance(self, step: int) -> None:
         """Moves the bar to a step that is done."""
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
-    def write(self, step: int, values: dict[str, Any]) -> None:
-        """Records the values of one step; one that is not finite is null in JSON."""
+    def write(self, step: int, values: Mapping[str, float]) -> dict[str, Any] | None:
+        """Records the values of one step, and returns the record: None for what is not finite."""
         finite = {name: x if math.isfinite(x) else None for name, x in values.items()}
-        self._lines.append({"step": step, **finite})
+        record = {"step": step, **finite}
+        self._lines.append(record)
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
         if self._wandb is not None:
@@ -91,6 +64,7 @@ class MetricsLog:
             self._bar.set_postfix_str(shown)
         else:
             self.say(f"step {step}/{self._steps}  {shown}  {self._time_left(step)}")
+        return record
 
     def say(self, message: str) -> None:
         """A line on stderr, above the bar if there is one."""
@@ -124,15 +98,15 @@ _SHOWN = {
 
 
 class NoLog:
-    """What the processes have that leave logging to the first."""
+    """The log of all processes but the first: none."""
 
-    def begin(self, facts: dict[str, Any]) -> tuple[float, float]:
-        return time.time(), 0.0
+    def begin(self, facts: dict[str, Any]) -> None:
+        pass
 
     def advance(self, step: int) -> None:
         pass
 
-    def write(self, step: int, values: dict[str, Any]) -> None:
+    def write(self, step: int, values: Mapping[str, float]) -> dict[str, Any] | None:
         pass
 
     def say(self, message: str) -> None:
