@@ -11,8 +11,6 @@ events.out.*        the metrics for TensorBoard
 """
 
 import contextlib
-import os
-import socket
 from collections.abc import Iterator
 
 from etils import epath
@@ -22,8 +20,7 @@ from retnet_jax.config_json import differences, read_config, to_json
 from retnet_jax.data import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 from retnet_jax.data.tokenizers.pretrained import CONFIG_NAME, NAMES
 from retnet_jax.errors import ConfigError
-
-LOCK = "lock"
+from retnet_jax.files import atomic, lock
 
 # Of a config, what a run can go on with in another way: where and how it is computed, what it
 # reports and keeps, and which batches it passes over.
@@ -46,7 +43,7 @@ CHANGEABLE = (
 
 @contextlib.contextmanager
 def locked(workdir: epath.Path) -> Iterator[None]:
-    """Holds a workdir, made if it is not there, as long as the `with` lasts.
+    """Holds a workdir for this process until the `with` ends; a missing one is made.
 
     On local and network disks; object stores have no locks.
 
@@ -54,30 +51,23 @@ def locked(workdir: epath.Path) -> Iterator[None]:
       ConfigError: if another process holds it, or it is no workdir but has something in it.
     """
     # What a start leaves that is cut off before it has recorded a config.
-    ours = {*NAMES, CONFIG_NAME, "config.json.unfinished", LOCK}
-    names = {path.name for path in workdir.iterdir()} if workdir.is_dir() else set()
+    ours = {*NAMES, CONFIG_NAME, lock.FILE_NAME}
+    found = list(workdir.iterdir()) if workdir.is_dir() else []
+    names = {path.name for path in found if not atomic.is_unfinished(path)}
     if "config.json" not in names and names - ours:
         raise ConfigError(
             f"--workdir={workdir} has files in it but no config.json, so it is no run to resume; "
             "name a new or an empty directory"
         )
     workdir.mkdir(parents=True, exist_ok=True)
-    if "://" in str(workdir):
-        yield
-        return
-    import fcntl  # not on Windows, where nothing else here needs it
-
-    with open(workdir / LOCK, "a+", encoding="utf-8") as file:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
+            stack.enter_context(lock.held(workdir))
+        except lock.HeldError as holder:
             raise ConfigError(
-                f"--workdir={workdir} is in use by another run ({file.read().strip()}): "
+                f"--workdir={workdir} is in use by another run ({holder}): "
                 "wait for it, stop it, or name another directory"
             ) from None
-        file.truncate(0)
-        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
         yield
 
 
@@ -95,7 +85,7 @@ def open_workdir(workdir: epath.PathLike, config: Config, tokenizer: Tokenizer) 
         workdir.mkdir(parents=True, exist_ok=True)
         tokenizer.save(workdir)
         # Written last: what has a config.json is a workdir.
-        _record(workdir, config)
+        atomic.write_text(workdir / "config.json", to_json(config))
         return []
     changes = differences(read_config(workdir / "config.json"), config)
     refused = [change for change in changes if not change.startswith(CHANGEABLE)]
@@ -114,15 +104,8 @@ def open_workdir(workdir: epath.PathLike, config: Config, tokenizer: Tokenizer) 
             "its token ids would mean other text: name the store the run began with"
         )
     if changes:
-        _record(workdir, config)
+        atomic.write_text(workdir / "config.json", to_json(config))
     return changes
-
-
-def _record(workdir: epath.Path, config: Config) -> None:
-    """Writes config.json in one piece."""
-    unfinished = workdir / "config.json.unfinished"
-    unfinished.write_text(to_json(config))
-    unfinished.replace(workdir / "config.json")
 
 
 def read_workdir(workdir: epath.Path) -> tuple[Config, Tokenizer]:
