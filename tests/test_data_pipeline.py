@@ -8,11 +8,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
 
+from retnet_jax.config import MeshConfig
 from retnet_jax.data import windows
-from retnet_jax.data.batches import BatchStream, batch_numbers, number_of_windows
+from retnet_jax.data.batches import (
+    BatchStream,
+    PlacedBatches,
+    batch_numbers,
+    number_of_windows,
+)
 from retnet_jax.data.token_store import Split
 from retnet_jax.data.windows import packed_starts, run_starts
+from retnet_jax.parallel.sharding import make_mesh
 
 BOS = 1_000_000
 POLICIES = pytest.mark.parametrize("policy", ["packed", "contiguous"])
@@ -180,6 +188,23 @@ def test_hosts_share_out_the_global_batch(policy, hosts):
         expected = whole[step]
         for rows, part in zip(shares, parts, strict=True):
             assert_equal(type(expected)(*(x[rows] for x in expected)), part[step])
+
+
+@POLICIES
+@pytest.mark.parametrize("sizes", [{"data": -1}, {"data": 2, "fsdp": 2, "seq": 2}, {"tensor": -1}])
+def test_placed_batches_are_those_of_the_stream(policy, sizes):
+    mesh = make_mesh(MeshConfig(**({"data": 1} | sizes)))
+    options = {"sequence_length": 8, "bos_id": BOS, "seed": 3, "policy": policy}
+    placed = PlacedBatches(mesh, (SPLIT, OTHER), (0.7, 0.3), batch_size=16, **options)
+    stream = make_stream((SPLIT, OTHER), (0.7, 0.3), batch_size=16, **options)
+    with placed.iterate(1, skip={2}) as batches:
+        for number, batch in zip([1, 3, 4], batches, strict=False):
+            assert_equal(stream[number], batch)
+            assert_equal(batch, placed[number])
+            for array in batch:
+                spec = PartitionSpec(*(("data", "fsdp"), "seq")[: array.ndim])
+                assert array.sharding == NamedSharding(mesh, spec)
+    assert placed.document_names(3) == stream.document_names(3)
 
 
 @POLICIES

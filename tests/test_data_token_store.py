@@ -17,6 +17,7 @@ from retnet_jax.data.sources import Document
 from retnet_jax.data.token_store import check_files, open_store
 from retnet_jax.data.tokenizers.byte_level import train_bpe
 from retnet_jax.errors import ConfigError
+from retnet_jax.files import atomic
 
 TEXTS = {f"{i}.txt": f"document {i} says {'na ' * (i % 7)}é\r\n" for i in range(40)}
 
@@ -334,7 +335,7 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(config, tokenizer, monkeypatc
         survived += 1
         left[0] = 3 * survived
         with monkeypatch.context() as patch:
-            patch.setattr(store_builder, "_write_text", dying(store_builder._write_text))
+            patch.setattr(atomic, "write_text", dying(atomic.write_text))
             patch.setattr(store_builder.np, "save", dying(np.save))
             patch.setattr(Path, "rename", dying(Path.rename))
             patch.setattr(Path, "unlink", dying(Path.unlink))

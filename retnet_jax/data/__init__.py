@@ -14,7 +14,13 @@ A document begins with the id of `<bos>`; where one ends and the next begins is 
 they are used.
 """
 
-from retnet_jax.data.batches import Batch, BatchStream, batch_numbers, number_of_windows
+from retnet_jax.data.batches import (
+    Batch,
+    BatchStream,
+    PlacedBatches,
+    batch_numbers,
+    number_of_windows,
+)
 from retnet_jax.data.build import (
     Stores,
     build_store,
@@ -39,6 +45,7 @@ __all__ = [
     "BatchStream",
     "ByteTokenizer",
     "Document",
+    "PlacedBatches",
     "Skipped",
     "Split",
     "Stores",

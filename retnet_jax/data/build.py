@@ -57,7 +57,9 @@ from retnet_jax.data.tokenizers.byte_level import (
 )
 from retnet_jax.data.tokenizers.pretrained import NAMES, has_tokenizer, load_tokenizer
 from retnet_jax.errors import ConfigError
-from retnet_jax.files import paths as files
+from retnet_jax.files import atomic
+from retnet_jax.files.digests import sha256_of, sha256_of_file
+from retnet_jax.files.paths import is_remote
 from retnet_jax.provenance import code_fingerprint, versions
 
 _SHARD_BYTES = 64_000_000  # of source files
@@ -113,7 +115,7 @@ def open_or_build(config: DataConfig, vocab_size: int) -> TokenStore:
       ConfigError: if the store is unfinished or was built with other options, or as `build_store`
         and `open_store` do.
     """
-    if "://" in config.store or Path(config.store).exists():
+    if is_remote(config.store) or Path(config.store).exists():
         store = open_store(config.store)
     else:
         store = build_store(config, vocab_size)
@@ -143,7 +145,7 @@ def build_store(config: DataConfig, vocab_size: int, processes: int | None = Non
       ConfigError: if the store is complete already, or was begun with other options or files; if
         there are no documents, none or all are held out, or no BPE of that size can be trained.
     """
-    if files.is_remote(config.store):
+    if is_remote(config.store):
         raise ConfigError(
             f"data.store={config.store!r} is not there, and stores are built on local disk: build "
             "it in a directory and copy that; the copy is read where it is"
@@ -264,7 +266,7 @@ def _begin(config: DataConfig, vocab_size: int, directory: Path) -> dict[str, An
         )
     (directory / "work").mkdir(parents=True)
     (directory / "shards").mkdir()
-    _write_text(path, json.dumps(plan, indent=1) + "\n")
+    atomic.write_text(path, json.dumps(plan, indent=1) + "\n")
     return plan
 
 
@@ -287,62 +289,64 @@ def _survey(job: _Job, task: tuple[int, list[Piece]]) -> int:
     np.save(job.digests_path(shard), table)
     paths = {piece.path: file_of(config, piece) for piece in pieces if piece.start == 0}
     found = {
-        "sources": {name: files.sha256(path) for name, path in paths.items() if path is not None},
+        "sources": {name: sha256_of_file(path) for name, path in paths.items() if path is not None},
         "documents": counts,
-        "content": hashlib.sha256(digests).hexdigest(),
+        "content": sha256_of(digests),
         "skipped": skipped.as_dict(),
         "sample": sample.items(),
     }
-    _write_text(job.survey_path(shard), json.dumps(found))
+    atomic.write_text(job.survey_path(shard), json.dumps(found))
     return shard
 
 
 def _encode(job: _Job, task: tuple[int, list[Piece]]) -> int:
     """Writes the directory of a shard."""
     shard, pieces = task
-    config, tokenizer = job.config, load_tokenizer(Path(job.directory))
     target = job.shard_path(shard)
+    try:
+        with atomic.directory(target) as unfinished:
+            _write_shard(job, shard, pieces, unfinished)
+    except OSError:
+        # What an earlier start left running may have written the same shard meanwhile.
+        if not (target / "shard.json").exists():
+            raise
+    return shard
+
+
+def _write_shard(job: _Job, shard: int, pieces: list[Piece], directory: Path) -> None:
+    """Encodes the documents of a shard into an empty directory."""
+    config, tokenizer = job.config, load_tokenizer(Path(job.directory))
     survey = json.loads(job.survey_path(shard).read_text())
     kept = np.load(job.kept_path(shard))
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
-        # A directory inside, because a temporary directory itself can be read by its owner alone.
-        unfinished = Path(scratch) / target.name
-        unfinished.mkdir()
-        writers = {split: _SplitWriter(unfinished, split, tokenizer) for split in SPLITS}
-        digests = bytearray()
+    writers = {split: _SplitWriter(directory, split, tokenizer) for split in SPLITS}
+    digests = bytearray()
 
-        def parts() -> Iterator[_Part]:
-            for number, document in enumerate(_documents(config, pieces, Skipped())):
-                digests.extend(_digest(document))
-                if kept[number : number + 1].any():
-                    split = _split_of(document, config.held_out)
-                    for place, text in enumerate(text_parts(document.text, _PART_CHARACTERS)):
-                        yield _Part(document, split, text, opens=place == 0)
+    def parts() -> Iterator[_Part]:
+        for number, document in enumerate(_documents(config, pieces, Skipped())):
+            digests.extend(_digest(document))
+            if kept[number : number + 1].any():
+                split = _split_of(document, config.held_out)
+                for place, text in enumerate(text_parts(document.text, _PART_CHARACTERS)):
+                    yield _Part(document, split, text, opens=place == 0)
 
-        for batch in _batches(parts()):
-            ids = tokenizer.encode_batch([part.text for part in batch])
-            encoded = list(zip(batch, ids, strict=True))
-            for split, writer in writers.items():
-                writer.append([x for x in encoded if x[0].split == split])
-        if hashlib.sha256(digests).hexdigest() != survey["content"]:
-            raise ConfigError(
-                f"{pieces[0].path} or a file after it has changed since the build began; delete "
-                f"{job.directory} and build it anew"
-            )
-        splits = {split: writer.finish() for split, writer in writers.items()}
-        written = {
-            path.name: {"bytes": path.stat().st_size, "sha256": files.sha256(str(path))}
-            for path in sorted(unfinished.iterdir())
-        }
-        record = {"name": target.name, "splits": splits, "files": written}
-        _write_text(unfinished / "shard.json", json.dumps(record | {"content": survey["content"]}))
-        try:
-            unfinished.rename(target)
-        except OSError:
-            # What an earlier start left running may have written the same shard meanwhile.
-            if not (target / "shard.json").exists():
-                raise
-    return shard
+    for batch in _batches(parts()):
+        ids = tokenizer.encode_batch([part.text for part in batch])
+        encoded = list(zip(batch, ids, strict=True))
+        for split, writer in writers.items():
+            writer.append([x for x in encoded if x[0].split == split])
+    if sha256_of(digests) != survey["content"]:
+        raise ConfigError(
+            f"{pieces[0].path} or a file after it has changed since the build began; delete "
+            f"{job.directory} and build it anew"
+        )
+    splits = {split: writer.finish() for split, writer in writers.items()}
+    written = {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+        for path in sorted(directory.iterdir())
+    }
+    record = {"name": job.shard_path(shard).name, "splits": splits, "files": written}
+    record["content"] = survey["content"]
+    (directory / "shard.json").write_text(json.dumps(record), encoding="utf-8")
 
 
 def _finish(job: _Job, plan: dict[str, Any], surveys: list[dict], duplicates: int) -> None:
@@ -379,7 +383,7 @@ def _finish(job: _Job, plan: dict[str, Any], surveys: list[dict], duplicates: in
         ],
         "shards": shards,
     }
-    _write_text(directory / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    atomic.write_text(directory / "manifest.json", json.dumps(manifest, indent=1) + "\n")
     _tidy(directory)
     if skipped.count:
         _say(f"skipped {skipped.count}: {skipped}")
@@ -708,13 +712,6 @@ def _command() -> str:
         if taken:  # "--config=FILE", or "--config" and "FILE"
             options.append(argument)
     return shlex.join(["python", "tools/prepare_data.py", *options])
-
-
-def _write_text(path: Path, text: str) -> None:
-    """In one piece: the file is there whole or not at all."""
-    unfinished = path.with_name(f".{path.name}-{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
 
 
 def _say(message: str) -> None:

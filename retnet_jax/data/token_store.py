@@ -29,6 +29,7 @@ from retnet_jax.data.tokenizers.byte_level import Tokenizer
 from retnet_jax.data.tokenizers.pretrained import CONFIG_NAME, NAMES, load_tokenizer
 from retnet_jax.errors import ConfigError
 from retnet_jax.files import paths as files
+from retnet_jax.files.digests import sha256_of_file
 
 FORMAT = 3
 SPLITS = ("train", "held_out")
@@ -223,7 +224,7 @@ def check_files(store: TokenStore) -> None:
         path
         for shard in store.manifest["shards"]
         for name, about in shard["files"].items()
-        if files.sha256(path := f"{store.directory}/shards/{shard['name']}/{name}")
+        if sha256_of_file(path := f"{store.directory}/shards/{shard['name']}/{name}")
         != about["sha256"]
     ]
     if damaged:

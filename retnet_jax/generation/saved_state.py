@@ -6,7 +6,6 @@ fits one model, its weights included, with the dtypes it had.
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import jax
@@ -15,6 +14,7 @@ import numpy as np
 
 from retnet_jax.data import Tokenizer
 from retnet_jax.errors import CheckpointError, brief
+from retnet_jax.files import atomic
 from retnet_jax.generation.decode import Progress
 from retnet_jax.generation.texts import Reading
 from retnet_jax.model import LanguageModel
@@ -45,13 +45,10 @@ def save_reading(path: Path, reading: Reading, model: LanguageModel, tokenizer: 
     }
     # As bytes, because not every dtype is one of numpy's own.
     plain = {name: np.frombuffer(x.tobytes(), np.uint8) for name, x in arrays.items()}
-    unfinished = path.with_name(f"{path.name}.unfinished")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(save(plain, metadata))
-        os.replace(unfinished, path)
+        atomic.write_bytes(path, save(plain, metadata))
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise CheckpointError(f"{path} cannot be written: {error}") from error
 
 
