@@ -15,6 +15,7 @@ _HOME = {
     "generate": "retnet_jax.generation.decode",
     "load_pretrained": "retnet_jax.pretrained",
     "retention": "retnet_jax.ops.retention",
+    "train": "retnet_jax.training.loop",
 }
 
 __all__ = sorted(_HOME)

@@ -89,14 +89,15 @@ def checkpoint_sha256(directory: Path, step: int | None) -> str:
     return files_sha256(directory if step is None else directory / "checkpoints" / str(step))
 
 
-def with_initial_model(config: Config, workdir: Path | None = None) -> Config:
+def with_initial_model(config: Config, recorded: Config | None = None) -> Config:
     """A run's config with the model and the tokenizer of `config.init_from`, if it names one.
 
     Of `config.model` only dtype, remat and chunk_size are kept.
 
     Args:
       config: the run's.
-      workdir: what it records of the same run is used; `init_from` may be gone by then.
+      recorded: what the workdir of the same run records, which is used: `init_from` may be gone
+        when the run is resumed.
 
     Raises:
       ConfigError, CheckpointError: as `load_pretrained`.
@@ -104,10 +105,8 @@ def with_initial_model(config: Config, workdir: Path | None = None) -> Config:
     if not config.init_from:
         return config
     directory = Path(config.init_from)
-    if workdir is not None and (workdir / "config.json").is_file():
-        recorded = read_config(workdir / "config.json")
-        if recorded.init_from == config.init_from:
-            return _begun_from(config, recorded)
+    if recorded is not None and recorded.init_from == config.init_from:
+        return _begun_from(config, recorded)
     if is_run(directory):
         found = read_config(directory / "config.json")
     else:

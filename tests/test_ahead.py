@@ -15,7 +15,6 @@ from jax.sharding import PartitionSpec as P
 from test_train import config, metrics, uninterrupted
 from test_train_step import CONFIG
 
-import train as training
 from retnet_jax import aot
 from retnet_jax.aot import topologies
 from retnet_jax.aot.fit import layouts
@@ -25,7 +24,9 @@ from retnet_jax.errors import ConfigError
 from retnet_jax.model import build_model
 from retnet_jax.parallel.chips import chip
 from retnet_jax.parallel.sharding import make_mesh
-from retnet_jax.programs.train import Run, train
+from retnet_jax.training import loop
+from retnet_jax.training.loop import train
+from retnet_jax.training.step import make_step
 
 __all__ = ["config", "uninterrupted"]  # fixtures
 
@@ -148,17 +149,25 @@ def test_recomputation_is_counted():
 def test_it_compiles_the_step_that_train_runs(config, tmp_path, monkeypatch):
     model = dataclasses.replace(config.model, vocab_size=258)
     config = dataclasses.replace(config, model=model, mesh=MeshConfig(data=2, seq=2, tensor=2))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=3))
     lowered = []
 
-    def look(self, state, *_):
-        batch = self.place(self.train_stream[0])
-        lowered.append(self.step.lower(state, batch).as_text())
-        return state, 0
+    def looking(config, mesh, state_shape):
+        step = make_step(config, state_shape)
 
-    monkeypatch.setattr(Run, "advance", look)
-    monkeypatch.setattr(Run, "finish", lambda *_: 0)
-    assert train(config, tmp_path / "run") == 0
-    assert lowered == [aot.compile_step(config).lowered.as_text()]
+        def look(state, batch):
+            lowered.append(step.lower(state, batch).as_text())
+            return step(state, batch)
+
+        return look
+
+    assert train(config, tmp_path / "run", step=looking).status == "finished"
+    assert lowered == 3 * [aot.compile_step(config).lowered.as_text()]
+
+
+def saved(path):
+    """As train.py --compiled=PATH."""
+    return lambda config, mesh, state_shape: aot.load(path, config, mesh, state_shape)
 
 
 @pytest.mark.slow
@@ -166,18 +175,18 @@ def test_a_saved_step_trains_alike(config, uninterrupted, tmp_path, monkeypatch)
     step = aot.compile_step(config)
     aot.save(step, tmp_path / "step")
     with monkeypatch.context() as patch:
-        patch.setattr(training, "make_step", None)  # it has to do without
-        assert train(config, tmp_path / "run", compiled=str(tmp_path / "step")) == 0
+        patch.setattr(loop, "make_step", None)  # it has to do without
+        assert train(config, tmp_path / "run", step=saved(tmp_path / "step")).status == "finished"
     found, expected = metrics(tmp_path / "run"), metrics(uninterrupted)
     assert {i: x["loss"] for i, x in found.items()} == {i: x["loss"] for i, x in expected.items()}
     other = dataclasses.replace(config, mesh=MeshConfig(data=4, fsdp=2))
     with pytest.raises(ConfigError, match=r"holds another step than this one:\n  mesh: "):
-        train(other, tmp_path / "other", compiled=str(tmp_path / "step"))
+        train(other, tmp_path / "other", step=saved(tmp_path / "step"))
     (tmp_path / "text").write_text("no program")
     with pytest.raises(ConfigError, match="is no compiled step"):
-        train(config, tmp_path / "other", compiled=str(tmp_path / "text"))
+        train(config, tmp_path / "other", step=saved(tmp_path / "text"))
     with pytest.raises(ConfigError, match="does not exist"):
-        train(config, tmp_path / "other", compiled=str(tmp_path / "nothing"))
+        train(config, tmp_path / "other", step=saved(tmp_path / "nothing"))
 
 
 def on_four(**changes):

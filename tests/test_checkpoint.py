@@ -44,7 +44,7 @@ def save(directory, steps, keep=3, keep_every=0):
     checkpoints = Checkpoints(directory, keep=keep, keep_every=keep_every)
     for step in steps:
         state = state_at(step)
-        checkpoints.save(step, items_of(state), step)
+        checkpoints.save(step, items_of(state), {"next_batch": step})
     checkpoints.wait()
     checkpoints.close()
 
@@ -59,13 +59,13 @@ def test_restore_is_exact_on_another_mesh(tmp_path):
     other = abstract_state(CONFIG, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
     checkpoints = Checkpoints(tmp_path, keep=3)
     assert checkpoints.latest_step() == 5
-    items, next_batch = checkpoints.restore(5, items_of(other))
+    items, progress = checkpoints.restore(5, items_of(other))
     model = items["model"]
     assert items["carry"] is None
     checkpoints.close()
     expected = state_at(5)
     assert_equal(items, items_of(expected))
-    assert next_batch == 5
+    assert progress == {"step": 5, "next_batch": 5}
     kernel = model.layers.mixer.q.kernel[...]
     assert kernel.sharding.is_equivalent_to(other.model.layers.mixer.q.kernel.sharding, 3)
 
@@ -76,7 +76,7 @@ def test_what_is_saved_does_not_change_while_training_goes_on(tmp_path):
     state = state_at(1)
     expected = jax.device_get(state.model)
     overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 + 7, tree), donate_argnums=0)
-    checkpoints.save(1, items_of(state), 1)
+    checkpoints.save(1, items_of(state), {"next_batch": 1})
     overwritten = overwrite(state)
     jax.block_until_ready(overwritten)
     checkpoints.wait()
@@ -133,7 +133,7 @@ def test_a_damaged_checkpoint_is_set_aside(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=3)
     checkpoints.set_aside(2)
     assert checkpoints.steps() == [1]
-    checkpoints.save(2, items_of(state_at(7)), 2)
+    checkpoints.save(2, items_of(state_at(7)), {"next_batch": 2})
     checkpoints.wait()
     items, _ = checkpoints.restore(2, items_of(initial()))
     checkpoints.close()
@@ -170,7 +170,7 @@ def test_no_room_on_the_disk_is_said_before_anything_is_written(tmp_path, monkey
     with pytest.raises(
         CheckpointError, match=r"needed, 1 are free .* newest good one is of step 1"
     ):
-        checkpoints.save(2, items_of(state_at(2)), 2)
+        checkpoints.save(2, items_of(state_at(2)), {"next_batch": 2})
     checkpoints.close()
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
 

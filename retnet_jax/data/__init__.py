@@ -18,7 +18,6 @@ from retnet_jax.data.batches import (
     Batch,
     BatchStream,
     PlacedBatches,
-    batch_numbers,
     number_of_windows,
 )
 from retnet_jax.data.build import (
@@ -52,7 +51,6 @@ __all__ = [
     "TextStream",
     "TokenStore",
     "Tokenizer",
-    "batch_numbers",
     "build_store",
     "check_files",
     "has_tokenizer",

@@ -90,11 +90,15 @@ class BatchStream:
         return self._batches[step]
 
     @contextlib.contextmanager
-    def iterate(self, start: int = 0, skip: Collection[int] = ()) -> Iterator[Iterator[Batch]]:
-        """The batches from `start` on but for those of `skip`, read ahead in background threads.
+    def iterate(
+        self, start: int = 0, skip: Collection[int] = ()
+    ) -> Iterator[Iterator[tuple[int, Batch]]]:
+        """The batches from `start` on with their numbers, without those of `skip`.
 
             with stream.iterate(start) as batches:
-                for number, batch in zip(batch_numbers(start), batches): ...
+                for number, batch in batches: ...
+
+        They are read ahead in background threads.
 
         A context manager, because an iterator still alive when Python exits can leave a traceback
         behind: leaving the `with`, also by an exception, ends the threads.
@@ -103,7 +107,7 @@ class BatchStream:
         with contextlib.closing(iterator):
             iterator.set_state({"next_index": start})
             numbered = zip(itertools.count(start), iterator)
-            yield (batch for number, batch in numbered if number not in skip)
+            yield ((number, batch) for number, batch in numbered if number not in skip)
 
     def document_names(self, step: int) -> list[str]:
         """The names of the documents in the whole batch of one step, to look a bad batch up."""
@@ -177,10 +181,12 @@ class PlacedBatches:
         return self._place(self._stream[step])
 
     @contextlib.contextmanager
-    def iterate(self, start: int = 0, skip: Collection[int] = ()) -> Iterator[Iterator[Batch]]:
-        """The batches from `start` on but for those of `skip`; as `BatchStream.iterate`."""
+    def iterate(
+        self, start: int = 0, skip: Collection[int] = ()
+    ) -> Iterator[Iterator[tuple[int, Batch]]]:
+        """As `BatchStream.iterate`."""
         with self._stream.iterate(start, skip) as batches:
-            yield map(self._place, batches)
+            yield ((number, self._place(batch)) for number, batch in batches)
 
     def document_names(self, step: int) -> list[str]:
         """The names of the documents in the whole batch of one step, of all processes."""
@@ -190,11 +196,6 @@ class PlacedBatches:
         from retnet_jax.parallel.sharding import place_batch
 
         return place_batch(self._mesh, batch, self._rows, self._batch_size)
-
-
-def batch_numbers(start: int = 0, skip: Collection[int] = ()) -> Iterator[int]:
-    """The numbers of the batches that `BatchStream.iterate` gives."""
-    return (number for number in itertools.count(start) if number not in skip)
 
 
 def _packed(store: int, split: Split, length: int, seed: int):

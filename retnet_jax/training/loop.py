@@ -28,8 +28,8 @@ from retnet_jax.runs.checkpoint import Checkpoints
 from retnet_jax.runs.log import MetricsLog, NoLog
 from retnet_jax.runs.workdir import (
     locked,
-    open_workdir,
     progress_of_old_checkpoint,
+    record_start,
     recorded_config,
 )
 from retnet_jax.training.clock import Clock, peak_flops
@@ -79,7 +79,7 @@ def train(
     Args:
       config: what to train.
       workdir: directory of the run, new or begun.
-      step: makes the compiled step from config, mesh and the shapes of the state; None: `make_step`.
+      step: makes the compiled step of config, mesh and shapes of the state; None: `make_step`.
       evaluators: beside the held-out loss.
       on_log: called with each record of metrics.jsonl, in the first process.
 
@@ -89,7 +89,6 @@ def train(
     config.check()
     workdir = epath.Path(workdir)
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(processes.stop_signals())
         processes.once(lambda: stack.enter_context(locked(workdir)))
         recorded = recorded_config(workdir)
         config = with_initial_model(config, recorded)
@@ -104,7 +103,8 @@ def train(
         # A store that does not exist is built by the first process.
         processes.once(lambda: open_stores(config.data, config.model.vocab_size))
         stores = open_stores(config.data, config.model.vocab_size)
-        changes = processes.once(lambda: open_workdir(workdir, config, recorded, stores.tokenizer))
+        changes = processes.once(lambda: record_start(workdir, config, recorded, stores.tokenizer))
+        stop = stack.enter_context(processes.stop_signals())
         stack.enter_context(jax.set_mesh(mesh))
         checkpoints = Checkpoints(
             workdir / "checkpoints", config.train.keep_checkpoints, config.train.keep_every
@@ -381,7 +381,7 @@ class Run:
         return processes.any_of_us(processes.is_first() and passed)
 
     def save(self) -> None:
-        """Begins a checkpoint. A failure is reported and training continues: the next may succeed."""
+        """Begins a checkpoint. A failure is reported, and training continues."""
         self.written()  # the one before; its failure should not cost this one
         self.saved_at = time.monotonic()
         progress = Progress(self.next_batch, self.clock.run_began, self.clock.training_seconds)
