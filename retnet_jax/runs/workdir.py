@@ -18,7 +18,7 @@ from etils import epath
 from retnet_jax.config import TOKENIZERS, Config
 from retnet_jax.config_json import differences, read_config, to_json
 from retnet_jax.data import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
-from retnet_jax.data.tokenizers.pretrained import CONFIG_NAME, NAMES
+from retnet_jax.data.tokenizers import SAVED_FILES
 from retnet_jax.errors import ConfigError
 from retnet_jax.files import atomic, lock
 
@@ -51,7 +51,7 @@ def locked(workdir: epath.Path) -> Iterator[None]:
       ConfigError: if another process holds it, or it is no workdir but has something in it.
     """
     # What a start leaves that is cut off before it has recorded a config.
-    ours = {*NAMES, CONFIG_NAME, lock.FILE_NAME}
+    ours = {*SAVED_FILES, lock.FILE_NAME}
     found = list(workdir.iterdir()) if workdir.is_dir() else []
     names = {path.name for path in found if not atomic.is_unfinished(path)}
     if "config.json" not in names and names - ours:
