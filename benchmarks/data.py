@@ -26,7 +26,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 from retnet_jax.config import DataConfig
 from retnet_jax.data import BatchStream, Skipped, build_store, open_store, read_documents
 from retnet_jax.data.build import train_tokenizer
-from retnet_jax.data.tokenizers.byte_level import hugging_face
+from retnet_jax.data.tokenizers.base import hugging_face
 
 START = """
 import re, sys, time

@@ -15,7 +15,7 @@ from retnet_jax.data import build as store_builder
 from retnet_jax.data.build import build_store, is_held_out, open_or_build
 from retnet_jax.data.sources import Document
 from retnet_jax.data.token_store import check_files, open_store
-from retnet_jax.data.tokenizers.byte_level import train_bpe
+from retnet_jax.data.tokenizers import train_bpe
 from retnet_jax.errors import ConfigError
 from retnet_jax.files import atomic
 

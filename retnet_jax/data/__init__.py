@@ -29,14 +29,15 @@ from retnet_jax.data.build import (
 )
 from retnet_jax.data.sources import Document, Skipped, read_documents
 from retnet_jax.data.token_store import Split, TokenStore, check_files, open_store
-from retnet_jax.data.tokenizers.byte_level import (
+from retnet_jax.data.tokenizers import (
     BPETokenizer,
     ByteTokenizer,
     TextStream,
     Tokenizer,
+    has_tokenizer,
+    load_tokenizer,
     train_bpe,
 )
-from retnet_jax.data.tokenizers.pretrained import has_tokenizer, load_tokenizer
 
 __all__ = [
     "BPETokenizer",

@@ -48,14 +48,16 @@ from retnet_jax.data.token_store import (
     TokenStore,
     open_store,
 )
-from retnet_jax.data.tokenizers.byte_level import (
+from retnet_jax.data.tokenizers import (
+    TOKENIZER_FILES,
     BPETokenizer,
     ByteTokenizer,
     Tokenizer,
+    has_tokenizer,
+    load_tokenizer,
     text_parts,
     train_bpe,
 )
-from retnet_jax.data.tokenizers.pretrained import NAMES, has_tokenizer, load_tokenizer
 from retnet_jax.errors import ConfigError
 from retnet_jax.files import atomic
 from retnet_jax.files.digests import sha256_of, sha256_of_file
@@ -675,7 +677,8 @@ def _pretrained_tokenizer(config: DataConfig) -> Tokenizer:
     if not has_tokenizer(directory):
         raise ConfigError(
             f"data.tokenizer={config.tokenizer!r} is not one of "
-            f"{', '.join(map(repr, TOKENIZERS))}, and no directory with one of {', '.join(NAMES)}"
+            f"{', '.join(map(repr, TOKENIZERS))}, and no directory with one of "
+            f"{', '.join(TOKENIZER_FILES)}"
         )
     try:
         return load_tokenizer(directory)

@@ -1,7 +1,7 @@
 """The token store: a directory with all tokens of a corpus, in two splits.
 
     manifest.json                     what it was built from and holds; written last
-    tokenizer.json                    see `tokenizer.py`
+    tokenizer.json                    see `tokenizers`
     shards/00000/{split}.tokens.npy   uint16 or uint32 [tokens]: documents end to end, BOS first
     shards/00000/{split}.offsets.npy  int64 [documents + 1]: where each document begins, and the end
     shards/00000/{split}.bytes.npy    int64 [documents]: bytes of each document's UTF-8
@@ -11,7 +11,7 @@ The splits are "train" and "held_out"; a split is its shards end to end. The arr
 numpy alone reads them by memory map: opening a store costs no time or memory, whatever its size,
 and any position is read at once. On gs:// and the like the same files are read by byte ranges.
 
-`store_builder.py` writes stores.
+`build.py` writes stores.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from retnet_jax.data.tokenizers.byte_level import Tokenizer
-from retnet_jax.data.tokenizers.pretrained import CONFIG_NAME, NAMES, load_tokenizer
+from retnet_jax.data.tokenizers import SAVED_FILES, Tokenizer, load_tokenizer
 from retnet_jax.errors import ConfigError
 from retnet_jax.files import paths as files
 from retnet_jax.files.digests import sha256_of_file
@@ -253,7 +252,7 @@ def _load_tokenizer(directory: str) -> Tokenizer:
     if not files.is_remote(directory):
         return load_tokenizer(Path(directory))
     with tempfile.TemporaryDirectory() as local:
-        for name in (*NAMES, CONFIG_NAME):
+        for name in SAVED_FILES:
             if files.exists(f"{directory}/{name}"):
                 (Path(local) / name).write_bytes(files.read_bytes(f"{directory}/{name}"))
         return load_tokenizer(Path(local))

@@ -19,7 +19,7 @@ from etils import epath
 from retnet_jax.config import TOKENIZERS, Config
 from retnet_jax.config_json import differences, marked, read_config, to_json
 from retnet_jax.data import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
-from retnet_jax.data.tokenizers.pretrained import CONFIG_NAME, NAMES
+from retnet_jax.data.tokenizers import SAVED_FILES
 from retnet_jax.errors import ConfigError
 from retnet_jax.files import atomic, lock
 
@@ -35,7 +35,7 @@ def locked(workdir: epath.Path) -> Iterator[None]:
       ConfigError: if another process holds it, or if it has files in it but is no workdir.
     """
     # What a start leaves that is cut off before it has recorded a config.
-    ours = {*NAMES, CONFIG_NAME, lock.FILE_NAME}
+    ours = {*SAVED_FILES, lock.FILE_NAME}
     new = not workdir.exists()
     found = list(workdir.iterdir()) if workdir.is_dir() else []
     names = {path.name for path in found if not atomic.is_unfinished(path)}
