@@ -104,8 +104,9 @@ def train(config: Config, workdir: epath.PathLike, compiled: str | None = None) 
     else:
         step = aot.load(Path(compiled), config, mesh, state_shape)
     # A store that is not there yet is built by the first process.
-    processes.once(lambda: open_stores(config.data, config.model.vocab_size))
-    stores = open_stores(config.data, config.model.vocab_size)
+    command = command_line.prepare_command()
+    processes.once(lambda: open_stores(config.data, config.model.vocab_size, command))
+    stores = open_stores(config.data, config.model.vocab_size, command)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(processes.stop_signals())
         processes.once(lambda: stack.enter_context(locked(workdir)))
