@@ -25,7 +25,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from retnet_jax.config import DataConfig
 from retnet_jax.data import BatchStream, Skipped, build_store, open_store, read_documents
-from retnet_jax.data.build import train_tokenizer
+from retnet_jax.data.bpe_sample import train_tokenizer
 from retnet_jax.data.tokenizers.base import hugging_face
 
 START = """

@@ -40,7 +40,8 @@ def main() -> None:
     if config is None:
         stores = [open_store(given.store)]
     else:
-        found = open_stores(config.data, config.model.vocab_size)
+        command = command_line.prepare_command()
+        found = open_stores(config.data, config.model.vocab_size, command)
         stores = list(found.stores.values())
     length = given.sequence_length if config is None else config.data.sequence_length
     for store in stores:

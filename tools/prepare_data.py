@@ -22,9 +22,10 @@ def main() -> None:
     config = with_initial_model(command_line.given_config())
     manifest, plan = (f"{config.data.store}/{name}.json" for name in ("manifest", "plan"))
     complete = files.exists(manifest) and not files.exists(plan)
+    command = command_line.prepare_command()
     if not complete:
-        build_store(config.data, config.model.vocab_size, flags.FLAGS.processes)
-    store = open_or_build(config.data, config.model.vocab_size)
+        build_store(config.data, config.model.vocab_size, flags.FLAGS.processes, command)
+    store = open_or_build(config.data, config.model.vocab_size, command)
     if complete:
         check_files(store)
     print(table(store))

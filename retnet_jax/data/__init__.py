@@ -20,14 +20,10 @@ from retnet_jax.data.batches import (
     PlacedBatches,
     number_of_windows,
 )
-from retnet_jax.data.build import (
-    Stores,
-    build_store,
-    open_or_build,
-    open_stores,
-    train_tokenizer,
-)
+from retnet_jax.data.bpe_sample import train_tokenizer
+from retnet_jax.data.build import build_store
 from retnet_jax.data.sources import Document, Skipped, read_documents
+from retnet_jax.data.stores import Stores, open_or_build, open_stores
 from retnet_jax.data.token_store import Split, TokenStore, check_files, open_store
 from retnet_jax.data.tokenizers import (
     BPETokenizer,

@@ -5,6 +5,7 @@ the input ends it with its message and exit status 2; all else is a bug and keep
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from logging import CRITICAL, getLogger
@@ -75,6 +76,17 @@ def given_dtype() -> dict[str, str]:
 def run(main: Callable[[], int | None]) -> None:
     """Parses the command line, calls `main` and exits with the status it returns."""
     app.run(lambda _: _reporting(main), flags_parser=lambda argv: _reporting(_parse, argv))
+
+
+def prepare_command() -> str:
+    """The command that prepares the store of this program's config: its config flags are kept."""
+    options, taken = [], False
+    for argument in sys.argv[1:]:
+        if argument.startswith("-"):
+            taken = argument.lstrip("-").startswith("config")
+        if taken:  # "--config=FILE", or "--config" and "FILE"
+            options.append(argument)
+    return shlex.join(["python", "tools/prepare_data.py", *options])
 
 
 def given_config() -> Config:

@@ -52,5 +52,5 @@ def _main() -> int:
             return aot.load(Path(given.compiled), config, mesh, state_shape)
 
     with processes.ending_with_the_others("The same command resumes from the newest checkpoint."):
-        result = train(config, given.workdir, step=step)
+        result = train(config, given.workdir, step=step, command=command_line.prepare_command())
     return 0 if result.status in ("finished", "stopped") else 1

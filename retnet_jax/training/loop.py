@@ -19,6 +19,7 @@ from etils import epath
 from retnet_jax.config import Config
 from retnet_jax.data import Batch, Stores, open_stores
 from retnet_jax.data.batches import PlacedBatches
+from retnet_jax.data.build import DEFAULT_COMMAND
 from retnet_jax.errors import CheckpointError, DamagedCheckpointError, DivergedError
 from retnet_jax.model import LanguageModel
 from retnet_jax.parallel import processes
@@ -70,6 +71,7 @@ def train(
     step: Callable[[Config, jax.sharding.Mesh, TrainState], Step] | None = None,
     evaluators: Iterable[Evaluator] = (),
     on_log: Callable[[dict[str, Any]], object] | None = None,
+    command: str = DEFAULT_COMMAND,
 ) -> TrainResult:
     """Trains from the beginning, or from the newest checkpoint in `workdir`.
 
@@ -82,6 +84,7 @@ def train(
       step: makes the compiled step of config, mesh and shapes of the state; None: `make_step`.
       evaluators: beside the held-out loss.
       on_log: called with each record of metrics.jsonl, in the first process.
+      command: what builds the store of `config.data` by itself, for messages and its manifest.
 
     Raises:
       ConfigError, CheckpointError: before anything is changed, for input that does not fit.
@@ -101,8 +104,9 @@ def train(
         else:
             compiled = step(config, mesh, state_shape)
         # A store that does not exist is built by the first process.
-        processes.once(lambda: open_stores(config.data, config.model.vocab_size))
-        stores = open_stores(config.data, config.model.vocab_size)
+        data = config.data, config.model.vocab_size, command
+        processes.once(lambda: open_stores(*data))
+        stores = open_stores(*data)
         changes = processes.once(lambda: record_start(workdir, config, recorded, stores.tokenizer))
         stop = stack.enter_context(processes.stop_signals())
         stack.enter_context(jax.set_mesh(mesh))
