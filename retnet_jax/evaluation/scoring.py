@@ -20,12 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from retnet_jax.errors import ConfigError
-from retnet_jax.evaluation.padding import power_of_two
 from retnet_jax.evaluation.prefix_trie import LONGEST_NODE, Node, PrefixTrie, Request
 from retnet_jax.model import LanguageModel, State
 from retnet_jax.ops.cross_entropy import logits_at_once
 from retnet_jax.parallel.sharding import constrain
-from retnet_jax.shapes import Array, Bool, Float, Int
+from retnet_jax.shapes import Array, Bool, Float, Int, power_of_two
 
 # Few shapes are compiled: tokens and queries of nodes are padded to these sizes (a request can ask
 # for more than a node has tokens: see `_padded`), and batches to powers of two. With powers of two

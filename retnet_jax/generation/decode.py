@@ -18,7 +18,7 @@ import numpy as np
 from retnet_jax.errors import ConfigError
 from retnet_jax.generation.sampling import GREEDY, Sampler, Samplers
 from retnet_jax.model import LanguageModel, State, for_decoding
-from retnet_jax.shapes import Array, Bool, Float, Int
+from retnet_jax.shapes import Array, Bool, Float, Int, power_of_two
 
 # Tokens of a prompt that are read at once. Longer prompts are read in pieces, so that memory does
 # not grow with them; shorter ones are padded to a power of two, so that few lengths are compiled.
@@ -90,7 +90,7 @@ def generate(
     samplers = Samplers.of(sampler, len(prompts))
     model = for_decoding(model)
     # Lengths are compiled as powers of two, so that they are few; what is too much is not computed.
-    room = max(16, 1 << (max_tokens - 1).bit_length())
+    room = max(16, power_of_two(max_tokens))
     progress = prefill(model, prompts, room)
     keys = row_keys(seed, len(prompts))
     block, _ = complete(
@@ -197,7 +197,7 @@ def prefill(
     """
     _check_prompts(prompts, model.config.vocab_size, may_be_empty=progress is not None)
     longest = max(map(len, prompts))
-    piece = min(LONGEST_PIECE, max(SHORTEST_PIECE, 1 << (longest - 1).bit_length()))
+    piece = min(LONGEST_PIECE, max(SHORTEST_PIECE, power_of_two(longest)))
     length = -(-longest // piece) * piece
     tokens = np.zeros((len(prompts), length), np.int32)
     segment_ids = np.zeros_like(tokens)  # 0: padding
