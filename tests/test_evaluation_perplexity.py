@@ -20,19 +20,15 @@ from retnet_jax import RetNet, Transformer
 from retnet_jax.config import Config, DataConfig, ModelConfig
 from retnet_jax.data import ByteTokenizer, build_store, open_store, train_bpe
 from retnet_jax.errors import ConfigError
-from retnet_jax.evaluation import (
-    PROTOCOLS,
-    Plan,
-    compressed_bits_per_byte,
-    last_tokens_nll,
+from retnet_jax.evaluation.compressors import compressed_bits_per_byte
+from retnet_jax.evaluation.perplexity import last_tokens_nll, stateful_nll, window_nll, windows
+from retnet_jax.evaluation.plan import PROTOCOLS
+from retnet_jax.evaluation.statistics import (
     perplexity_report,
     position_buckets,
     ratio_standard_error,
-    stateful_nll,
-    window_nll,
-    windows,
 )
-from retnet_jax.programs.evaluate import evaluate
+from retnet_jax.programs.evaluate import print_evaluation
 from retnet_jax.runs.checkpoint import CheckpointError, Checkpoints
 from retnet_jax.runs.workdir import open_workdir
 
@@ -276,8 +272,7 @@ def workdir(tmp_path_factory):
 
 
 def run_eval(directory, **options):
-    plan = {name: options.pop(name) for name in ("protocols", "window_length") if name in options}
-    evaluate(directory, Plan(**{"window_length": 0, "protocols": PROTOCOLS} | plan), **options)
+    print_evaluation(directory, **{"protocols": PROTOCOLS} | options)
 
 
 def test_table_and_json_of_a_run(workdir, tmp_path, capsys):

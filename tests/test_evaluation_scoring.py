@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from retnet_jax import ModelConfig, RetNet, Transformer
 from retnet_jax.config import MeshConfig
 from retnet_jax.errors import ConfigError
-from retnet_jax.evaluation import PrefixTrie, Request, score, score_trie
-from retnet_jax.evaluation.prefix_trie import LONGEST_NODE
+from retnet_jax.evaluation.prefix_trie import LONGEST_NODE, PrefixTrie, Request
+from retnet_jax.evaluation.scoring import score, score_trie
 from retnet_jax.parallel.sharding import make_mesh, with_shardings
 
 VOCABULARY = 24
