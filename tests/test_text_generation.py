@@ -145,7 +145,7 @@ def test_a_text_read_in_parts_is_the_whole(kind):
 def test_a_saved_state_goes_on_exactly_where_it_stopped(kind, sampler, tmp_path):
     model, path = build(kind), tmp_path / "new" / "text.state"
     whole = written(model, BYTES, ["Grüße, "], 40, sampler, seed=3).continuations[0]
-    first = written(model, BYTES, ["Grüße, "], 13, sampler, seed=3, block_size=1)
+    first = written(model, BYTES, ["Grüße, "], 13, sampler, seed=3, tokens_at_once=1)
     save_reading(path, first.reading, model, BYTES)
     after = load_reading(path, model, BYTES)
     writer = Writer(model, BYTES, [""], 27, sampler, seed=3, after=after)
@@ -173,7 +173,7 @@ def test_one_text_is_asked_many_questions(kind):
 
 
 def test_after_its_end_a_text_needs_a_prompt():
-    reading = written(build(RetNet), BYTES, ["x"], 3, block_size=1).reading
+    reading = written(build(RetNet), BYTES, ["x"], 3, tokens_at_once=1).reading
     ended = reading.progress._replace(ended=np.array([True]))
     reading = type(reading)(ended, reading.last_ids)
     with pytest.raises(ConfigError, match="prompt 1 is empty, but the text before it has ended"):
@@ -183,7 +183,7 @@ def test_after_its_end_a_text_needs_a_prompt():
 
 def test_states_that_cannot_be_used_are_refused(tmp_path):
     model, path = build(RetNet), tmp_path / "text.state"
-    save_reading(path, written(model, BYTES, ["x"], 3, block_size=1).reading, model, BYTES)
+    save_reading(path, written(model, BYTES, ["x"], 3, tokens_at_once=1).reading, model, BYTES)
     intact = path.read_bytes()
     load_reading(path, model, BYTES)
     with pytest.raises(CheckpointError, match="exists already"):
