@@ -172,7 +172,7 @@ def test_states_are_few_whatever_the_number_of_requests():
     class Pool(scoring._Pool):
         def read(self, batch):
             answers = super().read(batch)
-            sizes.append(len(self._lengths))
+            sizes.append(len(self.slots))
             return answers
 
     requests = requests_of_a_task(np.random.default_rng(6), questions=150, choices=4, prompt=3)
