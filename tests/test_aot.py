@@ -15,7 +15,6 @@ from jax.sharding import PartitionSpec as P
 from test_train import config, metrics, uninterrupted
 from test_train_step import CONFIG
 
-import train as training
 from retnet_jax.aot import topologies
 from retnet_jax.aot.compile_step import DoesNotFitError, compile_step, save
 from retnet_jax.aot.fit import arrangements, fit, ranking
@@ -163,7 +162,7 @@ def test_a_saved_step_trains_alike(config, uninterrupted, tmp_path, monkeypatch)
     step = compile_step(config)
     save(step, tmp_path / "step")
     with monkeypatch.context() as patch:
-        patch.setattr(training, "make_step", None)  # it has to do without
+        patch.setattr("retnet_jax.programs.train.make_step", None)  # it has to do without
         assert train(config, tmp_path / "run", compiled=str(tmp_path / "step")) == 0
     found, expected = metrics(tmp_path / "run"), metrics(uninterrupted)
     assert {i: x["loss"] for i, x in found.items()} == {i: x["loss"] for i, x in expected.items()}

@@ -18,6 +18,7 @@ from retnet_jax.config import Config, DataConfig
 from retnet_jax.data import ByteTokenizer, TextStream, train_bpe
 from retnet_jax.errors import CheckpointError, ConfigError
 from retnet_jax.generation.decode import decode, prefill
+from retnet_jax.generation.requests import read_requests
 from retnet_jax.generation.sampling import Sampler
 from retnet_jax.generation.saved_state import load_reading, save_reading
 from retnet_jax.generation.texts import Writer, _Row
@@ -228,6 +229,29 @@ def run(*arguments, status=0):
     assert done.returncode == status, done.stderr.decode()
     assert b"Traceback" not in done.stderr
     return done.stdout.decode() if status == 0 else done.stderr.decode()
+
+
+def test_requests_have_samplers_of_their_own(tmp_path):
+    path = tmp_path / "requests.jsonl"
+    first = '{"prompt": "a", "top_k": 5}'
+    second = '{"prompt": "é", "temperature": 0, "top_p": null}'
+    path.write_text(f"{first}\n\n{second}\n", encoding="utf-8")
+    defaults = {"temperature": 0.5, "top_k": None, "top_p": 0.9}
+    assert read_requests(path, defaults) == [
+        ("a", Sampler(0.5, top_k=5, top_p=0.9)),
+        ("é", Sampler(0)),
+    ]
+    path.write_text('{"prompt": ""}')
+    assert read_requests(path, defaults, may_be_empty=True)[0].prompt == ""
+    for line, message in (
+        ('{"prompt": ""}', r"line 1: prompt='' is empty"),
+        ("[1]", "line 1: no object with a prompt"),
+        ('{"prompt": "a", "top_k": 0}', "line 1: top_k=0 leaves no token"),
+        ("", "has no requests"),
+    ):
+        path.write_text(line)
+        with pytest.raises(ConfigError, match=message):
+            read_requests(path, defaults)
 
 
 def test_the_program_keeps_and_continues_a_state(workdir, tmp_path):

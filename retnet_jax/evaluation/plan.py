@@ -12,7 +12,7 @@ from retnet_jax.evaluation.tasks import TASKS, VARIANTS
 
 PARTS = ("perplexity", "tasks", "recall")
 PROTOCOLS = ("window", "sliding", "stateful")
-# Of the fields of a plan that are numbers, or several.
+# The smallest value of each field of a plan that is a number, or several.
 _LEAST = {
     **{"window_length": 1, "stride": 1, "context_lengths": 128, "shots": 0, "seed": 0},
     **{"max_length": 1, "distances": 1, "trials": 2, "batch_size": 1},

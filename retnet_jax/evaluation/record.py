@@ -52,7 +52,7 @@ def evaluation_record(
         "first_less_second": None if differences is None else differences_as_json(differences),
         "data": text.record if text else None,
         "task_data": [_rows_record(task) for task in tasks],
-        "plan": _options(plan),
+        "plan": dataclasses.asdict(plan),
         "form": "chunkwise",
         "compressors": compressed,
         "device": mesh.devices.flat[0].device_kind,
@@ -86,7 +86,7 @@ def model_record(
         "checkpoint": None if checkpoint is None else str(checkpoint.absolute()),
         "checkpoint_sha256": sha256,
         "step": step,
-        "model": _options(config),
+        "model": dataclasses.asdict(config),
         "tokenizer": tokenizer.fingerprint,
         **results_as_json(results),
     }
@@ -174,12 +174,6 @@ def _rows_record(found: TaskRows) -> dict[str, Any]:
         "rows_sha256": found.rows.sha256,
         "shots_sha256": None if found.pool is None else found.pool.sha256,
     }
-
-
-def _options(of: Plan | ModelConfig) -> dict[str, Any]:
-    """The fields of options, as JSON has them: lists for tuples."""
-    fields = dataclasses.asdict(of).items()
-    return {name: list(x) if isinstance(x, tuple) else x for name, x in fields}
 
 
 def _finite(found) -> dict[str, Any]:

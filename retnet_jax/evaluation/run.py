@@ -61,11 +61,12 @@ def evaluate(
       compressors: also compress the texts, with gzip and xz.
       options: of `make_plan` and `Plan`, such as parts=("perplexity", "tasks", "recall"),
         protocols=("window", "sliding", "stateful"), window_length, stride, tasks, task_data, shots,
-        distances, batch_size; with the defaults of eval.py.
+        distances, batch_size; with the defaults of eval.py. Of a model in memory it is not known
+        how long its training windows were: `window_length` is 2048 if not given.
 
     Returns:
-      The record, of which all can be written as JSON. Where several processes work together each
-      gets it; `checkpoint_sha256` and `compressors` are the first's.
+      The record, all of which json.dumps takes. With several processes each gets it; only the first
+      one's has `checkpoint_sha256` and `compressors`.
 
     Raises:
       ConfigError, CheckpointError: before anything is computed, for input that does not fit.
