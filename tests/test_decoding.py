@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
-from test_ahead import tpus
+from test_aot import tpus
 from tolerances import assert_close
 
 from retnet_jax import ModelConfig, RetNet, Transformer, for_decoding, interop

@@ -16,10 +16,11 @@ from retnet_jax import RetNet, generate, interop, load_pretrained
 from retnet_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from retnet_jax.data import BatchStream, load_tokenizer, open_store
 from retnet_jax.errors import ConfigError
-from retnet_jax.evaluation import Plan, perplexity_report, window_nll
+from retnet_jax.evaluation.perplexity import window_nll
+from retnet_jax.evaluation.statistics import perplexity_report
 from retnet_jax.interop import presets
 from retnet_jax.pretrained import read_pretrained
-from retnet_jax.programs.evaluate import evaluate
+from retnet_jax.programs.evaluate import print_evaluation
 from retnet_jax.training.loop import train
 from retnet_jax.training.step import loss_sum
 
@@ -49,9 +50,9 @@ def corpus(tmp_path_factory):
 
 
 def test_evaluation(directory, corpus, tmp_path, capsys):
-    evaluate(
+    print_evaluation(
         directory,
-        Plan(protocols=("window",), window_length=0),
+        protocols=("window",),
         data=str(corpus / "*.txt"),
         output=tmp_path / "result.json",
     )

@@ -31,8 +31,7 @@ from retnet_jax.config import (
 from retnet_jax.config_json import to_json
 from retnet_jax.data import build_store
 from retnet_jax.errors import CheckpointError, ConfigError
-from retnet_jax.evaluation import Plan
-from retnet_jax.programs.evaluate import evaluate
+from retnet_jax.programs.evaluate import print_evaluation
 from retnet_jax.runs.checkpoint import Checkpoints
 from retnet_jax.runs.log import MetricsLog
 from retnet_jax.runs.workdir import locked
@@ -182,9 +181,9 @@ def test_carried_states_of_a_mixture_resume_exactly(mixture, tmp_path, monkeypat
     for name, loss in zip(("tests", "model"), losses, strict=True):
         assert held_out[f"held_out_bits_per_byte/{name}"] == pytest.approx(loss / np.log(2))
         assert held_out[f"held_out_perplexity/{name}"] == pytest.approx(np.exp(loss))
-    evaluate(
+    print_evaluation(
         tmp_path / "whole",
-        Plan(protocols=("window",), window_length=0),
+        protocols=("window",),
         output=tmp_path / "result.json",
     )
     record = json.loads((tmp_path / "result.json").read_text())["protocols"]["window"]

@@ -67,6 +67,41 @@ class ModelSource:
         return array if layer is None else array[layer]
 
 
+_HEAD_NORM_SCALE = "layers/mixer/head_norm/scale"
+_OUT_KERNEL = "layers/mixer/out/kernel"
+
+
+class HeadNormFolded:
+    """The parameters of a source with the head norm's scale multiplied into the output projection.
+
+    The gate comes between the two and is elementwise, so y W = (y / scale) (scale W). The product
+    is rounded to the dtype that the output projection is stored in.
+    """
+
+    def __init__(self, source: Source):
+        """Raises `ConfigError` for a model whose head norm has no scale."""
+        model = source.description.model
+        if not model.head_norm_scale:
+            raise ConfigError("there is no scale in the head norm of this model to fold")
+        self._source = source
+        self._n_heads = model.n_heads
+        self.description = dataclasses.replace(
+            source.description, model=dataclasses.replace(model, head_norm_scale=False)
+        )
+
+    def info(self, own: str, layer: int | None) -> TensorInfo:
+        return self._source.info(own, layer)
+
+    def read(self, own: str, layer: int | None) -> np.ndarray:
+        array = self._source.read(own, layer)
+        if own != _OUT_KERNEL:
+            return array
+        scale = np.tile(
+            self._source.read(_HEAD_NORM_SCALE, layer).astype(np.float32), self._n_heads
+        )
+        return (scale[:, None] * array.astype(np.float32)).astype(array.dtype)
+
+
 def load_model(source: Source, mesh: Mesh | None = None, **changes: Any) -> LanguageModel:
     """A model with the parameters of a source.
 

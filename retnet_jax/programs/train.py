@@ -17,7 +17,7 @@ from pathlib import Path
 
 from absl import flags
 
-from retnet_jax import aot
+from retnet_jax.aot.compile_step import load
 from retnet_jax.parallel import processes
 from retnet_jax.programs import command_line
 from retnet_jax.training.loop import train
@@ -49,7 +49,7 @@ def _main() -> int:
     if given.compiled is not None:
 
         def step(config, mesh, state_shape):
-            return aot.load(Path(given.compiled), config, mesh, state_shape)
+            return load(Path(given.compiled), config, mesh, state_shape)
 
     with processes.ending_with_the_others("The same command resumes from the newest checkpoint."):
         result = train(config, given.workdir, step=step, command=command_line.prepare_command())

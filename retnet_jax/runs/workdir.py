@@ -71,12 +71,12 @@ def recorded_config(workdir: epath.Path) -> Config | None:
 
 
 def record_start(
-    workdir: epath.Path, config: Config, recorded: Config | None, tokenizer: Tokenizer
+    workdir: epath.PathLike, config: Config, recorded: Config | None, tokenizer: Tokenizer
 ) -> list[str]:
     """Records config and tokenizer of a new run, or compares those of a run that is resumed.
 
     Args:
-      workdir: held by this process.
+      workdir: of the run, held by this process.
       config: of the run that starts.
       recorded: what the workdir records.
       tokenizer: of the run that starts.
@@ -87,7 +87,9 @@ def record_start(
     Raises:
       ConfigError: if the workdir belongs to a run with another config or tokenizer.
     """
+    workdir = epath.Path(workdir)
     if recorded is None:
+        workdir.mkdir(parents=True, exist_ok=True)
         tokenizer.save(workdir)
         # Written last: what has a config.json is a workdir.
         atomic.write_text(workdir / "config.json", to_json(config))
