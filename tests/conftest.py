@@ -1,10 +1,26 @@
-"""Test set-up: eight simulated CPU devices, and shape annotations that are checked."""
+"""Test set-up: eight simulated CPU devices, shape annotations that are checked, compilations counted."""
 
 import os
+import shutil
+import tempfile
 
-# Before jax starts: an accelerator plugin that is installed would take its device for itself.
+# Before jax starts, here and in the processes that tests start. An accelerator plugin that is
+# installed would take its device for itself.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+# Most of the tests' time is compilation, and most of that LLVM's: without its optimisations, and with
+# fewer and plainer functions for it, compiling takes an eighth.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    " --xla_cpu_parallel_codegen_split_count=1",
+)
+# A program that one worker or one subprocess has compiled, none compiles again in this run.
+CACHE = None
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    CACHE = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="retnet_jax_tests_")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jaxtyping
 import pytest
@@ -18,6 +34,14 @@ jaxtyping.install_import_hook(
 # Compiling takes longer than any deadline; derandomized, so that a red test is red again.
 settings.register_profile("jax", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("jax")
+
+
+pytest_plugins = ["compilations"]
+
+
+def pytest_unconfigure():
+    if CACHE is not None:
+        shutil.rmtree(CACHE, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
