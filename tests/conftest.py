@@ -1,14 +1,33 @@
-"""Test set-up: eight simulated CPU devices, and shape annotations that are checked."""
+"""Test set-up: eight simulated CPU devices, annotations that are checked, fast compilation."""
 
+import atexit
 import os
-
-# Before jax starts: an accelerator plugin that is installed would take its device for itself.
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+import shutil
+import tempfile
 
 import jaxtyping
 import pytest
 from hypothesis import settings
+
+pytest_plugins = ["compilations"]
+
+# All of this before jax starts, here and in the processes that tests start. An accelerator plugin
+# that is installed would take its device for itself.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+# Most of the tests' time is compilation, and most of that LLVM's. Without its optimisations, and
+# with fewer and plainer functions for it, compiling takes an eighth; XLA_FLAGS= leaves them in.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    " --xla_cpu_parallel_codegen_split_count=1",
+)
+# What one process has compiled no other compiles again: pytest's workers, the programs in tests.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="retnet_jax_tests_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 jaxtyping.install_import_hook(
     ["retnet_jax.ops", "retnet_jax.model", "retnet_jax.generation.decode"],

@@ -5,13 +5,12 @@ import gzip
 import json
 import lzma
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
 from flax import nnx
 from tolerances import assert_close
@@ -358,7 +357,7 @@ def test_directories_that_do_not_fit(workdir, tmp_path):
         run_eval(tmp_path)
 
     data = DataConfig(tokenizer="byte", store="no/such/store")
-    record_start(tmp_path / "untrained", Config(model=TINY, None, data=data), ByteTokenizer())
+    record_start(tmp_path / "untrained", Config(model=TINY, data=data), None, ByteTokenizer())
     with pytest.raises(ConfigError, match=r"data\.store='no/such/store' .* does not exist"):
         run_eval(tmp_path / "untrained")
     with pytest.raises(CheckpointError, match="there is no checkpoint to load"):
@@ -382,9 +381,7 @@ def test_a_store_with_another_tokenizer(workdir, tmp_path):
     ],
 )
 def test_command_lines_that_say_too_much_or_too_little(arguments, message):
-    found = subprocess.run(
-        [sys.executable, ROOT / "eval.py", *arguments], capture_output=True, text=True, check=False
-    )
+    found = programs.run("eval.py", *arguments)
     assert found.returncode == 2
     assert message in found.stderr
     assert "Traceback" not in found.stderr

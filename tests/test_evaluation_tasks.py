@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import programs
 import pytest
 from flax import nnx
 
@@ -432,33 +433,11 @@ COMMAND_LINES = [
     ),
     (["--context-lengths=128,90000", f"--data={ROOT}/LICENS*"], "no document has 90000 tokens"),
 ]
-ALL_COMMAND_LINES = """
-import json, sys
-from absl import flags
-from retnet_jax.programs import command_line, evaluate
-evaluate.define_flags()
-for arguments in json.loads(sys.argv[1]):
-    flags.FLAGS.unparse_flags()
-    for name in list(flags.FLAGS):
-        flags.FLAGS[name].unparse()
-    try:
-        command_line._reporting(command_line._parse, ["eval.py", *arguments])
-        command_line._reporting(evaluate._main)
-    except SystemExit as error:
-        print(f"exit {error.code}", file=sys.stderr)
-    print("---", file=sys.stderr)
-"""
 
 
-def test_command_lines_that_do_not_fit(runs):
-    """All in one process, which takes seconds to start."""
-    lines = json.dumps([[f"--workdir={runs[0]}", *line] for line, _ in COMMAND_LINES])
-    done = subprocess.run(
-        [sys.executable, "-c", ALL_COMMAND_LINES, lines], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize(("arguments", "message"), COMMAND_LINES)
+def test_command_lines_that_do_not_fit(runs, arguments, message):
+    done = programs.run("eval.py", f"--workdir={runs[0]}", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
-    said = done.stderr.split("---\n")[:-1]
-    for (_, message), found in zip(COMMAND_LINES, said, strict=True):
-        assert message in found
-        assert found.endswith("exit 2\n")

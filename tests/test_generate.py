@@ -4,11 +4,11 @@ import functools
 import operator
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
 from flax import nnx
 from tolerances import assert_close
@@ -226,11 +226,6 @@ def test_input_that_does_not_fit_is_refused(arguments, message):
         generate(build(RetNet), **{"prompts": [[1]], "max_tokens": 5} | arguments)
 
 
-def run_program(*arguments):
-    program = Path(__file__).parents[1] / "generate.py"
-    return subprocess.run([sys.executable, program, *arguments], capture_output=True)
-
-
 @pytest.fixture
 def workdir(tmp_path):
     """What training leaves, with a model that has more ids than its tokenizer."""
@@ -250,11 +245,14 @@ def test_the_program_prints_what_generate_returns(workdir):
     )
     texts = [text + tokenizer.decode(row) for text, row in zip(prompts, new, strict=True)]
     options = ("--max_tokens=40", "--temperature=0.5", "--top_p=0.9", "--seed=2")
-    one = run_program(f"--workdir={workdir}", f"--prompt={prompts[0]}", *options)
+    command = [sys.executable, programs.ROOT / "generate.py", f"--workdir={workdir}"]
+    one = subprocess.run([*command, f"--prompt={prompts[0]}", *options], capture_output=True)
     assert one.stdout.decode() == texts[0] + "\n", one.stderr.decode()
-    three = run_program(f"--checkpoint={workdir}", *(f"--prompt={x}" for x in prompts), *options)
+    three = programs.run(
+        "generate.py", f"--checkpoint={workdir}", *(f"--prompt={x}" for x in prompts), *options
+    )
     headed = (f"--- {i} of 3 ---\n{text}\n" for i, text in enumerate(texts, start=1))
-    assert three.stdout.decode() == "".join(headed), three.stderr.decode()
+    assert three.stdout == "".join(headed), three.stderr
 
 
 def test_the_program_names_what_does_not_fit(workdir):
@@ -265,7 +263,7 @@ def test_the_program_names_what_does_not_fit(workdir):
         (("--prompt=", f"--workdir={workdir}"), "--prompt='' is empty"),
         (("--prompt=a", f"--workdir={workdir}"), "257 ids"),
     ):
-        done = run_program(*arguments)
+        done = programs.run("generate.py", *arguments)
         assert done.returncode == 2
-        assert message in done.stderr.decode()
-        assert b"Traceback" not in done.stderr
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr

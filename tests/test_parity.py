@@ -17,6 +17,7 @@ from tolerances import assert_close, relative_difference
 from retnet_jax import interop
 from retnet_jax.interop import presets
 from retnet_jax.interop.parameter_source import ModelSource
+from retnet_jax.interop.tables import config_values
 from retnet_jax.model import build_model
 from retnet_jax.model.multi_scale_retention import MultiScaleRetention
 from retnet_jax.ops.retention import log_decay, row_normalizer
@@ -203,7 +204,7 @@ def test_gradients(case):
 def test_one_retention_layer(case):
     directory = FIXTURES / f"torchscale_{case}"
     recorded = load_file(directory / "retention.safetensors")
-    sizes = interop.layout.config_values(directory)
+    sizes = config_values(directory)
     preset = presets.torchscale if "head" in case else presets.paper
     with jax.enable_x64(True):
         config = preset(

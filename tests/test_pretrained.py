@@ -2,12 +2,11 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
+import programs
 import pytest
 from flax import nnx
 from test_pretrained_tokenizer import llama
@@ -78,14 +77,11 @@ def test_generation(directory):
         vocab_size=tokenizer.vocab_size,
     )
     arguments = ["--prompt=def state", "--max_tokens=30", "--dtype=bfloat16"]
-    done = subprocess.run(
-        [sys.executable, ROOT / "generate.py", f"--checkpoint={directory}", *arguments],
-        capture_output=True,
-        check=True,
-    )
-    assert done.stdout.decode().startswith("def state")
+    done = programs.run("generate.py", f"--checkpoint={directory}", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("def state")
     assert len(done.stdout) > len("def state\n")
-    assert done.stdout.decode() == tokenizer.decode(prompt + ids) + "\n"
+    assert done.stdout == tokenizer.decode(prompt + ids) + "\n"
 
 
 def run_config(begin, corpus, store, **data):

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import programs
 import pytest
 from test_train import STEPS, config, config_file, latest_step, metrics, uninterrupted
 
@@ -157,19 +158,11 @@ def test_processes_that_were_not_started_alike_are_refused(config_file, tmp_path
 
 
 def test_a_coordinator_that_is_not_there_is_named(config_file, tmp_path):
-    command = [sys.executable, "train.py", f"--config={config_file}", f"--workdir={tmp_path}/run"]
+    command = ["train.py", f"--config={config_file}", f"--workdir={tmp_path}/run"]
     flags = ["--coordinator_address=localhost:1", "--num_processes=2", "--process_id=1"]
-    done = subprocess.run(
-        [*command, *flags, "--connect_seconds=2"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = programs.run(*command, *flags, "--connect_seconds=2")
     assert done.returncode == 2, done.stderr
     assert "--coordinator_address=localhost:1 cannot be reached" in done.stderr
-    done = subprocess.run(
-        [*command, *flags[:2]], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = programs.run(*command, *flags[:2])
     assert done.returncode == 2, done.stderr
     assert "belong together" in done.stderr

@@ -2,13 +2,12 @@
 
 import functools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
 from flax import nnx
 from tolerances import assert_close
@@ -223,12 +222,10 @@ def workdir(tmp_path_factory):
 
 
 def run(*arguments, status=0):
-    done = subprocess.run(
-        [sys.executable, ROOT / "generate.py", *arguments], capture_output=True, check=False
-    )
-    assert done.returncode == status, done.stderr.decode()
-    assert b"Traceback" not in done.stderr
-    return done.stdout.decode() if status == 0 else done.stderr.decode()
+    done = programs.run("generate.py", *arguments)
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout if status == 0 else done.stderr
 
 
 def test_requests_have_samplers_of_their_own(tmp_path):

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import programs
 import pytest
 
 from retnet_jax.config import DataConfig
@@ -16,8 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(tool, *arguments, check=True):
-    command = [sys.executable, ROOT / "tools" / f"{tool}.py", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    done = programs.run(f"tools/{tool}.py", *arguments)
     assert not check or done.returncode == 0, done.stderr
     return done
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
 from etils import epath
 
@@ -28,7 +29,7 @@ from retnet_jax.config import (
     ProfileConfig,
     TrainConfig,
 )
-from retnet_jax.config_json import to_json
+from retnet_jax.config_json import config_from_json, to_json
 from retnet_jax.data import build_store
 from retnet_jax.errors import CheckpointError, ConfigError
 from retnet_jax.programs.evaluate import print_evaluation
@@ -44,13 +45,15 @@ STEPS = 10
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """A model of one layer on the tests' own source, bytes as tokens."""
+    """A model of one layer on the paragraphs of the licence, bytes as tokens."""
     directory = tmp_path_factory.mktemp("data")
+    for number, paragraph in enumerate((ROOT / "LICENSE").read_text().split("\n\n")):
+        (directory / f"paragraph_{number:03}.txt").write_text(paragraph)
     return Config(
         model=ModelConfig(vocab_size=257, d_model=16, n_layers=1, n_heads=2),
         data=DataConfig(
             source="text",
-            path=str(ROOT / "tests" / "test_*.py"),
+            path=str(directory / "*.txt"),
             tokenizer="byte",
             store=str(directory / "store"),
             held_out=0.2,
@@ -212,9 +215,27 @@ def test_stores_of_a_mixture_that_do_not_fit_are_named(mixture, tmp_path):
             train(bad, tmp_path / "run")
 
 
+WAITING = """
+import sys, time
+from pathlib import Path
+from retnet_jax.runs import log
+
+write = log.MetricsLog.write
+
+def patched(self, step, values):
+    write(self, step, values)
+    if step == 5:  # steps are faster than the checkpoint of step 4
+        while not (Path(sys.argv[-1].removeprefix("--workdir=")) / "checkpoints" / "4").exists():
+            time.sleep(0.01)
+
+log.MetricsLog.write = patched
+exec(compile(Path("train.py").read_text(), "train.py", "exec"))
+"""
+
+
 def run_killed_at(config_file, workdir, step):
     """A run in a process of its own, killed with -9 when it has logged a step (or finished)."""
-    command = [sys.executable, "train.py", f"--config={config_file}", f"--workdir={workdir}"]
+    command = [sys.executable, "-c", WAITING, f"--config={config_file}", f"--workdir={workdir}"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     lines = []
     for line in process.stderr:
@@ -326,7 +347,10 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(
     """Files may not grow beyond 16 kB from step 5 on, or until the first failure is reported."""
     arguments = [disk, f"--config={config_file}", f"--workdir={tmp_path / 'run'}"]
     command = [sys.executable, "-c", FULL_DISK, *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = {x: os.environ[x] for x in os.environ if x != "JAX_COMPILATION_CACHE_DIR"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert "a checkpoint could not be written" in done.stderr
     assert "the newest good one is of step 4" in done.stderr
     if disk == "freed":
@@ -349,7 +373,7 @@ def test_steps_that_are_not_finite_are_passed_over_and_end_the_run(config, tmp_p
     errors = capfd.readouterr().err
     assert "step 2 is skipped: on batch 1 the loss is " in errors
     assert "the last 3 steps, up to step 4, were skipped" in errors
-    assert "tests/test_" in errors.split("Their batches held parts of")[1]
+    assert "/paragraph_" in errors.split("Their batches held parts of")[1]
     assert "--config.data.skip_batches='(1,2,3,)' resumes" in errors
     assert [line["loss"] for line in list(metrics(tmp_path / "run").values())[1:]] == [None] * 2
     # Without these batches, from the newest checkpoint: here from the beginning.
@@ -427,8 +451,6 @@ def test_a_finished_run_is_left_as_it_is(config, uninterrupted, capfd):
 def test_another_config_is_refused_and_shown(config, uninterrupted):
     values = json.loads(to_json(config))
     values["model"]["d_model"] = 32
-    from retnet_jax.config_json import config_from_json
-
     other = config_from_json(json.dumps(values))
     with pytest.raises(ConfigError, match=r"model.d_model: 16 -> 32"):
         train(other, uninterrupted)
@@ -559,10 +581,8 @@ def test_another_tokenizer_is_refused(config, uninterrupted, tmp_path):
     ],
 )
 def test_command_line_errors_are_one_message(config_file, tmp_path, arguments, message):
-    command = [sys.executable, "train.py", f"--config={config_file}", f"--workdir={tmp_path}/run"]
-    done = subprocess.run(
-        [*command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    command = ["train.py", f"--config={config_file}", f"--workdir={tmp_path}/run"]
+    done = programs.run(*command, *arguments)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
