@@ -12,7 +12,7 @@ from tolerances import assert_close
 
 from retnet_jax.config import DataConfig, MeshConfig
 from retnet_jax.data import Batch
-from retnet_jax.ops.retention import log_decay, retention, sequence_parallel, split_rows
+from retnet_jax.ops.retention import log_decay, on_mesh, retention, split_rows
 from retnet_jax.parallel.sharding import batch_shardings, make_mesh
 from retnet_jax.training.step import abstract_state, initial_state, loss_sum, make_step
 
@@ -56,7 +56,7 @@ def outputs_and_gradients(q, k, v, state, segment_ids):
 def test_split_rows_are_whole_rows(packed, exchange, mesh, monkeypatch):
     arguments = (*inputs(), documents() if packed else None)
     expected = outputs_and_gradients(*arguments)
-    monkeypatch.setattr(sequence_parallel, "MOST_GATHERED", 8 if exchange == "gathered" else 1)
+    monkeypatch.setattr(on_mesh, "MOST_GATHERED", 8 if exchange == "gathered" else 1)
     with jax.set_mesh(mesh_of(**mesh)):
         found = jax.jit(lambda *x: outputs_and_gradients(*x))(*arguments)
     assert_close(jax.device_get(found), jax.device_get(expected))

@@ -13,8 +13,8 @@ On a mesh that splits positions (`jax.set_mesh`, axis "seq") the chunkwise form 
 from retnet_jax.ops.retention.api import FORMS, IMPLEMENTATIONS, retention
 from retnet_jax.ops.retention.clamp import score_clamp
 from retnet_jax.ops.retention.decay import log_decay, row_normalizer
-from retnet_jax.ops.retention.devices import SplitRows, split_rows
 from retnet_jax.ops.retention.document_index import documents, positions
+from retnet_jax.ops.retention.on_mesh import SplitRows, split_rows
 
 __all__ = [
     "FORMS",

@@ -6,8 +6,8 @@ from importlib import import_module
 import jax
 import jax.numpy as jnp
 
-from retnet_jax.ops.retention import sequence_parallel, xla
-from retnet_jax.ops.retention.devices import SplitRows, on_each_device, parts, split_rows
+from retnet_jax.ops.retention import on_mesh, xla
+from retnet_jax.ops.retention.on_mesh import SplitRows, split_rows
 from retnet_jax.parallel.sharding import backend, local_shape, many_devices
 from retnet_jax.shapes import Array, Float, Int
 
@@ -74,15 +74,10 @@ def retention(
         row = None if rows is None else rows.documents
         return getattr(xla, form)(q, k, v, log_decay, state, row)
     local = partial(chosen.chunkwise, chunk_size=chunk_size)
-    if parts(q.shape[1]) > 1:
-        return sequence_parallel.chunkwise(local, q, k, v, log_decay, state, rows)
+    if on_mesh.parts(q.shape[1]) > 1:
+        return on_mesh.sequence_parallel(local, q, k, v, log_decay, state, rows)
     if chosen is not xla and many_devices():  # XLA does not look into a kernel to split it
-
-        def of_documents(*inputs_and_rows):
-            *inputs, rows = inputs_and_rows
-            return local(*inputs, None if rows is None else rows.documents)
-
-        return on_each_device(of_documents, q, k, v, log_decay, state, rows)
+        return on_mesh.on_each_device(local, q, k, v, log_decay, state, rows)
     return local(q, k, v, log_decay, state, None if rows is None else rows.documents)
 
 

@@ -54,9 +54,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from retnet_jax.ops.retention.decay_gradient import decay_gradient
+from retnet_jax.ops.retention.decay import decay_gradient, power_of_decay
 from retnet_jax.ops.retention.document_index import Documents
-from retnet_jax.ops.retention.xla import power_of_decay, zero_state
+from retnet_jax.ops.retention.xla import zero_state
 from retnet_jax.parallel.sharding import backend
 from retnet_jax.shapes import Array, Float, Int
 

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from retnet_jax.ops.retention.decay_gradient import decay_gradient
+from retnet_jax.ops.retention.decay import decay_gradient
 from retnet_jax.ops.retention.document_index import Documents
 from retnet_jax.parallel.sharding import backend, device_kind
 from retnet_jax.shapes import Array, Float, Int

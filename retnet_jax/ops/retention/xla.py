@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from retnet_jax.ops.retention.decay_gradient import decay_gradient
+from retnet_jax.ops.retention.decay import decay_gradient, power_of_decay
 from retnet_jax.ops.retention.document_index import Documents, documents
 from retnet_jax.ops.retention.recurrent_step import step
 from retnet_jax.parallel.sharding import backend
@@ -311,15 +311,6 @@ def _document_decays(
         to_end=power(end_count - count, real & (index == end_index))[..., None],
         across=power(end_count - count_before, end_index == index_before)[..., None],
     )
-
-
-def power_of_decay(log_decay, exponent, where=None):
-    """gamma^exponent [b h ...] for exponents [b ...], 0 outside the mask `where`."""
-    heads = log_decay.reshape(1, -1, *[1] * (exponent.ndim - 1))
-    log_power = heads * jnp.expand_dims(exponent, 1)
-    if where is not None:
-        log_power = jnp.where(jnp.expand_dims(where, 1), log_power, -jnp.inf)
-    return jnp.exp(log_power)
 
 
 def _outputs(

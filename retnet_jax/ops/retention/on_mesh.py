@@ -1,8 +1,9 @@
-"""Retention of rows whose positions are split over devices: the mesh axis "seq".
+"""Retention on a mesh: each device runs its own rows and heads, and its part of the positions.
 
-Each device runs its part of a row from the empty state. The n states are exchanged once, and what
-came before a part is added to its outputs: retention is linear in the state. So the devices tell
-each other (n - 1) [b h k v] float32 numbers in a layer, however long the rows are.
+Where positions are split (the mesh axis "seq"), each device runs its part of a row from the empty
+state. The n states are exchanged once, and what came before a part is added to its outputs:
+retention is linear in the state. So the devices tell each other (n - 1) [b h k v] float32 numbers
+in a layer, however long the rows are.
 """
 
 from collections.abc import Callable
@@ -11,11 +12,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from retnet_jax.ops.retention import xla
-from retnet_jax.ops.retention.devices import SplitRows, on_each_device
-from retnet_jax.ops.retention.document_index import Documents
-from retnet_jax.parallel.sharding import axis_size
+from retnet_jax.ops.retention.decay import power_of_decay
+from retnet_jax.ops.retention.document_index import Documents, documents
+from retnet_jax.parallel.sharding import axis_size, layout
 from retnet_jax.shapes import Array, Float, Int
 
 # With more parts than this, states are summed up in log2 n messages between neighbours at growing
@@ -23,7 +25,48 @@ from retnet_jax.shapes import Array, Float, Int
 MOST_GATHERED = 8
 
 
-def chunkwise(
+class SplitRows(NamedTuple):
+    """Document numbering of whole rows, and the running counts at the end of each device's part."""
+
+    documents: Documents
+    end_count: Int[Array, "b n"]  # real tokens of the row up to the end of a part
+    end_index: Int[Array, "b n"]  # number of the document that holds the last of them
+
+
+def split_rows(segment_ids: Int[Array, "b t"]) -> SplitRows:
+    """Numbers the documents of each row, for the mesh that is set."""
+    found = documents(segment_ids)
+    size = segment_ids.shape[1] // parts(segment_ids.shape[1])
+    return SplitRows(found, found.count[:, size - 1 :: size], found.index[:, size - 1 :: size])
+
+
+def parts(length: int) -> int:
+    """The number of devices that share the positions of a row of this length.
+
+    1 where the mesh does not split positions, or not into equal parts.
+    """
+    n = axis_size("seq")
+    return n if length % n == 0 else 1
+
+
+def on_each_device(
+    local: Callable,
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b t h k"],
+    v: Float[Array, "b t h v"],
+    log_decay: Float[Array, " h"],
+    state: Float[Array, "b h k v"] | None,
+    rows: SplitRows | None,
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
+    """`local`, the chunkwise form on one device, for whole rows: devices share rows and heads."""
+
+    def part(q, k, v, log_decay, state, rows):
+        return local(q, k, v, log_decay, state, None if rows is None else rows.documents)
+
+    return _shard_map(part, q, k, v, log_decay, state, rows)
+
+
+def sequence_parallel(
     local: Callable,
     q: Float[Array, "b t h k"],
     k: Float[Array, "b t h k"],
@@ -52,7 +95,32 @@ def chunkwise(
         y = y.astype(old.dtype) + old * reach.swapaxes(1, 2)[..., None]
         return y.astype(v.dtype), final
 
-    return on_each_device(part, q, k, v, log_decay, state, rows)
+    return _shard_map(part, q, k, v, log_decay, state, rows)
+
+
+def _shard_map(part: Callable, q, k, v, log_decay, state, rows: SplitRows | None):
+    """`part` of these arguments, on the part of them that each device of the mesh has.
+
+    Rows lie on "data" and "fsdp", positions on "seq", heads on "tensor"; a state is whole on all
+    devices of "seq". A dimension that its axes do not divide is not split.
+    """
+    wide = layout("bthk", q.shape)
+    state_layout = layout("bhkv", (q.shape[0], *q.shape[2:], v.shape[3]))
+    by_row = PartitionSpec(wide[0])
+    each = Documents(*[PartitionSpec(*wide[:2])] * 3)
+    return jax.shard_map(
+        part,
+        in_specs=(
+            wide,
+            wide,
+            layout("bthv", v.shape),
+            PartitionSpec(wide[2]),
+            None if state is None else state_layout,
+            None if rows is None else SplitRows(each, by_row, by_row),
+        ),
+        out_specs=(layout("bthv", v.shape), state_layout),
+        check_vma=False,
+    )(q, k, v, log_decay, state, rows)
 
 
 class _Cuts(NamedTuple):
@@ -78,14 +146,14 @@ class _Cuts(NamedTuple):
         """gamma^tokens from each cut of `starts` to the cut `end`; 0 from another document."""
         tokens = self.count[:, end, None] - self.count[:, starts]
         same = self.index[:, end, None] == self.index[:, starts]
-        return xla.power_of_decay(log_decay, tokens, same & (starts <= end))
+        return power_of_decay(log_decay, tokens, same & (starts <= end))
 
     def reach(self, log_decay, cut, rows: SplitRows | None, size: int) -> Float[Array, "#b h t"]:
         """gamma^tokens from a cut to each token of the part behind it; 0 in other documents."""
         if rows is None:
-            return xla.power_of_decay(log_decay, jnp.arange(1, size + 1)[None])
+            return power_of_decay(log_decay, jnp.arange(1, size + 1)[None])
         real, count, index = self.counted_from(cut, rows.documents)
-        return xla.power_of_decay(log_decay, count, real & (index == 0))
+        return power_of_decay(log_decay, count, real & (index == 0))
 
 
 def _gathered(initial, after, log_decay, cuts: _Cuts, n: int):
