@@ -391,29 +391,19 @@ class Exponents(NamedTuple):
         )
 
 
-def document_numbers(row: Documents, chunk: int) -> Int[Array, "b c 5 l"]:
+def document_numbers(row: Documents, size: int) -> Int[Array, "b c 5 l"]:
     """Of rows with documents and padding, what the `Exponents` of each chunk follow from.
 
     Of each token: the real tokens up to it, its document (-1: padding), and three of the exponents.
     That is 20 bytes a token, for all heads.
     """
-    b, t = row.count.shape
-    n = -(-t // chunk)
-    behind = ((0, 0), (0, n * chunk - t))
-    real, count, index = (
-        jnp.pad(x, behind, mode=mode).reshape(b, n, chunk)
-        for x, mode in zip(row, ("constant", "edge", "edge"), strict=True)
-    )
-    end_count, end_index = count[..., -1:], index[..., -1:]
-    start_count, start_index = (
-        jnp.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0))) for x in (end_count, end_index)
-    )
-    across = jnp.where(end_index == start_index, end_count - start_count, -1)
+    chunks = row.chunks(size)
+    across = jnp.where(chunks.passes, chunks.across, -1)
     numbers = (
-        count,
-        jnp.where(real, index, -1),
-        jnp.where(real & (index == start_index), count - start_count, -1),
-        jnp.where(real & (index == end_index), end_count - count, -1),
-        jnp.broadcast_to(across, real.shape),
+        chunks.count,
+        jnp.where(chunks.real, chunks.index, -1),
+        jnp.where(chunks.reads_start, chunks.from_start, -1),
+        jnp.where(chunks.writes_end, chunks.to_end, -1),
+        jnp.broadcast_to(across, chunks.count.shape),
     )
     return jnp.stack(numbers, axis=2)

@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from retnet_jax.ops.retention.decay import decay_gradient, power_of_decay
-from retnet_jax.ops.retention.document_index import Documents, documents
+from retnet_jax.ops.retention.document_index import Chunks, Documents, documents
 from retnet_jax.ops.retention.recurrent_step import step
 from retnet_jax.parallel.sharding import backend
-from retnet_jax.shapes import Array, Float, Int
+from retnet_jax.shapes import Array, Float
 
 State = Float[Array, "b h k v"]
 
@@ -234,13 +234,14 @@ class _Spans(NamedTuple):
         if row is None:
             fixed = _decays(log_decay, self.size)
             return lambda start: fixed
-        # What was counted up to the token before each: zeros before the first.
-        before = (jnp.pad(x[:, :-1], ((0, 0), (1, 0))) for x in (row.count, row.index))
-        whole = (row, *before)
+        whole = (row, *row.before())
 
         def at(start):
-            chunks, *before = jax.tree.map(lambda x: self._tokens(x, start), whole)
-            return _document_decays(log_decay, chunks, *(x[:, :, 0] for x in before))
+            (real, count, index), *before = jax.tree.map(lambda x: self._tokens(x, start), whole)
+            before = [x[:, :, 0] for x in before]
+            after = [x[..., -1:] for x in (count, index)]
+            chunks = Chunks(real, count, index, *(x[..., None] for x in before), *after)
+            return _document_decays(log_decay, chunks)
 
         return at
 
@@ -287,16 +288,9 @@ def _decays(log_decay: Float[Array, " h"], length: int) -> _Decays:
     )
 
 
-def _document_decays(
-    log_decay: Float[Array, " h"],
-    chunks: Documents,
-    count_before: Int[Array, "b n"],
-    index_before: Int[Array, "b n"],
-) -> _Decays:
+def _document_decays(log_decay: Float[Array, " h"], chunks: Chunks) -> _Decays:
     """Documents and padding: distances count real tokens, and no power crosses a border."""
-    real, count, index = chunks  # [b n l]
-    end_count, end_index = count[..., -1:], index[..., -1:]
-    count_before, index_before = count_before[..., None], index_before[..., None]
+    real, count, index = chunks[:3]
     places = jnp.arange(count.shape[-1])
     power = partial(power_of_decay, log_decay)
     sees = (
@@ -307,9 +301,9 @@ def _document_decays(
     distance = count[..., :, None] - count[..., None, :]
     return _Decays(
         within=power(distance, sees),
-        from_start=power(count - count_before, real & (index == index_before))[..., None],
-        to_end=power(end_count - count, real & (index == end_index))[..., None],
-        across=power(end_count - count_before, end_index == index_before)[..., None],
+        from_start=power(chunks.from_start, chunks.reads_start)[..., None],
+        to_end=power(chunks.to_end, chunks.writes_end)[..., None],
+        across=power(chunks.across, chunks.passes)[..., None],
     )
 
 
