@@ -18,7 +18,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from tolerances import assert_close
 
-from retnet_jax.ops.retention import documents, log_decay, mosaic_gpu, xla
+from retnet_jax.ops.retention import log_decay, mosaic_gpu, number_documents, xla
 from retnet_jax.ops.retention.mosaic_gpu import entry, memory
 
 ROOT = Path(__file__).parent.parent
@@ -76,7 +76,7 @@ def test_documents_and_padding():
         np.repeat([1, 2, 3, 4, 0], [60, 4, 6, 62, 1]),
         np.repeat([0, 1, 0, 2], [3, 60, 67, 3]),
     ]
-    row = documents(jnp.asarray(documents_of))
+    row = number_documents(jnp.asarray(documents_of))
     assert_same_as_xla(inputs(b=2, t=133, h=1, k=64, v=128), row)
 
 
@@ -95,7 +95,9 @@ def test_rows_in_segments(monkeypatch):
     ends = np.array([100, 256, 310])
     assert entry._segment_length(1, 5) == 2
     segments = 1 + np.searchsorted(ends, np.arange(310), "right")
-    assert_same_as_xla(inputs(b=1, t=310, h=1, k=64, v=64), documents(jnp.asarray([segments])))
+    assert_same_as_xla(
+        inputs(b=1, t=310, h=1, k=64, v=64), number_documents(jnp.asarray([segments]))
+    )
 
 
 @pytest.mark.slow

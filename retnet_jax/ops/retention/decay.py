@@ -60,7 +60,7 @@ def decay_gradient(
     d_k: Float[Array, "b t h k"],
     final: Float[Array, "b h k v"],
     d_final: Float[Array, "b h k v"] | None,
-    row: Documents | None,
+    documents: Documents | None,
 ) -> Float[Array, " h"]:
     """The gradient of log_decay [h] from those of q, k and the final state: no pass of its own.
 
@@ -75,7 +75,7 @@ def decay_gradient(
     give q, k and v in float32.
     """
     b, t = q.shape[:2]
-    count = jnp.arange(1, t + 1, dtype=jnp.int32)[None] if row is None else row.count
+    count = jnp.arange(1, t + 1, dtype=jnp.int32)[None] if documents is None else documents.count
     count = jnp.broadcast_to(count, (b, t)).astype(final.dtype)
 
     def pushed(x, d_x):

@@ -86,7 +86,7 @@ class Chunks(NamedTuple):
         return self.index_after == self.index_before
 
 
-def documents(segment_ids: Int[Array, "b t"]) -> Documents:
+def number_documents(segment_ids: Int[Array, "b t"]) -> Documents:
     """Numbers the documents of each row."""
     real = segment_ids != 0
     border = _is_border(segment_ids, real)
@@ -98,7 +98,7 @@ def documents(segment_ids: Int[Array, "b t"]) -> Documents:
 
 
 def one_document(rows: int, length: int) -> Documents:
-    """What `documents` finds in rows that are one document each, without padding."""
+    """What `number_documents` finds in rows that are one document each, without padding."""
     count = jnp.broadcast_to(jnp.arange(1, length + 1, dtype=jnp.int32), (rows, length))
     return Documents(jnp.ones_like(count, bool), count, jnp.zeros_like(count))
 

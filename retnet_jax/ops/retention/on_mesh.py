@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from retnet_jax.ops.retention import xla
 from retnet_jax.ops.retention.decay import power_of_decay
-from retnet_jax.ops.retention.document_index import Documents, documents
+from retnet_jax.ops.retention.document_index import Documents, number_documents
 from retnet_jax.parallel.sharding import axis_size, layout
 from retnet_jax.shapes import Array, Float, Int
 
@@ -25,7 +25,7 @@ from retnet_jax.shapes import Array, Float, Int
 MOST_GATHERED = 8
 
 
-class SplitRows(NamedTuple):
+class SplitDocuments(NamedTuple):
     """Document numbering of whole rows, and the running counts at the end of each device's part."""
 
     documents: Documents
@@ -33,11 +33,11 @@ class SplitRows(NamedTuple):
     end_index: Int[Array, "b n"]  # number of the document that holds the last of them
 
 
-def split_rows(segment_ids: Int[Array, "b t"]) -> SplitRows:
+def split_documents(segment_ids: Int[Array, "b t"]) -> SplitDocuments:
     """Numbers the documents of each row, for the mesh that is set."""
-    found = documents(segment_ids)
+    found = number_documents(segment_ids)
     size = segment_ids.shape[1] // parts(segment_ids.shape[1])
-    return SplitRows(found, found.count[:, size - 1 :: size], found.index[:, size - 1 :: size])
+    return SplitDocuments(found, found.count[:, size - 1 :: size], found.index[:, size - 1 :: size])
 
 
 def parts(length: int) -> int:
@@ -56,14 +56,14 @@ def on_each_device(
     v: Float[Array, "b t h v"],
     log_decay: Float[Array, " h"],
     state: Float[Array, "b h k v"] | None,
-    rows: SplitRows | None,
+    split: SplitDocuments | None,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
     """`local`, the chunkwise form on one device, for whole rows: devices share rows and heads."""
 
-    def part(q, k, v, log_decay, state, rows):
-        return local(q, k, v, log_decay, state, None if rows is None else rows.documents)
+    def part(q, k, v, log_decay, state, split):
+        return local(q, k, v, log_decay, state, None if split is None else split.documents)
 
-    return _shard_map(part, q, k, v, log_decay, state, rows)
+    return _shard_map(part, q, k, v, log_decay, state, split)
 
 
 def sequence_parallel(
@@ -73,32 +73,32 @@ def sequence_parallel(
     v: Float[Array, "b t h v"],
     log_decay: Float[Array, " h"],
     state: Float[Array, "b h k v"] | None,
-    rows: SplitRows | None,
+    split: SplitDocuments | None,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
     """`local`, the chunkwise form on one device, for rows that are split over the axis "seq"."""
 
-    def part(q, k, v, log_decay, initial, rows):
+    def part(q, k, v, log_decay, initial, split):
         n, length = axis_size("seq"), q.shape[1]
         if initial is None:
             initial = xla.zero_state(q, v)
-        cuts = _Cuts.of(rows, n, length)
+        cuts = _Cuts.of(split, n, length)
         here = jax.lax.axis_index("seq")
-        row = None if rows is None else cuts.counted_from(here, rows.documents)
-        y, after = local(q, k, v, log_decay, None, row)
+        documents = None if split is None else cuts.counted_from(here, split.documents)
+        y, after = local(q, k, v, log_decay, None, documents)
         exchange = _gathered if n <= MOST_GATHERED else _passed_on
         before, final = exchange(initial, after, log_decay, cuts, n)
         before = checkpoint_name(before, "state_before")
-        reach = cuts.reach(log_decay, here, rows, length)
+        reach = cuts.reach(log_decay, here, split, length)
         old = jnp.einsum(
             "bthk,bhkv->bthv", q, before.astype(q.dtype), preferred_element_type=before.dtype
         )
         y = y.astype(old.dtype) + old * reach.swapaxes(1, 2)[..., None]
         return y.astype(v.dtype), final
 
-    return _shard_map(part, q, k, v, log_decay, state, rows)
+    return _shard_map(part, q, k, v, log_decay, state, split)
 
 
-def _shard_map(part: Callable, q, k, v, log_decay, state, rows: SplitRows | None):
+def _shard_map(part: Callable, q, k, v, log_decay, state, split: SplitDocuments | None):
     """`part` of these arguments, on the part of them that each device of the mesh has.
 
     Rows lie on "data" and "fsdp", positions on "seq", heads on "tensor"; a state is whole on all
@@ -116,11 +116,11 @@ def _shard_map(part: Callable, q, k, v, log_decay, state, rows: SplitRows | None
             layout("bthv", v.shape),
             PartitionSpec(wide[2]),
             None if state is None else state_layout,
-            None if rows is None else SplitRows(each, by_row, by_row),
+            None if split is None else SplitDocuments(each, by_row, by_row),
         ),
         out_specs=(layout("bthv", v.shape), state_layout),
         check_vma=False,
-    )(q, k, v, log_decay, state, rows)
+    )(q, k, v, log_decay, state, split)
 
 
 class _Cuts(NamedTuple):
@@ -130,12 +130,12 @@ class _Cuts(NamedTuple):
     index: Int[Array, "#b m"]  # number of the document
 
     @staticmethod
-    def of(rows: SplitRows | None, n: int, size: int) -> "_Cuts":
-        if rows is None:
+    def of(split: SplitDocuments | None, n: int, size: int) -> "_Cuts":
+        if split is None:
             count = size * jnp.arange(n + 1, dtype=jnp.int32)[None]
             return _Cuts(count, jnp.zeros_like(count))
         start = ((0, 0), (1, 0))
-        return _Cuts(jnp.pad(rows.end_count, start), jnp.pad(rows.end_index, start))
+        return _Cuts(jnp.pad(split.end_count, start), jnp.pad(split.end_index, start))
 
     def counted_from(self, cut, documents: Documents) -> Documents:
         """The documents of the part behind a cut, as if the row began there."""
@@ -148,11 +148,13 @@ class _Cuts(NamedTuple):
         same = self.index[:, end, None] == self.index[:, starts]
         return power_of_decay(log_decay, tokens, same & (starts <= end))
 
-    def reach(self, log_decay, cut, rows: SplitRows | None, size: int) -> Float[Array, "#b h t"]:
+    def reach(
+        self, log_decay, cut, split: SplitDocuments | None, size: int
+    ) -> Float[Array, "#b h t"]:
         """gamma^tokens from a cut to each token of the part behind it; 0 in other documents."""
-        if rows is None:
+        if split is None:
             return power_of_decay(log_decay, jnp.arange(1, size + 1)[None])
-        real, count, index = self.counted_from(cut, rows.documents)
+        real, count, index = self.counted_from(cut, split.documents)
         return power_of_decay(log_decay, count, real & (index == 0))
 
 

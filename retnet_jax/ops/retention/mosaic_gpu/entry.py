@@ -31,7 +31,7 @@ def chunkwise(
     v: Float[Array, "b t h v"],
     log_decay: Float[Array, " h"],
     state: Float[Array, "b h k v"] | None,
-    row: Documents | None,
+    documents: Documents | None,
     chunk_size: int | None = None,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
     """`xla.chunkwise` in chunks of 64 tokens, of bfloat16 inputs; `state=None` is 0.
@@ -45,7 +45,7 @@ def chunkwise(
         raise NotImplementedError(reason)
     if state is None:
         state = zero_state(q, v)
-    return _retention(q, k, v, log_decay, state, row)
+    return _retention(q, k, v, log_decay, state, documents)
 
 
 def unsupported(q, k, v, chunk_size: int | None = None) -> str | None:
@@ -76,37 +76,37 @@ def _mesh():
 
 
 @jax.custom_vjp
-def _retention(q, k, v, log_decay, state, row):
-    return _forward(q, k, v, log_decay, state, row)[0]
+def _retention(q, k, v, log_decay, state, documents):
+    return _forward(q, k, v, log_decay, state, documents)[0]
 
 
-def _forward(q, k, v, log_decay, state, row):
-    chunks = _chunks(row, *q.shape[:2])
+def _forward(q, k, v, log_decay, state, documents):
+    chunks = _chunks(documents, *q.shape[:2])
     scores = decayed_scores(q, k, log_decay, chunks)
     y, after = _recurrence(q, k, v, scores, log_decay, chunks, state.swapaxes(2, 3))
     after = after.swapaxes(2, 3)
-    return (y, after), (q, k, v, log_decay, state, row, after)
+    return (y, after), (q, k, v, log_decay, state, documents, after)
 
 
 def _backward(saved, cotangents):
-    q, k, v, log_decay, state, row, after = saved
+    q, k, v, log_decay, state, documents, after = saved
     d_y, d_after = cotangents
-    chunks = _chunks(row, *q.shape[:2])
+    chunks = _chunks(documents, *q.shape[:2])
     backwards = partial(_recurrence, log_decay=log_decay, chunks=chunks, reverse=True)
     scores = decayed_scores(d_y, v, log_decay, chunks)
     d_q, _ = _recurrence(d_y, v, k, scores, log_decay, chunks, state)
     d_k, d_state = backwards(v, d_y, q, scores, state=d_after)
     scores = decayed_scores(q, k, log_decay, chunks)
     d_v, _ = backwards(k, q, d_y, scores, state=d_after.swapaxes(2, 3))
-    d_log_decay = decay_gradient(q, d_q, k, d_k, after, d_after, row)
+    d_log_decay = decay_gradient(q, d_q, k, d_k, after, d_after, documents)
     return d_q, d_k, d_v, d_log_decay, d_state, None
 
 
 _retention.defvjp(_forward, _backward)
 
 
-def _chunks(row: Documents | None, rows: int, length: int) -> Chunks:
-    return (one_document(rows, length) if row is None else row).chunks(TOKENS)
+def _chunks(documents: Documents | None, rows: int, length: int) -> Chunks:
+    return (one_document(rows, length) if documents is None else documents).chunks(TOKENS)
 
 
 def _recurrence(
