@@ -11,9 +11,10 @@ from retnet_jax.config import Config, DataConfig, ModelConfig
 from retnet_jax.config_json import marked, read_config
 from retnet_jax.data import Tokenizer, has_tokenizer, load_tokenizer
 from retnet_jax.errors import ConfigError
-from retnet_jax.interop.parameter_source import abstract_model, changed
+from retnet_jax.interop.parameter_source import changed
 from retnet_jax.interop.tensor_files import has_tensor_files
 from retnet_jax.model import LanguageModel
+from retnet_jax.model.parameters import abstract_model
 from retnet_jax.parallel.sharding import first_device, with_shardings
 from retnet_jax.provenance import files_sha256
 from retnet_jax.runs.workdir import read_workdir

@@ -1,19 +1,18 @@
 """Where parameters come from, one at a time, and the model that is filled with them."""
 
 import dataclasses
-import functools
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from retnet_jax.config import ModelConfig
 from retnet_jax.errors import ConfigError
 from retnet_jax.interop.tensor_files import TensorInfo
-from retnet_jax.model import DecodingModel, LanguageModel, build_model
+from retnet_jax.model import DecodingModel, LanguageModel
+from retnet_jax.model.parameters import abstract_model, parameter_shapes
 from retnet_jax.parallel.sharding import first_device, with_shardings
 from retnet_jax.trees import leaf_name, named_leaves
 
@@ -150,25 +149,3 @@ def changed(config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
             "and score_clamp can be changed"
         )
     return new
-
-
-def abstract_model(config: ModelConfig) -> Any:
-    """Shapes and dtypes of a model's parameters, in the structure of the model."""
-    return jax.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0)))
-
-
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of each parameter, by its own name."""
-    # A copy, which nobody changes later; and float64 would need jax to be set up for it.
-    return _parameter_shapes(dataclasses.replace(config, dtype="float32"))
-
-
-def parameter_shape(config: ModelConfig, own: str, layer: int | None) -> tuple[int, ...]:
-    """The shape of a parameter, of one layer where a layer is given."""
-    shape = parameter_shapes(config)[own]
-    return shape if layer is None else shape[1:]
-
-
-@functools.cache
-def _parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    return {name: leaf.shape for name, leaf in named_leaves(abstract_model(config)).items()}

@@ -22,8 +22,6 @@ from retnet_jax.interop.parameter_source import (
     ModelSource,
     Source,
     load_model,
-    parameter_shape,
-    parameter_shapes,
 )
 from retnet_jax.interop.tensor_files import (
     DTYPES,
@@ -35,6 +33,7 @@ from retnet_jax.interop.tensor_files import (
     write_torch,
 )
 from retnet_jax.model import LanguageModel
+from retnet_jax.model.parameters import parameter_shape, parameter_shapes
 
 
 @dataclass(frozen=True)

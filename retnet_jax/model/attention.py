@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from retnet_jax.config import ModelConfig
 from retnet_jax.model.layers import Linear, project, split_heads
 from retnet_jax.ops import flash_attention
-from retnet_jax.ops.retention import documents, positions
+from retnet_jax.ops.retention import number_documents, positions
 from retnet_jax.ops.rotation import Rotation, rotate, rotation
 from retnet_jax.parallel.sharding import constrain
 from retnet_jax.shapes import Array, Bool, Float, Int
@@ -159,7 +159,7 @@ class Attention(nnx.Module):
         overflows = start + length > state.visible.shape[1]
         turn = turn._replace(cos=jnp.where(overflows, jnp.nan, turn.cos))
         # The document in each slot: 0 for the one the row opens with, -1 for what none can see.
-        real, _, index = documents(segment_ids)
+        real, _, index = number_documents(segment_ids)
         slot_document = jax.lax.dynamic_update_slice_in_dim(
             jnp.where(state.visible, jnp.int32(0), -1),
             jnp.where(real, index, -1),

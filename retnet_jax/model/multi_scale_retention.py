@@ -11,13 +11,13 @@ from retnet_jax.config import ModelConfig
 from retnet_jax.model.layers import Linear, RMSNorm, project, split_heads
 from retnet_jax.ops.gated_norm import gated_norm
 from retnet_jax.ops.retention import (
-    SplitRows,
+    SplitDocuments,
     log_decay,
     positions,
     retention,
     row_normalizer,
     score_clamp,
-    split_rows,
+    split_documents,
 )
 from retnet_jax.ops.rotation import Rotation, rotate, rotation
 from retnet_jax.shapes import Array, Float, Int
@@ -57,7 +57,7 @@ class RetentionContext(NamedTuple):
     turn: Rotation
     log_decay: Float[Array, " h"]
     row_scale: Float[Array, "b t h"] | None  # None: outputs are not scaled by position
-    rows: SplitRows | None  # None: each row is one document
+    documents: SplitDocuments | None  # None: each row is one document
 
 
 class MultiScaleRetention(nnx.Module):
@@ -98,7 +98,7 @@ class MultiScaleRetention(nnx.Module):
             v,
             context.log_decay,
             state,
-            context.rows,
+            context.documents,
             form=form,
             chunk_size=config.chunk_size if form == "chunkwise" else None,
         )
@@ -125,7 +125,7 @@ class MultiScaleRetention(nnx.Module):
             k,
             context.log_decay,
             context.row_scale,
-            None if context.rows is None else context.rows.documents,
+            None if context.documents is None else context.documents.documents,
             self.config.score_clamp,
         )
 
@@ -161,6 +161,6 @@ class MultiScaleRetention(nnx.Module):
             ),
             log_decay=decay,
             row_scale=row_normalizer(decay, place) if config.row_normalizer else None,
-            rows=None if segment_ids is None else split_rows(segment_ids),
+            documents=None if segment_ids is None else split_documents(segment_ids),
         )
         return context, state._replace(position=after)

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from retnet_jax.ops.retention.decay_gradient import decay_gradient
+from retnet_jax.ops.retention.decay import decay_gradient
 from retnet_jax.ops.retention.document_index import Documents
 from retnet_jax.parallel.sharding import backend, device_kind
 from retnet_jax.shapes import Array, Float, Int
@@ -63,13 +63,13 @@ def chunkwise(
     v: Float[Array, "b t h v"],
     log_decay: Float[Array, " h"],
     state: State | None,
-    row: Documents | None,
+    documents: Documents | None,
     chunk_size: int | None = None,
 ) -> tuple[Float[Array, "b t h v"], State]:
     """`retention.xla.chunkwise` as a kernel, interpreted on a CPU; `state=None` is 0."""
     plan = Plan.of(q, v, chunk_size)
-    numbers = None if row is None else document_numbers(row, plan.chunk)
-    return _retention(plan, q, k, v, log_decay, state, numbers, row)
+    numbers = None if documents is None else document_numbers(documents, plan.chunk)
+    return _retention(plan, q, k, v, log_decay, state, numbers, documents)
 
 
 def unsupported(q, k, v, chunk_size: int | None = None) -> str | None:
@@ -143,7 +143,7 @@ def _chip() -> Chip:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _retention(plan, q, k, v, log_decay, state, numbers, row):
+def _retention(plan, q, k, v, log_decay, state, numbers, documents):
     (y,), final = _walk(_outputs, plan, log_decay, numbers, (q, k, v), state, out=(v,))
     return y, final
 
@@ -157,7 +157,7 @@ def _retention_forward(plan, *inputs):
 
 
 def _retention_backward(plan, residuals, cotangents):
-    (q, k, v, log_decay, state, numbers, row), final = residuals
+    (q, k, v, log_decay, state, numbers, documents), final = residuals
     d_y, d_final = cotangents
     if _is_zero(d_final):
         d_final = None
@@ -173,7 +173,9 @@ def _retention_backward(plan, residuals, cotangents):
         returns=state is not None,
         backward=True,
     )
-    d_log_decay = None if final is None else decay_gradient(q, d_q, k, d_k, final, d_final, row)
+    d_log_decay = (
+        None if final is None else decay_gradient(q, d_q, k, d_k, final, d_final, documents)
+    )
     return d_q, d_k, d_v, d_log_decay, d_state, None, None
 
 
@@ -391,29 +393,19 @@ class Exponents(NamedTuple):
         )
 
 
-def document_numbers(row: Documents, chunk: int) -> Int[Array, "b c 5 l"]:
+def document_numbers(documents: Documents, size: int) -> Int[Array, "b c 5 l"]:
     """Of rows with documents and padding, what the `Exponents` of each chunk follow from.
 
     Of each token: the real tokens up to it, its document (-1: padding), and three of the exponents.
     That is 20 bytes a token, for all heads.
     """
-    b, t = row.count.shape
-    n = -(-t // chunk)
-    behind = ((0, 0), (0, n * chunk - t))
-    real, count, index = (
-        jnp.pad(x, behind, mode=mode).reshape(b, n, chunk)
-        for x, mode in zip(row, ("constant", "edge", "edge"), strict=True)
-    )
-    end_count, end_index = count[..., -1:], index[..., -1:]
-    start_count, start_index = (
-        jnp.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0))) for x in (end_count, end_index)
-    )
-    across = jnp.where(end_index == start_index, end_count - start_count, -1)
+    chunks = documents.chunks(size)
+    across = jnp.where(chunks.passes, chunks.across, -1)
     numbers = (
-        count,
-        jnp.where(real, index, -1),
-        jnp.where(real & (index == start_index), count - start_count, -1),
-        jnp.where(real & (index == end_index), end_count - count, -1),
-        jnp.broadcast_to(across, real.shape),
+        chunks.count,
+        jnp.where(chunks.real, chunks.index, -1),
+        jnp.where(chunks.reads_start, chunks.from_start, -1),
+        jnp.where(chunks.writes_end, chunks.to_end, -1),
+        jnp.broadcast_to(across, chunks.count.shape),
     )
     return jnp.stack(numbers, axis=2)
