@@ -90,7 +90,7 @@ def saving(directory: Path, rounds: int) -> dict:
     with contextlib.closing(Checkpoints(directory / "checkpoints", keep=1)) as checkpoints:
         for step in range(rounds + 1):  # the first makes threads, and is not counted
             begin = time.perf_counter()
-            checkpoints.save(step, {"model": state}, next_batch=step)
+            checkpoints.save(step, {"model": state}, {"next_batch": step})
             blocked.append(time.perf_counter() - begin)
             checkpoints.wait()
             written.append(time.perf_counter() - begin)

@@ -265,7 +265,7 @@ def workdir(tmp_path_factory):
     record_start(directory / "run", config, None, ByteTokenizer())
     model = RetNet(TINY, rngs=nnx.Rngs(0))
     checkpoints = Checkpoints(directory / "run" / "checkpoints", keep=1)
-    checkpoints.save(3, {"model": model}, next_batch=3)
+    checkpoints.save(3, {"model": model}, {"next_batch": 3})
     checkpoints.close()
     return directory / "run"
 

@@ -163,7 +163,7 @@ def make_run(directory, kind, seed):
     config = Config(model=build(kind).config, data=DataConfig(tokenizer="byte"))
     record_start(directory, config, None, BYTES)
     checkpoints = Checkpoints(directory / "checkpoints", keep=1)
-    checkpoints.save(0, {"model": build(kind, seed)}, next_batch=0)
+    checkpoints.save(0, {"model": build(kind, seed)}, {"next_batch": 0})
     checkpoints.close()
     return directory
 

@@ -232,7 +232,7 @@ def workdir(tmp_path):
     config = Config(model=CONFIG, data=DataConfig(tokenizer="byte"))
     record_start(tmp_path, config, None, ByteTokenizer())
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
-    checkpoints.save(0, {"model": build(RetNet)}, next_batch=0)
+    checkpoints.save(0, {"model": build(RetNet)}, {"next_batch": 0})
     checkpoints.close()
     return tmp_path
 

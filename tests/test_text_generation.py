@@ -216,7 +216,7 @@ def workdir(tmp_path_factory):
     checkpoints = Checkpoints(directory / "checkpoints", keep=1)
     model = RetNet(CONFIG, rngs=nnx.Rngs(2))
     model.embedding = nnx.Param(25 * model.embedding[...])
-    checkpoints.save(0, {"model": model}, next_batch=0)
+    checkpoints.save(0, {"model": model}, {"next_batch": 0})
     checkpoints.close()
     return directory
 

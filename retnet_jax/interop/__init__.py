@@ -34,12 +34,9 @@ __all__ = [
     "LAYOUTS",
     "Description",
     "convert",
-    "fla",
     "load",
     "open_source",
     "save",
-    "syncdoth",
-    "torchscale",
 ]
 
 LAYOUTS = {
