@@ -91,7 +91,7 @@ class BatchStream:
 
     @contextlib.contextmanager
     def iterate(self, start: int = 0, skip: Collection[int] = ()) -> Iterator[Iterator[Batch]]:
-        """The batches from `start` on but for those of `skip`, read ahead in background threads.
+        """The batches from `start` on, without those of `skip`, read ahead in background threads.
 
             with stream.iterate(start) as batches:
                 for number, batch in zip(batch_numbers(start), batches): ...
@@ -146,13 +146,13 @@ class PlacedBatches:
     """The batches of a `BatchStream`, on the devices of a mesh.
 
     Each process reads only the rows that its own devices hold; the arrays are those of the whole
-    batch: rows are divided over the mesh axes `data` and `fsdp`, positions over `seq`. A batch is
-    placed when it is taken, in the thread that takes it; the reading goes on ahead in others.
+    batch: rows are divided over the mesh axes `data` and `fsdp`, positions over `seq`. Background
+    threads read ahead; a batch is placed on the devices in the thread that takes it.
 
     Args:
       mesh: the devices of all processes.
       splits, weights, batch_size: as of `BatchStream`.
-      options: the other arguments of `BatchStream`, but for `rows`.
+      options: the other arguments of `BatchStream` except `rows`.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class PlacedBatches:
 
     @contextlib.contextmanager
     def iterate(self, start: int = 0, skip: Collection[int] = ()) -> Iterator[Iterator[Batch]]:
-        """The batches from `start` on but for those of `skip`; as `BatchStream.iterate`."""
+        """As `BatchStream.iterate`, on the devices."""
         with self._stream.iterate(start, skip) as batches:
             yield map(self._place, batches)
 
