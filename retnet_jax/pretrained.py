@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from retnet_jax import interop
 from retnet_jax.config import Config, DataConfig, ModelConfig
 from retnet_jax.config_json import marked, read_config
-from retnet_jax.data import Tokenizer, has_tokenizer, load_tokenizer
+from retnet_jax.data.tokenizers import Tokenizer, has_tokenizer, load_tokenizer
 from retnet_jax.errors import ConfigError
 from retnet_jax.interop.parameter_source import changed
 from retnet_jax.interop.tensor_files import has_tensor_files

@@ -229,7 +229,7 @@ def test_a_damaged_store_is_not_opened(config, name, damage):
 
 @pytest.mark.parametrize("kind", ["tokens.npy", "offsets.npy", "bytes.npy", "names.jsonl"])
 def test_a_changed_byte_is_found(config, kind):
-    store = build_store(config, 0)
+    store = build_store(config, 0, command=command_line.prepare_command())
     check_files(store)
     path = Path(store.directory) / "shards" / "00000" / f"train.{kind}"
     data = bytearray(path.read_bytes())

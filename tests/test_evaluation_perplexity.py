@@ -17,7 +17,8 @@ from tolerances import assert_close
 
 from retnet_jax import RetNet, Transformer
 from retnet_jax.config import Config, DataConfig, ModelConfig
-from retnet_jax.data import ByteTokenizer, build_store, open_store, train_bpe
+from retnet_jax.data import build_store, open_store
+from retnet_jax.data.tokenizers import ByteTokenizer, train_bpe
 from retnet_jax.errors import ConfigError
 from retnet_jax.evaluation.compressors import compressed_bits_per_byte
 from retnet_jax.evaluation.perplexity import last_tokens_nll, stateful_nll, window_nll, windows

@@ -15,7 +15,7 @@ from flax import nnx
 
 from retnet_jax import ModelConfig, RetNet, Transformer
 from retnet_jax.config import Config, DataConfig
-from retnet_jax.data import ByteTokenizer
+from retnet_jax.data.tokenizers import ByteTokenizer
 from retnet_jax.errors import ConfigError
 from retnet_jax.evaluation.measure import read_tasks
 from retnet_jax.evaluation.plan import Plan

@@ -15,7 +15,7 @@ from tolerances import assert_close
 
 from retnet_jax import generate as generated
 from retnet_jax.config import Config, DataConfig, MeshConfig, ModelConfig
-from retnet_jax.data import ByteTokenizer
+from retnet_jax.data.tokenizers import ByteTokenizer
 from retnet_jax.errors import ConfigError
 from retnet_jax.generation.decode import Stream, decode, prefill, row_keys
 from retnet_jax.generation.sampling import Sampler, Samplers

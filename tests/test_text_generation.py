@@ -14,7 +14,7 @@ from tolerances import assert_close
 
 from retnet_jax import ModelConfig, RetNet, Transformer, for_decoding, generate
 from retnet_jax.config import Config, DataConfig
-from retnet_jax.data import ByteTokenizer, TextStream, train_bpe
+from retnet_jax.data.tokenizers import ByteTokenizer, TextStream, train_bpe
 from retnet_jax.errors import CheckpointError, ConfigError
 from retnet_jax.generation.decode import decode, prefill
 from retnet_jax.generation.requests import read_requests

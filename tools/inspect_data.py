@@ -15,7 +15,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from retnet_jax.config import Config
-from retnet_jax.data import BatchStream, Split, Tokenizer, TokenStore, open_store, open_stores
+from retnet_jax.data import BatchStream, Split, Tokenizer, open_store, open_stores
+from retnet_jax.data.token_store import TokenStore
 from retnet_jax.data.windows import packed_starts
 from retnet_jax.errors import ConfigError
 from retnet_jax.programs import command_line

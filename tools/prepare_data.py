@@ -9,7 +9,9 @@ checked against the config and against the hashes of its files, and printed.
 
 from absl import flags
 
-from retnet_jax.data import TokenStore, build_store, check_files, open_or_build
+from retnet_jax.data import build_store
+from retnet_jax.data.stores import open_or_build
+from retnet_jax.data.token_store import TokenStore, check_files
 from retnet_jax.files import paths as files
 from retnet_jax.pretrained import with_initial_model
 from retnet_jax.programs import command_line

@@ -150,13 +150,13 @@ class PlacedBatches:
     """The batches of a `BatchStream`, on the devices of a mesh.
 
     Each process reads only the rows that its own devices hold; the arrays are those of the whole
-    batch: rows are divided over the mesh axes `data` and `fsdp`, positions over `seq`. A batch is
-    placed when it is taken, in the thread that takes it; the reading goes on ahead in others.
+    batch: rows are divided over the mesh axes `data` and `fsdp`, positions over `seq`. Background
+    threads read ahead; a batch is placed on the devices in the thread that takes it.
 
     Args:
       mesh: the devices of all processes.
       splits, weights, batch_size: as of `BatchStream`.
-      options: the other arguments of `BatchStream`, but for `rows`.
+      options: the other arguments of `BatchStream` except `rows`.
     """
 
     def __init__(

@@ -167,7 +167,7 @@ class Split:
 
 
 def open_store(directory: str | Path) -> TokenStore:
-    """Opens a finished store, after a look at whether its files are there and of their sizes.
+    """Opens a complete store. Its files are checked to be there and to have their sizes.
 
     Raises:
       ConfigError: if it is unfinished, with the command that finishes it; if a file is missing or
@@ -214,10 +214,10 @@ def open_store(directory: str | Path) -> TokenStore:
 
 
 def check_files(store: TokenStore) -> None:
-    """Reads every file of a store to the end, to find what has changed but not in size.
+    """Verifies the hash of every file of a store.
 
     Raises:
-      ConfigError: naming the files whose hash is not the manifest's.
+      ConfigError: naming the files that are not what was written.
     """
     damaged = [
         path
@@ -235,7 +235,7 @@ def check_files(store: TokenStore) -> None:
 
 
 def unfinished_message(directory: str) -> str:
-    """What is wrong with a store that has a plan and no manifest, and how it is finished."""
+    """The error message for a store whose build was cut off, with the command that finishes it."""
     try:
         plan = json.loads(files.read_bytes(f"{directory}/plan.json"))
         command, shards = plan["command"], len(plan["shards"])

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from retnet_jax.config import Config, DataConfig
-from retnet_jax.data import Skipped, Tokenizer, open_store, read_documents
+from retnet_jax.data import Tokenizer, open_store
+from retnet_jax.data.sources import Skipped, read_documents
 from retnet_jax.errors import ConfigError
 from retnet_jax.files import paths as files
 

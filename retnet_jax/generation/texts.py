@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import jax.numpy as jnp
 import numpy as np
 
-from retnet_jax.data import TextStream, Tokenizer
+from retnet_jax.data.tokenizers import TextStream, Tokenizer
 from retnet_jax.errors import ConfigError
 from retnet_jax.generation.decode import Progress, Stream
 from retnet_jax.generation.sampling import GREEDY, Sampler

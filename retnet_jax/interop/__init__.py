@@ -16,7 +16,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from retnet_jax.config import ModelConfig
-from retnet_jax.data import has_tokenizer, load_tokenizer
+from retnet_jax.data.tokenizers import has_tokenizer, load_tokenizer
 from retnet_jax.errors import CheckpointError, ConfigError
 from retnet_jax.interop import fla, syncdoth, torchscale
 from retnet_jax.interop.own import RunSource, config_of, own_layout

@@ -18,8 +18,13 @@ from etils import epath
 
 from retnet_jax.config import TOKENIZERS, Config
 from retnet_jax.config_json import differences, marked, read_config, to_json
-from retnet_jax.data import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
-from retnet_jax.data.tokenizers import SAVED_FILES
+from retnet_jax.data.tokenizers import (
+    SAVED_FILES,
+    BPETokenizer,
+    ByteTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
 from retnet_jax.errors import ConfigError
 from retnet_jax.files import atomic, lock
 
