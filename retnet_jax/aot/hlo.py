@@ -18,7 +18,7 @@ import numpy as np
 from jax.extend import core
 from jax.sharding import Mesh
 
-from retnet_jax.parallel.sharding import number_of_slices
+from retnet_jax.parallel.mesh import number_of_slices
 
 
 class Messages(NamedTuple):

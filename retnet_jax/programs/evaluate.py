@@ -46,7 +46,7 @@ from retnet_jax.evaluation import (
     windows,
 )
 from retnet_jax.parallel import processes
-from retnet_jax.parallel.sharding import make_mesh
+from retnet_jax.parallel.mesh import make_mesh
 from retnet_jax.pretrained import checkpoint_sha256, load_checkpoint, read_pretrained
 from retnet_jax.programs import command_line
 from retnet_jax.provenance import versions

@@ -39,7 +39,8 @@ from retnet_jax.data import (
 )
 from retnet_jax.errors import CheckpointError, DamagedCheckpointError, DivergedError
 from retnet_jax.parallel import processes
-from retnet_jax.parallel.sharding import check_fit, local_rows, make_mesh, place_batch
+from retnet_jax.parallel.mesh import make_mesh
+from retnet_jax.parallel.sharding import check_fit, local_rows, place_batch
 from retnet_jax.pretrained import load_checkpoint, run_options, with_initial_model
 from retnet_jax.programs import command_line
 from retnet_jax.runs.checkpoint import Checkpoints
