@@ -17,8 +17,8 @@ from absl import flags
 
 from benchmarks.measure import write_results
 from retnet_jax.data import open_stores
+from retnet_jax.parallel.mesh import make_mesh
 from retnet_jax.parallel.processes import StopRequest
-from retnet_jax.parallel.sharding import make_mesh
 from retnet_jax.programs import command_line
 from retnet_jax.runs.checkpoint import Checkpoints
 from retnet_jax.runs.log import MetricsLog

@@ -15,7 +15,8 @@ from retnet_jax.interop.parameter_source import changed
 from retnet_jax.interop.tensor_files import has_tensor_files
 from retnet_jax.model import LanguageModel
 from retnet_jax.model.parameters import abstract_model
-from retnet_jax.parallel.sharding import first_device, with_shardings
+from retnet_jax.parallel.mesh import first_device
+from retnet_jax.parallel.sharding import with_shardings
 from retnet_jax.provenance import files_sha256
 from retnet_jax.runs.workdir import read_workdir
 

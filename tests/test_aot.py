@@ -25,7 +25,7 @@ from retnet_jax.config import MeshConfig, ModelConfig
 from retnet_jax.errors import ConfigError
 from retnet_jax.model import build_model
 from retnet_jax.parallel.chips import chip
-from retnet_jax.parallel.sharding import make_mesh
+from retnet_jax.parallel.mesh import make_mesh
 from retnet_jax.training import loop
 from retnet_jax.training.loop import train
 from retnet_jax.training.step import make_step

@@ -15,7 +15,7 @@ from test_train_step import CONFIG
 
 from retnet_jax.config import MeshConfig
 from retnet_jax.errors import CheckpointError, DamagedCheckpointError
-from retnet_jax.parallel.sharding import make_mesh
+from retnet_jax.parallel.mesh import make_mesh
 from retnet_jax.runs import checkpoint
 from retnet_jax.runs.checkpoint import Checkpoints, ParameterReader, restore_model
 from retnet_jax.training.step import abstract_state, initial_state

@@ -19,7 +19,7 @@ from retnet_jax.data.batches import (
 )
 from retnet_jax.data.token_store import Split
 from retnet_jax.data.windows import packed_starts, run_starts
-from retnet_jax.parallel.sharding import make_mesh
+from retnet_jax.parallel.mesh import make_mesh
 
 BOS = 1_000_000
 POLICIES = pytest.mark.parametrize("policy", ["packed", "contiguous"])

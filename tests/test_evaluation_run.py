@@ -18,7 +18,8 @@ from retnet_jax.evaluation.perplexity import stateful_nll
 from retnet_jax.evaluation.plan import Plan, make_plan
 from retnet_jax.evaluation.run import evaluation_mesh
 from retnet_jax.evaluation.statistics import perplexity_report
-from retnet_jax.parallel.sharding import make_mesh, with_shardings
+from retnet_jax.parallel.mesh import make_mesh
+from retnet_jax.parallel.sharding import with_shardings
 from retnet_jax.pretrained import load_pretrained
 from retnet_jax.programs.evaluate import print_evaluation
 

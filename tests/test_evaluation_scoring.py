@@ -13,7 +13,8 @@ from retnet_jax.config import MeshConfig
 from retnet_jax.errors import ConfigError
 from retnet_jax.evaluation.prefix_trie import LONGEST_NODE, PrefixTrie, Request
 from retnet_jax.evaluation.scoring import score, score_trie
-from retnet_jax.parallel.sharding import make_mesh, with_shardings
+from retnet_jax.parallel.mesh import make_mesh
+from retnet_jax.parallel.sharding import with_shardings
 
 VOCABULARY = 24
 CONFIG = ModelConfig(vocab_size=VOCABULARY, d_model=16, n_layers=2, n_heads=2, chunk_size=8)

@@ -18,7 +18,7 @@ from retnet_jax.aot.flops import flops_of
 from retnet_jax.config import MeshConfig
 from retnet_jax.model.attention import attend_to_all
 from retnet_jax.ops import flash_attention
-from retnet_jax.parallel.sharding import make_mesh
+from retnet_jax.parallel.mesh import make_mesh
 
 __all__ = ["tpus"]  # a fixture
 

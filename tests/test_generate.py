@@ -20,7 +20,8 @@ from retnet_jax.errors import ConfigError
 from retnet_jax.generation.decode import Stream, decode, prefill, row_keys
 from retnet_jax.generation.sampling import Sampler, Samplers
 from retnet_jax.model import RetNet, Transformer
-from retnet_jax.parallel.sharding import make_mesh, with_shardings
+from retnet_jax.parallel.mesh import make_mesh
+from retnet_jax.parallel.sharding import with_shardings
 from retnet_jax.runs.checkpoint import Checkpoints
 from retnet_jax.runs.workdir import record_start
 

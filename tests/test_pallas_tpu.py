@@ -19,7 +19,7 @@ from retnet_jax.ops.gated_norm import gated_norm
 from retnet_jax.ops.map_heads import map_heads, on_tpu
 from retnet_jax.ops.retention import log_decay, number_documents, pallas_tpu
 from retnet_jax.ops.rotation import rotate, rotation
-from retnet_jax.parallel.sharding import make_mesh
+from retnet_jax.parallel.mesh import make_mesh
 
 CHIPS = {
     "v4": "v4:2x2x1",

@@ -17,7 +17,7 @@ from retnet_jax.ops.retention import (
     pallas_tpu,
     retention,
 )
-from retnet_jax.parallel.sharding import make_mesh
+from retnet_jax.parallel.mesh import make_mesh
 
 H = 2
 DECAY = log_decay("log_spaced", H, (1 / 8, 1 / 256))

@@ -13,7 +13,8 @@ from tolerances import assert_close
 from retnet_jax.config import DataConfig, MeshConfig
 from retnet_jax.data import Batch
 from retnet_jax.ops.retention import log_decay, on_mesh, retention, split_documents
-from retnet_jax.parallel.sharding import batch_shardings, make_mesh
+from retnet_jax.parallel.mesh import make_mesh
+from retnet_jax.parallel.sharding import batch_shardings
 from retnet_jax.training.step import abstract_state, initial_state, loss_sum, make_step
 
 B, T, H, K, V = 2, 64, 2, 8, 16

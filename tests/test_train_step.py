@@ -15,7 +15,8 @@ from retnet_jax import Config, ModelConfig
 from retnet_jax.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from retnet_jax.data import Batch
 from retnet_jax.errors import ConfigError
-from retnet_jax.parallel.sharding import batch_shardings, check_fit, make_mesh
+from retnet_jax.parallel.mesh import make_mesh
+from retnet_jax.parallel.sharding import batch_shardings, check_fit
 from retnet_jax.training.optim import learning_rate_factor, make_optimizer
 from retnet_jax.training.step import (
     _where_continued,

@@ -19,7 +19,7 @@ from retnet_jax.aot.report import Report, report
 from retnet_jax.config import Config, MeshConfig
 from retnet_jax.errors import ConfigError
 from retnet_jax.parallel.chips import Chip, chip
-from retnet_jax.parallel.sharding import number_of_slices
+from retnet_jax.parallel.mesh import number_of_slices
 
 # What the backward pass computes again, from most to least, with two rough figures: bfloat16
 # numbers kept for a token in a layer, in units of d_model, and the share of the layers' forward

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from retnet_jax.parallel.sharding import number_of_slices
+from retnet_jax.parallel.mesh import number_of_slices
 
 
 class Messages(NamedTuple):

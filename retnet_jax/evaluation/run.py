@@ -28,7 +28,7 @@ from retnet_jax.evaluation.results import Results, differences
 from retnet_jax.evaluation.tables import Table, result_tables
 from retnet_jax.model import LanguageModel
 from retnet_jax.parallel import processes
-from retnet_jax.parallel.sharding import make_mesh
+from retnet_jax.parallel.mesh import make_mesh
 from retnet_jax.pretrained import checkpoint_sha256, is_run, load_checkpoint, read_pretrained
 
 

@@ -13,7 +13,8 @@ from retnet_jax.errors import ConfigError
 from retnet_jax.interop.tensor_files import TensorInfo
 from retnet_jax.model import DecodingModel, LanguageModel
 from retnet_jax.model.parameters import abstract_model, parameter_shapes
-from retnet_jax.parallel.sharding import first_device, with_shardings
+from retnet_jax.parallel.mesh import first_device
+from retnet_jax.parallel.sharding import with_shardings
 from retnet_jax.trees import leaf_name, named_leaves
 
 

@@ -23,7 +23,8 @@ from retnet_jax.data.build import DEFAULT_COMMAND
 from retnet_jax.errors import CheckpointError, DamagedCheckpointError, DivergedError
 from retnet_jax.model import LanguageModel
 from retnet_jax.parallel import processes
-from retnet_jax.parallel.sharding import check_fit, make_mesh
+from retnet_jax.parallel.mesh import make_mesh
+from retnet_jax.parallel.sharding import check_fit
 from retnet_jax.pretrained import load_checkpoint, run_options, with_initial_model
 from retnet_jax.runs.checkpoint import Checkpoints
 from retnet_jax.runs.log import MetricsLog, NoLog

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from retnet_jax.ops.retention import on_mesh, xla
 from retnet_jax.ops.retention.on_mesh import SplitDocuments, split_documents
-from retnet_jax.parallel.sharding import backend, local_shape, many_devices
+from retnet_jax.parallel.mesh import backend, many_devices
+from retnet_jax.parallel.sharding import local_shape
 from retnet_jax.shapes import Array, Float, Int
 
 FORMS = ("parallel", "chunkwise", "recurrent")

@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec
 from retnet_jax.ops.retention import xla
 from retnet_jax.ops.retention.decay import power_of_decay
 from retnet_jax.ops.retention.document_index import Documents, number_documents
-from retnet_jax.parallel.sharding import axis_size, layout
+from retnet_jax.parallel.mesh import axis_size
+from retnet_jax.parallel.sharding import activation_spec
 from retnet_jax.shapes import Array, Float, Int
 
 # With more parts than this, states are summed up in log2 n messages between neighbours at growing
@@ -104,8 +105,8 @@ def _shard_map(part: Callable, q, k, v, log_decay, state, split: SplitDocuments 
     Rows lie on "data" and "fsdp", positions on "seq", heads on "tensor"; a state is whole on all
     devices of "seq". A dimension that its axes do not divide is not split.
     """
-    wide = layout("bthk", q.shape)
-    state_layout = layout("bhkv", (q.shape[0], *q.shape[2:], v.shape[3]))
+    wide = activation_spec("bthk", q.shape)
+    state_spec = activation_spec("bhkv", (q.shape[0], *q.shape[2:], v.shape[3]))
     by_row = PartitionSpec(wide[0])
     each = Documents(*[PartitionSpec(*wide[:2])] * 3)
     return jax.shard_map(
@@ -113,12 +114,12 @@ def _shard_map(part: Callable, q, k, v, log_decay, state, split: SplitDocuments 
         in_specs=(
             wide,
             wide,
-            layout("bthv", v.shape),
+            activation_spec("bthv", v.shape),
             PartitionSpec(wide[2]),
-            None if state is None else state_layout,
+            None if state is None else state_spec,
             None if split is None else SplitDocuments(each, by_row, by_row),
         ),
-        out_specs=(layout("bthv", v.shape), state_layout),
+        out_specs=(activation_spec("bthv", v.shape), state_spec),
         check_vma=False,
     )(q, k, v, log_decay, state, split)
 

@@ -30,31 +30,14 @@ from jax.experimental.pallas import tpu as pltpu
 
 from retnet_jax.ops.retention.decay import decay_gradient
 from retnet_jax.ops.retention.document_index import Documents
-from retnet_jax.parallel.sharding import backend, device_kind
+from retnet_jax.parallel.chips import chip
+from retnet_jax.parallel.mesh import backend, device_kind
 from retnet_jax.shapes import Array, Float, Int
 
 State = Float[Array, "b h k v"]
 
 LANES = 128
 MOST_HEADS = 4  # of one program, unless more are needed to fill whole lanes
-
-
-class Chip(NamedTuple):
-    """What a kernel has to know of a TPU."""
-
-    vmem: int  # bytes of one core
-    chunk: int  # tokens, in bfloat16
-
-
-# By the start of `jax.Device.device_kind`.
-CHIPS = {
-    "TPU v4": Chip(16 * 2**20, 128),
-    "TPU v5 lite": Chip(128 * 2**20, 128),
-    "TPU v5": Chip(64 * 2**20, 128),
-    "TPU v6 lite": Chip(128 * 2**20, 256),
-    "TPU7x": Chip(64 * 2**20, 256),
-}
-_ANY_CHIP = Chip(16 * 2**20, 128)
 
 
 def chunkwise(
@@ -83,10 +66,11 @@ def unsupported(q, k, v, chunk_size: int | None = None) -> str | None:
         return None
     if plan.chunk % 16 and plan.chunk != plan.t:
         return f"chunk_size={plan.chunk} is not a multiple of 16"
-    if plan.vmem() > _chip().vmem:
+    vmem = _Limits.here().vmem
+    if plan.vmem() > vmem:
         return (
             f"{plan.group} heads of {plan.k}/{plan.v}, which together fill whole lanes, need "
-            f"{plan.vmem() / 2**20:.0f} MiB of VMEM, and {device_kind()} has {_chip().vmem >> 20}"
+            f"{plan.vmem() / 2**20:.0f} MiB of VMEM, and {device_kind()} has {vmem >> 20}"
         )
     return None
 
@@ -108,14 +92,15 @@ class Plan(NamedTuple):
         """For arrays of these shapes."""
         b, t, h, k = q.shape
         whole = Plan(b, t, h, k, v.shape[3], q.dtype.itemsize, 0, 0)
-        wanted = chunk_size or _chip().chunk * 2 // q.dtype.itemsize
+        limits = _Limits.here()
+        wanted = chunk_size or limits.chunk * 2 // q.dtype.itemsize
         for chunk in (wanted,) if chunk_size else (wanted, wanted // 2, wanted // 4):
             plan = whole._replace(chunk=min(chunk, t))
             groups = [n for n in range(1, h + 1) if plan._fills_lanes(n)]
             fitting = [n for n in groups if n <= max(MOST_HEADS, groups[0])]
             for group in reversed(fitting):
                 plan = plan._replace(group=group)
-                if plan.vmem() <= _chip().vmem:
+                if plan.vmem() <= limits.vmem:
                     return plan
         return plan
 
@@ -137,9 +122,19 @@ class Plan(NamedTuple):
         return 2 * tokens + states + temporaries + 2 * 2**20
 
 
-def _chip() -> Chip:
-    kind = device_kind()
-    return next((chip for start, chip in CHIPS.items() if kind.startswith(start)), _ANY_CHIP)
+class _Limits(NamedTuple):
+    """What the kernels have to know of a TPU."""
+
+    vmem: int  # bytes of one core
+    chunk: int  # tokens, in bfloat16
+
+    @staticmethod
+    def here() -> "_Limits":
+        """Those of the device that runs the program; of all TPUs, if it is not in the table."""
+        known = chip(device_kind())
+        if known is None or not known.vmem:
+            return _Limits(16 * 2**20, 128)
+        return _Limits(known.vmem, known.chunk)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from retnet_jax.ops.retention.decay import decay_gradient, power_of_decay
 from retnet_jax.ops.retention.document_index import Chunks, Documents, number_documents
 from retnet_jax.ops.retention.recurrent_step import step
-from retnet_jax.parallel.sharding import backend
+from retnet_jax.parallel.mesh import backend
 from retnet_jax.shapes import Array, Float
 
 State = Float[Array, "b h k v"]

@@ -15,7 +15,7 @@ from retnet_jax.ops.retention.mosaic_gpu.memory import TILE, TOKENS
 from retnet_jax.ops.retention.mosaic_gpu.scores import decayed_scores
 from retnet_jax.ops.retention.mosaic_gpu.walk import Tiling, walk_segments
 from retnet_jax.ops.retention.xla import zero_state
-from retnet_jax.parallel.sharding import backend
+from retnet_jax.parallel.mesh import backend
 from retnet_jax.shapes import Array, Float
 
 WIDEST = 512  # of a head: two warpgroups with 4 tiles of T each

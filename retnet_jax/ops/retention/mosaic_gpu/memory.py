@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from retnet_jax.parallel.sharding import backend
+from retnet_jax.parallel.mesh import backend
 
 TOKENS = 64  # of a chunk: rows of a warpgroup's matrix product
 TILE = 64  # columns of a tile
