@@ -1,6 +1,7 @@
-# make quickstart   trains a small model on real text, evaluates it and samples from it
-# make test         lint, format check and the tests
-# make test-all     the same with the tests that take minutes
+# make quickstart      trains a small model on real text, evaluates it and samples from it
+# make test            lint, format check and the tests, in less than five minutes on two cores
+# make test-compilers  what the compilers for TPUs and GPUs make of it; downloads 500 MB of them once
+# make test-all        all tests, those that take minutes too, with all of XLA's optimisations
 #
 # Each makes the environment it needs in .venv the first time, and only then.
 
@@ -12,7 +13,7 @@ CONFIG := configs/quickstart.py:$(ARCHITECTURE)
 # Carried through a document of 33,000 tokens, a Transformer's cache takes minutes on a CPU.
 PROTOCOL := $(if $(filter transformer,$(ARCHITECTURE)),window,window,stateful)
 
-.PHONY: quickstart test test-all lint clean
+.PHONY: quickstart test test-compilers test-all lint clean
 
 quickstart: .venv/run
 	$(BIN)/python train.py --config=$(CONFIG) --workdir=$(WORKDIR)
@@ -20,13 +21,17 @@ quickstart: .venv/run
 	$(BIN)/python generate.py --workdir=$(WORKDIR) --temperature=0.7 --max_tokens=150 \
 	  --prompt="def read_lines(path):"
 
-# Most of the tests' time is compilation; this leaves LLVM's optimisations out, a quarter of it.
-test: lint .venv/libtpu .venv/cuda
-	XLA_FLAGS=--xla_backend_optimization_level=0 PYTHONPATH=.venv/libtpu \
-	  $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
+test: lint
+	$(PYTEST) -m "not slow and not compilers"
+
+test-compilers: .venv/libtpu .venv/cuda
+	PYTHONPATH=.venv/libtpu $(PYTEST) -m "compilers and not slow"
+
+# Without the flags that tests/conftest.py sets otherwise.
 test-all: lint .venv/libtpu .venv/cuda .venv/py312
-	PYTHONPATH=.venv/libtpu $(BIN)/python -m pytest -n 2 --dist loadfile
+	XLA_FLAGS= PYTHONPATH=.venv/libtpu $(PYTEST)
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -28,9 +28,6 @@ jax.monitoring.register_event_duration_secs_listener(_count)
 
 
 def pytest_configure(config):
-    config.addinivalue_line(
-        "markers", f"compiles(most, reason): this test may compile more than {MOST} programs"
-    )
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Summary())
 

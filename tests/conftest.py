@@ -39,6 +39,13 @@ settings.register_profile("jax", deadline=None, derandomize=True, print_blob=Tru
 settings.load_profile("jax")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects by marks
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "tpu_compiler" in item.fixturenames:
+            item.add_marker("compilers")
+
+
 @pytest.fixture(scope="module")
 def tpu_compiler():
     """XLA's compiler for TPUs, without one."""

@@ -2,13 +2,11 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
@@ -31,8 +29,6 @@ from retnet_jax.training.loop import train
 from retnet_jax.training.step import make_step
 
 __all__ = ["config", "uninterrupted"]  # fixtures
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -276,13 +272,7 @@ def test_the_fastest_arrangements_first(tpus):
     ],
 )
 def test_command_line_errors(tpus, arguments, message):
-    done = subprocess.run(
-        [sys.executable, "tools/compile_ahead.py", "--config=configs/retnet_200m.py", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = programs.run("tools/compile_ahead.py", "--config=configs/retnet_200m.py", *arguments)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr

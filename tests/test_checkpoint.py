@@ -32,9 +32,14 @@ def initial():
     return jax.jit(partial(initial_state, CONFIG), out_shardings=shardings)()
 
 
+@jax.jit
+def added(state, number):
+    return jax.tree.map(lambda x: x + number.astype(x.dtype), state)
+
+
 def state_at(step):
     """A state with other numbers for each step."""
-    return jax.tree.map(lambda x: x + step, initial())
+    return added(initial(), np.float32(step))
 
 
 def items_of(state):

@@ -29,10 +29,10 @@ def test_chunks_do_not_change_loss_or_gradients(monkeypatch, most):
     monkeypatch.setattr(cross_entropy, "logits_at_once", lambda: most)
     hidden, head, targets, weights = problem()
     loss = jax.jit(jax.value_and_grad(lambda *a: 3 * cross_entropy_sum(*a), argnums=(0, 1)))
-    expected = jax.value_and_grad(lambda *a: 3 * plain_sum(*a), argnums=(0, 1))
+    expected = jax.jit(jax.value_and_grad(lambda *a: 3 * plain_sum(*a), argnums=(0, 1)))
     assert_close(loss(hidden, head, targets, weights), expected(hidden, head, targets, weights))
-    losses = token_cross_entropy(hidden, head, targets)
-    assert_close((losses * weights).sum(), plain_sum(hidden, head, targets, weights))
+    losses = jax.jit(token_cross_entropy)(hidden, head, targets)
+    assert_close((losses * weights).sum(), jax.jit(plain_sum)(hidden, head, targets, weights))
 
 
 def test_bfloat16_activations_give_float32_losses_near_float32s():
@@ -47,8 +47,9 @@ def test_bfloat16_activations_give_float32_losses_near_float32s():
 
 def test_large_logits_stay_finite():
     hidden, head, targets, weights = problem()
-    loss, gradient = jax.value_and_grad(cross_entropy_sum)(1e4 * hidden, head, targets, weights)
-    assert_close(loss, plain_sum(1e4 * hidden, head, targets, weights))
+    both = jax.jit(jax.value_and_grad(cross_entropy_sum))
+    loss, gradient = both(1e4 * hidden, head, targets, weights)
+    assert_close(loss, jax.jit(plain_sum)(1e4 * hidden, head, targets, weights))
     assert np.isfinite(gradient).all()
 
 

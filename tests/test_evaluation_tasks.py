@@ -1,5 +1,6 @@
 """The seven tasks: their texts against lm-evaluation-harness's, accuracy, and bad rows."""
 
+import functools
 import json
 import os
 import re
@@ -133,10 +134,15 @@ def test_pairs_are_divided_as_the_harness_divides_them():
 TINY = ModelConfig(vocab_size=257, d_model=32, n_layers=1, n_heads=2)
 
 
+@functools.cache
 def build(kind, seed=0):
-    model = kind(TINY, rngs=nnx.Rngs(seed))
-    model.embedding = nnx.Param(model.embedding[...] * 20)
-    return model
+    @jax.jit
+    def made():
+        model = kind(TINY, rngs=nnx.Rngs(seed))
+        model.embedding = nnx.Param(model.embedding[...] * 20)
+        return model
+
+    return made()
 
 
 @pytest.mark.parametrize("mode", [pytest.param("per-document", marks=pytest.mark.slow), "fixed"])

@@ -131,6 +131,7 @@ def test_what_is_not_supported_is_said():
 OTHER_WIDTHS = [(64, 64), (64, 128), (128, 256), (256, 432), (256, 512)]
 
 
+@pytest.mark.compilers
 @pytest.mark.parametrize(
     ("k", "v"), [(128, 128), *(pytest.param(*x, marks=pytest.mark.slow) for x in OTHER_WIDTHS)]
 )

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -236,10 +237,10 @@ def test_one_retention_layer(case):
             context, _ = MultiScaleRetention.prepare(changed, None, x.shape[:2], None)
             return layer(x, None, context, "parallel")
 
-        y, state = run()
+        y, state = jax.jit(run)()
         assert_close(y, recorded["out_sqrtonly_f64"], "float64")
         assert_close(state, recorded["raw_state_f64"], "float64")
-        clamped, _ = run(**clamp(str(directory)))
+        clamped, _ = jax.jit(partial(run, **clamp(str(directory))))()
         assert_close(clamped, recorded["out_parallel_f64"], "float64")
 
 

@@ -1,12 +1,13 @@
 """Retention against its definition, and its forms against each other."""
 
+import functools
 import inspect
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import assert_close, relative_difference
 
@@ -21,6 +22,8 @@ from retnet_jax.ops.retention import (
 
 FORMS = ("parallel", "chunkwise", "recurrent")
 RULES = ("log_spaced", "powers_of_two")
+
+compiled = jax.jit(retention, static_argnames=("form", "chunk_size"))
 
 
 def inputs(b=2, t=21, h=3, k=4, v=6, rule="log_spaced", seed=0, dtype=jnp.float32):
@@ -68,7 +71,7 @@ def test_outputs_and_state_follow_the_definition(form, segments):
     (q, k, v), decay, state = inputs()
     expected = definition(q, k, v, decay, state, segments)
     assert_close(
-        retention(q, k, v, decay, state, jnp.asarray(segments), form=form), expected, what=form
+        compiled(q, k, v, decay, state, jnp.asarray(segments), form=form), expected, what=form
     )
 
 
@@ -78,7 +81,18 @@ def test_no_segment_ids_is_one_document_a_row(form, rule):
     (q, k, v), decay, _ = inputs(rule=rule)
     zero = np.zeros((2, 3, 4, 6))
     expected = definition(q, k, v, decay, zero, SEGMENTS["one document"])
-    assert_close(retention(q, k, v, decay, form=form), expected)
+    assert_close(compiled(q, k, v, decay, form=form), expected)
+
+
+@functools.cache
+def gradient_of(form, chunk_size, chunks_of_a_span):
+    """Compiled; the last argument is one that the tests set in `xla`."""
+
+    def loss(q, k, v, decay, state, segments, weight_y, weight_state):
+        y, final = retention(q, k, v, decay, state, segments, form=form, chunk_size=chunk_size)
+        return (y * weight_y).sum() + (final * weight_state).sum(), (y, final)
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True))
 
 
 def outputs_and_gradients(form, chunk_size, arrays, decay, state, segments):
@@ -86,43 +100,26 @@ def outputs_and_gradients(form, chunk_size, arrays, decay, state, segments):
     b, t, h, _ = arrays[0].shape
     weight_y = jnp.asarray(rng.normal(size=(b, t, h, arrays[2].shape[-1])), jnp.float32)
     weight_state = jnp.asarray(rng.normal(size=state.shape), jnp.float32)
-
-    def loss(q, k, v, decay, state):
-        y, final = retention(q, k, v, decay, state, segments, form=form, chunk_size=chunk_size)
-        return (y * weight_y).sum() + (final * weight_state).sum(), (y, final)
-
-    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True))
-    gradients, results = gradient(*arrays, decay, state)
+    gradient = gradient_of(form, chunk_size, xla._chunks_of_a_span())
+    gradients, results = gradient(*arrays, decay, state, segments, weight_y, weight_state)
     return results, gradients
 
 
-@st.composite
-def problems(draw):
-    t = draw(st.integers(1, 19))
-    ids = st.lists(st.sampled_from([0, 1, 1, 1, 2, 3]), min_size=t, max_size=t)
-    return {
-        "t": t,
-        "h": draw(st.integers(1, 3)),
-        "v": draw(st.integers(1, 5)),
-        "chunk_size": draw(st.integers(1, 8)),
-        "rule": draw(st.sampled_from(RULES)),
-        "seed": draw(st.integers(0, 99)),
-        "segments": draw(st.none() | st.lists(ids, min_size=2, max_size=2)),
-    }
+# Lengths, heads, widths of values and chunk sizes: each is compiled, and then has many inputs.
+SHAPES = [(1, 2, 3, 4), (19, 3, 5, 8), (16, 1, 1, 4), (13, 2, 4, 1), (6, 3, 2, 8)]
 
 
-@given(problems())
+@pytest.mark.parametrize(("t", "h", "v", "chunk_size"), SHAPES)
+@given(st.data())
 @settings(max_examples=8)
-@example(
-    {"t": 1, "h": 2, "v": 3, "chunk_size": 4, "rule": "log_spaced", "seed": 1, "segments": None}
-)
-def test_forms_agree_in_outputs_states_and_gradients(problem):
-    t, h, v = problem["t"], problem["h"], problem["v"]
-    arrays, decay, state = inputs(t=t, h=h, v=v, rule=problem["rule"], seed=problem["seed"])
-    segments = None if problem["segments"] is None else jnp.asarray(problem["segments"])
-    given_all = (arrays, decay, state, segments)
+def test_forms_agree_in_outputs_states_and_gradients(t, h, v, chunk_size, data):
+    rule, seed = data.draw(st.sampled_from(RULES)), data.draw(st.integers(0, 99))
+    ids = st.lists(st.sampled_from([0, 1, 1, 1, 2, 3]), min_size=t, max_size=t)
+    segments = data.draw(st.none() | st.lists(ids, min_size=2, max_size=2))
+    arrays, decay, state = inputs(t=t, h=h, v=v, rule=rule, seed=seed)
+    given_all = (arrays, decay, state, None if segments is None else jnp.asarray(segments))
     expected = outputs_and_gradients("parallel", None, *given_all)
-    assert_close(outputs_and_gradients("chunkwise", problem["chunk_size"], *given_all), expected)
+    assert_close(outputs_and_gradients("chunkwise", chunk_size, *given_all), expected)
     assert_close(outputs_and_gradients("recurrent", None, *given_all), expected)
 
 
@@ -152,17 +149,18 @@ def test_recurrent_gradient_equals_differentiating_its_own_steps():
 def test_split_anywhere_and_carry_the_state_equals_whole(form, cut):
     (q, k, v), decay, state = inputs()
     segments = jnp.asarray(SEGMENTS["one document"])
-    whole = retention(q, k, v, decay, state, segments, form=form)
-    y1, state = retention(*(x[:, :cut] for x in (q, k, v)), decay, state, form="chunkwise")
-    y2, state = retention(*(x[:, cut:] for x in (q, k, v)), decay, state, form=form)
-    assert_close((jnp.concatenate([y1, y2], 1), state), whole)
+    whole = compiled(q, k, v, decay, state, segments, form=form)
+    q, k, v = map(np.asarray, (q, k, v))
+    y1, state = compiled(*(x[:, :cut] for x in (q, k, v)), decay, state, form="chunkwise")
+    y2, state = compiled(*(x[:, cut:] for x in (q, k, v)), decay, state, form=form)
+    assert_close((np.concatenate([y1, y2], 1), state), whole)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_bfloat16_inputs_keep_a_float32_state(form):
     (q, k, v), decay, state = inputs(dtype=jnp.bfloat16)
     segments = SEGMENTS["packed"]
-    y, final = retention(q, k, v, decay, state, jnp.asarray(segments), form=form)
+    y, final = compiled(q, k, v, decay, state, jnp.asarray(segments), form=form)
     assert (y.dtype, final.dtype) == (jnp.bfloat16, jnp.float32)
     expected = definition(*(x.astype(jnp.float32) for x in (q, k, v)), decay, state, segments)
     assert_close((y, final), expected, "bfloat16")
@@ -249,7 +247,7 @@ def test_float64_inputs_are_computed_in_float64():
         segments = SEGMENTS["uneven"]
         expected = definition(q, k, v, decay, state, segments)
         for size in (1, 4, 21):
-            actual = retention(q, k, v, decay, state, jnp.asarray(segments), chunk_size=size)
+            actual = compiled(q, k, v, decay, state, jnp.asarray(segments), chunk_size=size)
             assert_close(actual, expected, "float64")
 
 
@@ -273,8 +271,8 @@ def test_131_072_tokens_lose_no_accuracy_against_float64(rule):
 @pytest.mark.parametrize("rule", RULES)
 def test_recurrent_and_chunkwise_agree_at_length_100_000(rule):
     (q, k, v), decay, state = inputs(b=1, t=100_000, h=32, k=2, v=2, rule=rule)
-    y, final = retention(q, k, v, decay, state, form="chunkwise")
-    y_steps, final_steps = retention(q, k, v, decay, state, form="recurrent")
+    y, final = map(np.asarray, compiled(q, k, v, decay, state, form="chunkwise"))
+    y_steps, final_steps = map(np.asarray, compiled(q, k, v, decay, state, form="recurrent"))
     for head in range(32):
         assert relative_difference(y_steps[:, :, head], y[:, :, head]) <= 1e-4
         assert relative_difference(final_steps[:, head], final[:, head]) <= 1e-4
@@ -285,8 +283,8 @@ def test_a_long_memory_decays_by_the_exact_gamma():
     (q, k, v), decay, state = inputs(b=1, t=100_000, h=32, k=1, v=1, rule="powers_of_two")
     q, v = jnp.ones_like(q), v * 1e-3
     for form in ("chunkwise", "recurrent"):
-        with_state = retention(q, k, v, decay, state, form=form)[0]
-        without = retention(q, k, v, decay, None, form=form)[0]
+        with_state = compiled(q, k, v, decay, state, form=form)[0]
+        without = compiled(q, k, v, decay, None, form=form)[0]
         effect = np.asarray(with_state - without, np.float64)[0, -1, :, 0]
         exact = np.exp(np.log1p(-(2.0 ** (-5 - np.arange(32)))) * 100_000)
         assert relative_difference(effect, exact * np.asarray(state)[0, :, 0, 0]) <= 1e-4
