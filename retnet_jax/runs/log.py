@@ -1,15 +1,17 @@
 """What a run reports: metrics.jsonl, TensorBoard, Weights & Biases, and the terminal."""
 
-import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from etils import epath
 
-from retnet_jax.errors import ConfigError
+from retnet_jax.errors import ConfigError, brief
+from retnet_jax.files import atomic
+from retnet_jax.runs.json_lines import JsonLines
 
 
 class MetricsLog:
@@ -31,11 +33,11 @@ class MetricsLog:
         from tqdm import tqdm
 
         workdir = epath.Path(workdir)
-        self._lines = _Lines(workdir / "metrics.jsonl", first_step)
-        self._starts = _Lines(workdir / "starts.jsonl")
-        self._events = SummaryWriter(str(workdir), purge_step=first_step + 1)
-        self._wandb = _wandb_run(wandb, workdir) if wandb else None
         self._bar = None
+        self._wandb = _WeightsAndBiases(wandb, workdir, self.say) if wandb else None
+        self._lines = JsonLines(workdir / "metrics.jsonl", self.say, first_step)
+        self._starts = JsonLines(workdir / "starts.jsonl", self.say)
+        self._events = SummaryWriter(str(workdir), purge_step=first_step + 1)
         if sys.stderr.isatty():
             self._bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True)
         self._steps = steps
@@ -74,6 +76,8 @@ class MetricsLog:
             print(message, file=sys.stderr, flush=True)
 
     def close(self) -> None:
+        self._lines.close()
+        self._starts.close()
         self._events.close()
         if self._wandb is not None:
             self._wandb.finish()
@@ -116,49 +120,60 @@ class NoLog:
         pass
 
 
-class _Lines:
-    """A file of JSON lines that grows; on object stores it is written anew each time.
+class _WeightsAndBiases:
+    """The metrics of a run at Weights & Biases; when that fails, training continues without it.
 
     Args:
-      path: of the file.
-      last_step: lines of later steps are dropped; None: of none. A last line that was cut off in
-        the middle is, always.
+      project: that the run belongs to.
+      workdir: of the run, which keeps the id under which it is resumed there.
+      say: called with what went wrong.
+
+    Raises:
+      ConfigError: if the package is missing, or it cannot be started.
     """
 
-    def __init__(self, path: epath.Path, last_step: int | None = None):
-        self._path = path
-        self.records: list[dict[str, Any]] = []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                break
-            if last_step is None or record["step"] <= last_step:
-                self.records.append(record)
-        if path.exists():
-            unfinished = path.with_name(path.name + ".unfinished")
-            unfinished.write_text(self._text(self.records))
-            unfinished.replace(path)
+    def __init__(self, project: str, workdir: epath.Path, say: Callable[[str], object]):
+        try:
+            import wandb
+        except ImportError:
+            raise ConfigError(
+                f"train.wandb={project!r} needs the package wandb: pip install wandb"
+            ) from None
+        path = workdir / "wandb_id"
+        if not path.exists():
+            atomic.write_text(path, uuid.uuid4().hex)
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=workdir.name,
+                id=path.read_text(),
+                resume="allow",
+                dir=str(workdir),
+            )
+        except Exception as error:  # of its own kinds, and of its network's
+            raise ConfigError(
+                f"train.wandb={project!r}: Weights & Biases did not start "
+                f"({type(error).__name__}: {brief(error)}); log in with `wandb login`, set "
+                "WANDB_MODE=offline, or leave train.wandb out"
+            ) from error
+        self._say = say
 
-    def append(self, record: dict[str, Any]) -> None:
-        self.records.append(record)
-        if "://" in str(self._path):
-            self._path.write_text(self._text(self.records))
-        else:
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(self._text([record]))
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Sends the values of a step."""
+        self._try(lambda: self._run.log(dict(values), step=step))
 
-    @staticmethod
-    def _text(records: list[dict[str, Any]]) -> str:
-        return "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+    def finish(self) -> None:
+        """Sends the rest."""
+        self._try(lambda: self._run.finish())
 
-
-def _wandb_run(project: str, workdir: epath.Path):
-    try:
-        import wandb
-    except ImportError:
-        raise ConfigError(
-            f"train.wandb={project!r} needs the package wandb: pip install wandb"
-        ) from None
-    name = workdir.name
-    return wandb.init(project=project, name=name, id=name, resume="allow", dir=str(workdir))
+    def _try(self, action: Callable[[], object]) -> None:
+        if self._run is None:
+            return
+        try:
+            action()
+        except Exception as error:
+            self._run = None
+            self._say(
+                f"Weights & Biases failed ({type(error).__name__}: {brief(error)}); training "
+                "continues without it, and metrics.jsonl has everything"
+            )

@@ -8,6 +8,7 @@ starts.jsonl        one JSON object for each time the run was started
 profile/            traces, as `config.profile` asks for
 lock                held by the process that trains
 events.out.*        the metrics for TensorBoard
+wandb_id            under which Weights & Biases knows the run
 """
 
 import contextlib
