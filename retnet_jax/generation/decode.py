@@ -221,9 +221,9 @@ def _room_for(model: LanguageModel, progress: Progress | None, rows: int, tokens
         # What is read from here on uses up its arrays; the caller may continue from them again.
         roomy = progress._replace(state=progress.state.with_room(tokens))
         progress = jax.tree.map(jnp.copy, roomy)
-    # Placed like the norms: whole, on all of the model's devices. What is placed nowhere in
-    # particular comes out of the first call with a place, and the second is compiled again for it.
-    return jax.device_put(progress, model.first_block.mixer_norm.scale[...].sharding)
+    # Whole, on all of the model's devices. What is placed nowhere in particular comes out of the
+    # first call with a place, and the second is compiled again for it.
+    return jax.device_put(progress, model.sharding)
 
 
 @partial(

@@ -130,14 +130,14 @@ class DecodingModel(LanguageModel):
             _with_rows(_layer(model.layers, i), dtype) for i in range(config.n_layers)
         )
 
-    def _run_layers(self, x, state: State, context, form: str):
-        before = state.layers or (None,) * self.config.n_layers
+    def _run_layers(self, x, states, context, form: str):
+        before = states or (None,) * self.config.n_layers
         after = []
         for number, (block, layer_state) in enumerate(zip(self.layers, before, strict=True)):
             if layer_state is not None and self._retains:
                 layer_state = layer_state.astype(self.config.state_dtype).swapaxes(-1, -2)
             x, layer_state = block(x, layer_state, context, form)
-            after.append(self._stored(layer_state, state.position, number))
+            after.append(self._stored(layer_state, context.position, number))
         return x, tuple(after)
 
     @property
@@ -169,8 +169,8 @@ class DecodingModel(LanguageModel):
         return state._replace(layers=tuple(stored))
 
     @property
-    def first_block(self):
-        return self.layers[0]
+    def sharding(self) -> jax.sharding.Sharding:
+        return self.layers[0].mixer_norm.scale[...].sharding
 
 
 @jax.jit(static_argnums=(1, 2))

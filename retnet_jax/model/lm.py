@@ -129,14 +129,14 @@ class LanguageModel(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], State]:
         """As a call, but without the output head: the normed activations it is applied to."""
         config = self.config
-        context, state = self.mixer_type.prepare(config, state, tokens.shape, segment_ids)
-        x, layer_states = self._run_layers(self._embed(tokens), state, context, form)
+        context, layers = self.mixer_type.prepare(config, state, tokens.shape, segment_ids)
+        x, layers = self._run_layers(self._embed(tokens), layers, context, form)
         if not config.post_norm:
             x = self.final_norm(x)
-        return x, state._replace(layers=layer_states)
+        return x, context.state(layers)
 
-    def _run_layers(self, x: Float[Array, "b t d"], state: State, context, form: str):
-        """All layers, and the state of each after the tokens."""
+    def _run_layers(self, x: Float[Array, "b t d"], states, context, form: str):
+        """All layers, from the state of each before the tokens to that after them."""
         config = self.config
 
         def layer(x, layer_and_state):
@@ -149,7 +149,7 @@ class LanguageModel(nnx.Module):
         # A loop zeroes and fills a stack for each thing the backward pass needs; a few layers are
         # faster written out (a 4-layer step on 2 cores: 201 ms for 227).
         unroll = config.n_layers if config.n_layers <= 4 else 1
-        return jax.lax.scan(layer, x, (self.layers, state.layers), unroll=unroll)
+        return jax.lax.scan(layer, x, (self.layers, states), unroll=unroll)
 
     def _embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         config = self.config
@@ -172,9 +172,9 @@ class LanguageModel(nnx.Module):
         return self.embedding[...] if self.config.tie_embeddings else self.head[...]
 
     @property
-    def first_block(self) -> Block:
-        """The first layer, or with the others stacked on it."""
-        return self.layers
+    def sharding(self) -> jax.sharding.Sharding:
+        """Whole, on all devices that the parameters are on, as the norms are."""
+        return self.layers.mixer_norm.scale[...].sharding
 
     def init_state(self, batch_size: int, capacity: int) -> State:
         """The state before the first token.
