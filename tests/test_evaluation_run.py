@@ -12,7 +12,7 @@ from test_evaluation_tasks import ROWS
 
 from retnet_jax import RetNet, evaluate
 from retnet_jax.config import MeshConfig
-from retnet_jax.data import ByteTokenizer, train_bpe
+from retnet_jax.data.tokenizers import ByteTokenizer, train_bpe
 from retnet_jax.errors import ConfigError
 from retnet_jax.evaluation.perplexity import stateful_nll
 from retnet_jax.evaluation.plan import Plan, make_plan
