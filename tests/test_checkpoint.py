@@ -57,10 +57,12 @@ def save(directory, steps, keep=3, keep_every=0):
 
 
 def assert_equal(actual, expected):
+    actual, expected = jax.device_get((actual, expected))
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.compiles(60, reason="Orbax places each leaf, of its own shape, on eight devices")
 def test_restore_is_exact_on_another_mesh(tmp_path):
     save(tmp_path, [5])
     other = abstract_state(CONFIG, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))

@@ -18,8 +18,11 @@ import numpy as np
 import programs
 import pytest
 from etils import epath
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from retnet_jax import load_pretrained
+from retnet_jax import interop, load_pretrained
 from retnet_jax.config import (
     Config,
     DataConfig,
@@ -30,14 +33,18 @@ from retnet_jax.config import (
     TrainConfig,
 )
 from retnet_jax.config_json import config_from_json, to_json
-from retnet_jax.data import build_store
+from retnet_jax.data import BatchStream, build_store, number_of_windows, open_stores
+from retnet_jax.data.tokenizers import ByteTokenizer
 from retnet_jax.errors import CheckpointError, ConfigError
+from retnet_jax.model import build_model
+from retnet_jax.parallel.mesh import make_mesh
 from retnet_jax.programs.evaluate import print_evaluation
 from retnet_jax.runs.checkpoint import Checkpoints
 from retnet_jax.runs.log import MetricsLog
 from retnet_jax.runs.workdir import locked
+from retnet_jax.training.held_out_loss import HeldOutLoss
 from retnet_jax.training.loop import Evaluator, train
-from retnet_jax.training.step import make_step
+from retnet_jax.training.step import loss_sum, make_step
 
 ROOT = Path(__file__).parent.parent
 STEPS = 10
@@ -412,6 +419,50 @@ def test_a_spike_is_skipped_and_the_run_continues(config, tmp_path, capfd):
     assert lines[60]["loss"] > lines[59]["loss"] + 1
     assert lines[61]["parameter_norm"] == lines[60]["parameter_norm"]
     assert lines[60]["parameter_norm"] != lines[59]["parameter_norm"]
+
+
+def test_held_out_loss_is_the_mean_over_windows_for_every_batch_size(config, uninterrupted):
+    """Their number divides by no batch: what fills the last one up has no weight."""
+    stores = open_stores(config.data, 257)
+    (split,) = (store.held_out for store in stores.stores.values())
+    model = load_pretrained(uninterrupted)
+    windows = number_of_windows(split, 16)
+    assert windows % 8
+    options = {"sequence_length": 16, "bos_id": 256, "seed": 0}
+    stream = BatchStream([split], [1.0], batch_size=windows, **options)
+    _, sums = jax.jit(loss_sum)(model, stream[0])
+    expected = float(sums.loss) / float(sums.weight)
+    mesh = make_mesh(config.mesh)
+    for batch_size, micro_batches in ((8, 1), (48, 2), (8 * windows, 1)):
+        sizes = {"batch_size": batch_size, "micro_batches": micro_batches, "eval_batches": 10**6}
+        sized = dataclasses.replace(config, train=dataclasses.replace(config.train, **sizes))
+        with jax.set_mesh(mesh):
+            found = HeldOutLoss(sized, mesh, stores)(
+                jax.device_put(model, NamedSharding(mesh, P()))
+            )
+        assert found["held_out_loss"] == pytest.approx(expected, rel=1e-6), batch_size
+
+
+def test_an_evaluation_that_fails_costs_no_checkpoint(config, tmp_path):
+    """It comes after the save of the same step, so a restart does not run into it unsaved."""
+
+    def fail(model):
+        raise MemoryError("out of memory")
+
+    with pytest.raises(MemoryError):
+        train(config, tmp_path / "run", evaluators=[Evaluator("large", 4, fail)])
+    assert latest_step(tmp_path / "run") == 4
+
+
+def test_weights_that_are_not_finite_are_refused(config, tmp_path):
+    model = build_model(config.model, rngs=nnx.Rngs(0))
+    model.embedding[...] = model.embedding[...].at[3, 3].set(np.nan)
+    interop.save(model, tmp_path / "model", "own")
+    ByteTokenizer().save(tmp_path / "model")
+    data = dataclasses.replace(config.data, store=str(tmp_path / "store"))
+    begun = dataclasses.replace(config, data=data, init_from=str(tmp_path / "model"))
+    with pytest.raises(CheckpointError, match=r"init_from=.*model has parameters .* NaN"):
+        train(begun, tmp_path / "run")
 
 
 def test_an_evaluator_is_added_without_touching_the_loop(config, uninterrupted, tmp_path):

@@ -4,20 +4,23 @@ import math
 import operator
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from retnet_jax.config import Config
-from retnet_jax.data import Stores, number_of_windows
+from retnet_jax.data import Batch, Stores, number_of_windows
 from retnet_jax.data.batches import PlacedBatches
 from retnet_jax.model import LanguageModel
-from retnet_jax.training.step import loss_sum
+from retnet_jax.training.step import Sums, loss_sum
 
 
 class HeldOutLoss:
     """The mean loss over the first windows of what each store holds out.
 
-    Every window begins with the empty state. Several stores have a loss each, and their mean is
-    weighted by the shares of the mixture.
+    Every window begins with the empty state and counts once, so a store with fewer windows than
+    `train.eval_batches` batches has the same loss for every batch size. A batch is run in as many
+    parts as a training step's, and takes less memory. Several stores have a loss each, and their
+    mean is weighted by the shares of the mixture.
 
     Args:
       config: of the run; `train.eval_batches` bounds the batches of each store.
@@ -30,14 +33,14 @@ class HeldOutLoss:
         self._splits = {name: store.held_out for name, store in stores.stores.items()}
         self._shares = stores.weights / stores.weights.sum()
         self._length = config.data.sequence_length
-        self._loss_sum = jax.jit(loss_sum)
+        self._rows = config.train.batch_size // config.train.micro_batches
         self._batches = {
             name: PlacedBatches(
                 mesh,
                 [split],
                 [1.0],
                 sequence_length=self._length,
-                batch_size=config.train.batch_size,
+                batch_size=self._rows,
                 bos_id=stores.tokenizer.bos_id,
                 seed=config.train.seed,
             )
@@ -59,7 +62,21 @@ class HeldOutLoss:
         return metrics
 
     def _loss(self, name: str, model: LanguageModel) -> float:
-        windows = number_of_windows(self._splits[name], self._length)
-        batches = min(self._config.eval_batches, math.ceil(windows / self._config.batch_size))
-        found = [self._loss_sum(model, self._batches[name][number])[1] for number in range(batches)]
+        windows = min(
+            number_of_windows(self._splits[name], self._length),
+            self._config.eval_batches * self._config.batch_size,
+        )
+        # What would be read of the next epoch in the last part has no weight.
+        found = [
+            first_rows_loss(model, self._batches[name][number], windows - number * self._rows)
+            for number in range(math.ceil(windows / self._rows))
+        ]
         return sum(float(x.loss) for x in found) / sum(float(x.weight) for x in found)
+
+
+@jax.jit
+def first_rows_loss(model: LanguageModel, batch: Batch, rows: int) -> Sums:
+    """The sums of losses and weights over at most the first `rows` rows of a batch."""
+    counted = jnp.arange(len(batch.weights)) < rows
+    batch = batch._replace(weights=jnp.where(counted[:, None], batch.weights, 0))
+    return loss_sum(model, batch)[1]

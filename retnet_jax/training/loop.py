@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -116,6 +117,7 @@ def train(
         )
         stack.enter_context(contextlib.closing(checkpoints))
         state, progress, damage = start_or_restore(config, mesh, state_shape, checkpoints, workdir)
+        check_finite(state, config, workdir)
         log: MetricsLog | NoLog = NoLog()
         if processes.is_first():
             log = MetricsLog(workdir, int(state.step), config.train.steps, config.train.wandb)
@@ -181,6 +183,26 @@ def start_or_restore(
         begin = jax.jit(partial(state_of, config), out_shardings=shardings, donate_argnums=0)
         return begin(model), progress, []
     return jax.jit(partial(initial_state, config), out_shardings=shardings)(), progress, []
+
+
+def check_finite(state: TrainState, config: Config, workdir: epath.Path) -> None:
+    """Raises `CheckpointError` if a state to begin with has numbers that are not finite.
+
+    A step never makes any (`training/step.py`), so none is ever saved.
+    """
+    if not bool(_is_finite(items_of(state))):
+        origin = f"checkpoint {workdir / 'checkpoints' / str(int(state.step))}"
+        if config.init_from and not int(state.step):
+            origin = f"init_from={config.init_from}"
+        raise CheckpointError(
+            f"{origin} has parameters or moments that are NaN or infinite: it cannot be trained "
+            "further; begin with another checkpoint"
+        )
+
+
+@jax.jit
+def _is_finite(tree: Any) -> jax.Array:
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
 
 
 def items_of(state: TrainState) -> dict[str, Any]:
