@@ -59,6 +59,7 @@ def assert_equal(actual, expected):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.compiles(60, reason="Orbax slices every array that it writes from many devices")
 def test_restore_is_exact_on_another_mesh(tmp_path):
     save(tmp_path, [5])
     other = abstract_state(CONFIG, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))

@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
+@pytest.mark.compiles(200, reason="what a reader would type, outside of jit")
 def test_python_blocks_run():
     names = {}
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
