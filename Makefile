@@ -1,6 +1,7 @@
 # make quickstart      trains a small model on real text, evaluates it and samples from it
 # make test            lint, format check and the tests, in less than five minutes on two cores
 # make test-compilers  what the compilers for TPUs and GPUs make of it; downloads 500 MB of them once
+# make test-wheel      builds a wheel, and trains, evaluates and samples with nothing but it
 # make test-all        all tests, those that take minutes too, with all of XLA's optimisations
 #
 # Each makes the environment it needs in .venv the first time, and only then.
@@ -13,7 +14,7 @@ CONFIG := configs/quickstart.py:$(ARCHITECTURE)
 # Carried through a document of 33,000 tokens, a Transformer's cache takes minutes on a CPU.
 PROTOCOL := $(if $(filter transformer,$(ARCHITECTURE)),window,window,stateful)
 
-.PHONY: quickstart test test-compilers test-all lint clean
+.PHONY: quickstart test test-compilers test-wheel test-all lint clean
 
 quickstart: .venv/run
 	$(BIN)/python train.py --config=$(CONFIG) --workdir=$(WORKDIR)
@@ -28,6 +29,13 @@ test: lint
 
 test-compilers: .venv/libtpu .venv/cuda
 	PYTHONPATH=.venv/libtpu $(PYTEST) -m "compilers and not slow"
+
+test-wheel: .venv/dev
+	rm -rf .venv/wheel build && mkdir -p .venv/wheel/elsewhere
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir=.venv/wheel . && rm -rf build
+	$(BIN)/python -m venv .venv/wheel/env
+	.venv/wheel/env/bin/pip install --quiet .venv/wheel/*.whl
+	cd .venv/wheel/elsewhere && ../env/bin/python -I ../../../tests/check_wheel.py
 
 # Without the flags that tests/conftest.py sets otherwise.
 test-all: lint .venv/libtpu .venv/cuda .venv/py312

@@ -20,8 +20,9 @@ from benchmarks.measure import write_results
 from retnet_jax import interop
 from retnet_jax.config import ModelConfig
 from retnet_jax.interop import presets
-from retnet_jax.interop.parameter_source import Description, parameter_shape
+from retnet_jax.interop.parameter_source import Description
 from retnet_jax.interop.tensor_files import TensorInfo
+from retnet_jax.model.parameters import parameter_shape
 
 SIZES = {
     "tiny": presets.fla(vocab_size=64, d_model=32, n_layers=2, n_heads=2),

@@ -24,9 +24,10 @@ from benchmarks.measure import write_results
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from retnet_jax.config import DataConfig
-from retnet_jax.data import BatchStream, Skipped, build_store, open_store, read_documents
-from retnet_jax.data.build import train_tokenizer
-from retnet_jax.data.tokenizers.byte_level import hugging_face
+from retnet_jax.data import BatchStream, build_store, open_store
+from retnet_jax.data.bpe_sample import train_tokenizer
+from retnet_jax.data.sources import Skipped, read_documents
+from retnet_jax.data.tokenizers.base import hugging_face
 
 START = """
 import re, sys, time

@@ -23,7 +23,7 @@ import jax
 from absl import flags
 
 from benchmarks.measure import write_results
-from retnet_jax import aot
+from retnet_jax.aot.compile_step import compile_step
 from retnet_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from retnet_jax.programs import command_line
 from retnet_jax.runs.checkpoint import Checkpoints
@@ -37,9 +37,10 @@ import json, re, sys
 from pathlib import Path
 from retnet_jax.aot import topologies
 topologies.prepare()
-from retnet_jax import aot
+from retnet_jax.aot.compile_step import compile_step
+from retnet_jax.aot.report import report
 from retnet_jax.configs.retnet_6p7b import get_config
-found = aot.report(aot.compile_step(get_config(), topologies.tpus(sys.argv[1])))
+found = report(compile_step(get_config(), topologies.tpus(sys.argv[1])))
 peak = re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]
 print(json.dumps({"lower_seconds": found.lower_seconds, "compile_seconds": found.compile_seconds,
                   "peak_memory_gib": int(peak) / 2**20}))
@@ -70,7 +71,7 @@ def compiling(rounds: int) -> dict:
         for layers, kept in seconds.items():
             jax.clear_caches()
             model = dataclasses.replace(config.model, n_layers=layers)
-            step = aot.compile_step(dataclasses.replace(config, model=model))
+            step = compile_step(dataclasses.replace(config, model=model))
             kept.append((step.lower_seconds, step.compile_seconds))
     ratios = [b[1] / a[1] for a, b in zip(seconds[12], seconds[48], strict=True)]
     return {
@@ -89,7 +90,7 @@ def saving(directory: Path, rounds: int) -> dict:
     with contextlib.closing(Checkpoints(directory / "checkpoints", keep=1)) as checkpoints:
         for step in range(rounds + 1):  # the first makes threads, and is not counted
             begin = time.perf_counter()
-            checkpoints.save(step, {"model": state}, next_batch=step)
+            checkpoints.save(step, {"model": state}, {"next_batch": step})
             blocked.append(time.perf_counter() - begin)
             checkpoints.wait()
             written.append(time.perf_counter() - begin)

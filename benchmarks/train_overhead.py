@@ -17,12 +17,12 @@ from absl import flags
 
 from benchmarks.measure import write_results
 from retnet_jax.data import open_stores
+from retnet_jax.parallel.mesh import make_mesh
 from retnet_jax.parallel.processes import StopRequest
-from retnet_jax.parallel.sharding import make_mesh
 from retnet_jax.programs import command_line
-from retnet_jax.programs.train import Run, start_or_restore
 from retnet_jax.runs.checkpoint import Checkpoints
 from retnet_jax.runs.log import MetricsLog
+from retnet_jax.training.loop import Run, start_or_restore
 from retnet_jax.training.step import abstract_state, make_step
 
 flags.DEFINE_integer("segments", 6, "timed segments of each loop")
@@ -42,20 +42,23 @@ def main() -> None:
         log = MetricsLog(Path(directory), 0, 10**9)
         with contextlib.closing(checkpoints), contextlib.closing(log):
             step = make_step(config, state_shape)
-            run = Run(config, stores, mesh, step, checkpoints, log, 1.0, Path(directory))
-            state, *_ = start_or_restore(config, mesh, state_shape, checkpoints)
-            batches = [run.place(run.train_stream[step]) for step in range(8)]
+            run = Run(config, mesh, stores, step, checkpoints, log)
+            state, progress, _ = start_or_restore(
+                config, mesh, state_shape, checkpoints, Path(directory)
+            )
+            run.begin(state, progress)
+            batches = [run.batches[number] for number in range(8)]
             for segment in range(segments):
                 start = time.perf_counter()
-                state, _ = run.advance(
-                    state, segment * steps, 0, (segment + 1) * steps, StopRequest()
-                )
+                run.advance((segment + 1) * steps, StopRequest())
                 looped.append((time.perf_counter() - start) / steps)
 
                 start = time.perf_counter()
-                for step in range(steps):
-                    state, metrics = run.step(state, batches[step % len(batches)])
+                state = run.state
+                for number in range(steps):
+                    state, metrics = step(state, batches[number % len(batches)])
                 jax.block_until_ready(metrics)
+                run.state = state
                 bare.append((time.perf_counter() - start) / steps)
     ratios = [a / b for a, b in zip(looped[1:], bare[1:], strict=True)]
     results = {

@@ -11,10 +11,12 @@ _HOME = {
     "ModelConfig": "retnet_jax.config",
     "RetNet": "retnet_jax.model",
     "Transformer": "retnet_jax.model",
+    "evaluate": "retnet_jax.evaluation.run",
     "for_decoding": "retnet_jax.model",
     "generate": "retnet_jax.generation.decode",
     "load_pretrained": "retnet_jax.pretrained",
     "retention": "retnet_jax.ops.retention",
+    "train": "retnet_jax.training.loop",
 }
 
 __all__ = sorted(_HOME)

@@ -1,15 +1,17 @@
-"""Every option of the project, once: typed, with its default, a short comment and its checks.
+"""Every option of the project, once: its type, default, one line of help, and its checks.
 
-A file in `configs/` fills a `Config` in; the command line overrides single fields
-(`--config.train.steps=100`); a workdir records the result as `config.json`. Sizes that follow from
-others (`key_dim`, `ffn_dim`, parameter and FLOP counts) are derived here and nowhere else.
+A file in `configs/` fills a `Config`; the command line overrides single options
+(`--config.train.steps=100`); a workdir records the result as `config.json` (`config_json.py`).
+Sizes that follow from others (`q_width`, `ffn_width`, parameter and FLOP counts) are derived here
+and nowhere else.
 
-This module imports no jax, so that a config can be read anywhere. (And it does not postpone
-annotations: ml_collections reads the types of fields from them to parse overrides.)
+This module imports no jax, so that a config can be read anywhere. It does not postpone annotations
+either: ml_collections reads the types of fields from them to parse overrides.
 """
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 from retnet_jax.errors import ConfigError
 
@@ -27,9 +29,42 @@ WINDOWS = ("packed", "contiguous")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 REMATS = ("none", "full", "dots")
-# Activations of a layer that `model.remat` can name.
-KEPT = ("mixer_input", "q", "k", "v", "gate", "retention", "out", "ffn_input", "up", "linear")
+# The activations of a layer that `model.remat` can name.
+ACTIVATIONS = (
+    "mixer_input",
+    "q",
+    "k",
+    "v",
+    "gate",
+    "retention",
+    "out",
+    "ffn_input",
+    "up",
+    "linear",
+)
 MOMENT_DTYPES = ("float32", "bfloat16")
+
+
+def option(
+    default: Any,
+    text: str,
+    *,
+    changeable: bool = False,
+    in_store: bool = False,
+    computation: bool = False,
+) -> Any:
+    """A field of a config.
+
+    Args:
+      default: its value where nothing else is said.
+      text: one line of help.
+      changeable: a run may be resumed with another value.
+      in_store: the contents of a token store depend on it.
+      computation: it says how a model is computed, not which function: a run that begins with a
+        trained model (`init_from`) has its own.
+    """
+    marks = {"changeable": changeable, "in_store": in_store, "computation": computation}
+    return field(default=default, metadata={"help": text} | marks)
 
 
 # Not frozen, because command-line overrides set fields one by one. A model keeps a copy of its own,
@@ -38,42 +73,78 @@ MOMENT_DTYPES = ("float32", "bfloat16")
 class ModelConfig:
     """The shape of one language model, RetNet or Transformer."""
 
-    mixer: str = "retention"  # "retention" (RetNet) or "attention" (Transformer)
-    vocab_size: int = 32_000
-    d_model: int = 512
-    n_layers: int = 6
-    n_heads: int = 4
-    key_dim: int | None = None  # q and k, all heads together; None: d_model
-    value_dim: int | None = None  # v, all heads together; None: 2 d_model, for attention d_model
-    ffn: str = "gelu"  # "relu", "gelu", "swish": act(x W1) W2; "reglu", ...: (act(x W1) * x W3) W2
-    ffn_dim: int | None = None  # None: 2 d_model, for attention 4 d_model
-    norm: str = "layer"  # "layer" (scale and bias) or "rms" (scale)
-    norm_epsilon: float = 1e-6
-    rotation: str = "rope"  # "rope": pairs (i, i + k/2), angles 10000^(-2i/k), q scaled by k^-1/2;
-    # "torchscale": pairs (2i, 2i + 1), angles 10000^(-i/(k/2 - 1)), k scaled, its state with it
-    row_normalizer: bool = True  # retention over the root of the decays' sum; False: fla only
-    decay: str = "log_spaced"  # gamma of a head: "log_spaced" or "powers_of_two" (1 - 2^(-5-h))
-    decay_range: tuple[float, float] = (
-        1 / 32,
-        1 / 512,
-    )  # log_spaced: 1 - gamma of first, last head
-    tie_embeddings: bool = False  # one matrix for the embedding and the output head
-    embedding_scale: bool = False  # embeddings times sqrt(d_model); torchscale, syncdoth
-    embedding_norm: bool = False  # a norm of the embeddings; torchscale, syncdoth
-    mixer_bias: bool = False  # in q, k, v, gate and out; torchscale of 2023 only
-    ffn_bias: bool = False  # in the feed-forward layer; torchscale of 2023, syncdoth
-    ffn_norm: str | None = None  # a norm before W2, sub-LayerNorm; torchscale of 2023, syncdoth
-    head_norm_scale: bool = False  # a learned scale in the head norm, all heads' one; fla only
-    post_norm: bool = False  # norms after the residual sums, none at the end; torchscale, syncdoth
-    deepnorm: bool = False  # residual times (2 n_layers)^(1/4), arXiv 2203.00555; as post_norm
-    score_clamp: str | None = None  # parallel form only: torchscale's clamp of the scores' row
-    # sums, "absolute", that of 2023 "signed"; a range guard for fp16 that no other form has
-    dtype: str = "float32"  # of activations; parameters, decay, state and loss stay float32.
-    # "float64" is for reference computations: all is float64 but the parameters
-    remat: str = "none"  # what the backward pass computes again instead of storing it: "none",
-    # "full": each layer, "dots": all but its matrix products; or the activations of a layer that
-    # are stored, such as "q,k,v,up", or with "offload:q,k,v,up" stored in the host's memory
-    chunk_size: int | None = None  # of the chunkwise form; None: fastest for backend and length
+    mixer: str = option("retention", "'retention' (RetNet) or 'attention' (Transformer)")
+    vocab_size: int = option(32_000, "Number of token ids")
+    d_model: int = option(512, "Width of the residual stream")
+    n_layers: int = option(6, "Number of layers")
+    n_heads: int = option(4, "Number of heads")
+    key_dim: int | None = option(None, "Width of q and k over all heads; None: d_model")
+    value_dim: int | None = option(
+        None, "Width of v over all heads; None: 2 d_model, for attention d_model"
+    )
+    ffn: str = option(
+        "gelu",
+        "'relu', 'gelu', 'swish': act(x W1) W2; 'reglu', 'geglu', 'swiglu': (act(x W1) * x W3) W2",
+    )
+    ffn_dim: int | None = option(
+        None, "Inner width of the feed-forward layer; None: 2 d_model, for attention 4 d_model"
+    )
+    norm: str = option("layer", "'layer' (scale and bias) or 'rms' (scale)")
+    norm_epsilon: float = option(1e-6, "Added to the variance or mean square in every norm")
+    decay: str = option(
+        "log_spaced", "Gamma of each head: 'log_spaced', or 'powers_of_two' (Eq. 8)"
+    )
+    decay_range: tuple[float, float] = option(
+        (1 / 32, 1 / 512), "For log_spaced: 1 - gamma of the first and of the last head"
+    )
+    row_normalizer: bool = option(
+        True, "Divide retention by the root of the sum of its decays; False only for fla"
+    )
+    tie_embeddings: bool = option(False, "One matrix for the embedding and the output head")
+    dtype: str = option(
+        "float32",
+        "Dtype of activations; parameters, decay, state and loss stay float32 (float64: all of it)",
+        computation=True,
+    )
+    remat: str = option(
+        "none",
+        "What the backward pass recomputes: 'none', 'full', 'dots' (all but matrix products), or "
+        "all but the named activations, as 'q,k,v,up'; 'offload:q,k,v' stores those on the host",
+        changeable=True,
+        computation=True,
+    )
+    chunk_size: int | None = option(
+        None,
+        "Tokens in a chunk of the chunkwise form; None: fastest for platform and length",
+        changeable=True,
+        computation=True,
+    )
+
+    # Only for checkpoints of other implementations (see `interop/presets.py`).
+    rotation: str = option(
+        "rope",
+        "'rope': pairs (i, i + k/2), angles 10000^(-2i/k), q scaled by k^-1/2; 'torchscale': pairs "
+        "(2i, 2i + 1), angles 10000^(-i/(k/2 - 1)), k scaled and with it the state",
+    )
+    embedding_scale: bool = option(False, "Embeddings times sqrt(d_model); torchscale, syncdoth")
+    embedding_norm: bool = option(False, "A norm of the embeddings; torchscale, syncdoth")
+    mixer_bias: bool = option(False, "Biases in q, k, v, gate and out; torchscale of 2023")
+    ffn_bias: bool = option(False, "Biases in the feed-forward layer; torchscale of 2023, syncdoth")
+    ffn_norm: str | None = option(
+        None, "A norm before W2 (sub-LayerNorm), 'layer' or 'rms'; torchscale of 2023, syncdoth"
+    )
+    head_norm_scale: bool = option(False, "A learned scale in the head norm, all heads' one; fla")
+    post_norm: bool = option(
+        False, "Norms after the residual sums and none at the end; torchscale, syncdoth"
+    )
+    deepnorm: bool = option(
+        False, "Residual times (2 n_layers)^(1/4) (arXiv 2203.00555); torchscale, syncdoth"
+    )
+    score_clamp: str | None = option(
+        None,
+        "torchscale's clamp of the scores' row sums, 'absolute' or 'signed' (that of 2023); only "
+        "the parallel form has it",
+    )
 
     @property
     def q_width(self) -> int:
@@ -121,10 +192,10 @@ class ModelConfig:
             _check_choice("model.ffn_norm", self.ffn_norm, NORMS)
         if self.score_clamp is not None:
             _check_choice("model.score_clamp", self.score_clamp, SCORE_CLAMPS)
-        if self.remat not in REMATS and not set(self.kept_activations) <= set(KEPT):
+        if self.remat not in REMATS and not set(self.kept_activations) <= set(ACTIVATIONS):
             raise ConfigError(
                 f"model.remat={self.remat!r} is not one of {', '.join(map(repr, REMATS))}, and "
-                f"names of activations are {','.join(KEPT)}, behind offload: or not"
+                f"names of activations are {','.join(ACTIVATIONS)}, behind offload: or not"
             )
         if self.head_norm_scale and self.norm != "rms":
             raise ConfigError(
@@ -241,32 +312,70 @@ def _norm_parameters(norm: str, width: int) -> int:
 class DataConfig:
     """Documents, how they become tokens, and how tokens become windows."""
 
-    source: str = "stdlib"  # "stdlib": Python's own library; "text": a file a document; "jsonl":
-    # a line a document, .gz and .zst too; "parquet"; "tfds", "hf": a data set
-    path: str = ""  # files by glob, ** and URLs included, commas between several; "name:split" of
-    # a data set, for hf also "name:config:split"
-    text_field: str = "text"  # of a record: the text; "a.b" is field b inside field a
-    id_field: str = "id"  # of a record: part of the document's name; without it its number is
-    min_bytes: int = 0  # shorter documents are left out
-    max_document_bytes: int = 200_000_000  # longer ones too
-    extensions: tuple[str, ...] = ()  # only documents with one of these; empty: all
-    extension_field: str = "ext"
-    languages: tuple[str, ...] = ()  # the same for their language
-    language_field: str = "lang"
-    licenses: tuple[str, ...] = ()  # and for their licence
-    license_field: str = "license"
-    deduplicate: bool = True  # of documents with the same text keep the first
-    strict: bool = False  # end at the first document that cannot be used, instead of counting it
-    tokenizer: str = "bpe"  # "byte"; "bpe": byte-level, trained on the training documents; or a
-    # directory with a tokenizer.json (Hugging Face) or tokenizer.model (SentencePiece)
-    store: str = "data/stdlib"  # directory of the token store; written when it is not there
-    held_out: float = 0.02  # share of documents kept from training, by a hash of their names
-    mixture: dict[str, float] = field(default_factory=dict)  # stores to train on, each with its
-    # share of the windows, such as {"data/pile": 0.6, "data/c4": 0.4}; empty: `store` alone
-    sequence_length: int = 2048  # tokens in a window
-    windows: str = "packed"  # "packed": they begin at documents where they can, in random order;
-    # "contiguous": each row of the batch reads on where its last window ended
-    skip_steps: tuple[int, ...] = ()  # numbers of batches that are passed over
+    source: str = option(
+        "stdlib",
+        "'stdlib' (Python's own library), 'text' (a document a file), 'jsonl' (a document a line, "
+        "also .gz and .zst), 'parquet' (a document a row), or a data set of 'tfds' or 'hf'",
+        in_store=True,
+    )
+    path: str = option(
+        "",
+        "Files: globs, ** and URLs included, separated by commas; a data set: 'name:split', for hf "
+        "also 'name:config:split'",
+        in_store=True,
+    )
+    text_field: str = option(
+        "text", "Field of a record with its text; 'a.b' is field b inside field a", in_store=True
+    )
+    id_field: str = option(
+        "id", "Field that names a document; without it its number does", in_store=True
+    )
+    min_bytes: int = option(0, "Leave out shorter documents", in_store=True)
+    max_document_bytes: int = option(200_000_000, "Leave out longer documents", in_store=True)
+    extensions: tuple[str, ...] = option(
+        (), "Keep only documents with one of these file extensions; empty: all", in_store=True
+    )
+    extension_field: str = option("ext", "Field with the extension", in_store=True)
+    languages: tuple[str, ...] = option(
+        (), "Keep only documents in one of these languages; empty: all", in_store=True
+    )
+    language_field: str = option("lang", "Field with the language", in_store=True)
+    licenses: tuple[str, ...] = option(
+        (), "Keep only documents under one of these licences; empty: all", in_store=True
+    )
+    license_field: str = option("license", "Field with the licence", in_store=True)
+    deduplicate: bool = option(
+        True, "Keep the first of documents with the same text", in_store=True
+    )
+    strict: bool = option(
+        False, "Stop at the first document that cannot be used instead of counting it"
+    )
+    tokenizer: str = option(
+        "bpe",
+        "'byte'; 'bpe': byte-level, trained on the training documents; or a directory with a "
+        "tokenizer.json (Hugging Face) or tokenizer.model (SentencePiece)",
+        in_store=True,
+    )
+    store: str = option("data/stdlib", "Directory of the token store; built if it does not exist")
+    held_out: float = option(
+        0.02,
+        "Share of documents kept from training, chosen by a hash of their names",
+        in_store=True,
+    )
+    mixture: dict[str, float] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Stores to train on and the share of windows from each, such as "
+            "{'data/pile': 0.6, 'data/c4': 0.4}; empty: `store`",
+        },
+    )
+    sequence_length: int = option(2048, "Tokens in a window")
+    windows: str = option(
+        "packed",
+        "'packed': windows begin at documents where they can, in random order; 'contiguous': each "
+        "row of the batch continues where its last window ended",
+    )
+    skip_batches: tuple[int, ...] = option((), "Numbers of batches to skip", changeable=True)
 
     def check(self) -> None:
         """Raises `ConfigError` for a value that is no choice or out of range."""
@@ -285,8 +394,8 @@ class DataConfig:
         _check_at_least("data.min_bytes", self.min_bytes, 0)
         _check_at_least("data.max_document_bytes", self.max_document_bytes, 1)
         _check_choice("data.windows", self.windows, WINDOWS)
-        for number in self.skip_steps:
-            _check_at_least("data.skip_steps", number, 0)
+        for number in self.skip_batches:
+            _check_at_least("data.skip_batches", number, 0)
         for store, weight in self.mixture.items():
             _check_positive(f"data.mixture[{store!r}]", weight)
         if not self.store:
@@ -299,18 +408,24 @@ class DataConfig:
 class OptimizerConfig:
     """Optimiser, schedule and clipping."""
 
-    name: str = "adamw"  # "adamw", or "muon": muon for the layers' matrices, Adam for the rest
-    learning_rate: float = 6e-4
-    muon_learning_rate: float = 0.02  # of the matrices under muon
-    beta1: float = 0.9
-    beta2: float = 0.98
-    epsilon: float = 1e-8
-    weight_decay: float = 0.05  # of matrices; norms and biases are never decayed
-    clip_norm: float = 2.0  # largest global norm of the gradient
-    schedule: str = "linear"  # after warm-up: "constant", "linear", "cosine" or "wsd"
-    warmup_steps: int = 375
-    moment_dtype: str = "float32"  # in which AdamW's and muon's moments are kept; or "bfloat16"
-    decay_share: float = 0.5  # wsd: the share of all steps in which the rate falls to zero
+    name: str = option(
+        "adamw", "'adamw', or 'muon': muon for the matrices of layers and Adam for the rest"
+    )
+    learning_rate: float = option(6e-4, "Peak learning rate")
+    muon_learning_rate: float = option(0.02, "Peak learning rate of the matrices under muon")
+    beta1: float = option(0.9, "Decay of Adam's first moment")
+    beta2: float = option(0.98, "Decay of Adam's second moment")
+    epsilon: float = option(1e-8, "Added to the root of Adam's second moment")
+    weight_decay: float = option(0.05, "Weight decay of matrices; norms and biases have none")
+    clip_norm: float = option(2.0, "Largest global norm of the gradient")
+    schedule: str = option(
+        "linear", "Learning rate after warm-up: 'constant', 'linear', 'cosine' or 'wsd'"
+    )
+    warmup_steps: int = option(375, "Steps in which the learning rate rises from 0")
+    moment_dtype: str = option("float32", "Dtype the moments are stored in; or 'bfloat16'")
+    decay_share: float = option(
+        0.5, "For wsd: share of all steps at the end in which the rate falls to 0"
+    )
 
     def check(self) -> None:
         """Raises `ConfigError` for a value that is no choice or out of range."""
@@ -332,29 +447,47 @@ class OptimizerConfig:
 class TrainConfig:
     """Length of a run, batch, and how often it reports and saves."""
 
-    steps: int = 25_000
-    batch_size: int = 32  # windows in a step, over all devices and micro-batches
-    micro_batches: int = 1  # a step's batch is run in this many parts, gradients summed
-    carry_state: bool = False  # a row's state goes on into its next window: RetNet, contiguous
-    z_loss: float = 0.0  # coefficient of the squared log normaliser (arXiv 2204.02311), as 1e-4
-    spike_deviations: float = 10.0  # a step whose loss or gradient norm is so many standard
-    # deviations above its running mean is passed over; 0: only one that is not finite
-    most_skipped: int = 5  # so many in a row end the run
-    seed: int = 0  # of the parameters and of the order of the windows
-    log_every: int = 10  # steps between lines of metrics.jsonl
-    eval_every: int = 1000  # steps between evaluations on held-out windows
-    eval_batches: int = 16  # batches in such an evaluation
-    checkpoint_every: int = 1000  # steps between checkpoints
-    checkpoint_minutes: float = 0.0  # also when this time has passed since the last; 0: never
-    keep_checkpoints: int = 3  # the newest that are kept
-    keep_every: int = 0  # checkpoints of steps divisible by this are kept for ever; 0: none
-    wandb: str = ""  # project of Weights & Biases that gets the metrics too
+    steps: int = option(25_000, "Steps of the run")
+    batch_size: int = option(32, "Windows in a step, over all devices and micro-batches")
+    micro_batches: int = option(
+        1, "Parts in which a step's batch is run, with gradients summed", changeable=True
+    )
+    carry_state: bool = option(
+        False, "Carry a row's state into its next window: RetNets, contiguous windows"
+    )
+    z_loss: float = option(
+        0.0, "Coefficient of the squared log normaliser (arXiv 2204.02311), such as 1e-4"
+    )
+    spike_deviations: float = option(
+        10.0,
+        "Skip a step whose loss or gradient norm exceeds its running mean by this many standard "
+        "deviations; 0: only one that is not finite",
+        changeable=True,
+    )
+    max_skipped: int = option(5, "Stop after this many consecutive skipped steps", changeable=True)
+    seed: int = option(0, "Seed of the parameters and of the order of the windows")
+    log_every: int = option(10, "Steps between lines of metrics.jsonl", changeable=True)
+    eval_every: int = option(1000, "Steps between evaluations on held-out windows", changeable=True)
+    eval_batches: int = option(16, "Batches in such an evaluation", changeable=True)
+    checkpoint_every: int = option(1000, "Steps between checkpoints", changeable=True)
+    checkpoint_minutes: float = option(
+        0.0,
+        "Also save when this many minutes have passed since the last; 0: never",
+        changeable=True,
+    )
+    keep_checkpoints: int = option(3, "Number of newest checkpoints to keep", changeable=True)
+    keep_every: int = option(
+        0, "Keep checkpoints of steps divisible by this for ever; 0: none", changeable=True
+    )
+    wandb: str = option(
+        "", "Project of Weights & Biases that gets the metrics too; empty: none", changeable=True
+    )
 
     def check(self) -> None:
         """Raises `ConfigError` for a count that is too small or a batch that does not split."""
         for name in ("seed", "z_loss", "spike_deviations", "checkpoint_minutes", "keep_every"):
             _check_at_least(f"train.{name}", getattr(self, name), 0)
-        for name in ("steps", "batch_size", "micro_batches", "most_skipped", "log_every"):
+        for name in ("steps", "batch_size", "micro_batches", "max_skipped", "log_every"):
             _check_at_least(f"train.{name}", getattr(self, name), 1)
         for name in ("eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints"):
             _check_at_least(f"train.{name}", getattr(self, name), 1)
@@ -368,12 +501,16 @@ class TrainConfig:
 
 @dataclass(kw_only=True)
 class MeshConfig:
-    """Devices along each mesh axis; -1, at most once: all that the others leave."""
+    """Number of devices on each mesh axis. One axis may be -1: it takes all remaining devices."""
 
-    data: int = -1  # batch split, parameters copied
-    fsdp: int = 1  # batch and parameters split
-    seq: int = 1  # positions of each row split: RetNet hands states on, Transformer gathers k and v
-    tensor: int = 1  # heads, feed-forward width and vocabulary split
+    data: int = option(-1, "Splits the batch, copies the parameters", changeable=True)
+    fsdp: int = option(1, "Splits the batch and the parameters", changeable=True)
+    seq: int = option(
+        1,
+        "Splits positions of each row: a RetNet passes states on, a Transformer gathers k and v",
+        changeable=True,
+    )
+    tensor: int = option(1, "Splits heads, feed-forward width and vocabulary", changeable=True)
 
     def check(self) -> None:
         """Raises `ConfigError` for an axis of no devices or more than one -1."""
@@ -382,15 +519,17 @@ class MeshConfig:
             if size != -1:
                 _check_at_least(f"mesh.{name}", size, 1)
         if sum(size == -1 for size in sizes.values()) > 1:
-            raise ConfigError(f"mesh={sizes}: -1 (all devices that are left) can stand only once")
+            raise ConfigError(
+                f"mesh={sizes}: only one axis may be -1, which takes all remaining devices"
+            )
 
 
 @dataclass(kw_only=True)
 class ProfileConfig:
     """A trace of some steps, for XProf or Perfetto, in `workdir/profile`."""
 
-    start: int = 10  # the first step traced
-    steps: int = 0  # how many; 0: none
+    start: int = option(10, "First step of the trace", changeable=True)
+    steps: int = option(0, "Number of steps in the trace; 0: no trace", changeable=True)
 
     def check(self) -> None:
         """Raises `ConfigError` for a negative number."""
@@ -408,8 +547,11 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
-    init_from: str = ""  # directory of a trained model, own or foreign, that the run begins with:
-    # model (but for dtype, remat and chunk_size) and tokenizer are that directory's
+    init_from: str = option(
+        "",
+        "Directory of a trained model, own or foreign, to begin with: model (but for dtype, remat "
+        "and chunk_size) and tokenizer are that directory's",
+    )
 
     def check(self) -> None:
         """Raises `ConfigError` naming the field, its value and what would do."""

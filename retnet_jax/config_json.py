@@ -10,6 +10,12 @@ from typing import Any
 from retnet_jax.config import Config
 from retnet_jax.errors import ConfigError
 
+# Options that had other names before; what was written with them is still read.
+OLD_NAMES = {
+    "data.skip_steps": "data.skip_batches",
+    "train.most_skipped": "train.max_skipped",
+}
+
 
 def to_json(config: Config) -> str:
     """The JSON text that `config_from_json` reads."""
@@ -44,33 +50,48 @@ def read_config(path: Path) -> Config:
     return config
 
 
-def differences(old: Config, new: Config) -> list[str]:
-    """One line, `model.d_model: 128 -> 256`, for each field in which two configs differ."""
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """The old and the new value of each option in which two configs differ, by its name."""
     old_values, new_values = flatten(old), flatten(new)
-    return [
-        f"{name}: {old_values[name]!r} -> {new_values[name]!r}"
-        for name in old_values
-        if old_values[name] != new_values[name]
-    ]
+    return {
+        name: (value, new_values[name])
+        for name, value in old_values.items()
+        if value != new_values[name]
+    }
 
 
-def check_field(path: str) -> None:
-    """Raises `ConfigError` if `path`, such as "train.steps", names no field of a `Config`."""
-    known = flatten(Config())
-    if path not in known:
-        raise ConfigError(f"config.{path}: no such field{_suggestion(path, list(known))}")
+def check_option(name: str) -> None:
+    """Raises `ConfigError` if a name such as "train.steps" is not that of an option."""
+    known = options()
+    if name in OLD_NAMES:
+        raise ConfigError(f"config.{name}: its name is now config.{OLD_NAMES[name]}")
+    if name not in known:
+        raise ConfigError(f"config.{name}: no such field{_suggestion(name, list(known))}")
 
 
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """The values of all fields, by names such as "train.steps"."""
-    flat: dict[str, Any] = {}
-    for option in dataclasses.fields(config):
-        value = getattr(config, option.name)
-        if dataclasses.is_dataclass(value):
-            flat |= flatten(value, f"{prefix}{option.name}.")
+def options(kind: type = Config, prefix: str = "") -> dict[str, dataclasses.Field]:
+    """The fields of all options by names such as "train.steps"; their `metadata` is `option`'s."""
+    found: dict[str, dataclasses.Field] = {}
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(field.type):
+            found |= options(field.type, f"{prefix}{field.name}.")
         else:
-            flat[prefix + option.name] = value
-    return flat
+            found[prefix + field.name] = field
+    return found
+
+
+def marked(mark: str) -> list[str]:
+    """The names of the options with a mark: "changeable", "in_store" or "computation"."""
+    return [name for name, field in options().items() if field.metadata.get(mark)]
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """The values of all options, by their names."""
+    values = {}
+    for name in options():
+        section, _, rest = name.rpartition(".")
+        values[name] = getattr(getattr(config, section) if section else config, rest)
+    return values
 
 
 def _from_dict(kind: type, values: Any, path: str, origin: str) -> Any:
@@ -79,6 +100,7 @@ def _from_dict(kind: type, values: Any, path: str, origin: str) -> Any:
     types = typing.get_type_hints(kind)
     filled = {}
     for name, value in values.items():
+        name = OLD_NAMES.get(path + name, path + name).removeprefix(path)
         if name not in types:
             raise ConfigError(
                 f"{origin}: {path}{name}: no such field{_suggestion(name, list(types))}"

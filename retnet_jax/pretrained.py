@@ -8,13 +8,15 @@ from jax.sharding import Mesh
 
 from retnet_jax import interop
 from retnet_jax.config import Config, DataConfig, ModelConfig
-from retnet_jax.config_json import read_config
-from retnet_jax.data import Tokenizer, has_tokenizer, load_tokenizer
+from retnet_jax.config_json import marked, read_config
+from retnet_jax.data.tokenizers import Tokenizer, has_tokenizer, load_tokenizer
 from retnet_jax.errors import ConfigError
-from retnet_jax.interop.parameter_source import abstract_model, changed
+from retnet_jax.interop.parameter_source import changed
 from retnet_jax.interop.tensor_files import has_tensor_files
 from retnet_jax.model import LanguageModel
-from retnet_jax.parallel.sharding import first_device, with_shardings
+from retnet_jax.model.parameters import abstract_model
+from retnet_jax.parallel.mesh import first_device
+from retnet_jax.parallel.sharding import with_shardings
 from retnet_jax.provenance import files_sha256
 from retnet_jax.runs.workdir import read_workdir
 
@@ -89,14 +91,15 @@ def checkpoint_sha256(directory: Path, step: int | None) -> str:
     return files_sha256(directory if step is None else directory / "checkpoints" / str(step))
 
 
-def with_initial_model(config: Config, workdir: Path | None = None) -> Config:
+def with_initial_model(config: Config, recorded: Config | None = None) -> Config:
     """A run's config with the model and the tokenizer of `config.init_from`, if it names one.
 
     Of `config.model` only dtype, remat and chunk_size are kept.
 
     Args:
       config: the run's.
-      workdir: what it records of the same run is used; `init_from` may be gone by then.
+      recorded: what the workdir of the same run records, which is used: `init_from` may be gone
+        when the run is resumed.
 
     Raises:
       ConfigError, CheckpointError: as `load_pretrained`.
@@ -104,10 +107,8 @@ def with_initial_model(config: Config, workdir: Path | None = None) -> Config:
     if not config.init_from:
         return config
     directory = Path(config.init_from)
-    if workdir is not None and (workdir / "config.json").is_file():
-        recorded = read_config(workdir / "config.json")
-        if recorded.init_from == config.init_from:
-            return _begun_from(config, recorded)
+    if recorded is not None and recorded.init_from == config.init_from:
+        return _begun_from(config, recorded)
     if is_run(directory):
         found = read_config(directory / "config.json")
     else:
@@ -120,8 +121,9 @@ def with_initial_model(config: Config, workdir: Path | None = None) -> Config:
 
 
 def run_options(model: ModelConfig) -> dict[str, Any]:
-    """The fields of a model that say how it is computed, not what."""
-    return {name: getattr(model, name) for name in ("dtype", "remat", "chunk_size")}
+    """The options of a model that say how it is computed, not which function it is."""
+    names = (name.removeprefix("model.") for name in marked("computation"))
+    return {name: getattr(model, name) for name in names}
 
 
 def _begun_from(config: Config, found: Config) -> Config:

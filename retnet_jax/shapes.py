@@ -17,4 +17,9 @@ except ImportError:
 
     Bool = Float = Int = _AnyShape
 
-__all__ = ["Array", "Bool", "Float", "Int"]
+__all__ = ["Array", "Bool", "Float", "Int", "power_of_two"]
+
+
+def power_of_two(least: int) -> int:
+    """The smallest power of two not less than `least`; lengths rounded so need few programs."""
+    return 1 << max(0, least - 1).bit_length()

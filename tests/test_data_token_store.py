@@ -10,13 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retnet_jax.config import DataConfig
-from retnet_jax.data import BatchStream
+from retnet_jax.data import BatchStream, bpe_sample, shard_writer, stores
 from retnet_jax.data import build as store_builder
-from retnet_jax.data.build import build_store, is_held_out, open_or_build
+from retnet_jax.data.bpe_sample import Sample
+from retnet_jax.data.build import build_store
 from retnet_jax.data.sources import Document
+from retnet_jax.data.split import is_held_out
+from retnet_jax.data.stores import open_or_build
 from retnet_jax.data.token_store import check_files, open_store
-from retnet_jax.data.tokenizers.byte_level import train_bpe
+from retnet_jax.data.tokenizers import ByteTokenizer, train_bpe
 from retnet_jax.errors import ConfigError
+from retnet_jax.files import atomic
+from retnet_jax.programs import command_line
 
 TEXTS = {f"{i}.txt": f"document {i} says {'na ' * (i % 7)}é\r\n" for i in range(40)}
 
@@ -101,14 +106,14 @@ def test_bpe_sees_training_documents_alone(config, monkeypatch):
 
 
 def test_bpe_sample_is_bounded_and_does_not_depend_on_order(monkeypatch):
-    monkeypatch.setattr(store_builder, "_SAMPLE_CHARACTERS", 200)
+    monkeypatch.setattr(bpe_sample, "_CHARACTERS", 200)
     samples = []
     for names in (list(TEXTS), list(TEXTS)[::-1]):
-        sample, halves = store_builder._Sample(), [store_builder._Sample() for _ in range(2)]
+        sample, halves = Sample(), [Sample() for _ in range(2)]
         for number, name in enumerate(names):
             sample.add(Document(name, TEXTS[name]))
             halves[number % 2].add(Document(name, TEXTS[name]))
-        merged = store_builder._Sample()
+        merged = Sample()
         for half in halves:
             for item in half.items():
                 merged.push(*item)
@@ -121,7 +126,7 @@ def test_bpe_sample_is_bounded_and_does_not_depend_on_order(monkeypatch):
 def test_batching_changes_nothing(config, monkeypatch):
     whole = build_store(config, 0)
     config.store += "_again"
-    monkeypatch.setattr(store_builder, "_BATCH_CHARACTERS", 50)
+    monkeypatch.setattr(shard_writer, "_BATCH_CHARACTERS", 50)
     pieces = build_store(config, 0)
     for one, other in ((whole.train, pieces.train), (whole.held_out, pieces.held_out)):
         np.testing.assert_array_equal(tokens_of(one), tokens_of(other))
@@ -131,7 +136,7 @@ def test_batching_changes_nothing(config, monkeypatch):
 
 
 def test_large_vocabularies_take_four_bytes(config, monkeypatch):
-    monkeypatch.setattr(store_builder.ByteTokenizer, "vocab_size", 2**16 + 1)
+    monkeypatch.setattr(ByteTokenizer, "vocab_size", 2**16 + 1)
     store = build_store(config, 0)
     assert tokens_of(store.train).dtype == np.uint32
     assert texts_of(store, store.train) | texts_of(store, store.held_out) == TEXTS
@@ -159,7 +164,7 @@ def test_names_with_line_ends_and_quotes_come_back(config, tmp_path):
 
 def test_second_time_opens_and_does_not_build(config, monkeypatch):
     first = open_or_build(config, 257)
-    monkeypatch.setattr(store_builder, "build_store", None)
+    monkeypatch.setattr(stores, "build_store", None)
     second = open_or_build(config, 257)
     np.testing.assert_array_equal(tokens_of(first.train), tokens_of(second.train))
     assert second.manifest == first.manifest
@@ -169,7 +174,7 @@ def test_a_store_with_other_options_is_not_used(config):
     open_or_build(config, 257)
     config.held_out, config.tokenizer = 0.3, "bpe"
     with pytest.raises(ConfigError, match="built with other options") as error:
-        open_or_build(config, 300)
+        open_or_build(config, 300, command_line.prepare_command())
     message = str(error.value)
     assert "data.held_out: 0.2 in the store, 0.3 asked for" in message
     assert "data.tokenizer: 'byte' in the store, 'bpe' asked for" in message
@@ -207,7 +212,8 @@ def test_building_over_a_store_is_refused(config):
 )
 @pytest.mark.parametrize("damage", ["missing", "cut short", "other"])
 def test_a_damaged_store_is_not_opened(config, name, damage):
-    path = Path(build_store(config, 0).directory) / name
+    command = command_line.prepare_command()
+    path = Path(build_store(config, 0, command=command).directory) / name
     if damage == "missing":
         path.unlink()
     elif damage == "cut short":
@@ -223,7 +229,7 @@ def test_a_damaged_store_is_not_opened(config, name, damage):
 
 @pytest.mark.parametrize("kind", ["tokens.npy", "offsets.npy", "bytes.npy", "names.jsonl"])
 def test_a_changed_byte_is_found(config, kind):
-    store = build_store(config, 0)
+    store = build_store(config, 0, command=command_line.prepare_command())
     check_files(store)
     path = Path(store.directory) / "shards" / "00000" / f"train.{kind}"
     data = bytearray(path.read_bytes())
@@ -310,7 +316,7 @@ def test_many_shards_are_one_stream(config, processes, monkeypatch):
 def test_killed_anywhere_it_ends_in_the_same_bytes(config, tokenizer, monkeypatch):
     """Every file operation is the last one once."""
     monkeypatch.setattr(store_builder, "_SHARD_BYTES", 300)
-    monkeypatch.setattr(store_builder, "_say", lambda *_: None)
+    monkeypatch.setattr(store_builder, "say", lambda *_: None)
     config.tokenizer = tokenizer
     expected = contents(build_store(config, 280, processes=1).directory)
 
@@ -334,7 +340,7 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(config, tokenizer, monkeypatc
         survived += 1
         left[0] = 3 * survived
         with monkeypatch.context() as patch:
-            patch.setattr(store_builder, "_write_text", dying(store_builder._write_text))
+            patch.setattr(atomic, "write_text", dying(atomic.write_text))
             patch.setattr(store_builder.np, "save", dying(np.save))
             patch.setattr(Path, "rename", dying(Path.rename))
             patch.setattr(Path, "unlink", dying(Path.unlink))
@@ -355,7 +361,7 @@ def test_an_unfinished_store_is_refused_with_the_command(config, monkeypatch):
     )
     monkeypatch.setattr(store_builder, "_encode", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        build_store(config, 0)
+        build_store(config, 0, command=command_line.prepare_command())
     with pytest.raises(ConfigError) as error:
         open_or_build(config, 257)
     command = "python tools/prepare_data.py --config=a.py --config.data.x=1"
@@ -414,8 +420,8 @@ def test_long_documents_are_encoded_in_parts(config, tokenizer, monkeypatch):
     path.write_text("a very long document says na na naé " * 200, encoding="utf-8")
     whole = build_store(config, 280)
     config.store += "_again"
-    monkeypatch.setattr(store_builder, "_PART_CHARACTERS", 100)
-    monkeypatch.setattr(store_builder, "_BATCH_CHARACTERS", 250)
+    monkeypatch.setattr(shard_writer, "_PART_CHARACTERS", 100)
+    monkeypatch.setattr(shard_writer, "_BATCH_CHARACTERS", 250)
     parts = build_store(config, 280)
     assert max(*whole.train.lengths, *whole.held_out.lengths) > 500
     assert contents(whole.directory).keys() == contents(parts.directory).keys()
@@ -427,7 +433,7 @@ def test_the_command_that_finishes_has_the_config_however_it_was_given(monkeypat
         "sys.argv", ["x", "--config", "a b.py", "--workdir", "w", "-config.train.steps", "5"]
     )
     command = "python tools/prepare_data.py --config 'a b.py' -config.train.steps 5"
-    assert store_builder._command() == command
+    assert command_line.prepare_command() == command
 
 
 def test_a_store_is_not_built_on_remote_storage(config, tmp_path, monkeypatch):

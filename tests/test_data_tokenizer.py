@@ -7,8 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retnet_jax.data import load_tokenizer
-from retnet_jax.data.tokenizers.byte_level import BPETokenizer, ByteTokenizer, text_parts, train_bpe
+from retnet_jax.data.tokenizers import (
+    BPETokenizer,
+    ByteTokenizer,
+    load_tokenizer,
+    text_parts,
+    train_bpe,
+)
 from retnet_jax.errors import ConfigError
 
 WORDS = ["def return self retention state chunk", "größer → 😀 naïve", "for i in range(10):\n    x"]

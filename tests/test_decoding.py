@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
-from test_ahead import tpus
+from test_aot import tpus
 from tolerances import assert_close
 
 from retnet_jax import ModelConfig, RetNet, Transformer, for_decoding, interop
 from retnet_jax.aot.traffic import memory_traffic
 from retnet_jax.errors import ConfigError
 from retnet_jax.generation.decode import Progress, Stream, complete, decode, prefill, row_keys
-from retnet_jax.model.decoding import round_at_random
+from retnet_jax.ops.rounding import round_at_random
 
 __all__ = ["tpus"]  # a fixture
 

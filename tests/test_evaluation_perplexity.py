@@ -17,23 +17,20 @@ from tolerances import assert_close
 
 from retnet_jax import RetNet, Transformer
 from retnet_jax.config import Config, DataConfig, ModelConfig
-from retnet_jax.data import ByteTokenizer, build_store, open_store, train_bpe
+from retnet_jax.data import build_store, open_store
+from retnet_jax.data.tokenizers import ByteTokenizer, train_bpe
 from retnet_jax.errors import ConfigError
-from retnet_jax.evaluation import (
-    PROTOCOLS,
-    Plan,
-    compressed_bits_per_byte,
-    last_tokens_nll,
+from retnet_jax.evaluation.compressors import compressed_bits_per_byte
+from retnet_jax.evaluation.perplexity import last_tokens_nll, stateful_nll, window_nll, windows
+from retnet_jax.evaluation.plan import PROTOCOLS
+from retnet_jax.evaluation.statistics import (
     perplexity_report,
     position_buckets,
     ratio_standard_error,
-    stateful_nll,
-    window_nll,
-    windows,
 )
-from retnet_jax.programs.evaluate import evaluate
+from retnet_jax.programs.evaluate import print_evaluation
 from retnet_jax.runs.checkpoint import CheckpointError, Checkpoints
-from retnet_jax.runs.workdir import open_workdir
+from retnet_jax.runs.workdir import record_start
 
 ROOT = Path(__file__).parent.parent
 VOCABULARY = 23
@@ -266,17 +263,16 @@ def workdir(tmp_path_factory):
         ),
     )
     build_store(config.data, config.model.vocab_size)
-    open_workdir(directory / "run", config, ByteTokenizer())
+    record_start(directory / "run", config, None, ByteTokenizer())
     model = RetNet(TINY, rngs=nnx.Rngs(0))
     checkpoints = Checkpoints(directory / "run" / "checkpoints", keep=1)
-    checkpoints.save(3, {"model": model}, next_batch=3)
+    checkpoints.save(3, {"model": model}, {"next_batch": 3})
     checkpoints.close()
     return directory / "run"
 
 
 def run_eval(directory, **options):
-    plan = {name: options.pop(name) for name in ("protocols", "window_length") if name in options}
-    evaluate(directory, Plan(**{"window_length": 0, "protocols": PROTOCOLS} | plan), **options)
+    print_evaluation(directory, **{"protocols": PROTOCOLS} | options)
 
 
 def test_table_and_json_of_a_run(workdir, tmp_path, capsys):
@@ -362,7 +358,7 @@ def test_directories_that_do_not_fit(workdir, tmp_path):
         run_eval(tmp_path)
 
     data = DataConfig(tokenizer="byte", store="no/such/store")
-    open_workdir(tmp_path / "untrained", Config(model=TINY, data=data), ByteTokenizer())
+    record_start(tmp_path / "untrained", Config(model=TINY, data=data), None, ByteTokenizer())
     with pytest.raises(ConfigError, match=r"data\.store='no/such/store' .* does not exist"):
         run_eval(tmp_path / "untrained")
     with pytest.raises(CheckpointError, match="there is no checkpoint to load"):
@@ -372,7 +368,7 @@ def test_directories_that_do_not_fit(workdir, tmp_path):
 def test_a_store_with_another_tokenizer(workdir, tmp_path):
     data = DataConfig(tokenizer="bpe", store=str(workdir.parent / "store"))
     config = Config(model=ModelConfig(vocab_size=259), data=data)
-    open_workdir(tmp_path / "bpe", config, train_bpe(["abcabd" * 9], 259))
+    record_start(tmp_path / "bpe", config, None, train_bpe(["abcabd" * 9], 259))
     with pytest.raises(ConfigError, match=r"another tokenizer .* give text with --data"):
         run_eval(tmp_path / "bpe")
 

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from retnet_jax import ModelConfig, RetNet, Transformer
 from retnet_jax.config import MeshConfig
 from retnet_jax.errors import ConfigError
-from retnet_jax.evaluation import PrefixTrie, Request, score, score_trie
-from retnet_jax.evaluation.prefix_trie import LONGEST_NODE
-from retnet_jax.parallel.sharding import make_mesh, with_shardings
+from retnet_jax.evaluation.prefix_trie import LONGEST_NODE, PrefixTrie, Request
+from retnet_jax.evaluation.scoring import score, score_trie
+from retnet_jax.parallel.mesh import make_mesh
+from retnet_jax.parallel.sharding import with_shardings
 
 VOCABULARY = 24
 CONFIG = ModelConfig(vocab_size=VOCABULARY, d_model=16, n_layers=2, n_heads=2, chunk_size=8)
@@ -176,7 +177,7 @@ def test_states_are_few_whatever_the_number_of_requests():
     class Pool(scoring._Pool):
         def read(self, batch):
             answers = super().read(batch)
-            sizes.append(len(self._lengths))
+            sizes.append(len(self.slots))
             return answers
 
     requests = requests_of_a_task(np.random.default_rng(6), questions=150, choices=4, prompt=3)

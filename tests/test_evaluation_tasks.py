@@ -16,29 +16,28 @@ from flax import nnx
 
 from retnet_jax import ModelConfig, RetNet, Transformer
 from retnet_jax.config import Config, DataConfig
-from retnet_jax.data import ByteTokenizer
+from retnet_jax.data.tokenizers import ByteTokenizer
 from retnet_jax.errors import ConfigError
-from retnet_jax.evaluation import (
-    TASKS,
-    Plan,
-    PrefixTrie,
-    Score,
+from retnet_jax.evaluation.measure import read_tasks
+from retnet_jax.evaluation.plan import Plan
+from retnet_jax.evaluation.prefix_trie import PrefixTrie
+from retnet_jax.evaluation.recall_probes import recall
+from retnet_jax.evaluation.run import evaluation_mesh
+from retnet_jax.evaluation.scoring import Score, score, score_trie
+from retnet_jax.evaluation.statistics import paired_difference
+from retnet_jax.evaluation.task_requests import (
     draw_shots,
     encode_pairs,
-    paired_difference,
-    read_rows,
-    read_tasks,
-    recall,
-    score,
-    score_trie,
     task_requests,
     task_result,
+    task_texts,
 )
-from retnet_jax.evaluation.task_requests import task_texts
+from retnet_jax.evaluation.task_rows import read_rows
+from retnet_jax.evaluation.tasks import TASKS
 from retnet_jax.pretrained import load_checkpoint
-from retnet_jax.programs.evaluate import evaluate, evaluation_mesh
+from retnet_jax.programs.evaluate import print_evaluation
 from retnet_jax.runs.checkpoint import Checkpoints
-from retnet_jax.runs.workdir import open_workdir
+from retnet_jax.runs.workdir import record_start
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "tests" / "tasks"
@@ -168,9 +167,9 @@ def test_sharing_prefixes_of_a_task_changes_nothing(kind, mode):
 
 def make_run(directory, kind, seed):
     config = Config(model=build(kind).config, data=DataConfig(tokenizer="byte"))
-    open_workdir(directory, config, BYTES)
+    record_start(directory, config, None, BYTES)
     checkpoints = Checkpoints(directory / "checkpoints", keep=1)
-    checkpoints.save(0, {"model": build(kind, seed)}, next_batch=0)
+    checkpoints.save(0, {"model": build(kind, seed)}, {"next_batch": 0})
     checkpoints.close()
     return directory
 
@@ -187,17 +186,17 @@ def runs(tmp_path_factory):
 def test_eval_compares_two_models_in_one_table(runs, tmp_path, capsys):
     output = tmp_path / "result.json"
     # Three rows at once do not divide over the eight devices: all is on one.
-    plan = Plan(
-        parts=("tasks",),
-        task_data=str(ROWS),
-        shots=(0, 1),
-        tasks=("copa", "piqa"),
-        batch_size=3,
-    )
-    evaluate(runs[0], plan, against=runs[1], output=output)
+    options = {
+        "parts": ("tasks",),
+        "task_data": str(ROWS),
+        "shots": (0, 1),
+        "tasks": ("copa", "piqa"),
+        "batch_size": 3,
+    }
+    print_evaluation(runs[0], against=runs[1], output=output, **options)
     table, record = capsys.readouterr().out, json.loads(output.read_text())
     tokens = []
-    mesh = evaluation_mesh(plan.batch_size, fsdp=False)
+    mesh = evaluation_mesh(batch_size=3, fsdp=False)
     for own, run in zip((record, record["against"]), runs, strict=True):
         model, _ = load_checkpoint(run, mesh)
         for found in own["tasks"]:
@@ -225,7 +224,7 @@ def test_eval_compares_two_models_in_one_table(runs, tmp_path, capsys):
     assert record["checkpoint_sha256"] in markdown
     assert "| piqa | 1 | acc_norm |" in markdown
     with pytest.raises(ConfigError, match=r"result\.json exists already"):
-        evaluate(runs[0], plan, output=output)
+        print_evaluation(runs[0], output=output, **options)
 
 
 def run_harness(run, tmp_path, tasks, shots):
@@ -291,8 +290,8 @@ json.dump([rolling, generated, said], open({output!r}, "w"))
 @pytest.mark.parametrize("length", [None, pytest.param(16, marks=pytest.mark.slow)])
 def test_the_harness_reads_whole_texts_and_generates(runs, tmp_path, length):
     pytest.importorskip("lm_eval", reason="pip install lm-eval==0.4.13")
-    from retnet_jax.evaluation import stateful_nll, window_nll
     from retnet_jax.evaluation.held_out_texts import encoded
+    from retnet_jax.evaluation.perplexity import stateful_nll, window_nll
     from retnet_jax.generation.texts import Writer
 
     texts, output = ["Once upon a time there was", "x", "Grüße " * 20], str(tmp_path / "out.json")

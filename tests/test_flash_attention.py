@@ -8,16 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_ahead import tpus
+from test_aot import tpus
 from test_train_step import CONFIG
 from tolerances import assert_close
 
-from retnet_jax import ModelConfig, Transformer, aot
-from retnet_jax.aot.hlo import flops_of
+from retnet_jax import ModelConfig, Transformer
+from retnet_jax.aot.compile_step import compile_step
+from retnet_jax.aot.flops import flops_of
 from retnet_jax.config import MeshConfig
 from retnet_jax.model.attention import attend_to_all
 from retnet_jax.ops import flash_attention
-from retnet_jax.parallel.sharding import make_mesh
+from retnet_jax.parallel.mesh import make_mesh
 
 __all__ = ["tpus"]  # a fixture
 
@@ -100,7 +101,7 @@ def test_a_step_for_tpus_has_no_scores(tpus):
         data=dataclasses.replace(CONFIG.data, sequence_length=length),
         mesh=MeshConfig(data=2, tensor=2),
     )
-    text = aot.compile_step(config, tpus).compiled.as_text()
+    text = compile_step(config, tpus).compiled.as_text()
     assert f"{length},{length}]" not in text
     # One kernel forward, not computed again for the two backward.
     assert text.count('custom_call_target="tpu_custom_call"') == 3

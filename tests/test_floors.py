@@ -1,9 +1,14 @@
-"""The architecture: imports run downward only, and `import retnet_jax` needs jax and flax alone."""
+"""The architecture: what the package holds, imports that run downward only, and what they load."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+import retnet_jax
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
@@ -52,6 +57,38 @@ def test_imports_run_downward():
             assert FLOORS[name[1]] <= FLOORS[parts[0]], f"{path} imports {module}"
 
 
+def test_the_root_of_the_package_holds_what_has_a_floor():
+    here = {path.name.removesuffix(".py") for path in (ROOT / "retnet_jax").glob("[!_]*")}
+    assert here == set(FLOORS)
+
+
+def modules():
+    """All modules of the package, by the names they are imported by."""
+    for path in sorted((ROOT / "retnet_jax").rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        yield ".".join(parts).removesuffix(".__init__")
+
+
+def test_no_exported_name_hides_a_module():
+    names = set(modules())
+    for package in {name.rpartition(".")[0] for name in names} - {""}:
+        exported = getattr(importlib.import_module(package), "__all__", [])
+        assert not {f"{package}.{name}" for name in exported} & names, package
+
+
+def test_every_module_can_be_imported_by_its_path():
+    for name in modules():
+        assert importlib.import_module(name).__name__ == name
+        assert eval(name, {"retnet_jax": retnet_jax}).__name__ == name
+
+
+def test_what_the_package_exports_is_there():
+    for name in retnet_jax.__all__:
+        assert getattr(retnet_jax, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'retain'"):
+        retnet_jax.retain  # noqa: B018
+
+
 def test_config_imports_no_jax():
     modules = set(imported_modules(ROOT / "retnet_jax" / "config.py"))
     assert modules - {"retnet_jax.errors"} <= set(sys.stdlib_module_names)
@@ -59,18 +96,29 @@ def test_config_imports_no_jax():
     assert errors <= set(sys.stdlib_module_names)
 
 
+def in_new_process(*lines):
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_import_needs_jax_and_flax_alone():
     """In a process where the other libraries cannot be imported."""
     # Not orbax and optax, which flax itself imports where it finds them.
     blocked = ["grain", "tokenizers", "ml_collections", "tensorboardX", "tqdm", "jaxtyping"]
-    program = (
-        "import sys\n"
-        f"sys.modules.update(dict.fromkeys({blocked!r}))\n"
-        "from retnet_jax import RetNet, Transformer, ModelConfig, retention, load_pretrained\n"
-        "from retnet_jax import generate\n"
-        "print('torch' in sys.modules)"
+    found = in_new_process(
+        "import sys",
+        "import retnet_jax",
+        "print([name for name in ('jax', 'orbax', 'grain') if name in sys.modules])",
+        f"sys.modules.update(dict.fromkeys({blocked!r}))",
+        "from retnet_jax import RetNet, Transformer, ModelConfig, retention, for_decoding",
+        "from retnet_jax import generate, load_pretrained",
+        "print('torch' in sys.modules)",
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False
-    )
-    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+    assert found == "[]\nFalse\n"

@@ -15,14 +15,15 @@ from tolerances import assert_close
 
 from retnet_jax import generate as generated
 from retnet_jax.config import Config, DataConfig, MeshConfig, ModelConfig
-from retnet_jax.data import ByteTokenizer
+from retnet_jax.data.tokenizers import ByteTokenizer
 from retnet_jax.errors import ConfigError
 from retnet_jax.generation.decode import Stream, decode, prefill, row_keys
 from retnet_jax.generation.sampling import Sampler, Samplers
 from retnet_jax.model import RetNet, Transformer
-from retnet_jax.parallel.sharding import make_mesh, with_shardings
+from retnet_jax.parallel.mesh import make_mesh
+from retnet_jax.parallel.sharding import with_shardings
 from retnet_jax.runs.checkpoint import Checkpoints
-from retnet_jax.runs.workdir import open_workdir
+from retnet_jax.runs.workdir import record_start
 
 CONFIG = ModelConfig(vocab_size=264, d_model=32, n_layers=2, n_heads=2)
 KINDS = (RetNet, Transformer)
@@ -47,15 +48,15 @@ def generate(*args, **kwargs):
 
 
 def stream(*args, **kwargs):
-    """The tokens of each block."""
-    return (block.tokens for block in Stream(*args, **kwargs))
+    """The tokens of each piece of the stream."""
+    return (new.tokens for new in Stream(*args, **kwargs))
 
 
 def random_prompt(length):
     return np.random.default_rng(length).integers(CONFIG.vocab_size, size=length).tolist()
 
 
-# Most tests continue three prompts of up to 64 tokens in blocks of 16: each such program is
+# Most tests continue three prompts of up to 64 tokens, 16 at once: each such program is
 # compiled once for all of them.
 PROMPTS = [random_prompt(length) for length in (5, 1, 40)]
 
@@ -94,10 +95,10 @@ def test_the_seed_decides_what_is_drawn():
     assert all(a != b for a, b in zip(texts[0], texts[2], strict=True))
 
 
-def test_the_block_size_changes_nothing():
-    blocks = list(stream(build(RetNet), PROMPTS, 20, WARM, block_size=7))
-    assert [block.shape for block in blocks] == [(3, 7), (3, 7), (3, 6)]
-    assert np.concatenate(blocks, axis=1).tolist() == generate(build(RetNet), PROMPTS, 20, WARM)
+def test_the_number_of_tokens_at_once_changes_nothing():
+    pieces = list(stream(build(RetNet), PROMPTS, 20, WARM, tokens_at_once=7))
+    assert [piece.shape for piece in pieces] == [(3, 7), (3, 7), (3, 6)]
+    assert np.concatenate(pieces, axis=1).tolist() == generate(build(RetNet), PROMPTS, 20, WARM)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -159,9 +160,9 @@ def test_a_row_stops_at_the_end_and_others_go_on():
     assert generate(model, PROMPTS, 40, end_id=end) == [first[:length], second, third]
     filled = np.concatenate(list(stream(model, PROMPTS, 40, end_id=end)), axis=1)
     assert filled[0].tolist() == first[:length] + [end] * (40 - length)
-    # With no row left there is nothing after the block of the end.
-    blocks = list(stream(model, PROMPTS[:1] * 3, 1000, end_id=end))
-    assert len(blocks) == length // 16 + 1
+    # With no row left there is nothing after the piece of the end.
+    pieces = list(stream(model, PROMPTS[:1] * 3, 1000, end_id=end))
+    assert len(pieces) == length // 16 + 1
     # In a prompt it ends nothing.
     assert generate(model, [[end], [end], [*PROMPTS[0], end]], 40, end_id=end)[0]
 
@@ -178,20 +179,20 @@ def test_a_retnets_state_keeps_its_size():
     progress = prefill(model, PROMPTS, room=1024)
     sizes = jax.tree.map(jnp.shape, progress)
     for _ in range(64):
-        block, progress = decode(model, progress, keys, 16, Samplers.of(WARM, 3))
+        new, progress = decode(model, progress, keys, 16, Samplers.of(WARM, 3))
     assert jax.tree.map(jnp.shape, progress) == sizes
     assert progress.state.position.tolist() == [1029, 1025, 1064]
-    assert len(np.unique(block.tokens)) > 8
+    assert len(np.unique(new.tokens)) > 8
 
 
 @pytest.mark.parametrize("axes", [None, {"fsdp": 2, "tensor": 2}], ids=["1 device", "8 devices"])
 def test_a_model_on_a_mesh_generates_the_same_and_is_compiled_once(axes):
     mesh = make_mesh(MeshConfig(**axes)) if axes else make_mesh(MeshConfig(), jax.devices()[:1])
     shardings = jax.tree.map(lambda x: x.sharding, with_shardings(build(RetNet), mesh))
-    blocks = stream(jax.device_put(build(RetNet), shardings), PROMPTS, 40)
-    tokens = [next(blocks)]
+    pieces = stream(jax.device_put(build(RetNet), shardings), PROMPTS, 40)
+    tokens = [next(pieces)]
     compiled = decode._cache_size()
-    tokens.extend(blocks)
+    tokens.extend(pieces)
     assert decode._cache_size() == compiled
     assert np.concatenate(tokens, axis=1).tolist() == generate(build(RetNet), PROMPTS, 40)
 
@@ -234,9 +235,9 @@ def test_input_that_does_not_fit_is_refused(arguments, message):
 def workdir(tmp_path):
     """What training leaves, with a model that has more ids than its tokenizer."""
     config = Config(model=CONFIG, data=DataConfig(tokenizer="byte"))
-    open_workdir(tmp_path, config, ByteTokenizer())
+    record_start(tmp_path, config, None, ByteTokenizer())
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
-    checkpoints.save(0, {"model": build(RetNet)}, next_batch=0)
+    checkpoints.save(0, {"model": build(RetNet)}, {"next_batch": 0})
     checkpoints.close()
     return tmp_path
 

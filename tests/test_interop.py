@@ -21,7 +21,7 @@ from retnet_jax.errors import CheckpointError, ConfigError
 from retnet_jax.interop import Description, presets
 from retnet_jax.interop.tables import LayoutSource, config_values
 from retnet_jax.model import build_model
-from retnet_jax.parallel.sharding import make_mesh
+from retnet_jax.parallel.mesh import make_mesh
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CASES = {

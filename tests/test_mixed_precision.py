@@ -10,7 +10,8 @@ import pytest
 
 from retnet_jax import Config, ModelConfig
 from retnet_jax.config import DataConfig, OptimizerConfig, TrainConfig
-from retnet_jax.data import BatchStream, open_or_build
+from retnet_jax.data import BatchStream
+from retnet_jax.data.stores import open_or_build
 from retnet_jax.training.step import initial_state, train_step
 
 STEPS = 500

@@ -18,7 +18,8 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from tolerances import assert_close
 
-from retnet_jax.ops.retention import documents, log_decay, mosaic_gpu, xla
+from retnet_jax.ops.retention import log_decay, mosaic_gpu, number_documents, xla
+from retnet_jax.ops.retention.mosaic_gpu import entry, memory
 
 ROOT = Path(__file__).parent.parent
 HAS_INTERPRETER = hasattr(plgpu, "InterpretGPUParams")
@@ -30,7 +31,7 @@ def races_are_errors(monkeypatch):
     """Of warpgroups and TMA, wherever no barrier or fence orders what they do to shared memory."""
     if HAS_INTERPRETER:
         detective = plgpu.InterpretGPUParams(detect_races=True)
-        monkeypatch.setattr(mosaic_gpu, "_interpreter", lambda: detective)
+        monkeypatch.setattr(memory, "interpreter", lambda: detective)
 
 
 def inputs(b, t, h, k, v, seed=0):
@@ -75,7 +76,7 @@ def test_documents_and_padding():
         np.repeat([1, 2, 3, 4, 0], [60, 4, 6, 62, 1]),
         np.repeat([0, 1, 0, 2], [3, 60, 67, 3]),
     ]
-    row = documents(jnp.asarray(documents_of))
+    row = number_documents(jnp.asarray(documents_of))
     assert_same_as_xla(inputs(b=2, t=133, h=1, k=64, v=128), row)
 
 
@@ -89,12 +90,14 @@ def test_widths(k, v):
 @interpreted
 def test_rows_in_segments(monkeypatch):
     """Three segments of two chunks; a document over the first cut, a border at the second one."""
-    monkeypatch.setattr(mosaic_gpu, "SHORTEST_SEGMENT", 1)
-    monkeypatch.setattr(mosaic_gpu, "PROCESSORS", 3)
+    monkeypatch.setattr(entry, "SHORTEST_SEGMENT", 1)
+    monkeypatch.setattr(entry, "PROCESSORS", 3)
     ends = np.array([100, 256, 310])
-    assert mosaic_gpu._segment_length(1, 5) == 2
+    assert entry._segment_length(1, 5) == 2
     segments = 1 + np.searchsorted(ends, np.arange(310), "right")
-    assert_same_as_xla(inputs(b=1, t=310, h=1, k=64, v=64), documents(jnp.asarray([segments])))
+    assert_same_as_xla(
+        inputs(b=1, t=310, h=1, k=64, v=64), number_documents(jnp.asarray([segments]))
+    )
 
 
 @pytest.mark.slow

@@ -17,9 +17,9 @@ from retnet_jax.config import MeshConfig, ModelConfig
 from retnet_jax.model.multi_scale_retention import MultiScaleRetention
 from retnet_jax.ops.gated_norm import gated_norm
 from retnet_jax.ops.map_heads import map_heads, on_tpu
-from retnet_jax.ops.retention import documents, log_decay, pallas_tpu
+from retnet_jax.ops.retention import log_decay, number_documents, pallas_tpu
 from retnet_jax.ops.rotation import rotate, rotation
-from retnet_jax.parallel.sharding import make_mesh
+from retnet_jax.parallel.mesh import make_mesh
 
 CHIPS = {
     "v4": "v4:2x2x1",
@@ -68,7 +68,7 @@ def test_kernels_compile_without_temporaries(tpu_compiler, chip, k, v, heads):
     def step(q, k, v, state, d_y, d_final, segments):
         def run(q, k, v, state):
             q, k, v = (x.reshape(b, t, heads, -1) for x in (q, k, v))
-            y, final = pallas_tpu.chunkwise(q, k, v, decay, state, documents(segments))
+            y, final = pallas_tpu.chunkwise(q, k, v, decay, state, number_documents(segments))
             return y.reshape(b, t, -1), final
 
         outputs, backward = jax.vjp(run, q, k, v, state)

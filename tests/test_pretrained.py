@@ -15,11 +15,12 @@ from retnet_jax import RetNet, generate, interop, load_pretrained
 from retnet_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from retnet_jax.data import BatchStream, load_tokenizer, open_store
 from retnet_jax.errors import ConfigError
-from retnet_jax.evaluation import Plan, perplexity_report, window_nll
+from retnet_jax.evaluation.perplexity import window_nll
+from retnet_jax.evaluation.statistics import perplexity_report
 from retnet_jax.interop import presets
 from retnet_jax.pretrained import read_pretrained
-from retnet_jax.programs.evaluate import evaluate
-from retnet_jax.programs.train import train
+from retnet_jax.programs.evaluate import print_evaluation
+from retnet_jax.training.loop import train
 from retnet_jax.training.step import loss_sum
 
 ROOT = Path(__file__).parent.parent
@@ -49,9 +50,9 @@ def corpus(tmp_path_factory):
 
 
 def test_evaluation(directory, corpus, tmp_path, capsys):
-    evaluate(
+    print_evaluation(
         directory,
-        Plan(protocols=("window",), window_length=0),
+        protocols=("window",),
         data=str(corpus / "*.txt"),
         output=tmp_path / "result.json",
     )
@@ -114,7 +115,7 @@ def test_continued_training(directory, corpus, tmp_path):
     shutil.copytree(directory, begin)
     config = run_config(begin, corpus, tmp_path / "store")
     config.model.chunk_size = 8
-    assert train(config, tmp_path / "run") == 0
+    assert train(config, tmp_path / "run").status == "finished"
     # The first loss is the foreign model's, on the batch that comes first.
     store = open_store(tmp_path / "store")
     stream = BatchStream([store.train], [1.0], sequence_length=16, batch_size=8, bos_id=1, seed=0)
@@ -126,7 +127,7 @@ def test_continued_training(directory, corpus, tmp_path):
     # The run stands by itself.
     shutil.rmtree(begin)
     shutil.rmtree(tmp_path / "run/checkpoints/8")
-    assert train(config, tmp_path / "run") == 0
+    assert train(config, tmp_path / "run").status == "finished"
     assert losses(tmp_path / "run") == found
     recorded, tokenizer = read_pretrained(tmp_path / "run")
     assert recorded.model == load_pretrained(tmp_path / "run").config
@@ -144,7 +145,7 @@ def test_continued_training(directory, corpus, tmp_path):
         assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
     # A run can begin with another run, which has a tokenizer too.
     again = run_config(tmp_path / "run", corpus, tmp_path / "store")
-    assert train(again, tmp_path / "again") == 0
+    assert train(again, tmp_path / "again").status == "finished"
     assert losses(tmp_path / "again")[0] < found[0] - 0.5
 
 
@@ -155,7 +156,7 @@ def test_continued_training_without_a_tokenizer_makes_its_own(corpus, tmp_path):
     with pytest.raises(ConfigError, match=r"has no tokenizer.json or tokenizer.model: put"):
         read_pretrained(tmp_path / "begin")
     run = run_config(tmp_path / "begin", corpus, tmp_path / "store", tokenizer="byte")
-    assert train(run, tmp_path / "run") == 0
+    assert train(run, tmp_path / "run").status == "finished"
     assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0] - 0.5
     assert load_tokenizer(tmp_path / "run").vocab_size == 257
 

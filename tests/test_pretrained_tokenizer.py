@@ -11,7 +11,8 @@ import pytest
 import tokenizers as hf
 
 from retnet_jax.config import DataConfig
-from retnet_jax.data import TextStream, load_tokenizer, open_or_build
+from retnet_jax.data.stores import open_or_build
+from retnet_jax.data.tokenizers import TextStream, load_tokenizer
 from retnet_jax.data.tokenizers.pretrained import HuggingFaceTokenizer, SentencePieceTokenizer
 from retnet_jax.errors import ConfigError
 

@@ -14,7 +14,7 @@ import programs
 import pytest
 from test_train import STEPS, config, config_file, latest_step, metrics, uninterrupted
 
-from retnet_jax.programs.train import train
+from retnet_jax.training.loop import train
 
 __all__ = ["config", "config_file", "uninterrupted"]  # fixtures
 

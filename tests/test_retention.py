@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import assert_close, relative_difference
 
-from retnet_jax.ops.retention import documents, log_decay, positions, retention, row_normalizer, xla
+from retnet_jax.ops.retention import (
+    log_decay,
+    number_documents,
+    positions,
+    retention,
+    row_normalizer,
+    xla,
+)
 
 FORMS = ("parallel", "chunkwise", "recurrent")
 RULES = ("log_spaced", "powers_of_two")
@@ -306,7 +313,7 @@ def test_documents_of_long_rows(length):
     rng = np.random.default_rng(length)
     segments = np.cumsum(rng.random((2, length)) < 0.01, axis=1) % 5
     start = np.array([3, 0])
-    _, count, index = map(np.asarray, documents(jnp.asarray(segments)))
+    _, count, index = map(np.asarray, number_documents(jnp.asarray(segments)))
     place, after = map(np.asarray, positions(jnp.asarray(segments), jnp.asarray(start)))
     assert (count == np.cumsum(segments != 0, axis=1)).all()
     for row in range(2):

@@ -10,8 +10,14 @@ from jax.experimental.pallas import mosaic_gpu
 from tolerances import assert_close, relative_difference
 
 from retnet_jax.config import MeshConfig
-from retnet_jax.ops.retention import IMPLEMENTATIONS, documents, log_decay, pallas_tpu, retention
-from retnet_jax.parallel.sharding import make_mesh
+from retnet_jax.ops.retention import (
+    IMPLEMENTATIONS,
+    log_decay,
+    number_documents,
+    pallas_tpu,
+    retention,
+)
+from retnet_jax.parallel.mesh import make_mesh
 
 H = 2
 DECAY = log_decay("log_spaced", H, (1 / 8, 1 / 256))
@@ -164,7 +170,7 @@ def test_a_name_never_falls_back(arguments, message):
 
 def test_documents_of_chunks():
     """What the kernel is told of each token, against a count by hand."""
-    row = documents(jnp.asarray([[0, 1, 1, 2, 2, 0, 2, 3, 3]]))
+    row = number_documents(jnp.asarray([[0, 1, 1, 2, 2, 0, 2, 3, 3]]))
     numbers = np.asarray(pallas_tpu.document_numbers(row, 4))
     assert numbers.shape == (1, 3, 5, 4)
     assert numbers[0, :, 0].tolist() == [[0, 1, 2, 3], [4, 4, 5, 6], [7, 7, 7, 7]]

@@ -12,8 +12,9 @@ from tolerances import assert_close
 
 from retnet_jax.config import DataConfig, MeshConfig
 from retnet_jax.data import Batch
-from retnet_jax.ops.retention import log_decay, retention, sequence_parallel, split_rows
-from retnet_jax.parallel.sharding import batch_shardings, make_mesh
+from retnet_jax.ops.retention import log_decay, on_mesh, retention, split_documents
+from retnet_jax.parallel.mesh import make_mesh
+from retnet_jax.parallel.sharding import batch_shardings
 from retnet_jax.training.step import abstract_state, initial_state, loss_sum, make_step
 
 B, T, H, K, V = 2, 64, 2, 8, 16
@@ -56,7 +57,7 @@ def outputs_and_gradients(q, k, v, state, segment_ids):
 def test_split_rows_are_whole_rows(packed, exchange, mesh, monkeypatch):
     arguments = (*inputs(), documents() if packed else None)
     expected = outputs_and_gradients(*arguments)
-    monkeypatch.setattr(sequence_parallel, "MOST_GATHERED", 8 if exchange == "gathered" else 1)
+    monkeypatch.setattr(on_mesh, "MOST_GATHERED", 8 if exchange == "gathered" else 1)
     with jax.set_mesh(mesh_of(**mesh)):
         found = jax.jit(lambda *x: outputs_and_gradients(*x))(*arguments)
     assert_close(jax.device_get(found), jax.device_get(expected))
@@ -66,7 +67,9 @@ def test_without_a_state_and_with_rows_numbered_before():
     q, k, v, _ = inputs()
     expected = retention(q, k, v, LOG_DECAY, None, documents())
     with jax.set_mesh(mesh_of(seq=8)):
-        found = jax.jit(lambda s: retention(q, k, v, LOG_DECAY, None, split_rows(s)))(documents())
+        found = jax.jit(lambda s: retention(q, k, v, LOG_DECAY, None, split_documents(s)))(
+            documents()
+        )
     assert_close(jax.device_get(found), jax.device_get(expected))
 
 
@@ -93,7 +96,7 @@ def test_bytes_between_devices_do_not_grow_with_the_row(length):
         return (retention(q, k, v, LOG_DECAY, None, rows)[0] ** 2).sum()
 
     with jax.set_mesh(mesh):
-        rows = jax.jit(split_rows)(rows)
+        rows = jax.jit(split_documents)(rows)
         qkv = jax.device_put((q, k, v), sharding)
         forward = jax.jit(lambda *x: retention(*x[:3], LOG_DECAY, None, x[3])[0])
         one_way = collectives(forward.lower(*qkv, rows).compile().as_text())

@@ -13,14 +13,15 @@ from tolerances import assert_close
 
 from retnet_jax import ModelConfig, RetNet, Transformer, for_decoding, generate
 from retnet_jax.config import Config, DataConfig
-from retnet_jax.data import ByteTokenizer, TextStream, train_bpe
+from retnet_jax.data.tokenizers import ByteTokenizer, TextStream, train_bpe
 from retnet_jax.errors import CheckpointError, ConfigError
 from retnet_jax.generation.decode import decode, prefill
+from retnet_jax.generation.requests import read_requests
 from retnet_jax.generation.sampling import Sampler
 from retnet_jax.generation.saved_state import load_reading, save_reading
 from retnet_jax.generation.texts import Writer, _Row
 from retnet_jax.runs.checkpoint import Checkpoints
-from retnet_jax.runs.workdir import open_workdir
+from retnet_jax.runs.workdir import record_start
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ModelConfig(vocab_size=264, d_model=32, n_layers=2, n_heads=2)
@@ -152,7 +153,7 @@ def test_a_text_read_in_parts_is_the_whole(kind):
 def test_a_saved_state_goes_on_exactly_where_it_stopped(kind, sampler, tmp_path):
     model, path = build(kind), tmp_path / "new" / "text.state"
     whole = written(model, BYTES, ["Grüße, "], 40, sampler, seed=3).continuations[0]
-    first = written(model, BYTES, ["Grüße, "], 13, sampler, seed=3, block_size=1)
+    first = written(model, BYTES, ["Grüße, "], 13, sampler, seed=3, tokens_at_once=1)
     save_reading(path, first.reading, model, BYTES)
     after = load_reading(path, model, BYTES)
     writer = Writer(model, BYTES, [""], 27, sampler, seed=3, after=after)
@@ -180,7 +181,7 @@ def test_one_text_is_asked_many_questions(kind):
 
 
 def test_after_its_end_a_text_needs_a_prompt():
-    reading = written(build(RetNet), BYTES, ["x"], 3, block_size=1).reading
+    reading = written(build(RetNet), BYTES, ["x"], 3, tokens_at_once=1).reading
     ended = reading.progress._replace(ended=np.array([True]))
     reading = type(reading)(ended, reading.last_ids)
     with pytest.raises(ConfigError, match="prompt 1 is empty, but the text before it has ended"):
@@ -190,7 +191,7 @@ def test_after_its_end_a_text_needs_a_prompt():
 
 def test_states_that_cannot_be_used_are_refused(tmp_path):
     model, path = build(RetNet), tmp_path / "text.state"
-    save_reading(path, written(model, BYTES, ["x"], 3, block_size=1).reading, model, BYTES)
+    save_reading(path, written(model, BYTES, ["x"], 3, tokens_at_once=1).reading, model, BYTES)
     intact = path.read_bytes()
     load_reading(path, model, BYTES)
     with pytest.raises(CheckpointError, match="exists already"):
@@ -219,11 +220,11 @@ def test_states_that_cannot_be_used_are_refused(tmp_path):
 def workdir(tmp_path_factory):
     directory = tmp_path_factory.mktemp("run")
     config = Config(model=CONFIG, data=DataConfig(tokenizer="byte"))
-    open_workdir(directory, config, BYTES)
+    record_start(directory, config, None, BYTES)
     checkpoints = Checkpoints(directory / "checkpoints", keep=1)
     model = RetNet(CONFIG, rngs=nnx.Rngs(2))
     model.embedding = nnx.Param(25 * model.embedding[...])
-    checkpoints.save(0, {"model": model}, next_batch=0)
+    checkpoints.save(0, {"model": model}, {"next_batch": 0})
     checkpoints.close()
     return directory
 
@@ -233,6 +234,29 @@ def run(*arguments, status=0):
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout if status == 0 else done.stderr
+
+
+def test_requests_have_samplers_of_their_own(tmp_path):
+    path = tmp_path / "requests.jsonl"
+    first = '{"prompt": "a", "top_k": 5}'
+    second = '{"prompt": "é", "temperature": 0, "top_p": null}'
+    path.write_text(f"{first}\n\n{second}\n", encoding="utf-8")
+    defaults = {"temperature": 0.5, "top_k": None, "top_p": 0.9}
+    assert read_requests(path, defaults) == [
+        ("a", Sampler(0.5, top_k=5, top_p=0.9)),
+        ("é", Sampler(0)),
+    ]
+    path.write_text('{"prompt": ""}')
+    assert read_requests(path, defaults, may_be_empty=True)[0].prompt == ""
+    for line, message in (
+        ('{"prompt": ""}', r"line 1: prompt='' is empty"),
+        ("[1]", "line 1: no object with a prompt"),
+        ('{"prompt": "a", "top_k": 0}', "line 1: top_k=0 leaves no token"),
+        ("", "has no requests"),
+    ):
+        path.write_text(line)
+        with pytest.raises(ConfigError, match=message):
+            read_requests(path, defaults)
 
 
 def test_the_program_keeps_and_continues_a_state(workdir, tmp_path):

@@ -11,7 +11,8 @@ import programs
 import pytest
 
 from retnet_jax.config import DataConfig
-from retnet_jax.data import build_store, load_tokenizer, open_store, train_bpe
+from retnet_jax.data import build_store, open_store
+from retnet_jax.data.tokenizers import load_tokenizer, train_bpe
 
 ROOT = Path(__file__).parent.parent
 

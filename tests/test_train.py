@@ -12,11 +12,17 @@ import time
 import types
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import programs
 import pytest
 from etils import epath
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from retnet_jax import interop, load_pretrained
 from retnet_jax.config import (
     Config,
     DataConfig,
@@ -27,14 +33,18 @@ from retnet_jax.config import (
     TrainConfig,
 )
 from retnet_jax.config_json import config_from_json, to_json
-from retnet_jax.data import build_store
+from retnet_jax.data import BatchStream, build_store, number_of_windows, open_stores
+from retnet_jax.data.tokenizers import ByteTokenizer
 from retnet_jax.errors import CheckpointError, ConfigError
-from retnet_jax.evaluation import Plan
-from retnet_jax.programs.evaluate import evaluate
-from retnet_jax.programs.train import Run, train
+from retnet_jax.model import build_model
+from retnet_jax.parallel.mesh import make_mesh
+from retnet_jax.programs.evaluate import print_evaluation
 from retnet_jax.runs.checkpoint import Checkpoints
 from retnet_jax.runs.log import MetricsLog
 from retnet_jax.runs.workdir import locked
+from retnet_jax.training.held_out_loss import HeldOutLoss
+from retnet_jax.training.loop import Evaluator, train
+from retnet_jax.training.step import loss_sum, make_step
 
 ROOT = Path(__file__).parent.parent
 STEPS = 10
@@ -80,7 +90,7 @@ def metrics(workdir):
 @pytest.fixture(scope="module")
 def uninterrupted(config, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    assert train(config, workdir) == 0
+    assert train(config, workdir).status == "finished"
     return workdir
 
 
@@ -117,7 +127,7 @@ def test_a_run_leaves_config_metrics_and_checkpoints(config, uninterrupted):
     assert list(lines) == list(range(1, STEPS + 1))
     assert lines[1]["loss"] == pytest.approx(np.log(257), rel=0.05)
     assert lines[STEPS]["loss"] < lines[1]["loss"]
-    assert {"tokens_per_second", "mfu", "learning_rate"} <= set(lines[3])
+    assert {"tokens_per_second", "goodput", "learning_rate"} <= set(lines[3])
     text = (uninterrupted / "metrics.jsonl").read_text()
     held_out = [json.loads(line) for line in text.splitlines() if "held_out_loss" in line]
     assert [line["step"] for line in held_out] == [5, 10]
@@ -134,11 +144,11 @@ def test_a_signal_saves_and_the_run_goes_on_exactly(
 ):
     with monkeypatch.context() as patch:
         at_step(patch, 6, lambda: signal.raise_signal(number))
-        assert train(config, tmp_path / "run") == 0
+        assert train(config, tmp_path / "run").status == "stopped"
     stopped = latest_step(tmp_path / "run")
     assert 6 <= stopped < STEPS
     assert f"{signal.Signals(number).name}: stopping after step {stopped}" in capfd.readouterr().err
-    assert train(config, tmp_path / "run") == 0
+    assert train(config, tmp_path / "run").status == "finished"
     assert_same_losses(tmp_path / "run", uninterrupted)
 
 
@@ -164,14 +174,14 @@ def mixture(config, tmp_path_factory):
 
 @pytest.mark.slow
 def test_carried_states_of_a_mixture_resume_exactly(mixture, tmp_path, monkeypatch, capfd):
-    assert train(mixture, tmp_path / "whole") == 0
+    assert train(mixture, tmp_path / "whole").status == "finished"
     said = capfd.readouterr().err
     assert re.search(r"75\.0% of .*/tests: [\d,]+ tokens", said)
     with monkeypatch.context() as patch:
         at_step(patch, 6, lambda: signal.raise_signal(signal.SIGTERM))
-        assert train(mixture, tmp_path / "run") == 0
+        assert train(mixture, tmp_path / "run").status == "stopped"
     assert latest_step(tmp_path / "run") < STEPS
-    assert train(mixture, tmp_path / "run") == 0
+    assert train(mixture, tmp_path / "run").status == "finished"
     assert_same_losses(tmp_path / "run", tmp_path / "whole")
     lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
     (held_out,) = [x for x in map(json.loads, lines) if x["step"] == 5 and "held_out_loss" in x]
@@ -181,9 +191,9 @@ def test_carried_states_of_a_mixture_resume_exactly(mixture, tmp_path, monkeypat
     for name, loss in zip(("tests", "model"), losses, strict=True):
         assert held_out[f"held_out_bits_per_byte/{name}"] == pytest.approx(loss / np.log(2))
         assert held_out[f"held_out_perplexity/{name}"] == pytest.approx(np.exp(loss))
-    evaluate(
+    print_evaluation(
         tmp_path / "whole",
-        Plan(protocols=("window",), window_length=0),
+        protocols=("window",),
         output=tmp_path / "result.json",
     )
     record = json.loads((tmp_path / "result.json").read_text())["protocols"]["window"]
@@ -195,7 +205,7 @@ def test_carried_states_of_a_mixture_resume_exactly(mixture, tmp_path, monkeypat
     plain = dataclasses.replace(
         mixture, train=dataclasses.replace(mixture.train, carry_state=False)
     )
-    assert train(plain, tmp_path / "plain") == 0
+    assert train(plain, tmp_path / "plain").status == "finished"
     carried, other = metrics(tmp_path / "whole"), metrics(tmp_path / "plain")
     assert carried[1]["loss"] == other[1]["loss"]
     assert carried[STEPS]["loss"] != other[STEPS]["loss"]
@@ -331,7 +341,8 @@ if sys.argv.pop(1) == "freed":
             resource.setrlimit(resource.RLIMIT_FSIZE, (infinity, infinity))
 
     metrics.MetricsLog.say = freeing
-exec(compile(Path("train.py").read_text(), "train.py", "exec"))
+from retnet_jax.programs.train import main
+main()
 """
 
 
@@ -355,7 +366,7 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(
     else:
         assert done.returncode == 1, done.stderr
         assert latest_step(tmp_path / "run") == 4
-        assert train(config, tmp_path / "run") == 0
+        assert train(config, tmp_path / "run").status == "finished"
     assert_same_losses(tmp_path / "run", uninterrupted)
 
 
@@ -363,53 +374,127 @@ def test_steps_that_are_not_finite_are_passed_over_and_end_the_run(config, tmp_p
     optimizer = dataclasses.replace(
         config.optimizer, learning_rate=1e30, clip_norm=1e30, warmup_steps=0
     )
-    train_config = dataclasses.replace(config.train, most_skipped=3, checkpoint_every=100)
+    train_config = dataclasses.replace(config.train, max_skipped=3, checkpoint_every=100)
     bad = dataclasses.replace(config, optimizer=optimizer, train=train_config)
-    assert train(bad, tmp_path / "run") == 1
+    assert train(bad, tmp_path / "run").status == "diverged"
     errors = capfd.readouterr().err
-    assert "step 2 is passed over: with batch 1 the loss is " in errors
-    assert "the last 3 steps, to step 4, were passed over" in errors
+    assert "step 2 is skipped: on batch 1 the loss is " in errors
+    assert "the last 3 steps, up to step 4, were skipped" in errors
     assert "/paragraph_" in errors.split("Their batches held parts of")[1]
-    assert "--config.data.skip_steps='(1,2,3,)' goes on" in errors
+    assert "--config.data.skip_batches='(1,2,3,)' resumes" in errors
     assert [line["loss"] for line in list(metrics(tmp_path / "run").values())[1:]] == [None] * 2
     # Without these batches, from the newest checkpoint: here from the beginning.
-    passing = dataclasses.replace(bad, data=dataclasses.replace(config.data, skip_steps=(1, 2, 3)))
-    assert train(passing, tmp_path / "run") == 1
+    passing = dataclasses.replace(
+        bad, data=dataclasses.replace(config.data, skip_batches=(1, 2, 3))
+    )
+    assert train(passing, tmp_path / "run").status == "diverged"
     errors = capfd.readouterr().err
-    assert "goes on with another data.skip_steps: () -> (1, 2, 3)" in errors
-    assert "step 2 is passed over: with batch 4 the loss is " in errors
+    assert "resumed with another data.skip_batches: () -> (1, 2, 3)" in errors
+    assert "step 2 is skipped: on batch 4 the loss is " in errors
 
 
-def test_a_spike_is_passed_over_and_the_run_goes_on(config, tmp_path, monkeypatch, capfd):
+def test_a_spike_is_skipped_and_the_run_continues(config, tmp_path, capfd):
     """One batch whose targets are of another kind than all the others."""
     steps, spike = 66, 60
     train_config = dataclasses.replace(
         config.train, steps=steps, checkpoint_every=55, spike_deviations=6.0
     )
     long = dataclasses.replace(config, train=train_config)
-    place = Run.place
 
-    def spoilt(self, batch):
-        spoilt.calls += 1
-        if spoilt.calls == spike:
-            batch = batch._replace(targets=np.full_like(batch.targets, 255))
-        return place(self, batch)
+    def spoiling(config, mesh, state_shape):
+        step = make_step(config, state_shape)
 
-    spoilt.calls = 0
-    monkeypatch.setattr(Run, "place", spoilt)
-    monkeypatch.setattr(Run, "evaluate", lambda *_: None)
-    assert train(long, tmp_path / "run") == 0
+        def spoilt(state, batch):
+            if int(state.step) == spike - 1:
+                batch = batch._replace(targets=jnp.full_like(batch.targets, 255))
+            return step(state, batch)
+
+        return spoilt
+
+    result = train(long, tmp_path / "run", step=spoiling)
+    assert (result.status, result.step) == ("finished", steps)
     said = capfd.readouterr().err
-    assert re.findall(r"step (\d+) is passed over: with batch (\d+)", said) == [("60", "59")]
+    assert re.findall(r"step (\d+) is skipped: on batch (\d+)", said) == [("60", "59")]
     lines = metrics(tmp_path / "run")
     assert lines[60]["loss"] > lines[59]["loss"] + 1
     assert lines[61]["parameter_norm"] == lines[60]["parameter_norm"]
     assert lines[60]["parameter_norm"] != lines[59]["parameter_norm"]
 
 
+def test_held_out_loss_is_the_mean_over_windows_for_every_batch_size(config, uninterrupted):
+    """Their number divides by no batch: what fills the last one up has no weight."""
+    stores = open_stores(config.data, 257)
+    (split,) = (store.held_out for store in stores.stores.values())
+    model = load_pretrained(uninterrupted)
+    windows = number_of_windows(split, 16)
+    assert windows % 8
+    options = {"sequence_length": 16, "bos_id": 256, "seed": 0}
+    stream = BatchStream([split], [1.0], batch_size=windows, **options)
+    _, sums = jax.jit(loss_sum)(model, stream[0])
+    expected = float(sums.loss) / float(sums.weight)
+    mesh = make_mesh(config.mesh)
+    for batch_size, micro_batches in ((8, 1), (48, 2), (8 * windows, 1)):
+        sizes = {"batch_size": batch_size, "micro_batches": micro_batches, "eval_batches": 10**6}
+        sized = dataclasses.replace(config, train=dataclasses.replace(config.train, **sizes))
+        with jax.set_mesh(mesh):
+            found = HeldOutLoss(sized, mesh, stores)(
+                jax.device_put(model, NamedSharding(mesh, P()))
+            )
+        assert found["held_out_loss"] == pytest.approx(expected, rel=1e-6), batch_size
+
+
+def test_an_evaluation_that_fails_costs_no_checkpoint(config, tmp_path):
+    """It comes after the save of the same step, so a restart does not run into it unsaved."""
+
+    def fail(model):
+        raise MemoryError("out of memory")
+
+    with pytest.raises(MemoryError):
+        train(config, tmp_path / "run", evaluators=[Evaluator("large", 4, fail)])
+    assert latest_step(tmp_path / "run") == 4
+
+
+def test_weights_that_are_not_finite_are_refused(config, tmp_path):
+    model = build_model(config.model, rngs=nnx.Rngs(0))
+    model.embedding[...] = model.embedding[...].at[3, 3].set(np.nan)
+    interop.save(model, tmp_path / "model", "own")
+    ByteTokenizer().save(tmp_path / "model")
+    data = dataclasses.replace(config.data, store=str(tmp_path / "store"))
+    begun = dataclasses.replace(config, data=data, init_from=str(tmp_path / "model"))
+    with pytest.raises(CheckpointError, match=r"init_from=.*model has parameters .* NaN"):
+        train(begun, tmp_path / "run")
+
+
+def test_an_evaluator_is_added_without_touching_the_loop(config, uninterrupted, tmp_path):
+    """What it computes is logged when it is due, and what train() returns is what was logged."""
+
+    def bytes_of_parameters(model):
+        return {"bytes": float(sum(x.nbytes for x in jax.tree.leaves(model)))}
+
+    seen = []
+    short = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=7))
+    result = train(
+        short,
+        tmp_path / "run",
+        evaluators=[Evaluator("size", 3, bytes_of_parameters)],
+        on_log=seen.append,
+    )
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert result.metrics == lines == seen
+    expected = 4.0 * config.model.parameter_count()
+    assert [(x["step"], x["bytes"]) for x in lines if "bytes" in x] == [
+        (step, expected) for step in (3, 6, 7)
+    ]
+    (restored,) = jax.tree.leaves(load_pretrained(tmp_path / "run").layers.ffn.up)
+    np.testing.assert_array_equal(restored, result.model.layers.ffn.up.kernel[...])
+    # The same call again finds the run finished, and takes no step.
+    again = train(short, tmp_path / "run")
+    assert (again.status, again.step, again.metrics) == ("finished", 7, [])
+
+
 def test_a_finished_run_is_left_as_it_is(config, uninterrupted, capfd):
     before = (uninterrupted / "metrics.jsonl").read_bytes()
-    assert train(config, uninterrupted) == 0
+    assert train(config, uninterrupted).status == "finished"
     assert "the run is finished" in capfd.readouterr().err
     assert (uninterrupted / "metrics.jsonl").read_bytes() == before
 
@@ -440,7 +525,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     else:
         path.unlink()
-    assert train(config, tmp_path / "run") == 0
+    assert train(config, tmp_path / "run").status == "finished"
     said = capfd.readouterr().err
     assert f"checkpoint {newest} is damaged: model/" in said
     assert "it is set aside, and the one before is used" in said
@@ -474,9 +559,9 @@ def test_how_a_run_is_computed_may_change(config, uninterrupted, tmp_path, capfd
     )
     shutil.copytree(uninterrupted, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / str(STEPS))
-    assert train(other, tmp_path / "run") == 0
+    assert train(other, tmp_path / "run").status == "finished"
     said = capfd.readouterr().err
-    assert "goes on with another mesh.fsdp: 1 -> 2" in said
+    assert "resumed with another mesh.fsdp: 1 -> 2" in said
     assert "steps 8 to 10" in said
     found, expected = metrics(tmp_path / "run"), metrics(uninterrupted)
     assert found.keys() == expected.keys()
@@ -486,7 +571,7 @@ def test_how_a_run_is_computed_may_change(config, uninterrupted, tmp_path, capfd
 
 def test_a_run_goes_on_with_the_seconds_it_has(config, uninterrupted):
     lines = metrics(uninterrupted)
-    for name in ("tokens_per_second", "mfu", "step_seconds_p50", "training_seconds"):
+    for name in ("tokens_per_second", "step_seconds_p50", "training_seconds"):
         assert all(line[name] > 0 for line in lines.values())
     assert all(0 <= line["data_wait"] <= 1 for line in lines.values())
     assert all(0 < line["goodput"] <= 1 for line in lines.values())
@@ -516,7 +601,7 @@ def test_a_trace_and_weights_and_biases(config, tmp_path, monkeypatch):
         profile=ProfileConfig(start=3, steps=2),
         train=dataclasses.replace(config.train, steps=6, wandb="retention"),
     )
-    assert train(changed, tmp_path / "run") == 0
+    assert train(changed, tmp_path / "run").status == "finished"
     (trace,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
     assert b"jit_train_step" in trace.read_bytes()
     assert sent[-1] == "finished"

@@ -15,7 +15,8 @@ from retnet_jax import Config, ModelConfig
 from retnet_jax.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from retnet_jax.data import Batch
 from retnet_jax.errors import ConfigError
-from retnet_jax.parallel.sharding import batch_shardings, check_fit, make_mesh
+from retnet_jax.parallel.mesh import make_mesh
+from retnet_jax.parallel.sharding import batch_shardings, check_fit
 from retnet_jax.training.optim import learning_rate_factor, make_optimizer
 from retnet_jax.training.step import (
     _where_continued,
@@ -122,6 +123,57 @@ def test_eight_devices_compute_what_one_does(mixer, mesh):
         eight, losses_of_eight = run_on(MeshConfig(**({"data": 1} | mesh)), variant(mixer))
     assert_close(losses_of_eight, losses)
     assert_close(eight, one)
+
+
+def steps_of(config, batches):
+    """The states and metrics after each of some batches."""
+    step = jax.jit(partial(train_step, config))
+    state, found = jax.jit(partial(initial_state, config))(), []
+    for windows in batches:
+        state, metrics = step(state, windows)
+        found.append((state, metrics))
+    return found
+
+
+def test_a_step_that_would_make_parameters_infinite_is_not_taken():
+    """Loss and gradient are ordinary; what overflows is the update."""
+    optimizer = dataclasses.replace(
+        CONFIG.optimizer, learning_rate=3e38, warmup_steps=0, weight_decay=1e3, schedule="constant"
+    )
+    config = dataclasses.replace(CONFIG, optimizer=optimizer)
+    ((state, metrics),) = steps_of(config, [batch(0)])
+    assert np.isfinite(metrics.loss)
+    assert np.isfinite(metrics.gradient_norm)
+    assert (int(metrics.skipped), int(state.step)) == (1, 1)
+    assert_close(state.model, jax.jit(partial(initial_state, config))().model)
+
+
+def test_skipped_steps_do_not_delay_the_schedule():
+    """The rate that is logged is the one that is used, and the last step is the schedule's last."""
+    config = dataclasses.replace(
+        CONFIG,
+        optimizer=dataclasses.replace(CONFIG.optimizer, weight_decay=0.0),
+        train=dataclasses.replace(CONFIG.train, steps=8),
+    )
+    bad = batch(2)._replace(weights=np.full((8, 12), np.nan, np.float32))
+    batches = [batch(0), batch(1), bad, bad, *map(batch, range(4, 8))]
+    found = steps_of(config, batches)
+    assert [int(metrics.skipped) for _, metrics in found] == [0, 0, 1, 2, 0, 0, 0, 0]
+    factor = learning_rate_factor(config.optimizer, 8)
+    for number, (_, metrics) in enumerate(found):
+        np.testing.assert_allclose(metrics.learning_rate, 1e-2 * factor(number), rtol=1e-6)
+    # As if the run had been at these steps, with the same moments: Adam's update scales with the
+    # rate, so two runs of the same batches differ by the ratio of the rates alone.
+    (before, _), (after, metrics) = found[3:5]
+    earlier = before._replace(step=jnp.int32(2))
+    other, of_other = jax.jit(partial(train_step, config))(earlier, batches[4])
+    ratio = float(metrics.learning_rate / of_other.learning_rate)
+    assert ratio < 0.8
+    update, other_update = (
+        jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), x.model, before.model)
+        for x in (after, other)
+    )
+    assert_close(update, jax.tree.map(lambda x: ratio * x, other_update), "bfloat16")
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ Times are lower bounds from data sheets: FLOPs over the peak, received bytes ove
 the compiler has an estimate of its own of all but the messages. The best MFU takes the larger of
 computation and messages, as if all messages were hidden behind it.
 
---fit=N compiles the N most promising ways to lay the config out: meshes, micro-batches and what the
+--fit=N compiles the N most promising ways to run the config: meshes, micro-batches and what the
 backward pass computes again. It ranks them by tokens per second.
 """
 
@@ -22,8 +22,10 @@ from pathlib import Path
 
 from absl import flags
 
-from retnet_jax import aot
 from retnet_jax.aot import topologies
+from retnet_jax.aot.compile_step import compile_step, save
+from retnet_jax.aot.fit import fit, ranking
+from retnet_jax.aot.report import report
 from retnet_jax.errors import ConfigError
 from retnet_jax.programs import command_line
 
@@ -31,7 +33,7 @@ flags.DEFINE_string("topology", None, "TPU generation and shape, such as v5p:4x4
 flags.DEFINE_integer("slices", 1, "TPU slices of that shape", 1)
 flags.DEFINE_string("gpu", None, f"kind of GPU: {', '.join(topologies.GPUS)}")
 flags.DEFINE_integer("gpus", 1, "GPUs of one node", 1)
-flags.DEFINE_integer("fit", 0, "layouts to compile and rank; 0: the config's own alone", 0)
+flags.DEFINE_integer("fit", 0, "arrangements to compile and rank; 0: only the config's own", 0)
 flags.DEFINE_string("save", None, "file for the compiled program")
 flags.DEFINE_string("output", None, "file for what was found, as JSON")
 
@@ -51,16 +53,16 @@ def main() -> None:
     else:
         devices = topologies.gpus(given.gpu, given.gpus) if given.gpu else None
     if given.fit:
-        found = aot.fit(config, devices, given.fit)
-        print(aot.ranking(found))
-        results = [report.as_dict() for report in found]
+        reports = fit(config, devices, given.fit)
+        print(ranking(reports))
+        results = [each.as_dict() for each in reports]
     else:
-        step = aot.compile_step(config, devices)
-        report = aot.report(step)
-        print(report.text())
-        results = report.as_dict()
+        step = compile_step(config, devices)
+        found = report(step)
+        print(found.text())
+        results = found.as_dict()
         if given.save:
-            aot.save(step, Path(given.save))
+            save(step, Path(given.save))
             print(f"written to {given.save}")
     if given.output:
         Path(given.output).write_text(json.dumps(results, indent=2) + "\n")

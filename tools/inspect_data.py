@@ -15,7 +15,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from retnet_jax.config import Config
-from retnet_jax.data import BatchStream, Split, Tokenizer, TokenStore, open_store, open_stores
+from retnet_jax.data import BatchStream, Split, Tokenizer, open_store, open_stores
+from retnet_jax.data.token_store import TokenStore
 from retnet_jax.data.windows import packed_starts
 from retnet_jax.errors import ConfigError
 from retnet_jax.programs import command_line
@@ -40,7 +41,8 @@ def main() -> None:
     if config is None:
         stores = [open_store(given.store)]
     else:
-        found = open_stores(config.data, config.model.vocab_size)
+        command = command_line.prepare_command()
+        found = open_stores(config.data, config.model.vocab_size, command)
         stores = list(found.stores.values())
     length = given.sequence_length if config is None else config.data.sequence_length
     for store in stores:

@@ -16,7 +16,7 @@ from pathlib import Path
 from absl import flags
 
 from retnet_jax.errors import ConfigError
-from retnet_jax.evaluation import TASKS
+from retnet_jax.evaluation.tasks import TASKS
 from retnet_jax.programs import command_line
 
 FILES = {

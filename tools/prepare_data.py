@@ -9,7 +9,9 @@ checked against the config and against the hashes of its files, and printed.
 
 from absl import flags
 
-from retnet_jax.data import TokenStore, build_store, check_files, open_or_build
+from retnet_jax.data import build_store
+from retnet_jax.data.stores import open_or_build
+from retnet_jax.data.token_store import TokenStore, check_files
 from retnet_jax.files import paths as files
 from retnet_jax.pretrained import with_initial_model
 from retnet_jax.programs import command_line
@@ -22,9 +24,10 @@ def main() -> None:
     config = with_initial_model(command_line.given_config())
     manifest, plan = (f"{config.data.store}/{name}.json" for name in ("manifest", "plan"))
     complete = files.exists(manifest) and not files.exists(plan)
+    command = command_line.prepare_command()
     if not complete:
-        build_store(config.data, config.model.vocab_size, flags.FLAGS.processes)
-    store = open_or_build(config.data, config.model.vocab_size)
+        build_store(config.data, config.model.vocab_size, flags.FLAGS.processes, command)
+    store = open_or_build(config.data, config.model.vocab_size, command)
     if complete:
         check_files(store)
     print(table(store))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from absl import flags
 
-from retnet_jax.data import train_tokenizer
+from retnet_jax.data.bpe_sample import train_tokenizer
 from retnet_jax.errors import ConfigError
 from retnet_jax.programs import command_line
 

@@ -4,9 +4,9 @@ It is train.py's step, but told that there are no borders of documents in the ro
 Transformer on a GPU has no flash attention (`retnet_jax/ops/flash_attention.py`).
 
 A step has 32,768 tokens, in micro-batches of 16,384 or a row and with as little recomputed as
-fits: layouts come from `retnet_jax/aot/fit.py`, the compiler says whether they fit. Steps follow
-each other without a pause; the time of one is that from its predecessor's metrics to its own. MFU
-counts `ModelConfig.training_flops_per_token`, nothing that is computed twice.
+fits: `retnet_jax/aot/fit.py` proposes, the compiler says whether it fits. Steps follow each other
+without a pause; the time of one is that from its predecessor's metrics to its own. MFU counts
+`ModelConfig.training_flops_per_token`, nothing that is computed twice.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ import numpy as np
 from benchmarks.accelerator.cases import Case
 from benchmarks.accelerator.timing import REPEATS, check_memory, peak_bytes, summary
 from configs import retnet_1p3b, retnet_2p7b
-from retnet_jax.aot import CompiledStep, DoesNotFitError, compile_step
-from retnet_jax.aot.fit import layouts
+from retnet_jax.aot.compile_step import CompiledStep, DoesNotFitError, compile_step
+from retnet_jax.aot.fit import arrangements
 from retnet_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from retnet_jax.data import Batch
 from retnet_jax.parallel.chips import chip
@@ -93,7 +93,7 @@ def measure(size: str, architecture: str, config: Config) -> dict:
 
 
 def compiled(config: Config) -> CompiledStep:
-    """The step in the first layout that fits.
+    """The step in the first arrangement that fits.
 
     Raises:
       MemoryError: if none of a few does.
@@ -111,7 +111,7 @@ def compiled(config: Config) -> CompiledStep:
 
 
 def candidates(config: Config) -> list[Config]:
-    """Layouts that are expected to fit, each smaller than the last; at the end the smallest."""
+    """Configs that are expected to fit, each smaller than the last; at the end the smallest."""
     smallest = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, remat="full"),
@@ -120,18 +120,18 @@ def candidates(config: Config) -> list[Config]:
     if chip(jax.devices()[0].device_kind) is None:
         return [config, smallest]
 
-    def badness(layout):
+    def badness(one):
         tokens = config.data.sequence_length * config.train.batch_size
-        return -min(tokens // layout.config.train.micro_batches, _MICRO_BATCH), layout.seconds
+        return -min(tokens // one.config.train.micro_batches, _MICRO_BATCH), one.seconds
 
-    ranked = sorted(layouts(config, jax.devices()[:1]), key=badness)
+    ranked = sorted(arrangements(config, jax.devices()[:1]), key=badness)
     chosen = []
-    for layout in ranked:
-        less = not chosen or layout.bytes < 0.9 * chosen[-1].bytes
+    for one in ranked:
+        less = not chosen or one.bytes < 0.9 * chosen[-1].bytes
         # Not "none", which the longest rows leave no room for: all lengths are to compute alike.
-        if less and layout.config.model.remat != "none":
-            chosen.append(layout)
-    return [layout.config for layout in chosen[: _TRIES - 1]] + [smallest]
+        if less and one.config.model.remat != "none":
+            chosen.append(one)
+    return [one.config for one in chosen[: _TRIES - 1]] + [smallest]
 
 
 def step_seconds(step: CompiledStep) -> tuple[list[float], list[float]]:

@@ -1,24 +1,16 @@
-"""Training steps compiled before the hardware is there: what they need, and programs to start with.
+"""Training steps compiled ahead of time: what they need, and programs to start with.
 
-step = compile_step(config, topologies.tpus("v5p:4x4x4"))
-print(report(step).text())
+    step = compile_step(config, tpus("v5p:4x4x4"))
+    print(report(step).text())
+
+compile_step.py  the step that train.py runs, compiled for any devices; saved and loaded
+topologies.py    devices that this machine does not have
+fit.py           the search for the mesh, micro-batches and recomputation that train fastest
+report.py        what a step costs, from flops.py (matrix products) and hlo.py (memory, messages)
+traffic.py       bytes that a compiled program moves through memory
 """
 
-from retnet_jax.aot.compile_step import CompiledStep, DoesNotFitError, compile_step, load, save
-from retnet_jax.aot.fit import fit, ranking
-from retnet_jax.aot.hlo import Messages, Program
-from retnet_jax.aot.report import Report, report
+from retnet_jax.aot.compile_step import CompiledStep, DoesNotFitError, load, save
+from retnet_jax.aot.report import Report
 
-__all__ = [
-    "CompiledStep",
-    "DoesNotFitError",
-    "Messages",
-    "Program",
-    "Report",
-    "compile_step",
-    "fit",
-    "load",
-    "ranking",
-    "report",
-    "save",
-]
+__all__ = ["CompiledStep", "DoesNotFitError", "Report", "load", "save"]

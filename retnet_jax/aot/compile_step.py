@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 from retnet_jax.config import Config
 from retnet_jax.errors import ConfigError, brief
 from retnet_jax.parallel.chips import chip
-from retnet_jax.parallel.sharding import check_fit, make_mesh
+from retnet_jax.parallel.mesh import make_mesh
+from retnet_jax.parallel.sharding import check_fit
 from retnet_jax.training.step import TrainState, abstract_batch, abstract_state, make_step
 
 

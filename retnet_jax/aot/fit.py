@@ -1,6 +1,7 @@
-"""The search for the layout of a config that trains fastest on given devices.
+"""The search for the arrangement of a config that trains fastest on given devices.
 
-A rough model of memory and time orders all layouts; the most promising are compiled, and what the
+An arrangement is a mesh, a number of micro-batches and what the backward pass computes again. A
+rough model of memory and time orders all of them; the most promising are compiled, and what the
 compiler finds ranks them.
 """
 
@@ -18,7 +19,7 @@ from retnet_jax.aot.report import Report, report
 from retnet_jax.config import Config, MeshConfig
 from retnet_jax.errors import ConfigError
 from retnet_jax.parallel.chips import Chip, chip
-from retnet_jax.parallel.sharding import number_of_slices
+from retnet_jax.parallel.mesh import number_of_slices
 
 # What the backward pass computes again, from most to least, with two rough figures: bfloat16
 # numbers kept for a token in a layer, in units of d_model, and the share of the layers' forward
@@ -36,8 +37,8 @@ _USED_WITHOUT_ACTIVATIONS = 2**32  # loss, buffers of gathered parameters
 _FULL = 0.95  # of a device's memory
 
 
-class Layout(NamedTuple):
-    """A config laid out in one way, and the roughly expected seconds and bytes."""
+class Arrangement(NamedTuple):
+    """A config with one way to run it, and the roughly expected seconds and bytes."""
 
     config: Config
     seconds: float
@@ -45,14 +46,14 @@ class Layout(NamedTuple):
 
 
 def fit(config: Config, devices: Sequence[jax.Device] | None, most: int) -> list[Report]:
-    """Compiles the most promising layouts, and shows how far it is.
+    """Compiles the most promising arrangements, with a progress bar.
 
-    The batch size stays, and with it what is trained; meshes, micro-batches and `model.remat` vary.
+    The batch size stays, and with it what is trained. Meshes, micro-batches and `model.remat` vary.
 
     Args:
       config: what to train.
       devices: as of `compile_step`.
-      most: layouts to compile.
+      most: arrangements to compile.
 
     Returns:
       Those that fit, the fastest first.
@@ -63,14 +64,14 @@ def fit(config: Config, devices: Sequence[jax.Device] | None, most: int) -> list
     from tqdm import tqdm
 
     devices = jax.devices() if devices is None else devices
-    candidates = promising(layouts(config, devices))
+    candidates = promising(arrangements(config, devices))
     if not candidates:
         raise ConfigError(
-            f"no layout of train.batch_size={config.train.batch_size} on {len(devices)} x "
+            f"no arrangement of train.batch_size={config.train.batch_size} on {len(devices)} x "
             f"{devices[0].device_kind} is expected to fit: more devices, or fewer layers"
         )
     found, problems = [], []
-    with tqdm(candidates[:most], unit="layout") as bar:
+    with tqdm(candidates[:most], unit="arrangement") as bar:
         for candidate in bar:
             mesh, train = candidate.config.mesh, candidate.config.train
             bar.set_postfix_str(
@@ -82,18 +83,20 @@ def fit(config: Config, devices: Sequence[jax.Device] | None, most: int) -> list
             except DoesNotFitError as error:
                 problems.append(str(error))
     if not found:
-        raise ConfigError("\n".join(["none of the layouts that were compiled fits:", *problems]))
+        raise ConfigError(
+            "\n".join(["none of the arrangements that were compiled fits:", *problems])
+        )
     return sorted(found, key=lambda x: x.step_seconds)
 
 
-def promising(candidates: Iterable[Layout]) -> list[Layout]:
+def promising(candidates: Iterable[Arrangement]) -> list[Arrangement]:
     """The fastest of each kind, then the second of each: compilers decide between the kinds."""
     ranked, seen = [], Counter()
-    for layout in sorted(candidates, key=lambda x: x.seconds):
-        kind = layout.config.model.remat, layout.config.mesh.tensor
-        ranked.append((seen[kind], layout.seconds, layout))
+    for arrangement in sorted(candidates, key=lambda x: x.seconds):
+        kind = arrangement.config.model.remat, arrangement.config.mesh.tensor
+        ranked.append((seen[kind], arrangement.seconds, arrangement))
         seen[kind] += 1
-    return [layout for *_, layout in sorted(ranked, key=lambda x: x[:2])]
+    return [arrangement for *_, arrangement in sorted(ranked, key=lambda x: x[:2])]
 
 
 def ranking(reports: Sequence[Report]) -> str:
@@ -114,8 +117,8 @@ def ranking(reports: Sequence[Report]) -> str:
     return "\n".join(lines)
 
 
-def layouts(config: Config, devices: Sequence[jax.Device]) -> Iterator[Layout]:
-    """All ways to lay a config out that are expected to fit.
+def arrangements(config: Config, devices: Sequence[jax.Device]) -> Iterator[Arrangement]:
+    """All arrangements of a config that are expected to fit.
 
     Raises:
       ConfigError: for devices without a data sheet.
@@ -146,7 +149,7 @@ def layouts(config: Config, devices: Sequence[jax.Device]) -> Iterator[Layout]:
             )
             needed = _bytes(one, rows, kept)
             if needed < _FULL * known.memory:
-                yield Layout(one, _seconds(one, known, len(devices), again), needed)
+                yield Arrangement(one, _seconds(one, known, len(devices), again), needed)
 
 
 def _powers(most: int) -> list[int]:

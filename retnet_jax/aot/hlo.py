@@ -1,24 +1,23 @@
-"""What a compiled training step will need and do, read from the program itself.
+"""What a compiled program will need and do, read from the program's text.
 
-    program = Program(lowered.compile(), traced.jaxpr, mesh)
+    program = Program(lowered.compile(), mesh)
 
 Memory comes from the compiler. Messages between devices and the compiler's own estimate of the time
-come from the text of the program, FLOPs from the traced function: `cost_analysis` counts the body
-of a loop once, here it counts as often as it runs.
+come from the text: loops count as often as they run. (`flops.py` counts what is computed.)
 """
 
 import math
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.extend import core
 from jax.sharding import Mesh
 
-from retnet_jax.parallel.sharding import number_of_slices
+from retnet_jax.parallel.mesh import number_of_slices
 
 
 class Messages(NamedTuple):
@@ -30,20 +29,11 @@ class Messages(NamedTuple):
     bytes: int
 
 
-class Kernel(NamedTuple):
-    """A Pallas kernel, which the compiler's estimate leaves out."""
-
-    count: int  # calls on one device
-    flops: float  # of a call
-    bytes: int  # of a call: its arguments and results
-
-
 class Program:
-    """A compiled program, its mesh and the function it came from."""
+    """A compiled program and its mesh."""
 
-    def __init__(self, compiled: jax.stages.Compiled, jaxpr: core.ClosedJaxpr, mesh: Mesh):
+    def __init__(self, compiled: jax.stages.Compiled, mesh: Mesh):
         self.memory = compiled.memory_analysis()
-        self._jaxpr = jaxpr
         self._mesh = mesh
         self._computations = Computations(compiled.as_text())
 
@@ -54,24 +44,6 @@ class Program:
         results = memory.output_size_in_bytes - memory.alias_size_in_bytes
         code = memory.generated_code_size_in_bytes
         return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes + code
-
-    @cached_property
-    def flops(self) -> float:
-        """FLOPs of all matrix products of all devices together, recomputation included."""
-        return _flops(self._equations)
-
-    @cached_property
-    def kernels(self) -> list[Kernel]:
-        """The kernels for TPUs, as often as they are called."""
-        return [
-            _kernel(equation, times, self._mesh.size)
-            for equation, times in self._equations
-            if equation.primitive.name == "pallas_call"
-        ]
-
-    @cached_property
-    def _equations(self) -> list[tuple[Any, int]]:
-        return _equations(self._jaxpr.jaxpr, self._mesh.size)
 
     @cached_property
     def messages(self) -> list[Messages]:
@@ -96,125 +68,106 @@ class Program:
         )
 
 
-def flops_of(function, *arguments) -> float:
-    """FLOPs of the matrix products of a function, loops as often as they run.
+class Instruction(NamedTuple):
+    """A line of a program's text: `name = type opcode(operands), attributes`."""
 
-    A Pallas kernel counts as if each of its programs did all that it can: attention that passes
-    over tiles of later tokens has as many as attention that masks them.
-    """
-    return _flops(_equations(jax.make_jaxpr(function)(*arguments).jaxpr, 1))
+    name: str
+    type: str
+    opcode: str
+    rest: str  # operands and attributes
+    text: str  # the whole line
+    computation: str  # the name of the part that it stands in
 
+    @property
+    def operands(self) -> list[str]:
+        """The names of the instructions that it reads."""
+        return re.findall(r"%([\w.-]+)", self.rest.split("), ")[0])
 
-def _equations(jaxpr: core.Jaxpr, devices: int, times: int = 1) -> list[tuple[Any, int]]:
-    """Each equation of a function and of what it calls, and how often all devices run it."""
-    found = []
-    for equation in jaxpr.eqns:
-        found += [(equation, times), *_inside(equation, devices, times)]
-    return found
-
-
-def _inside(equation, devices: int, times: int) -> list[tuple[Any, int]]:
-    """The equations of what an equation calls."""
-    name = equation.primitive.name
-    if name == "scan":
-        times *= equation.params["length"]
-    elif name == "shard_map":
-        times *= devices  # shapes inside are of one device
-    elif name == "pallas_call":
-        times *= math.prod(equation.params["grid_mapping"].grid)
-    called = [_equations(inner, devices, times) for inner in _inner(equation.params)]
-    # Of a conditional one branch runs; what a platform decides is one, too.
-    chosen = [max(called, key=_flops)] if name == "cond" else called
-    return [pair for equations in chosen for pair in equations]
+    @property
+    def called(self) -> list[str]:
+        """The names of the parts that it calls: what a fusion consists of, for one."""
+        return re.findall(r"calls=%?([\w.-]+)", self.text)
 
 
-def _flops(equations: list[tuple[Any, int]]) -> float:
-    total = 0.0
-    for equation, times in equations:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            depth = math.prod(left[axis] for axis in contracted)
-            total += 2 * times * depth * math.prod(equation.outvars[0].aval.shape)
-    return total
+class Computation:
+    """A part of a program: its instructions, by their names."""
 
+    def __init__(self, instructions: list[Instruction]):
+        self._found = {x.name: x for x in instructions}
 
-def _kernel(equation, times: int, devices: int) -> Kernel:
-    arrays = (x.aval for x in (*equation.invars, *equation.outvars))
-    return Kernel(
-        count=times // devices,
-        flops=_flops(_inside(equation, 1, 1)),
-        bytes=sum(x.size * x.dtype.itemsize for x in arrays),
-    )
+    def __iter__(self) -> Iterator[Instruction]:
+        return iter(self._found.values())
 
+    def __getitem__(self, name: str) -> Instruction:
+        return self._found[name]
 
-def _inner(params: dict[str, Any]):
-    for name, value in params.items():
-        if name.startswith(("fwd", "bwd", "jvp")):
-            continue  # rules of a derivative that was not taken
-        for item in value if isinstance(value, list | tuple) else (value,):
-            if isinstance(item, core.ClosedJaxpr):
-                yield item.jaxpr
-            elif isinstance(item, core.Jaxpr):
-                yield item
+    @property
+    def root(self) -> Instruction:
+        """The instruction whose result is that of the part."""
+        return next(x for x in self if x.text.startswith("ROOT"))
 
+    def parameter(self, number: int) -> Instruction:
+        """The part's argument of a number."""
+        return next(x for x in self if f" parameter({number})" in x.text)
 
-# XLA for TPU splits an asynchronous collective over several fusions, each of which names all of it:
-# one that starts it, others that do something else meanwhile, one that ends it.
-_CONTINUES = re.compile(r".*calls=%?async_collective_fusion|(ROOT )?%?async-collective-done")
-
-
-class _Instruction(NamedTuple):
-    text: str
-    computation: str  # name of the computation it stands in
+    @cached_property
+    def users(self) -> dict[str, list[Instruction]]:
+        """Of each instruction those that read it."""
+        users = defaultdict(list)
+        for instruction in self:
+            for operand in set(instruction.operands):
+                users[operand].append(instruction)
+        return users
 
 
 class Computations:
     """The parts of a program's text, and how often each of them runs."""
 
     def __init__(self, text: str):
-        self._instructions: dict[str, list[str]] = defaultdict(list)
+        lines: dict[str, list[Instruction]] = defaultdict(list)
         entry = name = ""
         for line in text.splitlines():
             begin = re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line)
             if begin:
                 name = begin[2]
                 entry = name if begin[1] else entry
-            elif line.startswith("  "):
-                self._instructions[name].append(line.strip())
+            elif line.startswith("  ") and (instruction := _parsed(line.strip(), name)):
+                lines[name].append(instruction)
+        self._parts = {name: Computation(found) for name, found in lines.items()}
         self._times: Counter[str] = Counter()
         self._run(entry, 1)
 
-    def lines(self, name: str) -> list[str]:
-        """The instructions of one part."""
-        return self._instructions[name]
+    def __getitem__(self, name: str) -> Computation:
+        return self._parts.get(name) or Computation([])
 
-    def kernels(self):
+    def kernels(self) -> Iterator[tuple[Computation, int]]:
         """The parts that are no part of a fusion, and how often each of them runs."""
         fused = {
             name
-            for lines in self._instructions.values()
-            for text in lines
-            for name in re.findall(r" fusion\(.*calls=%?([\w.-]+)", text)
+            for part in self._parts.values()
+            for instruction in part
+            if instruction.opcode == "fusion"
+            for name in instruction.called
         }
-        yield from ((name, times) for name, times in self._times.items() if name not in fused)
+        yield from ((self[name], times) for name, times in self._times.items() if name not in fused)
 
-    def instructions(self):
+    def instructions(self) -> Iterator[tuple[Instruction, int]]:
         """Each instruction and how often it runs."""
         for name, times in self._times.items():
-            for text in self._instructions[name]:
-                yield _Instruction(text, name), times
+            for instruction in self[name]:
+                yield instruction, times
 
     def _run(self, name: str, times: int) -> None:
         self._times[name] += times
-        for text in self._instructions[name]:
+        for instruction in self[name]:
+            text = instruction.text
             loop = re.search(r"condition=%?([\w.-]+), body=%?([\w.-]+)", text)
             if loop:
                 self._run(loop[2], times * self._trips(text, loop[1]))
-            for called in re.findall(r"calls=%?([\w.-]+)", text):
-                if not _CONTINUES.match(text):
+            if not _continues(instruction):
+                for called in instruction.called:
                     self._run(called, times)
-            if re.search(r" call\(", text):
+            if instruction.opcode == "call":
                 self._run(re.search(r"to_apply=%?([\w.-]+)", text)[1], times)
             branches = re.search(r"branch_computations=\{([^}]*)\}", text)
             if branches:
@@ -225,19 +178,32 @@ class Computations:
         if known:
             return int(known[1])
         # Loops of `lax.scan` count up to a constant in their condition.
-        limits = re.findall(r"constant\((\d+)\)", "\n".join(self._instructions[condition]))
-        return max(map(int, limits), default=1)
+        text = "\n".join(x.text for x in self[condition])
+        return max(map(int, re.findall(r"constant\((\d+)\)", text)), default=1)
 
 
-_COLLECTIVE = re.compile(
-    r"= (\(.*?\)|\S+) "
-    r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
-)
+_INSTRUCTION = re.compile(r"(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$")
+
+
+def _parsed(line: str, computation: str) -> Instruction | None:
+    """The instruction in a line; None for a line that is none."""
+    # `/*index=5*/` stands before every fifth of many operands.
+    match = _INSTRUCTION.match(re.sub(r"/\*.*?\*/", "", line) if "/*" in line else line)
+    return None if match is None else Instruction(*match.groups(), line, computation)
+
+
+def _continues(instruction: Instruction) -> bool:
+    """Whether it continues an asynchronous collective that another instruction has started.
+
+    XLA for TPU splits one over several fusions, each of which names all of it: one that starts it,
+    others that do something else meanwhile, one that ends it.
+    """
+    return instruction.name.startswith("async-collective-done") or any(
+        name.startswith("async_collective_fusion") for name in instruction.called
+    )
+
+
 _DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s64": 8, "f64": 8}
-
-
-# How XLA for TPU writes a collective whose devices are in several slices.
-_BETWEEN_SLICES = re.compile(r'= (\(.*?\)) send\(.*_xla_megascale_transfer_type="(\w+)"')
 
 
 def array_bytes(shapes: str) -> list[int]:
@@ -248,21 +214,26 @@ def array_bytes(shapes: str) -> list[int]:
     ]
 
 
-def _collective(instruction: _Instruction, mesh: Mesh) -> tuple[str, tuple[str, ...], int] | None:
+_COLLECTIVES = "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"
+# How XLA for TPU writes a collective whose devices are in several slices: as a send.
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+
+
+def _collective(instruction: Instruction, mesh: Mesh) -> tuple[str, tuple[str, ...], int] | None:
     """Its kind, its mesh axes and the bytes that a device receives; None for something else."""
     between = _BETWEEN_SLICES.search(instruction.text)
-    if between is not None:
-        kind = between[2].lower().replace("_", "-")
+    if between is not None and instruction.opcode == "send":
+        kind = between[1].lower().replace("_", "-")
         slices = number_of_slices(mesh.devices.flat)
         share = 2 * (slices - 1) / slices if kind == "all-reduce" else 1
-        return kind, ("slices",), int(share * array_bytes(between[1])[0])
-    match = _COLLECTIVE.search(instruction.text)
-    if match is None:
+        return kind, ("slices",), int(share * array_bytes(instruction.type)[0])
+    kind = instruction.opcode.removesuffix("-start")
+    if kind not in _COLLECTIVES:
         return None
-    result, kind, start = match.groups()
-    sizes = array_bytes(result)
+    sizes = array_bytes(instruction.type)
     # What starts a gather or a permutation names its operand too, and its semaphores.
-    size = max(sizes) if start and kind != "all-reduce" else sum(sizes)
+    starts = instruction.opcode != kind
+    size = max(sizes) if starts and kind != "all-reduce" else sum(sizes)
     groups = _group(instruction.text, mesh.size)
     places = np.array(np.unravel_index(groups, mesh.devices.shape))
     axes = tuple(

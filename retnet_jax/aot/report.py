@@ -1,12 +1,14 @@
 """What a compiled step costs: memory, FLOPs, messages, and the least time it can take."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
 
 from retnet_jax.aot.compile_step import CompiledStep
+from retnet_jax.aot.flops import Kernel, costs
 from retnet_jax.aot.hlo import Messages, Program
 from retnet_jax.parallel.chips import Chip, chip
 
@@ -118,14 +120,15 @@ def report(step: CompiledStep) -> Report:
     config, mesh = step.config, step.mesh
     device = mesh.devices.flat[0]
     known = chip(device.device_kind)
-    program = Program(step.compiled, step.jaxpr, mesh)
+    program = Program(step.compiled, mesh)
+    flops, kernels = costs(step.jaxpr, mesh.size)
     tokens = config.train.batch_size * config.data.sequence_length
     rows = config.train.batch_size // config.train.micro_batches
-    kernels = estimated = None
+    kernel_seconds = estimated = None
     if known is not None:
-        kernels = _kernel_seconds(program, known)
+        kernel_seconds = _kernel_seconds(kernels, known)
         if known.clock and program.estimated_cycles:
-            estimated = program.estimated_cycles / known.clock + kernels
+            estimated = program.estimated_cycles / known.clock + kernel_seconds
     return Report(
         mesh=dict(mesh.shape),
         device=device.device_kind,
@@ -138,11 +141,11 @@ def report(step: CompiledStep) -> Report:
         peak_bytes=program.peak_bytes,
         memory_bytes=None if known is None else known.memory,
         model_flops=tokens * config.model.training_flops_per_token(config.data.sequence_length),
-        flops=program.flops,
+        flops=flops,
         messages=tuple(program.messages),
-        compute_seconds=None if known is None else program.flops / mesh.size / known.flops,
+        compute_seconds=None if known is None else flops / mesh.size / known.flops,
         message_seconds=None if known is None else _message_seconds(program, known),
-        kernel_seconds=kernels,
+        kernel_seconds=kernel_seconds,
         estimated_seconds=estimated,
         lower_seconds=step.lower_seconds,
         compile_seconds=step.compile_seconds,
@@ -157,10 +160,9 @@ def _device_bytes(tree: Any) -> int:
     )
 
 
-def _kernel_seconds(program: Program, known: Chip) -> float:
+def _kernel_seconds(kernels: Sequence[Kernel], known: Chip) -> float:
     return sum(
-        x.count * max(x.flops / known.flops, x.bytes / known.memory_bandwidth)
-        for x in program.kernels
+        x.count * max(x.flops / known.flops, x.bytes / known.memory_bandwidth) for x in kernels
     )
 
 

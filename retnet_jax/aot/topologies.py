@@ -46,17 +46,28 @@ _GPU_NUMBERS = {
 }
 
 
+# Read by libtpu, which otherwise asks the cloud's metadata server which machine it is on, and
+# refuses to load beside another process that uses it.
+_WITHOUT_TPUS = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+# Read by XLA: for GPUs it chooses kernels by running them, which needs the device.
+_WITHOUT_GPUS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+
+
 def prepare() -> None:
-    """Settings for compilers without their devices; to be called before jax is used."""
+    """Sets this process up for compilers without their devices; call it before jax is used.
+
+    The compilers take these settings from the environment alone, and read it once when they start.
+    jax itself is set to the CPU: nothing is run on a device that this machine may have.
+    """
     jax.config.update("jax_platforms", "cpu")
-    # libtpu would ask the cloud's metadata server who it is.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    # Kernels are chosen by running them, which needs the device.
-    flags = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
+    for name, value in _WITHOUT_TPUS.items():
+        os.environ.setdefault(name, value)
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_WITHOUT_GPUS}".strip()
 
 
 def tpus(topology: str, slices: int = 1) -> Sequence[jax.Device]:

@@ -8,11 +8,9 @@ Caches that are larger than an array make a program faster than this, and none m
 """
 
 import re
-from collections import defaultdict
-from collections.abc import Iterator
 from typing import NamedTuple
 
-from retnet_jax.aot.hlo import Computations, array_bytes
+from retnet_jax.aot.hlo import Computation, Computations, Instruction, array_bytes
 
 
 class Traffic(NamedTuple):
@@ -31,12 +29,11 @@ def memory_traffic(text: str) -> list[Traffic]:
     """
     computations = Computations(text)
     found = []
-    for name, times in computations.kernels():
-        parsed = _Computation(computations.lines(name))
-        for instruction in parsed:
-            size = _bytes(instruction, parsed, computations)
+    for computation, times in computations.kernels():
+        for instruction in computation:
+            size = _bytes(instruction, computation, computations)
             if size:
-                found.append(Traffic(instruction.what, times, times * size, instruction.text))
+                found.append(Traffic(_what(instruction), times, times * size, instruction.text))
     return sorted(found, key=lambda traffic: -traffic.bytes)
 
 
@@ -48,61 +45,21 @@ def _in_memory(arrays: str) -> str:
     return _ON_CHIP.sub("", arrays)
 
 
-class _Instruction(NamedTuple):
-    name: str
-    type: str
-    opcode: str
-    operands: list[str]
-    text: str
-
-    @property
-    def what(self) -> str:
-        named = re.search(r'op_name="([^"]*)"', self.text)
-        return f"{self.opcode} {named[1]}" if named else self.opcode
+def _what(instruction: Instruction) -> str:
+    named = re.search(r'op_name="([^"]*)"', instruction.text)
+    return f"{instruction.opcode} {named[1]}" if named else instruction.opcode
 
 
-_INSTRUCTION = re.compile(r"(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$")
+def _size(instruction: Instruction) -> int:
+    """Bytes of the result."""
+    return sum(array_bytes(_in_memory(instruction.type)))
 
 
-class _Computation:
-    """The instructions of one computation, by their names."""
-
-    def __init__(self, lines: list[str]):
-        self._found: dict[str, _Instruction] = {}
-        self.users: dict[str, list[_Instruction]] = defaultdict(list)
-        self.root = ""
-        for line in lines:
-            # `/*index=5*/` stands before every fifth of many operands.
-            match = _INSTRUCTION.match(re.sub(r"/\*.*?\*/", "", line))
-            if match is None:
-                continue
-            name, kind, opcode, rest = match.groups()
-            operands = re.findall(r"%([\w.-]+)", rest.split("), ")[0])
-            instruction = _Instruction(name, kind, opcode, operands, line)
-            self._found[name] = instruction
-            if line.startswith("ROOT"):
-                self.root = name
-            for operand in set(operands):
-                self.users[operand].append(instruction)
-
-    def __iter__(self) -> Iterator[_Instruction]:
-        return iter(self._found.values())
-
-    def __getitem__(self, name: str) -> _Instruction:
-        return self._found[name]
-
-    def parameter(self, number: int) -> _Instruction:
-        return next(x for x in self if f" parameter({number})" in x.text)
-
-    def size(self, name: str) -> int:
-        return sum(array_bytes(_in_memory(self._found[name].type)))
-
-    def source(self, name: str) -> _Instruction:
-        """What an instruction is another view of."""
-        instruction = self._found[name]
-        while instruction.opcode in ("bitcast", "copy", "convert", "get-tuple-element", "reshape"):
-            instruction = self._found[instruction.operands[0]]
-        return instruction
+def _source(instruction: Instruction, around: Computation) -> Instruction:
+    """What an instruction is another view of."""
+    while instruction.opcode in ("bitcast", "copy", "convert", "get-tuple-element", "reshape"):
+        instruction = around[instruction.operands[0]]
+    return instruction
 
 
 # What names an array and moves nothing, or has its parts counted where they stand.
@@ -113,55 +70,54 @@ _FREE = {
 }
 
 
-def _bytes(instruction: _Instruction, around: _Computation, computations: Computations) -> int:
+def _bytes(instruction: Instruction, around: Computation, computations: Computations) -> int:
     if instruction.opcode in _FREE:
         return 0
     if instruction.opcode == "fusion":
         return _fusion_bytes(_called(instruction, computations), computations)
     if instruction.opcode in ("dynamic-slice", "slice", "gather"):
-        return 2 * around.size(instruction.name)
+        return 2 * _size(instruction)
     if instruction.opcode == "dynamic-update-slice":
-        return 2 * around.size(instruction.operands[1])
+        return 2 * _size(around[instruction.operands[1]])
     if instruction.opcode == "copy-start":
-        return sum(array_bytes(_in_memory(instruction.type)))
+        return _size(instruction)
     if instruction.opcode in ("slice-start", "dynamic-slice-start"):
         result = re.findall(r"\w+\[[\d,]*\]\{[^}]*\}", instruction.type)[1]
         return sum(array_bytes(result + _in_memory(result)))
-    read = sum(map(around.size, instruction.operands))
+    read = sum(_size(around[name]) for name in instruction.operands)
     if instruction.opcode == "custom-call" and instruction.type.startswith("("):
         return read + array_bytes(instruction.type)[0]  # and scratch memory
-    return read + around.size(instruction.name)
+    return read + _size(instruction)
 
 
-def _called(fusion: _Instruction, computations: Computations) -> "_Computation":
-    name = re.search(r"calls=%?([\w.-]+)", fusion.text)[1]
-    return _Computation(computations.lines(name))
+def _called(fusion: Instruction, computations: Computations) -> Computation:
+    return computations[fusion.called[0]]
 
 
-def _fusion_bytes(inside: _Computation, computations: Computations) -> int:
+def _fusion_bytes(inside: Computation, computations: Computations) -> int:
     """What a fusion reads of its operands, and writes."""
-    root = inside[inside.root]
+    root = inside.root
     results = root.operands if root.opcode == "tuple" else [root.name]
     total = 0
     for name in results:
-        result = inside.source(name)
+        result = _source(inside[name], inside)
         in_place = result.opcode == "dynamic-update-slice"
-        total += inside.size(result.operands[1] if in_place else name)
+        total += _size(inside[result.operands[1] if in_place else name])
     for instruction in inside:
         if instruction.opcode == "parameter":
-            total += min(inside.size(instruction.name), _read(instruction, inside, computations))
+            total += min(_size(instruction), _read(instruction, inside, computations))
     return total
 
 
-def _read(instruction: _Instruction, inside: _Computation, computations: Computations) -> int:
+def _read(instruction: Instruction, inside: Computation, computations: Computations) -> int:
     """Bytes that a fusion needs of an array: of its slices, if it takes nothing else of it."""
     total = 0
     for user in inside.users[instruction.name]:
         first = user.operands[0] == instruction.name
         if user.opcode in ("dynamic-slice", "slice", "gather") and first:
-            total += inside.size(user.name)
+            total += _size(user)
         elif user.opcode in ("bitcast", "convert", "copy"):
-            total += min(_read(user, inside, computations), inside.size(instruction.name))
+            total += min(_read(user, inside, computations), _size(instruction))
         elif user.opcode == "fusion":
             within = _called(user, computations)
             for number, operand in enumerate(user.operands):
@@ -170,5 +126,5 @@ def _read(instruction: _Instruction, inside: _Computation, computations: Computa
         elif user.opcode == "dynamic-update-slice" and first:
             continue
         else:
-            total += inside.size(instruction.name)
+            total += _size(instruction)
     return total

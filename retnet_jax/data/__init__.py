@@ -1,60 +1,40 @@
 """From documents to batches.
 
-    sources.py      a corpus in pieces, and their documents; formats.py: files and data sets
-    tokenizer.py    text <-> token ids: bytes, or a byte-level BPE trained here
-    pretrained_tokenizer.py  those that came with a model
-    token_store.py  a directory that holds all tokens of a corpus, split into train and held out
-    store_builder.py  writes it, in parallel
-    windows.py      how its stream is cut into windows, and in which order they come
-    pipeline.py     batches of windows addressed by (seed, step)
-    files.py        local files, and those on gs:// and the like
+sources.py        the documents of a corpus; formats.py reads files and data sets
+tokenizers/       text to token ids and back
+split.py          which documents are held out
+token_store.py    a directory with all tokens of a corpus, in two splits
+build.py          builds it, with bpe_sample.py, shard_writer.py, workers.py and store_options.py
+stores.py         the stores of a run: opened, or built where they are not there
+windows.py        how a store is cut into windows, and in which order they come
+batches.py        batches of windows addressed by (seed, step), on the host or on a mesh
 
-A document begins with the id of `<bos>`; where one ends and the next begins is seen again in the
+A document begins with the BOS id. Where one ends and the next begins is seen again in the
 `segment_ids` of a batch. `tokenizers`, `grain`, `tqdm` and what reads a format are imported where
 they are used.
 """
 
-from retnet_jax.data.batches import Batch, BatchStream, batch_numbers, number_of_windows
-from retnet_jax.data.build import (
-    Stores,
-    build_store,
-    open_or_build,
-    open_stores,
-    train_tokenizer,
+from retnet_jax.data.batches import (
+    Batch,
+    BatchStream,
+    PlacedBatches,
+    number_of_windows,
 )
-from retnet_jax.data.sources import Document, Skipped, read_documents
-from retnet_jax.data.token_store import Split, TokenStore, check_files, open_store
-from retnet_jax.data.tokenizers.byte_level import (
-    BPETokenizer,
-    ByteTokenizer,
-    TextStream,
-    Tokenizer,
-    train_bpe,
-)
-from retnet_jax.data.tokenizers.pretrained import has_tokenizer, load_tokenizer
+from retnet_jax.data.build import build_store
+from retnet_jax.data.stores import Stores, open_stores
+from retnet_jax.data.token_store import Split, open_store
+from retnet_jax.data.tokenizers import Tokenizer, load_tokenizer
 
 __all__ = [
-    "BPETokenizer",
     "Batch",
     "BatchStream",
-    "ByteTokenizer",
-    "Document",
-    "Skipped",
+    "PlacedBatches",
     "Split",
     "Stores",
-    "TextStream",
-    "TokenStore",
     "Tokenizer",
-    "batch_numbers",
     "build_store",
-    "check_files",
-    "has_tokenizer",
     "load_tokenizer",
     "number_of_windows",
-    "open_or_build",
     "open_store",
     "open_stores",
-    "read_documents",
-    "train_bpe",
-    "train_tokenizer",
 ]

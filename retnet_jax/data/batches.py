@@ -1,6 +1,7 @@
 """Batches of windows, addressed by (seed, step).
 
 `windows.py` says which windows there are and in which order they come; here they are read.
+`BatchStream` gives them as numpy arrays, `PlacedBatches` on the devices of a mesh.
 """
 
 from __future__ import annotations
@@ -8,18 +9,21 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Collection, Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from retnet_jax.data.token_store import Split
 from retnet_jax.data.windows import ContiguousSchedule, Span, packed_starts
 
+if TYPE_CHECKING:
+    import jax  # not otherwise: the processes that build a store need none
+
 _MOST_STEPS = 2**40
 
 
 class Batch(NamedTuple):
-    """Windows on top of each other."""
+    """Windows on top of each other, as arrays of numpy or of jax."""
 
     tokens: np.ndarray  # int32 [b t]
     targets: np.ndarray  # int32 [b t]: the next token of the stream; after a document BOS
@@ -86,11 +90,15 @@ class BatchStream:
         return self._batches[step]
 
     @contextlib.contextmanager
-    def iterate(self, start: int = 0, skip: Collection[int] = ()) -> Iterator[Iterator[Batch]]:
-        """The batches from `start` on but for those of `skip`, read ahead in background threads.
+    def iterate(
+        self, start: int = 0, skip: Collection[int] = ()
+    ) -> Iterator[Iterator[tuple[int, Batch]]]:
+        """The batches from `start` on with their numbers, without those of `skip`.
 
             with stream.iterate(start) as batches:
-                for number, batch in zip(batch_numbers(start), batches): ...
+                for number, batch in batches: ...
+
+        They are read ahead in background threads.
 
         A context manager, because an iterator still alive when Python exits can leave a traceback
         behind: leaving the `with`, also by an exception, ends the threads.
@@ -99,7 +107,7 @@ class BatchStream:
         with contextlib.closing(iterator):
             iterator.set_state({"next_index": start})
             numbered = zip(itertools.count(start), iterator)
-            yield (batch for number, batch in numbered if number not in skip)
+            yield ((number, batch) for number, batch in numbered if number not in skip)
 
     def document_names(self, step: int) -> list[str]:
         """The names of the documents in the whole batch of one step, to look a bad batch up."""
@@ -138,9 +146,56 @@ class BatchStream:
         return batch
 
 
-def batch_numbers(start: int = 0, skip: Collection[int] = ()) -> Iterator[int]:
-    """The numbers of the batches that `BatchStream.iterate` gives."""
-    return (number for number in itertools.count(start) if number not in skip)
+class PlacedBatches:
+    """The batches of a `BatchStream`, on the devices of a mesh.
+
+    Each process reads only the rows that its own devices hold; the arrays are those of the whole
+    batch: rows are divided over the mesh axes `data` and `fsdp`, positions over `seq`. Background
+    threads read ahead; a batch is placed on the devices in the thread that takes it.
+
+    Args:
+      mesh: the devices of all processes.
+      splits, weights, batch_size: as of `BatchStream`.
+      options: the other arguments of `BatchStream` except `rows`.
+    """
+
+    def __init__(
+        self,
+        mesh: jax.sharding.Mesh,
+        splits: Sequence[Split],
+        weights: Sequence[float],
+        *,
+        batch_size: int,
+        **options: Any,
+    ):
+        from retnet_jax.parallel.sharding import local_rows
+
+        self._mesh, self._batch_size = mesh, batch_size
+        self._rows = local_rows(mesh, batch_size)
+        self._stream = BatchStream(
+            splits, weights, batch_size=batch_size, rows=self._rows, **options
+        )
+
+    def __getitem__(self, step: int) -> Batch:
+        """The batch of one step, read now."""
+        return self._place(self._stream[step])
+
+    @contextlib.contextmanager
+    def iterate(
+        self, start: int = 0, skip: Collection[int] = ()
+    ) -> Iterator[Iterator[tuple[int, Batch]]]:
+        """As `BatchStream.iterate`."""
+        with self._stream.iterate(start, skip) as batches:
+            yield ((number, self._place(batch)) for number, batch in batches)
+
+    def document_names(self, step: int) -> list[str]:
+        """The names of the documents in the whole batch of one step, of all processes."""
+        return self._stream.document_names(step)
+
+    def _place(self, batch: Batch) -> Batch:
+        from retnet_jax.parallel.sharding import place_batch
+
+        return place_batch(self._mesh, batch, self._rows, self._batch_size)
 
 
 def _packed(store: int, split: Split, length: int, seed: int):

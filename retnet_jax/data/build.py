@@ -1,148 +1,75 @@
-"""Writes token stores, in parallel, so that what was done survives a kill.
+"""Builds token stores in parallel. A build that is killed is finished by the next start.
 
-A corpus is divided into shards by its files alone. They are read twice: the survey finds duplicates
-and samples text for a BPE, then each shard is encoded into a directory that gets its name when it
-is complete. What is left undone is done by the next start; the store is the same, byte for byte,
-however often that happens and however many processes work on it.
+How a corpus is divided into shards depends only on its files. They are read twice: the survey finds
+duplicates and samples text for a BPE, then each shard is encoded into a directory that appears when
+it is complete. The store is the same, byte for byte, however often the build is killed and however
+many processes work on it.
 
-    plan.json            options and shards, written first, gone when the store is complete
-    work/                what the survey found; the same
+    plan.json            options and shards: written first, deleted when the store is complete
+    work/                what the survey found: deleted too
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
 import hashlib
-import heapq
 import json
-import multiprocessing
 import os
-import platform
-import shlex
 import shutil
-import sys
 import tempfile
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from retnet_jax.config import TOKENIZERS, DataConfig
-from retnet_jax.data.sources import (
-    Document,
-    Piece,
-    Skipped,
-    file_of,
-    list_pieces,
-    read_documents,
-    read_piece,
-)
-from retnet_jax.data.token_store import (
-    FORMAT,
-    SPLITS,
-    TokenStore,
-    open_store,
-)
-from retnet_jax.data.tokenizers.byte_level import (
-    BPETokenizer,
+from retnet_jax.config import DataConfig
+from retnet_jax.data.bpe_sample import Sample
+from retnet_jax.data.shard_writer import write_shard
+from retnet_jax.data.sources import Document, Piece, Skipped, file_of, list_pieces, read_piece
+from retnet_jax.data.split import split_of
+from retnet_jax.data.store_options import differences, pretrained_tokenizer, stored_options
+from retnet_jax.data.token_store import FORMAT, SPLITS, TokenStore, open_store
+from retnet_jax.data.tokenizers import (
     ByteTokenizer,
     Tokenizer,
-    text_parts,
+    has_tokenizer,
+    load_tokenizer,
     train_bpe,
 )
-from retnet_jax.data.tokenizers.pretrained import NAMES, has_tokenizer, load_tokenizer
+from retnet_jax.data.workers import for_each_shard, say
 from retnet_jax.errors import ConfigError
-from retnet_jax.files import paths as files
+from retnet_jax.files import atomic
+from retnet_jax.files.digests import sha256_of, sha256_of_file
+from retnet_jax.files.paths import is_remote
 from retnet_jax.provenance import code_fingerprint, versions
+
+DEFAULT_COMMAND = "build_store(config.data, vocab_size)"
 
 _SHARD_BYTES = 64_000_000  # of source files
 _MOST_SHARDS = 4096
-_SAMPLE_CHARACTERS = 8_000_000  # that a BPE is trained on; more hardly changes the merges
-_BATCH_CHARACTERS = 2_000_000  # encoded at once: enough for all threads, little in memory
-_PART_CHARACTERS = 1_000_000  # of a document; `tokenizers` takes 90 times as much memory as text
 
 
-class Stores(NamedTuple):
-    """What a run is trained on."""
-
-    stores: dict[str, TokenStore]  # by the last part of their directories
-    weights: np.ndarray  # share of each in the windows
-    tokenizer: Tokenizer  # of all of them
-
-
-def open_stores(config: DataConfig, vocab_size: int) -> Stores:
-    """The stores of `config.mixture`; without one `config.store`, built if it does not exist.
-
-    Raises:
-      ConfigError: as `open_or_build`; for stores of a mixture that are not there, have the same
-        name, or another tokenizer than the first.
-    """
-    if not config.mixture:
-        store = open_or_build(config, vocab_size)
-        return Stores({_name(config.store): store}, np.ones(1), store.tokenizer)
-    stores: dict[str, TokenStore] = {}
-    for directory in config.mixture:
-        store = open_store(directory)
-        if _name(directory) in stores:
-            raise ConfigError(f"data.mixture has two stores with the name {_name(directory)!r}")
-        stores[_name(directory)] = store
-    (first, *others) = stores.values()
-    for store in others:
-        if store.tokenizer.fingerprint != first.tokenizer.fingerprint:
-            raise ConfigError(
-                f"data.mixture: {store.directory} has another tokenizer than {first.directory}; "
-                f"build it with data.tokenizer={first.directory!r}"
-            )
-    _check_vocabulary(first, vocab_size)
-    return Stores(stores, np.array(list(config.mixture.values())), first.tokenizer)
-
-
-def open_or_build(config: DataConfig, vocab_size: int) -> TokenStore:
-    """The store in `config.store`, built first if the directory does not exist.
-
-    Args:
-      config: the data options, checked.
-      vocab_size: `model.vocab_size`. A BPE has exactly as many tokens; all tokens have to fit in.
-
-    Raises:
-      ConfigError: if the store is unfinished or was built with other options, or as `build_store`
-        and `open_store` do.
-    """
-    if "://" in config.store or Path(config.store).exists():
-        store = open_store(config.store)
-    else:
-        store = build_store(config, vocab_size)
-    built, asked = store.manifest["options"], _options(config, vocab_size)
-    if asked["data.tokenizer"] is None:  # its directory is gone; what it was is in the store
-        asked["data.tokenizer"] = built.get("data.tokenizer")
-    differences = _differences(built, asked)
-    if differences:
-        raise ConfigError(
-            f"data.store={config.store!r} was built with other options:{differences}\n"
-            "name another directory in data.store, or delete this one and build it again with: "
-            f"{_command()}"
-        )
-    _check_vocabulary(store, vocab_size)
-    return store
-
-
-def build_store(config: DataConfig, vocab_size: int, processes: int | None = None) -> TokenStore:
+def build_store(
+    config: DataConfig,
+    vocab_size: int,
+    processes: int | None = None,
+    command: str = DEFAULT_COMMAND,
+) -> TokenStore:
     """Builds the store in `config.store`, or finishes it.
 
     Args:
       config: the data options, checked.
       vocab_size: tokens of the BPE; other tokenizers ignore it.
       processes: that work in parallel; None: as many as there are cores.
+      command: what finishes the store or builds it again, for error messages; recorded in it.
 
     Raises:
       ConfigError: if the store is complete already, or was begun with other options or files; if
         there are no documents, none or all are held out, or no BPE of that size can be trained.
     """
-    if files.is_remote(config.store):
+    if is_remote(config.store):
         raise ConfigError(
             f"data.store={config.store!r} is not there, and stores are built on local disk: build "
             "it in a directory and copy that; the copy is read where it is"
@@ -153,16 +80,16 @@ def build_store(config: DataConfig, vocab_size: int, processes: int | None = Non
             _tidy(directory)
             return open_store(directory)
         raise ConfigError(f"data.store={config.store!r} exists already; delete it to build it anew")
-    plan = _begin(config, vocab_size, directory)
+    plan = _begin(config, vocab_size, directory, command)
     shards = [[Piece(**piece) for piece in pieces] for pieces in plan["shards"]]
     job = _Job(config, str(directory))
     processes = min(processes or os.cpu_count() or 1, len(shards))
     work = directory / "work"
     sizes = [max(1, sum(piece.bytes for piece in pieces)) for pieces in shards]
 
-    undone = [i for i in range(len(shards)) if not job.survey_path(i).exists()]
+    undone = [(i, pieces) for i, pieces in enumerate(shards) if not job.survey_path(i).exists()]
     task = functools.partial(_survey, job)
-    _run(task, [(i, shards[i]) for i in undone], sizes, processes, f"reading {directory}")
+    for_each_shard(task, undone, sizes, processes, f"reading {directory}")
     surveys = [json.loads(job.survey_path(i).read_text()) for i in range(len(shards))]
     _check_splits(config, surveys)
     duplicates = _mark_duplicates(job, len(shards))
@@ -173,47 +100,16 @@ def build_store(config: DataConfig, vocab_size: int, processes: int | None = Non
             tokenizer.save(Path(scratch))
             for path in sorted(Path(scratch).iterdir(), reverse=True):  # tokenizer.json last
                 path.rename(directory / path.name)
-    undone = [i for i in range(len(shards)) if not job.shard_path(i).exists()]
+    undone = [(i, pieces) for i, pieces in enumerate(shards) if not job.shard_path(i).exists()]
     task = functools.partial(_encode, job)
-    _run(task, [(i, shards[i]) for i in undone], sizes, processes, f"building {directory}")
+    for_each_shard(task, undone, sizes, processes, f"building {directory}")
     _finish(job, plan, surveys, duplicates)
     return open_store(directory)
 
 
-def train_tokenizer(configs: Sequence[DataConfig], vocab_size: int) -> BPETokenizer:
-    """A byte-level BPE for several corpora, trained on as much text of each.
-
-    Args:
-      configs: where the documents come from; held-out ones are left out.
-      vocab_size: tokens in all.
-
-    Raises:
-      ConfigError: if a corpus has no documents to train on, or they do not give as many tokens.
-    """
-    texts: list[str] = []
-    for config in configs:
-        sample = _Sample()
-        for document in read_documents(config, Skipped()):
-            if _split_of(document, config.held_out) == "train":
-                sample.add(document)
-        found = [text for _, _, text in reversed(sample.items())]
-        if not found:
-            raise ConfigError(f"data.path={config.path!r} has no documents to train a tokenizer on")
-        texts += found
-    return train_bpe(texts, vocab_size)
-
-
-def is_held_out(name: str, share: float) -> bool:
-    """Whether a document is kept from training: a function of its name and nothing else.
-
-    With a larger share, what was held out stays held out.
-    """
-    return _fraction(name) < share
-
-
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """What every process knows of a build."""
+    """A build, as every process knows it."""
 
     config: DataConfig
     directory: str
@@ -231,22 +127,26 @@ class _Job:
         return Path(self.directory) / "shards" / f"{shard:05}"
 
 
-def _begin(config: DataConfig, vocab_size: int, directory: Path) -> dict[str, Any]:
-    """The plan of a build: written now, or found and compared."""
+def _begin(config: DataConfig, vocab_size: int, directory: Path, command: str) -> dict[str, Any]:
+    """The plan of a build, new or resumed.
+
+    Raises:
+      ConfigError: if a plan is there that has other options or files.
+    """
     pieces = list_pieces(config)
     plan = {
         "format": FORMAT,
-        "command": _command(),
-        "options": _options(config, vocab_size),
+        "command": command,
+        "options": stored_options(config, vocab_size),
         "shards": [[dataclasses.asdict(p) for p in group] for group in _grouped(pieces)],
     }
     path = directory / "plan.json"
     if path.exists():
         found = json.loads(path.read_text())
-        differences = _differences(found["options"], plan["options"])
-        if found["format"] != FORMAT or differences:
+        changes = differences(found["options"], plan["options"])
+        if found["format"] != FORMAT or changes:
             raise ConfigError(
-                f"data.store={config.store!r} was begun with other options:{differences}\n"
+                f"data.store={config.store!r} was begun with other options:{changes}\n"
                 "name another directory in data.store, or delete this one"
             )
         if found["shards"] != plan["shards"]:
@@ -263,7 +163,7 @@ def _begin(config: DataConfig, vocab_size: int, directory: Path) -> dict[str, An
         )
     (directory / "work").mkdir(parents=True)
     (directory / "shards").mkdir()
-    _write_text(path, json.dumps(plan, indent=1) + "\n")
+    atomic.write_text(path, json.dumps(plan, indent=1) + "\n")
     return plan
 
 
@@ -272,9 +172,9 @@ def _survey(job: _Job, task: tuple[int, list[Piece]]) -> int:
     shard, pieces = task
     config, skipped = job.config, Skipped()
     digests, held_out, counts = bytearray(), bytearray(), dict.fromkeys(SPLITS, 0)
-    sample = _Sample()
+    sample = Sample()
     for document in _documents(config, pieces, skipped):
-        split = _split_of(document, config.held_out)
+        split = split_of(document, config.held_out)
         counts[split] += 1
         digests += _digest(document)
         held_out.append(split == "held_out")
@@ -286,65 +186,60 @@ def _survey(job: _Job, task: tuple[int, list[Piece]]) -> int:
     np.save(job.digests_path(shard), table)
     paths = {piece.path: file_of(config, piece) for piece in pieces if piece.start == 0}
     found = {
-        "sources": {name: files.sha256(path) for name, path in paths.items() if path is not None},
+        "sources": {name: sha256_of_file(path) for name, path in paths.items() if path is not None},
         "documents": counts,
-        "content": hashlib.sha256(digests).hexdigest(),
+        "content": sha256_of(digests),
         "skipped": skipped.as_dict(),
         "sample": sample.items(),
     }
-    _write_text(job.survey_path(shard), json.dumps(found))
+    atomic.write_text(job.survey_path(shard), json.dumps(found))
     return shard
 
 
 def _encode(job: _Job, task: tuple[int, list[Piece]]) -> int:
     """Writes the directory of a shard."""
     shard, pieces = task
-    config, tokenizer = job.config, load_tokenizer(Path(job.directory))
     target = job.shard_path(shard)
-    survey = json.loads(job.survey_path(shard).read_text())
-    kept = np.load(job.kept_path(shard))
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
-        # A directory inside, because a temporary directory itself can be read by its owner alone.
-        unfinished = Path(scratch) / target.name
-        unfinished.mkdir()
-        writers = {split: _SplitWriter(unfinished, split, tokenizer) for split in SPLITS}
-        digests = bytearray()
-
-        def parts() -> Iterator[_Part]:
-            for number, document in enumerate(_documents(config, pieces, Skipped())):
-                digests.extend(_digest(document))
-                if kept[number : number + 1].any():
-                    split = _split_of(document, config.held_out)
-                    for place, text in enumerate(text_parts(document.text, _PART_CHARACTERS)):
-                        yield _Part(document, split, text, opens=place == 0)
-
-        for batch in _batches(parts()):
-            ids = tokenizer.encode_batch([part.text for part in batch])
-            encoded = list(zip(batch, ids, strict=True))
-            for split, writer in writers.items():
-                writer.append([x for x in encoded if x[0].split == split])
-        if hashlib.sha256(digests).hexdigest() != survey["content"]:
-            raise ConfigError(
-                f"{pieces[0].path} or a file after it has changed since the build began; delete "
-                f"{job.directory} and build it anew"
-            )
-        splits = {split: writer.finish() for split, writer in writers.items()}
-        written = {
-            path.name: {"bytes": path.stat().st_size, "sha256": files.sha256(str(path))}
-            for path in sorted(unfinished.iterdir())
-        }
-        record = {"name": target.name, "splits": splits, "files": written}
-        _write_text(unfinished / "shard.json", json.dumps(record | {"content": survey["content"]}))
-        try:
-            unfinished.rename(target)
-        except OSError:
-            # What an earlier start left running may have written the same shard meanwhile.
-            if not (target / "shard.json").exists():
-                raise
+    try:
+        with atomic.directory(target) as unfinished:
+            _write_shard(job, shard, pieces, unfinished)
+    except OSError:
+        # What an earlier start left running may have written the same shard meanwhile.
+        if not (target / "shard.json").exists():
+            raise
     return shard
 
 
+def _write_shard(job: _Job, shard: int, pieces: list[Piece], directory: Path) -> None:
+    """Encodes the documents of a shard into an empty directory."""
+    config, tokenizer = job.config, load_tokenizer(Path(job.directory))
+    survey = json.loads(job.survey_path(shard).read_text())
+    kept = np.load(job.kept_path(shard))
+    digests = bytearray()
+
+    def kept_documents() -> Iterator[tuple[str, Document]]:
+        for number, document in enumerate(_documents(config, pieces, Skipped())):
+            digests.extend(_digest(document))
+            if kept[number : number + 1].any():
+                yield split_of(document, config.held_out), document
+
+    splits = write_shard(directory, kept_documents(), tokenizer)
+    if sha256_of(digests) != survey["content"]:
+        raise ConfigError(
+            f"{pieces[0].path} or a file after it has changed since the build began; delete "
+            f"{job.directory} and build it anew"
+        )
+    written = {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+        for path in sorted(directory.iterdir())
+    }
+    record = {"name": job.shard_path(shard).name, "splits": splits, "files": written}
+    record["content"] = survey["content"]
+    (directory / "shard.json").write_text(json.dumps(record), encoding="utf-8")
+
+
 def _finish(job: _Job, plan: dict[str, Any], surveys: list[dict], duplicates: int) -> None:
+    """Writes the manifest of a store whose shards are complete."""
     directory = Path(job.directory)
     shards = [
         json.loads((job.shard_path(i) / "shard.json").read_text()) for i in range(len(surveys))
@@ -378,14 +273,14 @@ def _finish(job: _Job, plan: dict[str, Any], surveys: list[dict], duplicates: in
         ],
         "shards": shards,
     }
-    _write_text(directory / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    atomic.write_text(directory / "manifest.json", json.dumps(manifest, indent=1) + "\n")
     _tidy(directory)
     if skipped.count:
-        _say(f"skipped {skipped.count}: {skipped}")
+        say(f"skipped {skipped.count}: {skipped}")
 
 
 def _tidy(directory: Path) -> None:
-    """Leaves of a build what belongs to the store; the plan goes last."""
+    """Deletes what does not belong to the store, the plan last."""
     shutil.rmtree(directory / "work", ignore_errors=True)
     for leftover in directory.glob("shards/.*"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -420,8 +315,8 @@ def _mark_duplicates(job: _Job, shards: int) -> int:
     """Writes which documents of each shard are kept; returns how many are not.
 
     Of documents with the same text the first is kept, in the order of shards. Without
-    deduplication all are, but to train on a text that is held out. So no text is in both splits.
-    All digests are in memory at once, 16 bytes a document.
+    deduplication all are kept, except copies in `train` of a text that is held out. So no text is
+    in both splits. All digests are in memory at once, 16 bytes a document.
     """
     found = [np.load(job.digests_path(shard)) for shard in range(shards)]
     words = np.concatenate([x["digest"] for x in found]).view("<u8").reshape(-1, 2)
@@ -445,155 +340,14 @@ def _make_tokenizer(config: DataConfig, vocab_size: int, job: _Job, shards: int)
     if config.tokenizer == "byte":
         return ByteTokenizer()
     if config.tokenizer != "bpe":
-        return _pretrained_tokenizer(config)
-    sample = _Sample()
+        return pretrained_tokenizer(config)
+    sample = Sample()
     for shard in range(shards):
         for fraction, name, text in json.loads(job.survey_path(shard).read_text())["sample"]:
             sample.push(fraction, name, text)
-    texts = [text for _, _, text in reversed(sample.items())]
-    _say(f"training a BPE of {vocab_size} tokens on {len(texts)} documents")
+    texts = sample.texts()
+    say(f"training a BPE of {vocab_size} tokens on {len(texts)} documents")
     return train_bpe(texts, vocab_size)
-
-
-class _Sample:
-    """The documents whose names have the smallest hashes, up to `_SAMPLE_CHARACTERS` in all.
-
-    It depends on the documents alone, not on their order or on how they are divided.
-    """
-
-    def __init__(self):
-        self._heap: list[tuple[float, str, str]] = []  # the largest hash comes off first
-        self._characters = 0
-
-    def add(self, document: Document) -> None:
-        self.push(_fraction(document.name), document.name, document.text[:_SAMPLE_CHARACTERS])
-
-    def push(self, fraction: float, name: str, text: str) -> None:
-        heapq.heappush(self._heap, (-fraction, name, text))
-        self._characters += len(text)
-        while self._characters - len(self._heap[0][2]) >= _SAMPLE_CHARACTERS:
-            self._characters -= len(heapq.heappop(self._heap)[2])
-
-    def items(self) -> list[tuple[float, str, str]]:
-        """(hash, name, text) by the hash."""
-        return sorted((-fraction, name, text) for fraction, name, text in self._heap)
-
-
-class _Part(NamedTuple):
-    """What is encoded at once of a document."""
-
-    document: Document
-    split: str
-    text: str
-    opens: bool  # whether it is the first
-
-
-class _SplitWriter:
-    """Appends documents to the files of one split, so that they need not fit in memory."""
-
-    def __init__(self, directory: Path, split: str, tokenizer: Tokenizer):
-        self._directory = directory
-        self._split = split
-        self._bos_id = tokenizer.bos_id
-        self._dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-        self._offsets = array("q", [0])
-        self._byte_counts = array("q")
-        self._write_header("wb")
-        self._path("names.jsonl").touch()
-
-    def append(self, encoded: list[tuple[_Part, list[int]]]) -> None:
-        tokens: list[int] = []
-        for part, ids in encoded:
-            if part.opens:
-                tokens.append(self._bos_id)
-                self._offsets.append(self._offsets[-1] + 1)
-                self._byte_counts.append(part.document.byte_count)
-            tokens += ids
-            self._offsets[-1] += len(ids)
-        names = (part.document.name for part, _ in encoded if part.opens)
-        with self._path("tokens.npy").open("ab") as file:
-            np.array(tokens, self._dtype).tofile(file)
-        with self._path("names.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(name) + "\n" for name in names)
-
-    def finish(self) -> dict[str, int]:
-        """Completes the files; returns the split's counts for the manifest."""
-        self._write_header("r+b")
-        np.save(self._path("offsets.npy"), np.array(self._offsets, np.int64))
-        np.save(self._path("bytes.npy"), np.array(self._byte_counts, np.int64))
-        return {
-            "documents": len(self._byte_counts),
-            "tokens": self._offsets[-1],
-            "bytes": sum(self._byte_counts),
-        }
-
-    def _path(self, name: str) -> Path:
-        return self._directory / f"{self._split}.{name}"
-
-    def _write_header(self, mode: str) -> None:
-        # numpy pads this header for a first axis of any length, so that it can be written again
-        # over the old one when the length is known.
-        header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._offsets[-1],)}
-        with self._path("tokens.npy").open(mode) as file:
-            np.lib.format.write_array_header_1_0(file, header)
-
-
-def _run(
-    task: Callable[[tuple[int, list[Piece]]], int],
-    items: list[tuple[int, list[Piece]]],
-    sizes: list[int],
-    processes: int,
-    label: str,
-) -> None:
-    """Does a task for each shard, here or in other processes, and shows how far it is."""
-    progress = _Progress(sum(sizes[shard] for shard, _ in items), label)
-    with progress:
-        if processes == 1 or len(items) == 1:
-            for item in items:
-                progress.add(sizes[task(item)])
-            return
-        pool = concurrent.futures.ProcessPoolExecutor(
-            processes, multiprocessing.get_context("spawn"), initializer=_prepare_process
-        )
-        with pool:
-            futures = [pool.submit(task, item) for item in items]
-            try:
-                for future in concurrent.futures.as_completed(futures):
-                    progress.add(sizes[future.result()])
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-
-
-def _prepare_process() -> None:
-    # Each process has a core; a tokenizer's own threads would only be in each other's way.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
-class _Progress:
-    """How many source bytes are done, on stderr: a bar, or plain lines at every tenth."""
-
-    def __init__(self, total: int, label: str):
-        self._total, self._label, self._done = total, label, 0
-        self._bar = None
-
-    def __enter__(self):
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=self._total, desc=self._label, unit="B", unit_scale=True)
-        return self
-
-    def __exit__(self, *_):
-        if self._bar is not None:
-            self._bar.close()
-
-    def add(self, size: int) -> None:
-        tenths_before, self._done = 10 * self._done // self._total, self._done + size
-        if self._bar is not None:
-            self._bar.update(size)
-        elif 10 * self._done // self._total > tenths_before:
-            _say(f"{self._label}: {self._done / 1e6:.1f} of {self._total / 1e6:.1f} MB")
 
 
 def _documents(config: DataConfig, pieces: list[Piece], skipped: Skipped) -> Iterator[Document]:
@@ -602,7 +356,7 @@ def _documents(config: DataConfig, pieces: list[Piece], skipped: Skipped) -> Ite
 
 
 def _grouped(pieces: list[Piece]) -> Iterator[list[Piece]]:
-    """Pieces in shards, of files alone: the same for any number of processes."""
+    """Pieces grouped into shards, which depends only on the pieces."""
     size = max(_SHARD_BYTES, sum(piece.bytes for piece in pieces) // _MOST_SHARDS)
     group: list[Piece] = []
     total = 0
@@ -616,113 +370,5 @@ def _grouped(pieces: list[Piece]) -> Iterator[list[Piece]]:
         yield group
 
 
-def _batches(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
-    batch, size = [], 0
-    for part in parts:
-        batch.append(part)
-        size += len(part.text)
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _fraction(name: str) -> float:
-    """A hash of a name, uniform in [0, 1)."""
-    # A file name that is not UTF-8 reaches Python as surrogates.
-    digest = hashlib.sha256(name.encode("utf-8", errors="surrogatepass")).digest()
-    return int.from_bytes(digest[:6], "big") / 2**48
-
-
 def _digest(document: Document) -> bytes:
     return hashlib.blake2b(document.text.encode(), digest_size=16).digest()
-
-
-def _split_of(document: Document, share: float) -> str:
-    return "held_out" if is_held_out(document.name, share) else "train"
-
-
-def _options(config: DataConfig, vocab_size: int) -> dict[str, Any]:
-    """All that the contents of a store depend on, by the names of the fields."""
-    options = {
-        f"data.{name}": value
-        for name, value in dataclasses.asdict(config).items()
-        if name not in _NOT_STORED
-    }
-    # As JSON has them, to be compared with what was written.
-    options = json.loads(json.dumps(options))
-    options["data.tokenizer"] = _tokenizer_option(config)
-    if config.tokenizer == "bpe":
-        options["model.vocab_size"] = vocab_size
-    if config.source == "stdlib":
-        options["python"] = platform.python_version()
-    return options
-
-
-# What the trainer does with a store, not what is in it.
-_NOT_STORED = {"store", "sequence_length", "mixture", "windows", "skip_steps", "strict"}
-
-
-def _tokenizer_option(config: DataConfig) -> str | None:
-    """A pretrained tokenizer is the same wherever its directory is; None if that is gone."""
-    if config.tokenizer in TOKENIZERS:
-        return config.tokenizer
-    if not Path(config.tokenizer).exists():
-        return None
-    return f"pretrained {_pretrained_tokenizer(config).fingerprint[:16]}"
-
-
-def _pretrained_tokenizer(config: DataConfig) -> Tokenizer:
-    directory = Path(config.tokenizer)
-    if not has_tokenizer(directory):
-        raise ConfigError(
-            f"data.tokenizer={config.tokenizer!r} is not one of "
-            f"{', '.join(map(repr, TOKENIZERS))}, and no directory with one of {', '.join(NAMES)}"
-        )
-    try:
-        return load_tokenizer(directory)
-    except ValueError as error:
-        raise ConfigError(f"data.tokenizer={config.tokenizer!r}: {error}") from error
-
-
-def _check_vocabulary(store: TokenStore, vocab_size: int) -> None:
-    if vocab_size < store.tokenizer.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size={vocab_size} is less than the {store.tokenizer.vocab_size} tokens "
-            f"of the tokenizer in {store.directory}"
-        )
-
-
-def _name(directory: str) -> str:
-    return directory.rstrip("/").rpartition("/")[2]
-
-
-def _differences(built: dict[str, Any], asked: dict[str, Any]) -> str:
-    return "".join(
-        f"\n  {name}: {built.get(name)!r} in the store, {asked.get(name)!r} asked for"
-        for name in sorted(built | asked)
-        if built.get(name) != asked.get(name)
-    )
-
-
-def _command() -> str:
-    """The command that goes on with what this process begins."""
-    options, taken = [], False
-    for argument in sys.argv[1:]:
-        if argument.startswith("-"):
-            taken = argument.lstrip("-").startswith("config")
-        if taken:  # "--config=FILE", or "--config" and "FILE"
-            options.append(argument)
-    return shlex.join(["python", "tools/prepare_data.py", *options])
-
-
-def _write_text(path: Path, text: str) -> None:
-    """In one piece: the file is there whole or not at all."""
-    unfinished = path.with_name(f".{path.name}-{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

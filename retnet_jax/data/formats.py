@@ -1,4 +1,4 @@
-"""Records of files and data sets, as they stand there: nothing is judged or left out.
+"""Reads the records of files and data sets as they are: nothing is judged or skipped.
 
 zstandard, pyarrow, tensorflow_datasets and datasets are imported where they are used.
 """

@@ -1,7 +1,7 @@
 """Documents: where the text comes from.
 
-A corpus is a list of pieces, each of which one process reads in one go. Which pieces there are and
-what is in them depends on the files alone. What cannot be used is left out, counted and named.
+A corpus is a list of pieces, each of which is read by one process. The pieces and their contents
+depend only on the files. A document that cannot be used is skipped, counted and named.
 """
 
 from __future__ import annotations

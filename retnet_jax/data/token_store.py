@@ -1,7 +1,7 @@
 """The token store: a directory with all tokens of a corpus, in two splits.
 
     manifest.json                     what it was built from and holds; written last
-    tokenizer.json                    see `tokenizer.py`
+    tokenizer.json                    see `tokenizers`
     shards/00000/{split}.tokens.npy   uint16 or uint32 [tokens]: documents end to end, BOS first
     shards/00000/{split}.offsets.npy  int64 [documents + 1]: where each document begins, and the end
     shards/00000/{split}.bytes.npy    int64 [documents]: bytes of each document's UTF-8
@@ -11,7 +11,7 @@ The splits are "train" and "held_out"; a split is its shards end to end. The arr
 numpy alone reads them by memory map: opening a store costs no time or memory, whatever its size,
 and any position is read at once. On gs:// and the like the same files are read by byte ranges.
 
-`store_builder.py` writes stores.
+`build.py` writes stores.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from retnet_jax.data.tokenizers.byte_level import Tokenizer
-from retnet_jax.data.tokenizers.pretrained import CONFIG_NAME, NAMES, load_tokenizer
+from retnet_jax.data.tokenizers import SAVED_FILES, Tokenizer, load_tokenizer
 from retnet_jax.errors import ConfigError
 from retnet_jax.files import paths as files
+from retnet_jax.files.digests import sha256_of_file
 
 FORMAT = 3
 SPLITS = ("train", "held_out")
@@ -167,7 +167,7 @@ class Split:
 
 
 def open_store(directory: str | Path) -> TokenStore:
-    """Opens a finished store, after a look at whether its files are there and of their sizes.
+    """Opens a complete store. Its files are checked to be there and to have their sizes.
 
     Raises:
       ConfigError: if it is unfinished, with the command that finishes it; if a file is missing or
@@ -214,16 +214,16 @@ def open_store(directory: str | Path) -> TokenStore:
 
 
 def check_files(store: TokenStore) -> None:
-    """Reads every file of a store to the end, to find what has changed but not in size.
+    """Verifies the hash of every file of a store.
 
     Raises:
-      ConfigError: naming the files whose hash is not the manifest's.
+      ConfigError: naming the files that are not what was written.
     """
     damaged = [
         path
         for shard in store.manifest["shards"]
         for name, about in shard["files"].items()
-        if files.sha256(path := f"{store.directory}/shards/{shard['name']}/{name}")
+        if sha256_of_file(path := f"{store.directory}/shards/{shard['name']}/{name}")
         != about["sha256"]
     ]
     if damaged:
@@ -235,7 +235,7 @@ def check_files(store: TokenStore) -> None:
 
 
 def unfinished_message(directory: str) -> str:
-    """What is wrong with a store that has a plan and no manifest, and how it is finished."""
+    """The error message for a store whose build was cut off, with the command that finishes it."""
     try:
         plan = json.loads(files.read_bytes(f"{directory}/plan.json"))
         command, shards = plan["command"], len(plan["shards"])
@@ -252,7 +252,7 @@ def _load_tokenizer(directory: str) -> Tokenizer:
     if not files.is_remote(directory):
         return load_tokenizer(Path(directory))
     with tempfile.TemporaryDirectory() as local:
-        for name in (*NAMES, CONFIG_NAME):
+        for name in SAVED_FILES:
             if files.exists(f"{directory}/{name}"):
                 (Path(local) / name).write_bytes(files.read_bytes(f"{directory}/{name}"))
         return load_tokenizer(Path(local))

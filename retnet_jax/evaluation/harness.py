@@ -27,7 +27,7 @@ from retnet_jax.evaluation.task_requests import encode_pairs
 from retnet_jax.generation.sampling import Sampler
 from retnet_jax.generation.texts import Writer
 from retnet_jax.model import for_decoding
-from retnet_jax.parallel.sharding import first_device
+from retnet_jax.parallel.mesh import first_device
 from retnet_jax.pretrained import load_checkpoint, read_pretrained
 
 # What of a request's generation arguments is used; more would be another distribution.

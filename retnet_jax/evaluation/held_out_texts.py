@@ -1,7 +1,8 @@
-"""The documents that a model is evaluated on: what its run held out, or given files."""
+"""The documents that a model is evaluated on: what its run held out, given files, or strings."""
 
 import hashlib
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from retnet_jax.config import Config, DataConfig
-from retnet_jax.data import Skipped, Tokenizer, open_store, read_documents
+from retnet_jax.data import Tokenizer, open_store
+from retnet_jax.data.sources import Skipped, read_documents
 from retnet_jax.errors import ConfigError
 from retnet_jax.files import paths as files
 
@@ -112,6 +114,32 @@ def given_text(pattern: str, text_field: str, tokenizer: Tokenizer) -> Text:
         sources=[""] * len(documents),
         description=f"documents of {pattern}",
         origin={"files": pattern, "source": source, "skipped": skipped.as_dict()},
+    )
+
+
+def text_of_documents(texts: Sequence[str], tokenizer: Tokenizer) -> Text:
+    """Documents that are strings.
+
+    Raises:
+      ConfigError: if there is none, or one is empty or no valid Unicode.
+    """
+    if not texts:
+        raise ConfigError("texts is empty: give a document at least, or None for the held-out ones")
+    for number, text in enumerate(texts):
+        if not text:
+            raise ConfigError(f"texts[{number}] is empty")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"texts[{number}] cannot be written as UTF-8: {error}") from None
+    texts = list(texts)
+    return Text(
+        tokens=encoded(texts, tokenizer),
+        texts=texts,
+        byte_counts=np.array([len(text.encode("utf-8")) for text in texts]),
+        sources=[""] * len(texts),
+        description=f"{len(texts)} given documents",
+        origin={"documents": len(texts)},
     )
 
 

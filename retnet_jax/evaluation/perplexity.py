@@ -20,11 +20,10 @@ import jax
 import numpy as np
 
 from retnet_jax.errors import ConfigError
-from retnet_jax.evaluation.padding import power_of_two
 from retnet_jax.model import LanguageModel, State
 from retnet_jax.ops.cross_entropy import token_cross_entropy
 from retnet_jax.parallel.sharding import constrain
-from retnet_jax.shapes import Array, Float, Int
+from retnet_jax.shapes import Array, Float, Int, power_of_two
 
 # Most tokens of a document that are read at once. What bounds it is a Transformer's attention to
 # its whole cache: batch * heads * piece * capacity scores.

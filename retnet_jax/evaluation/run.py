@@ -1,265 +1,268 @@
-"""What is evaluated, and the results of one model."""
+"""Evaluation: from a model to the record of its results, for programs and notebooks alike."""
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-import numpy as np
+import jax
+from jax.sharding import Mesh, NamedSharding
 
+from retnet_jax.config import Config, MeshConfig
 from retnet_jax.data import Tokenizer
 from retnet_jax.errors import ConfigError
-from retnet_jax.evaluation.held_out_texts import Text
-from retnet_jax.evaluation.perplexity import (
-    check_contexts,
-    last_tokens_nll,
-    stateful_nll,
-    window_nll,
-    windows,
+from retnet_jax.evaluation.compressors import compressed_bits_per_byte
+from retnet_jax.evaluation.held_out_texts import (
+    Text,
+    encoded,
+    given_text,
+    held_out_text,
+    text_of_documents,
 )
-from retnet_jax.evaluation.prefix_trie import PrefixTrie
-from retnet_jax.evaluation.recall_probes import RecallResult, recall
-from retnet_jax.evaluation.scoring import score_trie
-from retnet_jax.evaluation.task_requests import (
-    TaskRequests,
-    TaskResult,
-    draw_shots,
-    task_requests,
-    task_result,
-)
-from retnet_jax.evaluation.task_rows import Rows, read_rows
-from retnet_jax.evaluation.tasks import TASKS, Task
+from retnet_jax.evaluation.measure import TaskRows, evaluate_model, read_tasks
+from retnet_jax.evaluation.plan import Plan, make_plan
+from retnet_jax.evaluation.record import evaluation_record, model_record
+from retnet_jax.evaluation.results import Results, differences
+from retnet_jax.evaluation.tables import Table, result_tables
 from retnet_jax.model import LanguageModel
-
-PARTS = ("perplexity", "tasks", "recall")
-PROTOCOLS = ("window", "sliding", "stateful")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is evaluated, and how.
-
-    Attributes:
-      parts: of PARTS.
-      protocols: of PROTOCOLS.
-      window_length: tokens of a window.
-      stride: of the sliding protocol.
-      context_lengths: contexts after which the same last 128 tokens are scored.
-      tasks: names of tasks.
-      task_data: where their rows are, as in `read_rows`.
-      shots: examples before a question; each number gives a result of its own.
-      shot_mode: as in `draw_shots`.
-      variant: of a task's texts, of VARIANTS.
-      seed: of the examples.
-      max_length: of a request, as in `PrefixTrie`.
-      distances: of the recall probes.
-      trials: of each probe and distance.
-      batch_size: rows at once.
-    """
-
-    parts: Sequence[str] = ("perplexity",)
-    protocols: Sequence[str] = ("window", "stateful")
-    window_length: int = 2048
-    stride: int | None = None
-    context_lengths: Sequence[int] = ()
-    tasks: Sequence[str] = tuple(TASKS)
-    task_data: str | None = None
-    shots: Sequence[int] = (0,)
-    shot_mode: str = "per-document"
-    variant: str = "lm_eval"
-    seed: int = 1234
-    max_length: int | None = None
-    distances: Sequence[int] = ()
-    trials: int = 64
-    batch_size: int = 4
-
-    def label(self, protocol: str) -> str:
-        """A protocol with its lengths."""
-        if protocol == "window":
-            return f"window of {self.window_length}"
-        if protocol == "sliding":
-            return f"sliding {self.window_length} by {self.stride}"
-        return protocol
+from retnet_jax.parallel import processes
+from retnet_jax.parallel.mesh import make_mesh
+from retnet_jax.pretrained import checkpoint_sha256, is_run, load_checkpoint, read_pretrained
 
 
-@dataclass
-class Results:
-    """What a model gave.
+def evaluate(
+    model_or_directory: LanguageModel | str | Path,
+    texts: str | Sequence[str] | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
+    dtype: str | None = None,
+    fsdp: bool = False,
+    compressors: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """The results of a model: what eval.py writes as JSON.
 
-    Attributes:
-      nll: by protocol, of each document the -log p of its tokens.
-      last_nll: by context length, of each document that is long enough the -log p of 128 tokens.
-      tasks: by name and shots.
-      read: by name and shots, tokens that were read, and how many without shared prefixes.
-      truncated: requests of tasks that were longer than `max_length`.
-      recall: of each probe and distance.
-    """
+        record = evaluate("runs/quickstart")
+        record = evaluate(model, ["a text", "another"], tokenizer=tokenizer)
+        record["protocols"]["window"]["bits_per_byte"]
 
-    nll: dict[str, list[np.ndarray]] = field(default_factory=dict)
-    last_nll: dict[int, np.ndarray] = field(default_factory=dict)
-    tasks: dict[tuple[str, int], TaskResult] = field(default_factory=dict)
-    read: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
-    truncated: int = 0
-    recall: list[RecallResult] = field(default_factory=list)
+    Prints nothing to stdout; progress bars go to stderr, on a terminal.
 
+    Args:
+      model_or_directory: a model, which stays where its parameters are; or the directory of a run
+        or a checkpoint, loaded onto as many devices as divide `batch_size`.
+      texts: a glob of text files, as --data of eval.py; a list of documents; None: what the run
+        held out.
+      tokenizer: the model's; for a model only, a directory has its own.
+      dtype: of activations; None: as the directory says.
+      fsdp: split the parameters of a directory over the devices.
+      compressors: also compress the texts, with gzip and xz.
+      options: of `make_plan` and `Plan`, such as parts=("perplexity", "tasks", "recall"),
+        protocols=("window", "sliding", "stateful"), window_length, stride, tasks, task_data, shots,
+        distances, batch_size; with the defaults of eval.py. Of a model in memory it is not known
+        how long its training windows were: `window_length` is 2048 if not given.
 
-@dataclass(frozen=True)
-class TaskRows:
-    """The rows of a task that are evaluated, and those that examples are drawn from."""
-
-    task: Task
-    rows: Rows
-    pool: Rows | None
-
-
-def read_tasks(plan: Plan) -> list[TaskRows]:
-    """The rows of the plan's tasks; examples' too, where there are to be some.
+    Returns:
+      The record, all of which json.dumps takes. With several processes each gets it; only the first
+      one's has `checkpoint_sha256` and `compressors`.
 
     Raises:
-      ConfigError: as `read_rows`.
+      ConfigError, CheckpointError: before anything is computed, for input that does not fit.
     """
-    if "tasks" not in plan.parts:
-        return []
-    if plan.task_data is None:
+    evaluation = evaluate_models(
+        [subject(model_or_directory, tokenizer)],
+        texts,
+        dtype=dtype,
+        fsdp=fsdp,
+        compressors=compressors,
+        **options,
+    )
+    return evaluation.record
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is evaluated.
+
+    Attributes:
+      source: the model, or the directory that it is in.
+      config: of its run; of a model in memory and a checkpoint what is known of it.
+      tokenizer: the model's.
+    """
+
+    source: LanguageModel | Path
+    config: Config
+    tokenizer: Tokenizer
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The results of one model, or of two beside each other.
+
+    Attributes:
+      record: for JSON.
+      tables: for people.
+    """
+
+    record: dict[str, Any]
+    tables: list[Table]
+
+
+def subject(source: LanguageModel | str | Path, tokenizer: Tokenizer | None = None) -> Subject:
+    """A model with what belongs to it; the weights of a directory are not loaded yet.
+
+    Raises:
+      ConfigError: as `read_pretrained`; for a model without a tokenizer or with another model's,
+        and for a directory with one.
+    """
+    if not isinstance(source, LanguageModel):
+        if tokenizer is not None:
+            raise ConfigError(f"{source} has a tokenizer of its own: leave out `tokenizer`")
+        return Subject(Path(source), *read_pretrained(Path(source)))
+    if tokenizer is None:
+        raise ConfigError("a model in memory needs its tokenizer: give `tokenizer`")
+    if tokenizer.vocab_size > source.config.vocab_size:
         raise ConfigError(
-            "the tasks need --data: a directory with TASK/SPLIT.jsonl, such as "
-            f"{plan.tasks[0]}/{TASKS[plan.tasks[0]].split}.jsonl, or hf, or tfds"
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model knows "
+            f"{source.config.vocab_size}: it is another model's"
         )
-    found = []
-    for task in map(TASKS.__getitem__, plan.tasks):
-        rows = read_rows(task, task.split, plan.task_data)
-        pool = None
-        if any(plan.shots):
-            same = task.shots_from == task.split
-            pool = rows if same else read_rows(task, task.shots_from, plan.task_data)
-            draw_shots(task, rows, pool, max(plan.shots))  # before anything is computed
-        found.append(TaskRows(task, rows, pool))
-    return found
+    return Subject(source, Config(model=source.config), tokenizer)
 
 
-def evaluate_model(
-    model: LanguageModel,
-    tokenizer: Tokenizer,
+def evaluate_models(
+    subjects: Sequence[Subject],
+    texts: str | Sequence[str] | None = None,
+    *,
+    dtype: str | None = None,
+    fsdp: bool = False,
+    compressors: bool = False,
+    say: Callable[[str], object] = lambda description: None,
+    **options: Any,
+) -> Evaluation:
+    """Evaluates one model, or two on the same texts and tasks.
+
+    Args:
+      subjects: the models. The first one's config names the texts and the length of windows.
+      texts: as of `evaluate`.
+      dtype: as of `evaluate`.
+      fsdp: as of `evaluate`.
+      compressors: as of `evaluate`.
+      say: called in the first process with a description of each model before it is evaluated.
+      options: as of `evaluate`.
+
+    Raises:
+      As `evaluate`.
+    """
+    first = subjects[0]
+    plan = make_plan(first.config.data.sequence_length, **options)
+    if texts is not None and not plan.needs_text:
+        raise ConfigError(f"texts have no effect with parts={','.join(plan.parts)}: leave them out")
+    in_memory = any(isinstance(each.source, LanguageModel) for each in subjects)
+    if in_memory and (fsdp or dtype is not None):
+        raise ConfigError("fsdp and dtype are for a directory: a model in memory stays as it is")
+    text = _read_text(first, texts) if plan.needs_text else None
+    tasks = read_tasks(plan)
+    meshes = [_mesh(each.source, plan.batch_size, fsdp) for each in subjects]
+    results, models = [], []
+    for each, mesh in zip(subjects, meshes, strict=True):
+        own = _text_for(each.tokenizer, first.tokenizer, text)
+        found, record = _evaluate_one(each, own, tasks, plan, mesh, dtype, say)
+        results.append(found)
+        models.append(record)
+    compressed = {}
+    if compressors and text and processes.is_first():
+        compressed = compressed_bits_per_byte(text.joined)
+    differ = differences(*results) if len(results) == 2 else None
+    return Evaluation(
+        evaluation_record(
+            models,
+            differ,
+            text=text,
+            tasks=tasks,
+            plan=plan,
+            compressed=compressed,
+            mesh=meshes[0],
+            fsdp=fsdp,
+        ),
+        result_tables(_names(subjects), results, differ, plan, compressed),
+    )
+
+
+def _evaluate_one(
+    of: Subject,
     text: Text | None,
     tasks: Sequence[TaskRows],
     plan: Plan,
-) -> Results:
-    """Evaluates a model as planned, with progress bars on a terminal.
-
-    Args:
-      model: on the mesh that is set, if one is.
-      tokenizer: the model's.
-      text: for perplexity, and to put between in the recall probes; its tokens are the tokenizer's.
-      tasks: from `read_tasks`.
-      plan: what to do.
-
-    Raises:
-      ConfigError: for input that the model cannot take.
-    """
-    results = Results()
-    if "perplexity" in plan.parts and plan.context_lengths:
-        check_contexts(text.tokens, plan.context_lengths)
-    # All of them before anything is computed, so that a row that does not fit costs nothing.
-    prepared = [
-        (of_task, shots, _requests(of_task, shots, tokenizer, plan))
-        for of_task in tasks
-        for shots in plan.shots
-    ]
-    if "perplexity" in plan.parts:
-        _perplexity(results, model, text, plan)
-    for of_task, shots, requests in prepared:
-        _task(results, model, of_task.task, shots, requests, plan)
-    if "recall" in plan.parts:
-        total = 2 * plan.trials * sum(plan.distances)
-        with progress_bar("recall", total) as progress:
-            results.recall = recall(
-                model,
-                np.concatenate([tokens[1:] for tokens in text.tokens]),
-                bos_id=tokenizer.bos_id,
-                vocab_size=tokenizer.vocab_size,
-                distances=plan.distances,
-                trials=plan.trials,
-                seed=plan.seed,
-                batch_size=plan.batch_size,
-                progress=progress,
-            )
-    return results
-
-
-def _perplexity(results: Results, model: LanguageModel, text: Text, plan: Plan) -> None:
-    lengths = [len(tokens) - 1 for tokens in text.tokens]
-    for protocol in plan.protocols:
-        stride = plan.stride if protocol == "sliding" else None
-        if protocol == "stateful":
-            total = sum(lengths)
-        else:
-            each = (windows(length, plan.window_length, stride) for length in lengths)
-            total = sum(window.stop - window.start for found in each for window in found)
-        with progress_bar(protocol, total) as progress:
-            if protocol == "stateful":
-                nll = stateful_nll(
-                    model, text.tokens, batch_size=plan.batch_size, progress=progress
-                )
-            else:
-                nll = window_nll(
-                    model,
-                    text.tokens,
-                    window_length=plan.window_length,
-                    stride=stride,
-                    batch_size=plan.batch_size,
-                    progress=progress,
-                )
-        results.nll[protocol] = nll
-    if plan.context_lengths:
-        results.last_nll = last_tokens_nll(
-            model, text.tokens, plan.context_lengths, batch_size=plan.batch_size
+    mesh: Mesh,
+    dtype: str | None,
+    say: Callable[[str], object],
+) -> tuple[Results, dict[str, Any]]:
+    """The results of one model, and its part of the record; the weights are let go of."""
+    directory = None if isinstance(of.source, LanguageModel) else of.source
+    if directory is None:
+        model, step = of.source, None
+    else:
+        model, step = load_checkpoint(directory, mesh, **({"dtype": dtype} if dtype else {}))
+    first = processes.is_first()
+    if first:
+        say(
+            f"{directory or 'in memory'}{'' if step is None else f', step {step}'}: "
+            f"{type(model).__name__} of {model.config.parameter_count():,} parameters, "
+            f"{model.config.dtype}\n{text.description if text else f'tasks of {plan.task_data}'}"
         )
+    # On the mesh from the start, or the first piece's state would have a compilation of its own.
+    with jax.set_mesh(mesh):
+        results = evaluate_model(model, of.tokenizer, text, tasks, plan)
+    # Hashed by one process, the one that writes the record.
+    sha256 = checkpoint_sha256(directory, step) if directory and first else None
+    return results, model_record(directory, sha256, step, model.config, of.tokenizer, results)
 
 
-def _requests(of_task: TaskRows, shots: int, tokenizer: Tokenizer, plan: Plan) -> TaskRequests:
-    task, rows = of_task.task, of_task.rows
-    examples = [()] * len(rows.rows)
-    if shots:
-        examples = draw_shots(task, rows, of_task.pool, shots, plan.shot_mode, plan.seed)
-    requests = task_requests(task, rows, examples, tokenizer, plan.variant)
-    for number, pair in enumerate(requests.pairs):
-        if plan.max_length is not None and len(pair.continuation) > plan.max_length:
-            raise ConfigError(
-                f"{rows.names[number // task.choices]}: choice {number % task.choices} of "
-                f"{task.name} has {len(pair.continuation)} tokens, more than "
-                f"max_length={plan.max_length}"
-            )
-    return requests
+def _read_text(of: Subject, texts: str | Sequence[str] | None) -> Text:
+    """The documents to evaluate on."""
+    if isinstance(texts, str):
+        return given_text(texts, of.config.data.text_field, of.tokenizer)
+    if texts is not None:
+        return text_of_documents(texts, of.tokenizer)
+    if isinstance(of.source, LanguageModel) or not is_run(of.source):
+        raise ConfigError(
+            "only a training run has held-out documents: give texts, such as 'corpus/**/*.txt'"
+        )
+    return held_out_text(of.config, of.tokenizer, of.source)
 
 
-def _task(
-    results: Results,
-    model: LanguageModel,
-    task: Task,
-    shots: int,
-    requests: TaskRequests,
-    plan: Plan,
-) -> None:
-    trie = PrefixTrie(requests.pairs, plan.max_length)
-    with progress_bar(f"{task.name}, {shots} shots", trie.tokens) as progress:
-        scores = score_trie(model, trie, batch_size=plan.batch_size, progress=progress)
-    results.tasks[task.name, shots] = task_result(task, requests, scores)
-    results.read[task.name, shots] = trie.tokens, trie.tokens_alone
-    results.truncated += trie.truncated
+def _text_for(tokenizer: Tokenizer, of_text: Tokenizer, text: Text | None) -> Text | None:
+    """The same documents in the tokens of another model."""
+    if text is None or tokenizer.fingerprint == of_text.fingerprint:
+        return text
+    return dataclasses.replace(text, tokens=encoded(text.texts, tokenizer))
 
 
-@contextmanager
-def progress_bar(description: str, total: int):
-    """A bar of tokens, if stderr is a terminal; gives what to call with the number of new ones."""
-    from tqdm import tqdm
+def _mesh(source: LanguageModel | Path, batch_size: int, fsdp: bool) -> Mesh:
+    """The mesh that a model is on, or that one is loaded onto."""
+    if not isinstance(source, LanguageModel):
+        return evaluation_mesh(batch_size, fsdp)
+    sharding = jax.tree.leaves(source)[0].sharding
+    if isinstance(sharding, NamedSharding):
+        return sharding.mesh
+    return make_mesh(MeshConfig(), list(sharding.device_set))
 
-    with tqdm(
-        desc=description,
-        total=total,
-        unit="token",
-        unit_scale=True,
-        leave=False,
-        dynamic_ncols=True,
-        disable=None,
-    ) as bar:
-        update: Callable[[int], object] = bar.update
-        yield update
+
+def evaluation_mesh(batch_size: int, fsdp: bool) -> Mesh:
+    """A mesh of as many devices as divide the rows of a batch; of several processes, of all."""
+    devices = jax.devices()
+    if jax.process_count() == 1:
+        devices = devices[: math.gcd(len(devices), batch_size)]
+    axes = {"data": 1, "fsdp": -1} if fsdp else {"data": -1}
+    return make_mesh(MeshConfig(**axes), devices)
+
+
+def _names(subjects: Sequence[Subject]) -> list[str]:
+    """A short name for each, a longer one where the short ones are alike."""
+    if any(isinstance(x.source, LanguageModel) for x in subjects):
+        return [f"model {number}" for number in range(1, len(subjects) + 1)]
+    names = [x.source.name for x in subjects]
+    alike = len(set(names)) < len(names) or "" in names
+    return [str(x.source) for x in subjects] if alike else names

@@ -20,21 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from retnet_jax.errors import ConfigError
-from retnet_jax.evaluation.padding import power_of_two
 from retnet_jax.evaluation.prefix_trie import LONGEST_NODE, Node, PrefixTrie, Request
 from retnet_jax.model import LanguageModel, State
 from retnet_jax.ops.cross_entropy import logits_at_once
 from retnet_jax.parallel.sharding import constrain
-from retnet_jax.shapes import Array, Bool, Float, Int
+from retnet_jax.shapes import Array, Bool, Float, Int, power_of_two
 
 # Few shapes are compiled: tokens and queries of nodes are padded to these sizes (a request can ask
 # for more than a node has tokens: see `_padded`), and batches to powers of two. With powers of two
 # alone half of what is read is padding where questions have 50 to 120 tokens; with these a fifth.
 _SIZES = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, LONGEST_NODE)
 _FEWEST_QUERIES = 8
-# Slots of the pool that no node owns: the state before the first token, and where states go that
-# nobody needs.
-_NOTHING_READ, _WASTE = 0, 1
 
 
 class Score(NamedTuple):
@@ -150,19 +146,64 @@ def _schedule(trie: PrefixTrie, batch_size: int) -> Iterator[list[Node]]:
                 add(child)
 
 
+class _Slots:
+    """Which row of the pool has the state of which node.
+
+    A node has a slot from when it is read until its last child is. Two more belong to no node.
+
+    Attributes:
+      free: slots that no node has.
+      used: of each slot, places of a Transformer's cache that are in use.
+    """
+
+    START = 0  # the state before the first token, from which roots are read; never written
+    UNUSED = 1  # takes the states that nobody reads: of leaves, and of rows that are padding
+
+    def __init__(self, nodes: int):
+        self.free = list(range(nodes + 1, self.UNUSED, -1))
+        self.used = [0] * (nodes + 2)
+        self._of: dict[Node, int] = {}
+        self._unread: dict[Node, int] = {}  # children of the nodes that have a slot
+
+    def __len__(self) -> int:
+        return len(self.used)
+
+    def before(self, node: Node) -> int:
+        """The slot with the state that a node is read from."""
+        return self._of.get(node.parent, self.START)
+
+    def has_read(self, node: Node) -> None:
+        """Frees the slot of a node's parent, if this was its last child."""
+        if node.parent is None:
+            return
+        self._unread[node.parent] -= 1
+        if not self._unread[node.parent]:
+            del self._unread[node.parent]
+            self.free.append(self._of.pop(node.parent))
+
+    def give(self, node: Node, used: int) -> int:
+        """A free slot for a node with children."""
+        slot = self._of[node] = self.free.pop()
+        self._unread[node] = len(node.children)
+        self.used[slot] = used
+        return slot
+
+    def double(self) -> None:
+        """As many slots again, all free."""
+        count = len(self)
+        self.free += range(2 * count - 1, count - 1, -1)
+        self.used += [0] * count
+
+
 class _Pool:
-    """The states of nodes whose children are still to be read, a slot of a batch each."""
+    """The states of nodes whose children are still to be read, a row of one batch for each."""
 
     def __init__(self, model: LanguageModel, batch_size: int, capacity: int):
         self._model = model
         self._batch_size = batch_size
         self._capacity = capacity  # of a Transformer's cache
-        slots = 2 * batch_size
-        self._state = model.init_state(slots + 2, self._capacity)
-        self._free = list(range(slots + 1, _WASTE, -1))
-        self._lengths = [0] * (slots + 2)  # slots of a Transformer's cache that are in use
-        self._slots: dict[Node, int] = {}
-        self._unread: dict[Node, int] = {}  # children of the nodes that have a slot
+        self.slots = _Slots(2 * batch_size)
+        self._state = model.init_state(len(self.slots), capacity)
 
     def read(self, batch: Sequence[Node]) -> tuple[Float[Array, "b s"], Bool[Array, "b s"]]:
         """Reads nodes, and answers their queries: log p of the target, whether it is likeliest."""
@@ -182,8 +223,8 @@ class _Pool:
         self._state, answers = _read(
             self._model,
             self._state,
-            np.array(sources + [_NOTHING_READ] * rest),
-            np.array(targets + [_WASTE] * rest) if set(targets) != {_WASTE} else None,
+            np.array(sources + [_Slots.START] * rest),
+            np.array(targets + [_Slots.UNUSED] * rest) if set(targets) != {_Slots.UNUSED} else None,
             tokens,
             counts,
             queries,
@@ -192,35 +233,24 @@ class _Pool:
 
     def _places(self, batch: Sequence[Node], length: int) -> tuple[list[int], list[int]]:
         """The slots that nodes start from, and those that their states go to."""
-        sources = [self._slots.get(node.parent, _NOTHING_READ) for node in batch]
+        sources = [self.slots.before(node) for node in batch]
         for node in batch:
-            if node.parent is not None:
-                self._unread[node.parent] -= 1
-                if not self._unread[node.parent]:
-                    del self._unread[node.parent]
-                    self._free.append(self._slots.pop(node.parent))
-        after = max(self._lengths[source] for source in sources) + length
+            self.slots.has_read(node)
+        after = max(self.slots.used[source] for source in sources) + length
         if after > self._capacity:
             self._capacity = power_of_two(after)
             self._state = self._state.with_capacity(self._capacity)
-        targets = []
-        for node in batch:
-            slot = _WASTE
-            if node.children:
-                slot = self._slots[node] = self._take_free()
-                self._unread[node] = len(node.children)
-                self._lengths[slot] = after
-            targets.append(slot)
-        return sources, targets
+        return sources, [self._target(node, after) for node in batch]
 
-    def _take_free(self) -> int:
-        if not self._free:
-            slots = len(self._lengths)
-            more = self._model.init_state(2 * slots, self._capacity)
-            self._state = more.put(jnp.arange(slots), self._state)
-            self._free = list(range(2 * slots - 1, slots - 1, -1))
-            self._lengths += [0] * slots
-        return self._free.pop()
+    def _target(self, node: Node, used: int) -> int:
+        if not node.children:
+            return _Slots.UNUSED
+        if not self.slots.free:
+            count = len(self.slots)
+            more = self._model.init_state(2 * count, self._capacity)
+            self._state = more.put(jnp.arange(count), self._state)
+            self.slots.double()
+        return self.slots.give(node, used)
 
 
 @partial(jax.jit, donate_argnames="pool")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 
@@ -10,13 +9,15 @@ import numpy as np
 
 from retnet_jax.errors import ConfigError
 
+AnyPath = str | os.PathLike[str]
 
-def is_remote(path: str) -> bool:
+
+def is_remote(path: AnyPath) -> bool:
     """Whether a path is a URL."""
-    return "://" in path
+    return "://" in str(path)
 
 
-def exists(path: str) -> bool:
+def exists(path: AnyPath) -> bool:
     """Whether there is a file or directory."""
     if is_remote(path):
         system, inner = _remote(path)
@@ -24,7 +25,7 @@ def exists(path: str) -> bool:
     return os.path.exists(path)
 
 
-def size(path: str) -> int:
+def size(path: AnyPath) -> int:
     """Bytes of a file."""
     if is_remote(path):
         system, inner = _remote(path)
@@ -43,7 +44,7 @@ def sizes(directory: str) -> dict[str, int]:
     return {path.relative_to(directory).as_posix(): path.stat().st_size for path in paths}
 
 
-def read_bytes(path: str) -> bytes:
+def read_bytes(path: AnyPath) -> bytes:
     """The contents of a file."""
     if is_remote(path):
         system, inner = _remote(path)
@@ -51,16 +52,7 @@ def read_bytes(path: str) -> bytes:
     return Path(path).read_bytes()
 
 
-def sha256(path: str) -> str:
-    """SHA-256 of a file's contents, in hex."""
-    digest = hashlib.sha256()
-    with open_binary(path) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def open_binary(path: str):
+def open_binary(path: AnyPath):
     """A file to read from, buffered."""
     if is_remote(path):
         system, inner = _remote(path)
@@ -105,10 +97,10 @@ class RemoteArray:
         return np.frombuffer(data, self.dtype)
 
 
-def _remote(path: str):
+def _remote(path: AnyPath):
     import fsspec
 
     try:
-        return fsspec.core.url_to_fs(path)
+        return fsspec.core.url_to_fs(str(path))
     except (ImportError, ValueError) as error:  # no package for it; no such protocol
         raise ConfigError(f"{path} cannot be read: {error}") from error

@@ -1,1 +1,14 @@
-"""From prompts to text."""
+"""From prompts to text.
+
+decode.py       token ids: `generate`, all at once, and `Stream`, as they come
+sampling.py     how a token is chosen
+texts.py        `Writer`: texts and stop strings
+requests.py     prompts with samplers of their own, from files
+saved_state.py  what a model has read, in a file
+"""
+
+from retnet_jax.generation.decode import Generated, Stream, generate
+from retnet_jax.generation.sampling import Sampler
+from retnet_jax.generation.texts import Continuation, Writer
+
+__all__ = ["Continuation", "Generated", "Sampler", "Stream", "Writer", "generate"]

@@ -2,9 +2,9 @@
 
     generate(model, [[256, 72, 101], [256, 33]], max_tokens=100, sampler=Sampler(temperature=0.8))
 
-`Stream` gives the same tokens while they come. Both lay the model out for decoding and read the
-prompts (`prefill`). Then `generate` is one compiled loop to the end (`complete`), and `Stream` one
-of a few tokens again and again (`decode`). A RetNet's state has one size at every position.
+`Stream` gives the same tokens as they come. Both prepare the model for decoding and read the
+prompts (`prefill`). Then `generate` decodes to the end in one compiled loop (`complete`); `Stream`
+calls a loop of a few tokens repeatedly (`decode`). A RetNet's state has one size at every position.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ import numpy as np
 from retnet_jax.errors import ConfigError
 from retnet_jax.generation.sampling import GREEDY, Sampler, Samplers
 from retnet_jax.model import LanguageModel, State, for_decoding
-from retnet_jax.shapes import Array, Bool, Float, Int
+from retnet_jax.shapes import Array, Bool, Float, Int, power_of_two
 
 # Tokens of a prompt that are read at once. Longer prompts are read in pieces, so that memory does
 # not grow with them; shorter ones are padded to a power of two, so that few lengths are compiled.
@@ -27,7 +27,7 @@ SHORTEST_PIECE = 64
 
 
 class Progress(NamedTuple):
-    """Where each row of a batch stands: all that decoding needs to go on."""
+    """Where each row of a batch stands: all that decoding needs to continue."""
 
     logits: Float[Array, "b w"]  # of the next token
     state: State  # of the model, after all tokens so far
@@ -38,7 +38,7 @@ class Progress(NamedTuple):
         return Progress(self.logits[rows], self.state.take(rows), self.ended[rows])
 
 
-class Block(NamedTuple):
+class NewTokens(NamedTuple):
     """Tokens that were generated for each row, one after the other."""
 
     tokens: Int[Array, "b n"]  # from its end on, a row is filled with `end_id`
@@ -51,7 +51,7 @@ class Generated(NamedTuple):
     """What was generated for a prompt."""
 
     tokens: list[int]  # without the one that ends it
-    log_probabilities: list[float]  # of each, as in `Block`
+    log_probabilities: list[float]  # of each, as in `NewTokens`
 
 
 def generate(
@@ -69,7 +69,7 @@ def generate(
     other rows. Between the prompts and the last token nothing passes between host and device.
 
     Args:
-      model: RetNet or Transformer, best from `for_decoding`: others are laid out so in each call.
+      model: RetNet or Transformer, best from `for_decoding`: others are converted in each call.
       prompts: the token ids of each.
       max_tokens: most tokens to generate for each.
       sampler: how a token is chosen, one for all or one for each prompt; the default takes the
@@ -90,26 +90,26 @@ def generate(
     samplers = Samplers.of(sampler, len(prompts))
     model = for_decoding(model)
     # Lengths are compiled as powers of two, so that they are few; what is too much is not computed.
-    room = max(16, 1 << (max_tokens - 1).bit_length())
+    room = max(16, power_of_two(max_tokens))
     progress = prefill(model, prompts, room)
     keys = row_keys(seed, len(prompts))
-    block, _ = complete(
+    new, _ = complete(
         model, progress, keys, jnp.int32(max_tokens), room, samplers, end_id, vocab_size
     )
-    tokens, log_p = (np.asarray(x)[:, :max_tokens].tolist() for x in block)
+    tokens, log_p = (np.asarray(x)[:, :max_tokens].tolist() for x in new)
     lengths = [row.index(end_id) if end_id in row else len(row) for row in tokens]
     rows = zip(tokens, log_p, lengths, strict=True)
     return [Generated(ids[:length], each[:length]) for ids, each, length in rows]
 
 
 class Stream:
-    """The tokens of `generate` as they come, `block_size` of each row at a time.
+    """The tokens of `generate` as they come, `tokens_at_once` of each row at a time.
 
         for tokens, log_probabilities in Stream(model, prompts, max_tokens=100):
             ...
 
-    Iterating gives a `Block` of numpy arrays [b n], where n is `block_size` but perhaps less in the
-    last, until all rows have ended or been stopped.
+    Iterating gives `NewTokens` of numpy arrays [b n], where n is `tokens_at_once` but perhaps less
+    in the last, until all rows have ended or been stopped.
 
     Args:
       model: as in `generate`, as are the others that are not listed here.
@@ -119,12 +119,12 @@ class Stream:
       seed: see `generate`.
       end_id: see `generate`.
       vocab_size: see `generate`.
-      block_size: tokens of a row in a block.
-      progress: where the texts stood that the prompts go on, as in `prefill`.
+      tokens_at_once: tokens of each row in a piece of the stream.
+      progress: where the texts stood that the prompts continue, as in `prefill`.
 
     Attributes:
-      progress: where the rows stand after the blocks that were taken. It has read `block_size`
-        tokens for each block, also of a last block that was cut off.
+      progress: where the rows stand after the pieces that were taken. It has read `tokens_at_once`
+        tokens for each piece, also for a last piece that was cut off.
 
     Raises:
       As `generate`.
@@ -139,33 +139,33 @@ class Stream:
         seed: int = 0,
         end_id: int | None = None,
         vocab_size: int | None = None,
-        block_size: int = 16,
+        tokens_at_once: int = 16,
         progress: Progress | None = None,
     ):
         _check_lengths(model, max_tokens, vocab_size, least=0)
         self._samplers = Samplers.of(sampler, len(prompts))
         self._model = for_decoding(model)
-        # All blocks are of one length, so that one loop is compiled; what is too much is cut off.
-        self._starts = range(0, max_tokens, block_size)
+        # All pieces are of one length, so that one loop is compiled; what is too much is cut off.
+        self._starts = range(0, max_tokens, tokens_at_once)
         self._max_tokens = max_tokens
-        room = len(self._starts) * block_size
+        room = len(self._starts) * tokens_at_once
         self.progress = prefill(self._model, prompts, room, progress)
         self._decode = partial(
             decode,
             self._model,
             keys=row_keys(seed, len(prompts)),
-            length=block_size,
+            length=tokens_at_once,
             samplers=self._samplers,
             end_id=end_id,
             vocab_size=vocab_size,
         )
 
-    def __iter__(self) -> Iterator[Block]:
+    def __iter__(self) -> Iterator[NewTokens]:
         for start in self._starts:
             if np.asarray(self.progress.ended).all():
                 return
-            block, self.progress = self._decode(self.progress)
-            yield Block(*(np.asarray(x)[:, : self._max_tokens - start] for x in block))
+            new, self.progress = self._decode(self.progress)
+            yield NewTokens(*(np.asarray(x)[:, : self._max_tokens - start] for x in new))
 
     def stop(self, rows: Sequence[bool]) -> None:
         """Ends rows: what they would still generate is not needed."""
@@ -189,7 +189,7 @@ def prefill(
       model: RetNet or Transformer.
       prompts: the token ids of each. Shorter ones are padded on the left, which leaves no trace.
       room: tokens a row that will be decoded. A Transformer's cache gets slots for them.
-      progress: where the texts stand that the prompts go on: a row for each prompt. A prompt may
+      progress: where the texts stand that the prompts continue: a row for each prompt. A prompt may
         then be empty. None: they begin texts.
 
     Raises:
@@ -197,7 +197,7 @@ def prefill(
     """
     _check_prompts(prompts, model.config.vocab_size, may_be_empty=progress is not None)
     longest = max(map(len, prompts))
-    piece = min(LONGEST_PIECE, max(SHORTEST_PIECE, 1 << (longest - 1).bit_length()))
+    piece = min(LONGEST_PIECE, max(SHORTEST_PIECE, power_of_two(longest)))
     length = -(-longest // piece) * piece
     tokens = np.zeros((len(prompts), length), np.int32)
     segment_ids = np.zeros_like(tokens)  # 0: padding
@@ -218,12 +218,12 @@ def _room_for(model: LanguageModel, progress: Progress | None, rows: int, tokens
         state = model.init_state(rows, capacity=tokens)
         progress = Progress(logits, state, jnp.zeros(rows, bool))
     else:
-        # What is read from here on uses up its arrays; the caller may go on from them again.
+        # What is read from here on uses up its arrays; the caller may continue from them again.
         roomy = progress._replace(state=progress.state.with_room(tokens))
         progress = jax.tree.map(jnp.copy, roomy)
-    # Placed like the norms: whole, on all of the model's devices. What is placed nowhere in
-    # particular comes out of the first call with a place, and the second is compiled again for it.
-    return jax.device_put(progress, model.first_block.mixer_norm.scale[...].sharding)
+    # Whole, on all of the model's devices. What is placed nowhere in particular comes out of the
+    # first call with a place, and the second is compiled again for it.
+    return jax.device_put(progress, model.sharding)
 
 
 @partial(
@@ -239,7 +239,7 @@ def decode(
     samplers: Samplers | None = None,
     end_id: int | None = None,
     vocab_size: int | None = None,
-) -> tuple[Block, Progress]:
+) -> tuple[NewTokens, Progress]:
     """The next `length` tokens of each row, in recurrent form, in one compiled loop.
 
     Args:
@@ -249,15 +249,15 @@ def decode(
         drawn does not depend on how the tokens are divided into calls.
       length: tokens to generate.
       samplers: of the rows; None: the likeliest token in all.
-      end_id: a row that has generated it goes on with nothing else.
+      end_id: a row that has generated it is filled with it.
       vocab_size: ids from here on are never generated.
 
     Returns:
       The tokens, and the progress after them.
     """
     next_token = partial(_next_token, model, keys, samplers, end_id, vocab_size)
-    progress, block = jax.lax.scan(lambda x, _: next_token(x), progress, length=length)
-    return jax.tree.map(jnp.transpose, block), progress
+    progress, new = jax.lax.scan(lambda x, _: next_token(x), progress, length=length)
+    return jax.tree.map(jnp.transpose, new), progress
 
 
 @partial(
@@ -274,7 +274,7 @@ def complete(
     samplers: Samplers | None = None,
     end_id: int | None = None,
     vocab_size: int | None = None,
-) -> tuple[Block, Progress]:
+) -> tuple[NewTokens, Progress]:
     """All that `decode` gives until each row has ended or has `max_tokens`, in one compiled loop.
 
     Args:
@@ -284,7 +284,7 @@ def complete(
       max_tokens: at most `room`.
       room: places for the tokens of a row; those that are not needed hold `end_id`, or 0.
       samplers: as in `decode`.
-      end_id: a row that has generated it goes on with nothing else.
+      end_id: a row that has generated it is filled with it.
       vocab_size: ids from here on are never generated.
 
     Returns:
@@ -297,17 +297,18 @@ def complete(
 
     def next_token(carry):
         n, progress, rows = carry
-        progress, block = _next_token(model, keys, samplers, end_id, vocab_size, progress)
+        progress, new = _next_token(model, keys, samplers, end_id, vocab_size, progress)
         put = partial(jax.lax.dynamic_update_index_in_dim, index=n, axis=0)
-        return n + 1, progress, jax.tree.map(put, rows, block)
+        return n + 1, progress, jax.tree.map(put, rows, new)
 
     shape = (room, len(keys))
-    rows = Block(jnp.full(shape, end_id or 0, jnp.int32), jnp.zeros(shape, progress.logits.dtype))
+    log_p = jnp.zeros(shape, progress.logits.dtype)
+    rows = NewTokens(jnp.full(shape, end_id or 0, jnp.int32), log_p)
     _, progress, rows = jax.lax.while_loop(goes_on, next_token, (jnp.int32(0), progress, rows))
     return jax.tree.map(jnp.transpose, rows), progress
 
 
-def _next_token(model, keys, samplers, end_id, vocab_size, progress) -> tuple[Progress, Block]:
+def _next_token(model, keys, samplers, end_id, vocab_size, progress) -> tuple[Progress, NewTokens]:
     """Progress after one more token of each row, and the tokens [b] with their log p."""
     logits, state, ended = progress
     allowed = logits[:, :vocab_size]
@@ -322,7 +323,7 @@ def _next_token(model, keys, samplers, end_id, vocab_size, progress) -> tuple[Pr
         tokens = jnp.where(ended, end_id, tokens)
         ended |= tokens == end_id
     logits, state = model(tokens[:, None], state, form="recurrent")
-    return Progress(logits[:, 0], state, ended), Block(tokens, log_p)
+    return Progress(logits[:, 0], state, ended), NewTokens(tokens, log_p)
 
 
 @partial(jax.jit, donate_argnames="progress")

@@ -4,23 +4,26 @@ A file is safetensors, with the arrays of a `Reading` and in its metadata what t
 fits one model, its weights included, with the dtypes it had.
 """
 
+import dataclasses
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from retnet_jax.config import ModelConfig
 from retnet_jax.data import Tokenizer
 from retnet_jax.errors import CheckpointError, brief
+from retnet_jax.files import atomic
 from retnet_jax.generation.decode import Progress
 from retnet_jax.generation.texts import Reading
 from retnet_jax.model import LanguageModel
 from retnet_jax.trees import named_leaves, with_leaves
 
-_FORMAT = "retnet-jax state 1"
+_FORMAT = "retnet-jax state 2"
+_OLD_FORMAT = "retnet-jax state 1"  # the same, but for how a config enters the fingerprint
 
 
 def save_reading(path: Path, reading: Reading, model: LanguageModel, tokenizer: Tokenizer) -> None:
@@ -36,7 +39,7 @@ def save_reading(path: Path, reading: Reading, model: LanguageModel, tokenizer: 
     arrays = {name: np.asarray(x) for name, x in named_leaves(reading.progress).items()}
     metadata = {
         "format": _FORMAT,
-        "model": model_fingerprint(model),
+        "model": model_fingerprint(model, _description(model.config)),
         "tokenizer": tokenizer.fingerprint,
         "last_ids": json.dumps(reading.last_ids),
         "dtypes": json.dumps({name: x.dtype.name for name, x in arrays.items()}),
@@ -45,13 +48,10 @@ def save_reading(path: Path, reading: Reading, model: LanguageModel, tokenizer: 
     }
     # As bytes, because not every dtype is one of numpy's own.
     plain = {name: np.frombuffer(x.tobytes(), np.uint8) for name, x in arrays.items()}
-    unfinished = path.with_name(f"{path.name}.unfinished")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(save(plain, metadata))
-        os.replace(unfinished, path)
+        atomic.write_bytes(path, save(plain, metadata))
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise CheckpointError(f"{path} cannot be written: {error}") from error
 
 
@@ -73,7 +73,7 @@ def load_reading(path: Path, model: LanguageModel, tokenizer: Tokenizer) -> Read
         raise CheckpointError(
             f"{path} is no saved state, or is damaged: {brief(error)}; read the text again"
         ) from error
-    if metadata.get("format") != _FORMAT:
+    if metadata.get("format") not in (_FORMAT, _OLD_FORMAT):
         raise CheckpointError(f"{path} is no saved state of this program; --save_state writes such")
     try:
         arrays = _arrays(plain, json.loads(metadata["dtypes"]), json.loads(metadata["shapes"]))
@@ -83,7 +83,9 @@ def load_reading(path: Path, model: LanguageModel, tokenizer: Tokenizer) -> Read
         intact = False
     if not intact:
         raise CheckpointError(f"{path} is damaged: its contents are not those that were written")
-    for name, of in (("model", model_fingerprint(model)), ("tokenizer", tokenizer.fingerprint)):
+    describe = _description if metadata["format"] == _FORMAT else _old_description
+    of_model = model_fingerprint(model, describe(model.config))
+    for name, of in (("model", of_model), ("tokenizer", tokenizer.fingerprint)):
         if metadata[name] != of:
             raise CheckpointError(
                 f"{path} was saved with another {name} (or other options of it) "
@@ -95,13 +97,38 @@ def load_reading(path: Path, model: LanguageModel, tokenizer: Tokenizer) -> Read
     return Reading(with_leaves(shape, leaves), last_ids)
 
 
-def model_fingerprint(model: LanguageModel) -> str:
-    """SHA-256, in hex, of a model's config, its layout and the beginning of every parameter."""
-    digest = hashlib.sha256(repr(model.config).encode())
+def model_fingerprint(model: LanguageModel, description: str) -> str:
+    """SHA-256, in hex, of a model's config as described, and the beginning of every parameter."""
+    digest = hashlib.sha256(description.encode())
     for name, x in named_leaves(model).items():
         digest.update(f"{name} {x.dtype} {x.shape}".encode())
         digest.update(np.asarray(x[(0,) * (x.ndim - 1)][:256] if x.ndim else x).tobytes())
     return digest.hexdigest()
+
+
+def _description(config: ModelConfig) -> str:
+    """The options that differ from their defaults, so that new options change nothing."""
+    default = ModelConfig()
+    values = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) != getattr(default, field.name)
+    }
+    return json.dumps(values, sort_keys=True)
+
+
+def _old_description(config: ModelConfig) -> str:
+    """The `repr` of a config when format 1 was written."""
+    values = ", ".join(f"{name}={getattr(config, name)!r}" for name in _OLD_OPTIONS.split())
+    return f"ModelConfig({values})"
+
+
+_OLD_OPTIONS = (
+    "mixer vocab_size d_model n_layers n_heads key_dim value_dim ffn ffn_dim norm norm_epsilon "
+    "rotation row_normalizer decay decay_range tie_embeddings embedding_scale embedding_norm "
+    "mixer_bias ffn_bias ffn_norm head_norm_scale post_norm deepnorm score_clamp dtype remat "
+    "chunk_size"
+)
 
 
 def _empty(model: LanguageModel, rows: int, capacity: int) -> Progress:

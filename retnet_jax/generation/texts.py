@@ -5,7 +5,7 @@
         ...
     writer.continuations[0].text
 
-What was read and written can be kept (`saved_state.py`) and gone on with.
+What was read and written can be saved (`saved_state.py`) and continued.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import jax.numpy as jnp
 import numpy as np
 
-from retnet_jax.data import TextStream, Tokenizer
+from retnet_jax.data.tokenizers import TextStream, Tokenizer
 from retnet_jax.errors import ConfigError
 from retnet_jax.generation.decode import Progress, Stream
 from retnet_jax.generation.sampling import GREEDY, Sampler
@@ -33,7 +33,7 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Reading:
-    """Texts that were read so far, to go on from.
+    """Texts that were read so far, to be continued.
 
     Attributes:
       progress: of the model; a row for each text.
@@ -47,8 +47,8 @@ class Reading:
 class Writer:
     """Continues texts; iterating gives what is new of each, until all have ended.
 
-    A stop string ends a text also where it is spread over tokens. Of text that may be the beginning
-    of one nothing is given until that is known.
+    A stop string ends a text also where it is spread over tokens. Text that might begin a stop
+    string is held back until that is decided.
 
     Args:
       model: RetNet or Transformer, best from `for_decoding`.
@@ -58,14 +58,14 @@ class Writer:
       sampler: how a token is chosen, one for all or one for each prompt.
       seed: of the random choices.
       stop: strings that end a text, and are no part of it.
-      block_size: tokens between looks at the text; a text may be written on in vain for so many.
-      after: a text read before, which all prompts go on, or one for each; None: prompts begin
+      tokens_at_once: tokens generated between checks for a stop string; up to this many are wasted.
+      after: a text read before, which all prompts continue, or one for each; None: prompts begin
         texts, with BOS. A prompt is encoded alone, so where it begins within a word its tokens are
         not those of the joined text.
 
     Raises:
       ConfigError: for an empty stop string, another number of texts than prompts, a text that has
-        ended and no prompt to go on with; and as `generate`.
+        ended with no prompt after it; and as `generate`.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Writer:
         sampler: Sampler | Sequence[Sampler] = GREEDY,
         seed: int = 0,
         stop: Sequence[str] = (),
-        block_size: int = 16,
+        tokens_at_once: int = 16,
         after: Reading | None = None,
     ):
         if "" in stop:
@@ -107,18 +107,18 @@ class Writer:
             seed,
             end_id=tokenizer.end_id,
             vocab_size=tokenizer.vocab_size,
-            block_size=block_size,
+            tokens_at_once=tokens_at_once,
             progress=progress,
         )
         self._rows = [_Row(TextStream(tokenizer, before=row), stop) for row in self._ids]
         self.continuations = [row.continuation for row in self._rows]
 
     def __iter__(self) -> Iterator[list[str]]:
-        for block in self._stream:
-            tokens, log_p = (x.tolist() for x in block)
+        for new in self._stream:
+            tokens, log_p = (x.tolist() for x in new)
             yield [
-                row.add(*new, self._end_id)
-                for row, *new in zip(self._rows, tokens, log_p, strict=True)
+                row.add(*of_row, self._end_id)
+                for row, *of_row in zip(self._rows, tokens, log_p, strict=True)
             ]
             self._stream.stop([row.done for row in self._rows])
         yield [row.rest() for row in self._rows]
@@ -127,8 +127,8 @@ class Writer:
     def reading(self) -> Reading:
         """What has been read and written so far.
 
-        That of a single text with a block size of 1 is exact. Otherwise the model has read on to
-        the end of the block, or until the longest text ended.
+        That of a single text with `tokens_at_once` of 1 is exact. Otherwise the model has read to
+        the end of the last piece of the stream, or until the longest text ended.
         """
         rows = zip(self._ids, self.continuations, strict=True)
         last_ids = [[*before, *after.tokens][-TextStream.context :] for before, after in rows]
@@ -137,7 +137,7 @@ class Writer:
 
 
 def _rows(after: Reading, prompts: int) -> list[int]:
-    """Which text each prompt goes on."""
+    """Which text each prompt continues."""
     texts = len(after.last_ids)
     if texts not in (1, prompts):
         raise ConfigError(f"there are {prompts} prompts for {texts} texts to go on")

@@ -16,12 +16,16 @@ from typing import Any
 from jax.sharding import Mesh
 
 from retnet_jax.config import ModelConfig
-from retnet_jax.data import has_tokenizer, load_tokenizer
+from retnet_jax.data.tokenizers import has_tokenizer, load_tokenizer
 from retnet_jax.errors import CheckpointError, ConfigError
 from retnet_jax.interop import fla, syncdoth, torchscale
-from retnet_jax.interop.fold import HeadNormFolded
 from retnet_jax.interop.own import RunSource, config_of, own_layout
-from retnet_jax.interop.parameter_source import Description, Source, load_model
+from retnet_jax.interop.parameter_source import (
+    Description,
+    HeadNormFolded,
+    Source,
+    load_model,
+)
 from retnet_jax.interop.tables import Layout, config_values
 from retnet_jax.interop.tensor_files import TensorFiles, open_tensor_files
 from retnet_jax.model import LanguageModel
@@ -30,12 +34,9 @@ __all__ = [
     "LAYOUTS",
     "Description",
     "convert",
-    "fla",
     "load",
     "open_source",
     "save",
-    "syncdoth",
-    "torchscale",
 ]
 
 LAYOUTS = {

@@ -13,9 +13,10 @@ import numpy as np
 
 from retnet_jax.config import Config, ModelConfig
 from retnet_jax.config_json import config_from_json, read_config
-from retnet_jax.interop.parameter_source import Description, abstract_model, parameter_shapes
+from retnet_jax.interop.parameter_source import Description
 from retnet_jax.interop.tables import Layout, Rule
 from retnet_jax.interop.tensor_files import TensorInfo
+from retnet_jax.model.parameters import abstract_model, parameter_shapes
 
 
 def own_layout(config: ModelConfig) -> Layout:

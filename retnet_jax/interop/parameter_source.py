@@ -1,20 +1,20 @@
 """Where parameters come from, one at a time, and the model that is filled with them."""
 
 import dataclasses
-import functools
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from retnet_jax.config import ModelConfig
 from retnet_jax.errors import ConfigError
 from retnet_jax.interop.tensor_files import TensorInfo
-from retnet_jax.model import DecodingModel, LanguageModel, build_model
-from retnet_jax.parallel.sharding import first_device, with_shardings
+from retnet_jax.model import DecodingModel, LanguageModel
+from retnet_jax.model.parameters import abstract_model, parameter_shapes
+from retnet_jax.parallel.mesh import first_device
+from retnet_jax.parallel.sharding import with_shardings
 from retnet_jax.trees import leaf_name, named_leaves
 
 
@@ -67,6 +67,41 @@ class ModelSource:
         return array if layer is None else array[layer]
 
 
+_HEAD_NORM_SCALE = "layers/mixer/head_norm/scale"
+_OUT_KERNEL = "layers/mixer/out/kernel"
+
+
+class HeadNormFolded:
+    """The parameters of a source with the head norm's scale multiplied into the output projection.
+
+    The gate comes between the two and is elementwise, so y W = (y / scale) (scale W). The product
+    is rounded to the dtype that the output projection is stored in.
+    """
+
+    def __init__(self, source: Source):
+        """Raises `ConfigError` for a model whose head norm has no scale."""
+        model = source.description.model
+        if not model.head_norm_scale:
+            raise ConfigError("there is no scale in the head norm of this model to fold")
+        self._source = source
+        self._n_heads = model.n_heads
+        self.description = dataclasses.replace(
+            source.description, model=dataclasses.replace(model, head_norm_scale=False)
+        )
+
+    def info(self, own: str, layer: int | None) -> TensorInfo:
+        return self._source.info(own, layer)
+
+    def read(self, own: str, layer: int | None) -> np.ndarray:
+        array = self._source.read(own, layer)
+        if own != _OUT_KERNEL:
+            return array
+        scale = np.tile(
+            self._source.read(_HEAD_NORM_SCALE, layer).astype(np.float32), self._n_heads
+        )
+        return (scale[:, None] * array.astype(np.float32)).astype(array.dtype)
+
+
 def load_model(source: Source, mesh: Mesh | None = None, **changes: Any) -> LanguageModel:
     """A model with the parameters of a source.
 
@@ -115,25 +150,3 @@ def changed(config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
             "and score_clamp can be changed"
         )
     return new
-
-
-def abstract_model(config: ModelConfig) -> Any:
-    """Shapes and dtypes of a model's parameters, in the structure of the model."""
-    return jax.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0)))
-
-
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of each parameter, by its own name."""
-    # A copy, which nobody changes later; and float64 would need jax to be set up for it.
-    return _parameter_shapes(dataclasses.replace(config, dtype="float32"))
-
-
-def parameter_shape(config: ModelConfig, own: str, layer: int | None) -> tuple[int, ...]:
-    """The shape of a parameter, of one layer where a layer is given."""
-    shape = parameter_shapes(config)[own]
-    return shape if layer is None else shape[1:]
-
-
-@functools.cache
-def _parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    return {name: leaf.shape for name, leaf in named_leaves(abstract_model(config)).items()}

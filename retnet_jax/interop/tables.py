@@ -6,7 +6,6 @@ come one layer at a time.
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,12 @@ from jax.sharding import Mesh
 
 from retnet_jax.config import ModelConfig
 from retnet_jax.errors import CheckpointError, ConfigError
+from retnet_jax.files import atomic
 from retnet_jax.interop.parameter_source import (
     Description,
     ModelSource,
     Source,
     load_model,
-    parameter_shape,
-    parameter_shapes,
 )
 from retnet_jax.interop.tensor_files import (
     DTYPES,
@@ -35,6 +33,7 @@ from retnet_jax.interop.tensor_files import (
     write_torch,
 )
 from retnet_jax.model import LanguageModel
+from retnet_jax.model.parameters import parameter_shape, parameter_shapes
 
 
 @dataclass(frozen=True)
@@ -148,19 +147,12 @@ class Layout:
         tensors = self.tensors(source, numpy_dtype)
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
             raise CheckpointError(f"{directory} exists and is not empty; name a new directory")
-        unfinished = directory.with_name(directory.name + ".unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        try:
+        with atomic.directory(directory) as unfinished:
             if torch_file:
                 write_torch(unfinished / "model.pt", tensors)
             else:
                 write_safetensors(unfinished, tensors, max_file_bytes)
             (unfinished / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-            unfinished.replace(directory)
-        except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise
 
     def foreign_names(self, config: ModelConfig) -> Iterator[tuple[str, Rule, int | None]]:
         """Each tensor of a checkpoint, with its rule and its layer, None for all or none."""

@@ -8,7 +8,7 @@ all scores at once, is the definition, and serves everything else.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from retnet_jax.config import ModelConfig
 from retnet_jax.model.layers import Linear, project, split_heads
 from retnet_jax.ops import flash_attention
-from retnet_jax.ops.retention import documents, positions
+from retnet_jax.ops.retention import number_documents, positions
 from retnet_jax.ops.rotation import Rotation, rotate, rotation
 from retnet_jax.parallel.sharding import constrain
 from retnet_jax.shapes import Array, Bool, Float, Int
@@ -74,11 +74,18 @@ class KVCache(NamedTuple):
 
 
 class AttentionContext(NamedTuple):
-    """What all layers share."""
+    """What all layers share, and the state after the batch but for its layers."""
 
     turn: Rotation
     start: Int[Array, ""]  # slot of the first token
     attend: Callable  # (q, k, v) -> y, of the name "retention" for jax.checkpoint
+    visible: Bool[Array, "b s"]  # these three: as of `KVCache`, after the batch
+    length: Int[Array, " b"]
+    position: Int[Array, " b"]
+
+    def state(self, layers) -> KVCache:
+        """The state after the batch, from the keys and values of each layer."""
+        return KVCache(layers, self.visible, self.length, self.position)
 
 
 class Attention(nnx.Module):
@@ -141,8 +148,8 @@ class Attention(nnx.Module):
         state: KVCache | None,
         shape: tuple[int, int],
         segment_ids: Int[Array, "b t"] | None,
-    ) -> tuple[AttentionContext, KVCache]:
-        """The context of a batch of tokens [b t], and the state advanced but for its layers."""
+    ) -> tuple[AttentionContext, Any]:
+        """The context of a batch of tokens [b t], and the cache of each layer before them."""
         batch_size, length = shape
         fresh, one_document = state is None, segment_ids is None
         if state is None:
@@ -159,7 +166,7 @@ class Attention(nnx.Module):
         overflows = start + length > state.visible.shape[1]
         turn = turn._replace(cos=jnp.where(overflows, jnp.nan, turn.cos))
         # The document in each slot: 0 for the one the row opens with, -1 for what none can see.
-        real, _, index = documents(segment_ids)
+        real, _, index = number_documents(segment_ids)
         slot_document = jax.lax.dynamic_update_slice_in_dim(
             jnp.where(state.visible, jnp.int32(0), -1),
             jnp.where(real, index, -1),
@@ -178,11 +185,15 @@ class Attention(nnx.Module):
         else:
             mask = None if fresh and one_document else _mask(slot_document, index, start)
             attend = partial(attend_to_all, mask=mask)
-        return AttentionContext(turn, start, attend), state._replace(
+        context = AttentionContext(
+            turn,
+            start,
+            attend,
             visible=slot_document == index[:, -1:],
             length=jnp.full_like(state.length, start + length),
             position=after,
         )
+        return context, state.layers
 
 
 def attend_to_all(

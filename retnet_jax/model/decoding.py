@@ -18,6 +18,7 @@ from retnet_jax.errors import ConfigError
 from retnet_jax.model.layers import Linear
 from retnet_jax.model.lm import LanguageModel, State
 from retnet_jax.model.multi_scale_retention import MultiScaleRetention
+from retnet_jax.ops.rounding import round_at_random
 from retnet_jax.shapes import Array, Float, Int
 
 STATE_DTYPES = ("float32", "bfloat16")
@@ -129,14 +130,14 @@ class DecodingModel(LanguageModel):
             _with_rows(_layer(model.layers, i), dtype) for i in range(config.n_layers)
         )
 
-    def _run_layers(self, x, state: State, context, form: str):
-        before = state.layers or (None,) * self.config.n_layers
+    def _run_layers(self, x, states, context, form: str):
+        before = states or (None,) * self.config.n_layers
         after = []
         for number, (block, layer_state) in enumerate(zip(self.layers, before, strict=True)):
             if layer_state is not None and self._retains:
                 layer_state = layer_state.astype(self.config.state_dtype).swapaxes(-1, -2)
             x, layer_state = block(x, layer_state, context, form)
-            after.append(self._stored(layer_state, state.position, number))
+            after.append(self._stored(layer_state, context.position, number))
         return x, tuple(after)
 
     @property
@@ -168,34 +169,8 @@ class DecodingModel(LanguageModel):
         return state._replace(layers=tuple(stored))
 
     @property
-    def first_block(self):
-        return self.layers[0]
-
-
-def round_at_random(x: Float[Array, "b h v k"], seed: Int[Array, " b"]) -> Array:
-    """bfloat16, up or down with such probabilities that the mean is x (stochastic rounding).
-
-    Rounded to the nearest, a state would not fade: S - S/512 is S again in bfloat16, and heads that
-    remember longer gain 0.017 bits per byte within 4096 tokens, more with each of them. At random
-    the errors cancel (+0.0001 +- 0.0002; `benchmarks/decoding_quality.py`).
-
-    Args:
-      x: float32.
-      seed: of each row. The random bits are a hash of it and of the number's place.
-    """
-    place = jnp.arange(x.size, dtype=jnp.uint32).reshape(x.shape)
-    bits = _hash(place ^ _hash(seed.astype(jnp.uint32))[:, None, None, None])
-    # What is cut off, the low 16 bits, carries into those kept in proportion to its size.
-    raised = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32) + (bits >> 16)
-    kept = jax.lax.bitcast_convert_type(raised & jnp.uint32(0xFFFF0000), jnp.float32)
-    return kept.astype(jnp.bfloat16)
-
-
-def _hash(x: Array) -> Array:
-    """Mixes uint32 numbers: lowbias32 of https://github.com/skeeto/hash-prospector."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return x ^ (x >> 16)
+    def sharding(self) -> jax.sharding.Sharding:
+        return self.layers[0].mixer_norm.scale[...].sharding
 
 
 @jax.jit(static_argnums=(1, 2))

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from retnet_jax.config import ModelConfig
-from retnet_jax.ops.linear import materialized
+from retnet_jax.ops.linear import matrix_product
 from retnet_jax.shapes import Array, Float
 
 
@@ -30,7 +30,7 @@ class Linear(nnx.Module):
         self.has_bias = bias
 
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
-        y = _product(x, self.kernel[...].astype(x.dtype))
+        y = matrix_product(x, self.kernel[...].astype(x.dtype))
         return y + self.bias[...].astype(x.dtype) if self.has_bias else y
 
 
@@ -51,27 +51,6 @@ def project(
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], deviation: float) -> Float[Array, "..."]:
     """Float32 parameters of a normal distribution."""
     return deviation * jax.random.normal(rngs.params(), shape, jnp.float32)
-
-
-@jax.custom_vjp
-def _product(x: Float[Array, "... i"], kernel: Float[Array, "i o"]) -> Float[Array, "... o"]:
-    return x @ kernel
-
-
-def _product_forward(x, kernel):
-    return x @ kernel, (x, kernel)
-
-
-def _product_backward(operands, d_y):
-    # What autodiff would do, but for `materialized`.
-    x, kernel = operands
-    x, d_y = materialized((x, d_y))
-    # Not of rows flattened: a row's positions and the rows may be split over devices, both.
-    leading = tuple(range(x.ndim - 1))
-    return d_y @ kernel.T, jnp.tensordot(x, d_y, axes=(leading, leading))
-
-
-_product.defvjp(_product_forward, _product_backward)
 
 
 class RMSNorm(nnx.Module):

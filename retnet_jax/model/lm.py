@@ -21,8 +21,8 @@ from retnet_jax.errors import ConfigError
 from retnet_jax.model.attention import Attention, KVCache
 from retnet_jax.model.layers import NORMS, FeedForward, normal
 from retnet_jax.model.multi_scale_retention import MultiScaleRetention, RetentionState
+from retnet_jax.model.remat import remat_policy
 from retnet_jax.ops.embedding import look_up
-from retnet_jax.ops.flash_attention import is_cudnn
 from retnet_jax.parallel.sharding import constrain
 from retnet_jax.shapes import Array, Float, Int
 
@@ -129,14 +129,14 @@ class LanguageModel(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], State]:
         """As a call, but without the output head: the normed activations it is applied to."""
         config = self.config
-        context, state = self.mixer_type.prepare(config, state, tokens.shape, segment_ids)
-        x, layer_states = self._run_layers(self._embed(tokens), state, context, form)
+        context, layers = self.mixer_type.prepare(config, state, tokens.shape, segment_ids)
+        x, layers = self._run_layers(self._embed(tokens), layers, context, form)
         if not config.post_norm:
             x = self.final_norm(x)
-        return x, state._replace(layers=layer_states)
+        return x, context.state(layers)
 
-    def _run_layers(self, x: Float[Array, "b t d"], state: State, context, form: str):
-        """All layers, and the state of each after the tokens."""
+    def _run_layers(self, x: Float[Array, "b t d"], states, context, form: str):
+        """All layers, from the state of each before the tokens to that after them."""
         config = self.config
 
         def layer(x, layer_and_state):
@@ -145,11 +145,11 @@ class LanguageModel(nnx.Module):
             return constrain(x, "btd"), layer_state
 
         if config.remat != "none":
-            layer = jax.checkpoint(layer, prevent_cse=False, policy=_kept(config))
+            layer = jax.checkpoint(layer, prevent_cse=False, policy=remat_policy(config))
         # A loop zeroes and fills a stack for each thing the backward pass needs; a few layers are
         # faster written out (a 4-layer step on 2 cores: 201 ms for 227).
         unroll = config.n_layers if config.n_layers <= 4 else 1
-        return jax.lax.scan(layer, x, (self.layers, state.layers), unroll=unroll)
+        return jax.lax.scan(layer, x, (self.layers, states), unroll=unroll)
 
     def _embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         config = self.config
@@ -172,9 +172,9 @@ class LanguageModel(nnx.Module):
         return self.embedding[...] if self.config.tie_embeddings else self.head[...]
 
     @property
-    def first_block(self) -> Block:
-        """The first layer, or with the others stacked on it."""
-        return self.layers
+    def sharding(self) -> jax.sharding.Sharding:
+        """Whole, on all devices that the parameters are on, as the norms are."""
+        return self.layers.mixer_norm.scale[...].sharding
 
     def init_state(self, batch_size: int, capacity: int) -> State:
         """The state before the first token.
@@ -185,29 +185,6 @@ class LanguageModel(nnx.Module):
             a RetNet's state is of one size.
         """
         return self.mixer_type.init_state(self.config, batch_size, capacity)
-
-
-def _kept(config: ModelConfig):
-    """What of a layer is stored for the backward pass, as `config.remat` says.
-
-    Always the state before a device's part of a row: it came from the other devices.
-    """
-    policies = jax.checkpoint_policies
-    states = policies.save_only_these_names("state_before")
-    if config.remat == "full":
-        return states
-    if config.remat == "dots":
-        return policies.save_from_both_policies(states, policies.dots_with_no_batch_dims_saveable)
-    names = config.kept_activations
-    if config.remat.startswith("offload:"):
-        return policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=["state_before"],
-            names_which_can_be_offloaded=list(names),
-            offload_src="device",
-            offload_dst="pinned_host",
-        )
-    kept = policies.save_only_these_names("state_before", *names)
-    return policies.save_from_both_policies(kept, is_cudnn) if "retention" in names else kept
 
 
 class RetNet(LanguageModel):

@@ -1,6 +1,6 @@
 """Multi-scale retention: the mixer of a RetNet (arXiv 2307.08621, Eq. 8)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,13 @@ from retnet_jax.config import ModelConfig
 from retnet_jax.model.layers import Linear, RMSNorm, project, split_heads
 from retnet_jax.ops.gated_norm import gated_norm
 from retnet_jax.ops.retention import (
-    SplitRows,
+    SplitDocuments,
     log_decay,
     positions,
     retention,
     row_normalizer,
     score_clamp,
-    split_rows,
+    split_documents,
 )
 from retnet_jax.ops.rotation import Rotation, rotate, rotation
 from retnet_jax.shapes import Array, Float, Int
@@ -52,12 +52,17 @@ class RetentionState(NamedTuple):
 
 
 class RetentionContext(NamedTuple):
-    """What all layers share: functions of positions and documents alone."""
+    """What all layers share, functions of positions and documents alone; and where these end."""
 
     turn: Rotation
     log_decay: Float[Array, " h"]
     row_scale: Float[Array, "b t h"] | None  # None: outputs are not scaled by position
-    rows: SplitRows | None  # None: each row is one document
+    documents: SplitDocuments | None  # None: each row is one document
+    position: Int[Array, " b"]  # of the token after the batch
+
+    def state(self, layers) -> RetentionState:
+        """The state after the batch, from that of each layer."""
+        return RetentionState(layers, self.position)
 
 
 class MultiScaleRetention(nnx.Module):
@@ -98,7 +103,7 @@ class MultiScaleRetention(nnx.Module):
             v,
             context.log_decay,
             state,
-            context.rows,
+            context.documents,
             form=form,
             chunk_size=config.chunk_size if form == "chunkwise" else None,
         )
@@ -125,7 +130,7 @@ class MultiScaleRetention(nnx.Module):
             k,
             context.log_decay,
             context.row_scale,
-            None if context.rows is None else context.rows.documents,
+            None if context.documents is None else context.documents.documents,
             self.config.score_clamp,
         )
 
@@ -145,8 +150,8 @@ class MultiScaleRetention(nnx.Module):
         state: RetentionState | None,
         shape: tuple[int, int],
         segment_ids: Int[Array, "b t"] | None,
-    ) -> tuple[RetentionContext, RetentionState]:
-        """The context of a batch of tokens [b t], and the state advanced but for its layers."""
+    ) -> tuple[RetentionContext, Any]:
+        """The context of a batch of tokens [b t], and the state of each layer before them."""
         if state is None:
             state = RetentionState(layers=None, position=jnp.zeros(shape[0], jnp.int32))
         if segment_ids is None:
@@ -161,6 +166,7 @@ class MultiScaleRetention(nnx.Module):
             ),
             log_decay=decay,
             row_scale=row_normalizer(decay, place) if config.row_normalizer else None,
-            rows=None if segment_ids is None else split_rows(segment_ids),
+            documents=None if segment_ids is None else split_documents(segment_ids),
+            position=after,
         )
-        return context, state._replace(position=after)
+        return context, state.layers

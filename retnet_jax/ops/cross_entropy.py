@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from retnet_jax.ops.linear import materialized
-from retnet_jax.parallel.sharding import WORDS, axes_of, axis_size, backend, layout, many_devices
+from retnet_jax.parallel.mesh import axis_size, backend, many_devices
+from retnet_jax.parallel.sharding import WORDS, activation_spec, axes_of
 from retnet_jax.shapes import Array, Float, Int
 
 
@@ -74,8 +75,8 @@ def token_cross_entropy(
 def _objective_and_gradients(hidden, head, targets, weights, z_loss):
     if not many_devices():
         return _of_this_device(hidden, head, targets, weights, z_loss, _Split())
-    tokens = layout("bt", targets.shape)
-    words = PartitionSpec(layout("w", head.shape[:1])[0], None)
+    tokens = activation_spec("bt", targets.shape)
+    words = PartitionSpec(activation_spec("w", head.shape[:1])[0], None)
     over = axes_of(tokens)
     # The head's gradient is handed out as the head itself is stored; the rest of it is summed up.
     scattered = "fsdp" in over and head.shape[0] % math.prod(map(axis_size, WORDS)) == 0

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from retnet_jax.parallel.sharding import WORDS, axes_of, axis_size, constrain, layout, many_devices
+from retnet_jax.parallel.mesh import axis_size, many_devices
+from retnet_jax.parallel.sharding import WORDS, activation_spec, axes_of, constrain
 from retnet_jax.shapes import Array, Float, Int
 
 
@@ -31,7 +32,7 @@ def _look_up(table, tokens, dtype):
 
 
 def _forward(table, tokens, dtype):
-    places = layout("bt", tokens.shape)
+    places = activation_spec("bt", tokens.shape)
 
     @partial(
         jax.shard_map,
@@ -50,7 +51,7 @@ def _forward(table, tokens, dtype):
 def _backward(dtype, residuals, d_rows):
     tokens, like = residuals
     words = like.shape[1]
-    places = layout("bt", tokens.shape)
+    places = activation_spec("bt", tokens.shape)
     others = tuple(axis for axis in axes_of(places) if axis != "fsdp")
 
     @partial(

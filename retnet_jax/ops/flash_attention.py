@@ -15,7 +15,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from retnet_jax.parallel.sharding import axis_size, backend, layout, local_shape, many_devices
+from retnet_jax.parallel.mesh import axis_size, backend, many_devices
+from retnet_jax.parallel.sharding import activation_spec, local_shape
 from retnet_jax.shapes import Array, Float, Int
 
 KERNELS = {"tpu": "splash", "gpu": "cudnn"}  # of a backend
@@ -58,8 +59,8 @@ def flash_attention(
     run = {"splash": _splash, "cudnn": _cudnn}[name]
     if not many_devices():
         return run(q, k, v, document)
-    wide = layout("bthk", q.shape)
-    rows = None if document is None else layout("bt", document.shape)
+    wide = activation_spec("bthk", q.shape)
+    rows = None if document is None else activation_spec("bt", document.shape)
     # XLA does not look into a kernel to split it.
     return jax.shard_map(run, in_specs=(wide, wide, wide, rows), out_specs=wide, check_vma=False)(
         q, k, v, document

@@ -14,7 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
-from retnet_jax.parallel.sharding import backend, layout, local_shape, many_devices
+from retnet_jax.parallel.mesh import backend, many_devices
+from retnet_jax.parallel.sharding import activation_spec, local_shape
 from retnet_jax.shapes import Array
 
 LANES = 128
@@ -52,7 +53,7 @@ def on_tpu(function: Callable, like: Array, *arrays: Array | None, outputs: int 
         operands = iter(operands)
         return function(*(None if x is None else next(operands) for x in arrays))
 
-    of_heads = PartitionSpec(*layout("bth", like.shape[:3]))
+    of_heads = PartitionSpec(*activation_spec("bth", like.shape[:3]))
     n_heads = local_shape("bth", like.shape[:3])[2]
     shared = [x.ndim == 4 and x.shape[2] == 1 for x in given]
     run = partial(_call, of_given, n_heads, shared, like.shape[3], like.dtype, outputs)

@@ -1,4 +1,4 @@
-"""Accelerators: what one device can compute, hold and exchange.
+"""Accelerators: what one device can compute, hold and exchange, and how kernels are tiled for it.
 
 Numbers of the makers' data sheets, for one `jax.Device`: a TPU7x chip is two of them, a v4 or v5p
 chip one. Memory is what programs can have of it. Bandwidths are one way; links are those of one
@@ -18,16 +18,18 @@ class Chip(NamedTuple):
     links_bandwidth: float  # of all links of a device together
     network_bandwidth: float
     clock: float = 0.0  # of a TPU's cores; follows from the peak and the units of its cores
+    vmem: int = 0  # of one core of a TPU
+    chunk: int = 0  # tokens, in bfloat16, of a chunk that fills its matrix units: `pallas_tpu.py`
 
 
-_GIB = 2**30
+_GIB, _MIB = 2**30, 2**20
 
 CHIPS = (
-    Chip("TPU v4", 275e12, 32 * _GIB, 1.23e12, 300e9, 6.25e9, 1.05e9),
-    Chip("TPU v5 lite", 197e12, 15.75 * _GIB, 0.82e12, 200e9, 3.1e9, 1.5e9),
-    Chip("TPU v5", 459e12, 95 * _GIB, 2.77e12, 600e9, 6.25e9, 1.75e9),
-    Chip("TPU v6 lite", 918e12, 31.25 * _GIB, 1.64e12, 400e9, 12.5e9, 1.75e9),
-    Chip("TPU7x", 1153e12, 96 * _GIB, 3.69e12, 300e9, 6.25e9),
+    Chip("TPU v4", 275e12, 32 * _GIB, 1.23e12, 300e9, 6.25e9, 1.05e9, 16 * _MIB, 128),
+    Chip("TPU v5 lite", 197e12, 15.75 * _GIB, 0.82e12, 200e9, 3.1e9, 1.5e9, 128 * _MIB, 128),
+    Chip("TPU v5", 459e12, 95 * _GIB, 2.77e12, 600e9, 6.25e9, 1.75e9, 64 * _MIB, 128),
+    Chip("TPU v6 lite", 918e12, 31.25 * _GIB, 1.64e12, 400e9, 12.5e9, 1.75e9, 128 * _MIB, 256),
+    Chip("TPU7x", 1153e12, 96 * _GIB, 3.69e12, 300e9, 6.25e9, 0.0, 64 * _MIB, 256),
     Chip("NVIDIA A100", 312e12, 79 * _GIB, 2.04e12, 300e9, 25e9),
     Chip("NVIDIA H100", 989e12, 79 * _GIB, 3.35e12, 450e9, 50e9),
     Chip("NVIDIA H200", 989e12, 141 * _GIB, 4.8e12, 450e9, 50e9),

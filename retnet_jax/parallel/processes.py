@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -198,8 +199,14 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Takes SIGINT and SIGTERM as requests to stop. The second one acts as usual."""
+    """Takes SIGINT and SIGTERM as requests to stop. The second one acts as usual.
+
+    Only the main thread gets signals; in another one nothing requests a stop.
+    """
     request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
     together = jax.process_count() > 1  # then JAX itself waits for SIGTERM, and tells the others
 
     def handle(number, _):

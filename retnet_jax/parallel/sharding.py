@@ -1,4 +1,4 @@
-"""The device mesh, and the two tables that lay parameters and activations on it."""
+"""What lies where on the mesh: a table of parameters, one of activations, and what applies them."""
 
 import math
 import re
@@ -6,23 +6,20 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
-from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from retnet_jax.config import Config, MeshConfig
+from retnet_jax.config import Config
 from retnet_jax.errors import ConfigError
+from retnet_jax.parallel.mesh import axis_size, many_devices
 from retnet_jax.trees import leaf_name
-
-# In the order of the devices: those next to each other exchange the most, within `tensor`.
-AXES = ("data", "fsdp", "seq", "tensor")
 
 # Axes that split the words of an embedding or a head.
 WORDS = ("tensor", "fsdp")
 
-# The end of a parameter's path -> mesh axis of each dimension, or several such of which the first
-# that divides counts. Optimiser moments have the same ends; what matches nothing is copied to all
-# devices. `fsdp` splits the last dimension only if it must: a TPU keeps that in tiles of 128,
-# and gathers narrower parts at twice the cost.
+# Path suffix -> PartitionSpecs to try in order; the first that divides the shape is used. Optimiser
+# moments have the same suffixes; an array that none matches is copied to all devices. `fsdp` splits
+# the last dimension only if it must: a TPU keeps that in tiles of 128, and gathers narrower parts
+# at twice the cost.
 PARAMETERS = (
     (
         r"(embedding|head)",
@@ -40,83 +37,7 @@ ACTIVATIONS = {"b": ("data", "fsdp"), "t": "seq", "h": "tensor", "f": "tensor", 
 BATCH = PartitionSpec(("data", "fsdp"), "seq")
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of `devices`, None for all.
-
-    Raises:
-      ConfigError: if the sizes do not multiply to the number of devices.
-    """
-    devices = jax.devices() if devices is None else devices
-    count = len(devices)
-    sizes = [getattr(config, axis) for axis in AXES]
-    shown = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
-    known = 1
-    for size in sizes:
-        known *= size if size != -1 else 1
-    if -1 in sizes and count % known == 0:
-        sizes[sizes.index(-1)] = count // known
-    elif -1 in sizes or known != count:
-        raise ConfigError(
-            f"{shown} does not fit {count} devices: the sizes must multiply to {count}, "
-            "where one of them may be -1"
-        )
-    slices = number_of_slices(devices)
-    if slices > 1:
-        return _mesh_of_slices(sizes, slices, devices)
-    placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-def number_of_slices(devices: Iterable[jax.Device]) -> int:
-    """Of TPUs, which have links within a slice and a network between slices; 1 for all others."""
-    return len({getattr(device, "slice_index", 0) for device in devices})
-
-
-def _mesh_of_slices(sizes: list[int], slices: int, devices: Sequence[jax.Device]) -> Mesh:
-    """A mesh of several TPU slices, between which only `data` exchanges."""
-    data, *others = sizes
-    if data % slices:
-        raise ConfigError(
-            f"mesh.data={data} does not divide over {slices} slices, whose network is slow: only "
-            f"mesh.data can lie across them; {slices} or a multiple of it would do"
-        )
-    within = mesh_utils.create_hybrid_device_mesh(
-        (data // slices, *others),
-        (slices, *[1] * len(others)),
-        devices=devices,
-        allow_split_physical_axes=True,
-    )
-    return Mesh(within, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-def backend() -> str:
-    """What computes: the platform of the mesh that is set, else of jax's default device.
-
-    A program can be compiled for devices that this machine does not have.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
-
-
-def device_kind() -> str:
-    """The kind of device that computes, such as "TPU v5 lite", as `backend` finds it."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.devices()[0].device_kind if mesh.empty else mesh.abstract_device.device_kind
-
-
-def many_devices() -> bool:
-    """Whether a mesh of ours is set that has more than one device."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and mesh.size > 1 and set(AXES) <= set(mesh.axis_names)
-
-
-def axis_size(axis: str) -> int:
-    """Devices along an axis of the mesh that is set; 1 without one."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.shape.get(axis, 1)
-
-
-def layout(dimensions: str, shape: Sequence[int]) -> PartitionSpec:
+def activation_spec(dimensions: str, shape: Sequence[int]) -> PartitionSpec:
     """How the mesh that is set splits an activation.
 
     Args:
@@ -132,29 +53,24 @@ def layout(dimensions: str, shape: Sequence[int]) -> PartitionSpec:
 
 
 def local_shape(dimensions: str, shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of the part of an activation that one device has, as `layout` splits it."""
-    split = [axes_of((axes,)) for axes in layout(dimensions, shape)]
+    """The shape of one device's part of an activation, as `activation_spec` splits it."""
+    split = [axes_of((axes,)) for axes in activation_spec(dimensions, shape)]
     return tuple(
         size // math.prod(map(axis_size, axes)) for size, axes in zip(shape, split, strict=True)
     )
 
 
-def axes_of(layout: Iterable) -> tuple[str, ...]:
-    """All mesh axes that a layout splits something over."""
-    each = ((axes,) if isinstance(axes, str) else axes or () for axes in layout)
+def axes_of(spec: Iterable) -> tuple[str, ...]:
+    """All mesh axes that a PartitionSpec names."""
+    each = ((axes,) if isinstance(axes, str) else axes or () for axes in spec)
     return tuple(axis for axes in each for axis in axes)
 
 
 def constrain(x: Any, dimensions: str) -> Any:
-    """An activation laid on the mesh that is set as `layout` says."""
+    """An activation, split over the mesh that is set as `activation_spec` says."""
     if not many_devices():
         return x
-    return jax.lax.with_sharding_constraint(x, layout(dimensions, x.shape))
-
-
-def first_device() -> Mesh:
-    """A mesh of the first device alone."""
-    return make_mesh(MeshConfig(), jax.devices()[:1])
+    return jax.lax.with_sharding_constraint(x, activation_spec(dimensions, x.shape))
 
 
 def batch_shardings(mesh: Mesh, batch: Any) -> Any:

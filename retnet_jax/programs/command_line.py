@@ -5,15 +5,18 @@ the input ends it with its message and exit status 2; all else is a bug and keep
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from logging import CRITICAL, getLogger
+from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+import retnet_jax.configs
 from retnet_jax.config import Config
-from retnet_jax.config_json import check_field
+from retnet_jax.config_json import check_option
 from retnet_jax.errors import CheckpointError, ConfigError
 
 
@@ -42,7 +45,7 @@ def define_config() -> None:
     """The flag --config=FILE[:ARGUMENT] and its overrides --config.SECTION.FIELD=VALUE."""
     config_flags.register_flag_parser_for_type(dict[str, float], SharesParser())
     config_flags.DEFINE_config_file(
-        "config", None, "experiment file, such as configs/quickstart.py"
+        "config", None, f"experiment: a file, or one of {', '.join(_packaged_configs())}"
     )
     flags.mark_flag_as_required("config")
 
@@ -75,6 +78,17 @@ def run(main: Callable[[], int | None]) -> None:
     app.run(lambda _: _reporting(main), flags_parser=lambda argv: _reporting(_parse, argv))
 
 
+def prepare_command() -> str:
+    """The command that prepares the store of this program's config: its config flags are kept."""
+    options, taken = [], False
+    for argument in sys.argv[1:]:
+        if argument.startswith("-"):
+            taken = argument.lstrip("-").startswith("config")
+        if taken:  # "--config=FILE", or "--config" and "FILE"
+            options.append(argument)
+    return shlex.join(["python", "tools/prepare_data.py", *options])
+
+
 def given_config() -> Config:
     """The checked config that the flags name.
 
@@ -98,8 +112,14 @@ def _parse(arguments: Sequence[str]) -> list[str]:
     sys.path.append(os.getcwd())
     for argument in arguments[1:]:
         if argument.startswith(("--config.", "-config.")):
-            check_field(argument.split("=")[0].lstrip("-").removeprefix("config."))
-    rest = flags.FLAGS([arguments[0], *map(_with_underscores, arguments[1:])])
+            check_option(argument.split("=")[0].lstrip("-").removeprefix("config."))
+    arguments = [arguments[0], *map(_with_underscores, arguments[1:])]
+    for place, argument in enumerate(arguments):
+        if argument.startswith("--config="):
+            arguments[place] = "--config=" + _config_file(argument.removeprefix("--config="))
+        elif argument == "--config" and place + 1 < len(arguments):
+            arguments[place + 1] = _config_file(arguments[place + 1])
+    rest = flags.FLAGS(arguments)
     if not flags.FLAGS["verbosity"].present:
         # Orbax tells of every array it writes, and where one cannot be written logs a stack trace
         # for each. What matters reaches us as one exception.
@@ -108,6 +128,31 @@ def _parse(arguments: Sequence[str]) -> list[str]:
     if len(rest) > 1:
         raise ConfigError(f"{rest[1]!r} is not a flag; options are given as --name=value")
     return rest
+
+
+def _config_file(value: str) -> str:
+    """What --config names as a file: "quickstart:transformer" is in the package.
+
+    Raises:
+      ConfigError: for a name that is no config of the package.
+    """
+    name, colon, argument = value.partition(":")
+    if not name or name.endswith(".py") or os.sep in name:
+        return value
+    configs = _packaged_configs()
+    if name not in configs:
+        raise ConfigError(
+            f"--config={name}: no such config; name a file, such as my_config.py, or one of "
+            + ", ".join(configs)
+        )
+    return f"{configs[name]}{colon}{argument}"
+
+
+def _packaged_configs() -> dict[str, Path]:
+    """The files of `retnet_jax/configs` that define a config, by their names."""
+    files = sorted(Path(retnet_jax.configs.__file__).parent.glob("*.py"))
+    helpers = ("__init__", "paper_settings")
+    return {file.stem: file for file in files if file.stem not in helpers}
 
 
 def _with_underscores(argument: str) -> str:

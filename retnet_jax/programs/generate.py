@@ -20,7 +20,7 @@ from pathlib import Path
 from absl import flags
 
 from retnet_jax.errors import ConfigError
-from retnet_jax.generation.sampling import Sampler
+from retnet_jax.generation.requests import Request, read_requests, requests_of_prompts
 from retnet_jax.generation.saved_state import load_reading, save_reading
 from retnet_jax.generation.texts import Writer
 from retnet_jax.model import for_decoding
@@ -56,7 +56,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("weights", None, ["int8"], "of the matrices; if not given in --dtype")
     flags.DEFINE_enum("state_dtype", None, ["float32", "bfloat16"], "of a RetNet's state")
     flags.DEFINE_integer("seed", 0, "of the draws", lower_bound=0, upper_bound=2**32 - 1)
-    flags.DEFINE_string("load_state", None, "file of --save_state: prompts go on from there")
+    flags.DEFINE_string("load_state", None, "file of --save_state: prompts continue it")
     flags.DEFINE_string("save_state", None, "file to keep what was read and written; one prompt")
     flags.DEFINE_string(
         "output", None, "JSON lines to write: texts, tokens, their log-probabilities"
@@ -79,7 +79,8 @@ def generate(args) -> None:
     Raises:
       ConfigError, CheckpointError: for a directory, prompt or file that does not fit.
     """
-    prompts, samplers = given_requests(args)
+    requests = given_requests(args)
+    prompts = [request.prompt for request in requests]
     output = None if args.output is None else Path(args.output)
     for name in ("output", "save_state"):
         path = getattr(args, name)
@@ -99,11 +100,11 @@ def generate(args) -> None:
         tokenizer,
         prompts,
         args.max_tokens,
-        samplers,
+        [request.sampler for request in requests],
         args.seed,
         stop=args.stop,
-        # What is saved must not be read on to the end of a block.
-        block_size=1 if args.save_state else 16,
+        # What is saved must have read no token after the end of the text.
+        tokens_at_once=1 if args.save_state else 16,
         after=after,
     )
     speed = Speed(lambda: sum(len(found.tokens) for found in writer.continuations))
@@ -130,87 +131,32 @@ def generate(args) -> None:
         save_reading(Path(args.save_state), writer.reading, model, tokenizer)
 
 
-def given_requests(args) -> tuple[list[str], list[Sampler]]:
-    """The prompts that the flags give, and the sampler of each."""
-    if (args.prompt is None) == (args.requests is None):
-        if args.prompt is not None or args.load_state is None:
-            raise ConfigError("give the texts to continue as --prompt or as --requests")
-        args.prompt = [""]  # goes on without a word from us
-    default = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
-    if args.requests is None:
-        check_prompts(args.prompt, "--prompt", may_be_empty=args.load_state is not None)
-        return args.prompt, [Sampler(**default)] * len(args.prompt)
-    prompts, samplers = [], []
-    for name, request in read_requests(Path(args.requests)):
-        prompts.append(request.pop("prompt"))
-        check_prompts(prompts[-1:], f"{name}: prompt", may_be_empty=args.load_state is not None)
-        try:
-            samplers.append(Sampler(**default | request))
-        except ConfigError as error:
-            raise ConfigError(f"{name}: {error}") from None
-    return prompts, samplers
-
-
-def read_requests(path: Path) -> list[tuple[str, dict]]:
-    """The lines of --requests as objects, and their names.
-
-    Raises:
-      ConfigError: for a file that is not there or empty, and a line that is no request.
-    """
-    kinds = {"prompt": str, "temperature": (int, float), "top_k": int, "top_p": (int, float)}
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--requests={path} cannot be read: {error}") from None
-    requests = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        name = f"{path}, line {number}"
-        try:
-            request = json.loads(line)
-        except ValueError as error:
-            raise ConfigError(f"{name}: not JSON ({error})") from None
-        if not isinstance(request, dict) or "prompt" not in request:
-            raise ConfigError(f"{name}: no object with a prompt: {line[:80]}")
-        for field, value in request.items():
-            absent = field in ("top_k", "top_p") and value is None
-            fits = isinstance(value, kinds.get(field, ())) and not isinstance(value, bool)
-            if not (absent or fits):
-                raise ConfigError(
-                    f"{name}: {field}={value!r} does not fit; a request has prompt (text) and may "
-                    "have temperature (a number), top_k and top_p (numbers, or null)"
-                )
-        requests.append((name, request))
-    if not requests:
-        raise ConfigError(f"--requests={path} has no requests: a line is {{'prompt': '...'}}")
-    return requests
-
-
-def check_prompts(prompts: list[str], name: str, may_be_empty: bool) -> None:
-    """Raises `ConfigError` for a prompt that is no text."""
-    for prompt in prompts:
-        if not prompt and not may_be_empty:
-            raise ConfigError(f"{name}='' is empty; give the beginning of a text, such as 'The'")
-        try:
-            prompt.encode("utf-8")
-        except UnicodeEncodeError:
-            raise ConfigError(f"{name}={prompt!a} is not valid UTF-8") from None
+def given_requests(args) -> list[Request]:
+    """The prompts that the flags give, each with its sampler."""
+    defaults = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
+    after_text = args.load_state is not None
+    if args.prompt is not None and args.requests is None:
+        return requests_of_prompts(args.prompt, defaults, may_be_empty=after_text)
+    if args.requests is not None and args.prompt is None:
+        return read_requests(Path(args.requests), defaults, may_be_empty=after_text)
+    if args.prompt is None and after_text:
+        return requests_of_prompts([""], defaults, may_be_empty=True)
+    raise ConfigError("give the texts to continue as --prompt or as --requests")
 
 
 class Speed:
-    """Tokens a second after the first block, which is compiled; `count` says how many there are."""
+    """Tokens a second after the first piece, which is compiled; `count` says how many there are."""
 
     def __init__(self, count: Callable[[], int]):
         self._count = count
         self._notes = []
 
     def note(self) -> None:
-        """That a block has come."""
+        """That a piece has come."""
         self._notes.append((time.perf_counter(), self._count()))
 
     def __str__(self) -> str:
-        # The last note is of what was held back, after the blocks.
+        # The last note is of what was held back, after the pieces.
         if len(self._notes) < 3 or self._notes[-2][1] == self._notes[0][1]:
             return "too few tokens to tell their speed"
         (begin, before), (end, after) = self._notes[0], self._notes[-2]

@@ -1,18 +1,20 @@
 """Checkpoints of training states: the one file that knows Orbax.
 
 A checkpoint is a directory named by its step: `model` and `optimizer` hold arrays under names such
-as `layers/mixer/q/kernel`, `progress` the place in the data, `files.json` every file with its size.
-It is written under another name and renamed when complete, so what carries a step's name was whole
-once; `files.json` tells whether it still is.
+as `layers/mixer/q/kernel`, `progress` how far the run is, `files.json` the size and SHA-256 of
+every file. It is written under another name and renamed when complete, so what carries a step's
+name was whole once; `files.json` tells whether it still is. Every reader compares it first, because
+Orbax reads most flipped bits without complaint.
 """
 
+import concurrent.futures
 import contextlib
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -21,8 +23,11 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from retnet_jax.errors import CheckpointError, DamagedCheckpointError
+from retnet_jax.files.digests import sha256_of_file
 from retnet_jax.parallel import processes
 from retnet_jax.trees import named_leaves, nested, with_leaves
+
+T = TypeVar("T")
 
 
 class Checkpoints:
@@ -65,13 +70,14 @@ class Checkpoints:
         """The step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step: int, items: dict[str, Any], next_batch: int) -> None:
+    def save(self, step: int, items: dict[str, Any], progress: dict[str, Any]) -> None:
         """Copies trees of arrays and begins to write them, all processes together.
 
         Args:
           step: names the checkpoint.
           items: trees by name; one that is None is left out.
-          next_batch: number of the batch that comes after this step.
+          progress: values for JSON, such as the number of the next batch: a batch is a function of
+            seed and number, so this is all of the data's state.
 
         Raises:
           CheckpointError: if the disk has no room for it, or the save before this one failed and
@@ -86,8 +92,7 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(
                     **{name: ocp.args.StandardSave(_named(tree)) for name, tree in trees.items()},
-                    # A batch is a function of (seed, number), so this is all of the data's state.
-                    progress=ocp.args.JsonSave({"step": step, "next_batch": next_batch}),
+                    progress=ocp.args.JsonSave({"step": step, **progress}),
                 ),
             )
 
@@ -100,8 +105,8 @@ class Checkpoints:
         with self._reporting():
             self._manager.wait_until_finished()
 
-    def restore(self, step: int, items: dict[str, Any]) -> tuple[dict[str, Any], int]:
-        """Trees of arrays, and the next batch's number.
+    def restore(self, step: int, items: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Trees of arrays, and the progress that was saved with them.
 
         Args:
           step: of the checkpoint.
@@ -112,12 +117,12 @@ class Checkpoints:
           CheckpointError: if they hold other arrays.
         """
         path, trees = self._directory / str(step), _present(items)
-        processes.once(lambda: _check_files(path))
+        processes.once(lambda: _verify(path))
         found = _read(self._manager, path, **trees)
         restored = {
             name: with_leaves(tree, named_leaves(found[name])) for name, tree in trees.items()
         }
-        return dict.fromkeys(items) | restored, found.progress["next_batch"]
+        return dict.fromkeys(items) | restored, found.progress
 
     def set_aside(self, step: int) -> None:
         """Gives a damaged checkpoint a name under which it is not looked for."""
@@ -131,8 +136,7 @@ class Checkpoints:
         # It gets its name next; on object stores, which cannot rename, a marker inside instead.
         path = self._directory / f"{self._begun}.orbax-checkpoint-tmp"
         path = path if path.exists() else self._directory / str(self._begun)
-        sizes = {name: (path / name).stat().length for name in _files_under(path)}
-        (path / _FILES).write_text(json.dumps(sizes, indent=0))
+        (path / _FILES).write_text(json.dumps(_digests(path), indent=0))
 
     def _check_room(self, needed: int) -> None:
         if "://" in str(self._directory):
@@ -171,19 +175,44 @@ def _files_under(path: epath.Path, prefix: str = "") -> list[str]:
     return sorted(found)
 
 
-def _check_files(path: epath.Path) -> None:
-    """Raises `DamagedCheckpointError` if a file of a checkpoint is missing or of another size."""
+def _digests(path: epath.Path) -> dict[str, dict[str, Any]]:
+    """The size and the SHA-256 of each file of a checkpoint, by its path in it."""
+    names = _files_under(path)
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        found = threads.map(lambda name: sha256_of_file(path / name), names)
+        return {
+            name: {"bytes": (path / name).stat().length, "sha256": sha256}
+            for name, sha256 in zip(names, found, strict=True)
+        }
+
+
+def _verify(path: epath.Path) -> None:
+    """Compares the files of a checkpoint with `files.json`.
+
+    Checkpoints of before 2026-11-25 have sizes alone there, and the oldest have no such file.
+
+    Raises:
+      DamagedCheckpointError: naming a file that is missing or not what was written.
+    """
+    path = epath.Path(path)
     if not (path / _FILES).exists():
-        return  # its writer was killed right after it was complete; reading will tell
-    for name, size in json.loads((path / _FILES).read_text()).items():
-        file = path / name
-        found = file.stat().length if file.exists() else "nothing"
-        if found != size:
-            raise DamagedCheckpointError(
-                f"checkpoint {path} is damaged: {name} has {found}, not {size:,} bytes"
-                if file.exists()
-                else f"checkpoint {path} is damaged: {name} is missing"
-            )
+        return
+    try:
+        expected = json.loads((path / _FILES).read_text())
+        sizes_alone = all(type(about) is int for about in expected.values())
+        found = dict.fromkeys(_files_under(path)) if sizes_alone else _digests(path)
+        if sizes_alone:
+            found = {name: (path / name).stat().length for name in found}
+    except (OSError, ValueError, AttributeError) as error:
+        raise DamagedCheckpointError(f"checkpoint {path} is damaged: {_brief(error)}") from error
+    for name in sorted(expected | found):
+        if found.get(name) != expected.get(name):
+            what = "is not what was written"
+            if name not in found:
+                what = "is missing"
+            elif name not in expected:
+                what = f"is not listed in {_FILES}"
+            raise DamagedCheckpointError(f"checkpoint {path} is damaged: {name} {what}")
 
 
 def restore_model(directory: Path, model: Any) -> tuple[Any, int]:
@@ -196,9 +225,12 @@ def restore_model(directory: Path, model: Any) -> tuple[Any, int]:
     Raises:
       CheckpointError: if there is none, files are missing or damaged, or hold other arrays.
     """
-    with _reading(directory) as (manager, step):
+
+    def read(manager: ocp.CheckpointManager, step: int) -> tuple[Any, int]:
         found = _read(manager, directory / str(step), model=model)
-    return _unnamed(model, found.model), step
+        return _unnamed(model, found.model), step
+
+    return _of_newest(directory, read)
 
 
 class ParameterReader:
@@ -213,9 +245,11 @@ class ParameterReader:
     """
 
     def __init__(self, directory: Path, model: Any):
-        with _reading(directory) as (_, step):
-            self._path = directory / str(step) / "model"
-            _check_arrays(self._path.parent, "model", model)
+        def open_model(_, step: int) -> Path:
+            _check_arrays(directory / str(step), "model", model)
+            return directory / str(step) / "model"
+
+        self._path = _of_newest(directory, open_model)
 
     def read(self, name: str) -> np.ndarray:
         """A parameter by its name, such as layers/mixer/q/kernel."""
@@ -223,30 +257,46 @@ class ParameterReader:
         for part in reversed(name.split("/")):
             item, how = {part: item}, {part: how}
         arguments = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            found = checkpointer.restore(_absolute(self._path), args=arguments)
+        try:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                found = checkpointer.restore(_absolute(self._path), args=arguments)
+        except Exception as error:  # Orbax raises of every kind
+            if self._path.exists():
+                raise
+            raise CheckpointError(
+                f"checkpoint {self._path.parent} was deleted while it was read, perhaps by the run "
+                "that writes there: start again, or copy the checkpoint first"
+            ) from error
         for part in name.split("/"):
             found = found[part]
         return found
 
 
-@contextlib.contextmanager
-def _reading(directory: Path) -> Iterator[tuple[ocp.CheckpointManager, int]]:
-    """A manager of a directory that is only read, and the newest step in it."""
+def _of_newest(directory: Path, read: Callable[[ocp.CheckpointManager, int], T]) -> T:
+    """What is read of the newest checkpoint, by manager and step, in a directory.
+
+    A run that is still training may delete it meanwhile, for a newer one: then that is read.
+    """
     if not directory.is_dir():
         raise CheckpointError(f"{directory} does not exist: there is no checkpoint to load")
-    options = ocp.CheckpointManagerOptions(create=False)
-    with ocp.CheckpointManager(_absolute(directory), options=options) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise CheckpointError(f"{directory} holds no complete checkpoint")
-        try:
-            _check_files(epath.Path(directory) / str(step))
-            yield manager, step
-        except DamagedCheckpointError as error:
-            raise DamagedCheckpointError(
-                f"{error}; delete or move that directory to use the checkpoint before it"
-            ) from error
+    while True:
+        options = ocp.CheckpointManagerOptions(create=False)
+        with ocp.CheckpointManager(_absolute(directory), options=options) as manager:
+            step = manager.latest_step()
+            if step is None:
+                raise CheckpointError(f"{directory} holds no complete checkpoint")
+            path = epath.Path(directory) / str(step)
+            try:
+                _verify(path)
+                return read(manager, step)
+            except Exception as error:  # whatever Orbax meets in what is being deleted
+                if not path.exists():
+                    continue
+                if not isinstance(error, DamagedCheckpointError):
+                    raise
+                raise DamagedCheckpointError(
+                    f"{error}; delete or move that directory to use the checkpoint before it"
+                ) from error
 
 
 def _read(manager: ocp.CheckpointManager, path: Path, **trees: Any) -> Any:
@@ -259,7 +309,9 @@ def _read(manager: ocp.CheckpointManager, path: Path, **trees: Any) -> Any:
             int(path.name),
             args=ocp.args.Composite(**arguments, progress=ocp.args.JsonRestore()),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (CheckpointError, jax.errors.JaxRuntimeError):  # the latter has no room for the arrays
+        raise
+    except Exception as error:  # Orbax raises of every kind for what is damaged
         raise DamagedCheckpointError(f"checkpoint {path} is damaged: {_brief(error)}") from error
 
 

@@ -1,35 +1,17 @@
 """What a run reports: metrics.jsonl, TensorBoard, Weights & Biases, and the terminal."""
 
-import json
 import math
 import sys
 import time
+import uuid
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from etils import epath
 
-from retnet_jax.errors import ConfigError
-from retnet_jax.parallel.chips import chip
-
-
-def peak_flops(device: jax.Device) -> float:
-    """FLOP/s that MFU is measured against: the data sheet's, or else a measured float32 product."""
-    known = chip(device.device_kind)
-    if known is not None:
-        return known.flops
-    size = 1024
-    x = jax.device_put(np.ones((size, size), np.float32), device)
-    product = jax.jit(jnp.matmul)
-    product(x, x).block_until_ready()
-    seconds = []
-    for _ in range(10):
-        start = time.perf_counter()
-        product(x, x).block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
+from retnet_jax.errors import ConfigError, brief
+from retnet_jax.files import atomic
+from retnet_jax.runs.json_lines import JsonLines
 
 
 class MetricsLog:
@@ -51,37 +33,30 @@ class MetricsLog:
         from tqdm import tqdm
 
         workdir = epath.Path(workdir)
-        self._lines = _Lines(workdir / "metrics.jsonl", first_step)
-        self._starts = _Lines(workdir / "starts.jsonl")
-        self._events = SummaryWriter(str(workdir), purge_step=first_step + 1)
-        self._wandb = _wandb_run(wandb, workdir) if wandb else None
         self._bar = None
+        self._wandb = _WeightsAndBiases(wandb, workdir, self.say) if wandb else None
+        self._lines = JsonLines(workdir / "metrics.jsonl", self.say, first_step)
+        self._starts = JsonLines(workdir / "starts.jsonl", self.say)
+        self._events = SummaryWriter(str(workdir), purge_step=first_step + 1)
         if sys.stderr.isatty():
             self._bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True)
         self._steps = steps
         self._session = (first_step, time.perf_counter())
 
-    def begin(self, facts: dict[str, Any]) -> tuple[float, float]:
-        """Records a start in starts.jsonl.
-
-        Returns:
-          When the run was started first, seconds since 1970, and the `training_seconds` of the last
-          line of metrics.jsonl.
-        """
-        now = time.time()
-        self._starts.append({"time": now, "step": self._session[0], **facts})
-        trained = [x["training_seconds"] for x in self._lines.records if "training_seconds" in x]
-        return self._starts.records[0]["time"], max(trained, default=0.0)
+    def begin(self, facts: dict[str, Any]) -> None:
+        """Records a start in starts.jsonl."""
+        self._starts.append({"time": time.time(), "step": self._session[0], **facts})
 
     def advance(self, step: int) -> None:
         """Moves the bar to a step that is done."""
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
-    def write(self, step: int, values: dict[str, Any]) -> None:
-        """Records the values of one step; one that is not finite is null in JSON."""
+    def write(self, step: int, values: Mapping[str, float]) -> dict[str, Any] | None:
+        """Records the values of one step, and returns the record: None for what is not finite."""
         finite = {name: x if math.isfinite(x) else None for name, x in values.items()}
-        self._lines.append({"step": step, **finite})
+        record = {"step": step, **finite}
+        self._lines.append(record)
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
         if self._wandb is not None:
@@ -91,6 +66,7 @@ class MetricsLog:
             self._bar.set_postfix_str(shown)
         else:
             self.say(f"step {step}/{self._steps}  {shown}  {self._time_left(step)}")
+        return record
 
     def say(self, message: str) -> None:
         """A line on stderr, above the bar if there is one."""
@@ -100,6 +76,8 @@ class MetricsLog:
             print(message, file=sys.stderr, flush=True)
 
     def close(self) -> None:
+        self._lines.close()
+        self._starts.close()
         self._events.close()
         if self._wandb is not None:
             self._wandb.finish()
@@ -124,15 +102,15 @@ _SHOWN = {
 
 
 class NoLog:
-    """What the processes have that leave logging to the first."""
+    """The log of all processes but the first: none."""
 
-    def begin(self, facts: dict[str, Any]) -> tuple[float, float]:
-        return time.time(), 0.0
+    def begin(self, facts: dict[str, Any]) -> None:
+        pass
 
     def advance(self, step: int) -> None:
         pass
 
-    def write(self, step: int, values: dict[str, Any]) -> None:
+    def write(self, step: int, values: Mapping[str, float]) -> dict[str, Any] | None:
         pass
 
     def say(self, message: str) -> None:
@@ -142,49 +120,60 @@ class NoLog:
         pass
 
 
-class _Lines:
-    """A file of JSON lines that grows; on object stores it is written anew each time.
+class _WeightsAndBiases:
+    """The metrics of a run at Weights & Biases; when that fails, training continues without it.
 
     Args:
-      path: of the file.
-      last_step: lines of later steps are dropped; None: of none. A last line that was cut off in
-        the middle is, always.
+      project: that the run belongs to.
+      workdir: of the run, which keeps the id under which it is resumed there.
+      say: called with what went wrong.
+
+    Raises:
+      ConfigError: if the package is missing, or it cannot be started.
     """
 
-    def __init__(self, path: epath.Path, last_step: int | None = None):
-        self._path = path
-        self.records: list[dict[str, Any]] = []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                break
-            if last_step is None or record["step"] <= last_step:
-                self.records.append(record)
-        if path.exists():
-            unfinished = path.with_name(path.name + ".unfinished")
-            unfinished.write_text(self._text(self.records))
-            unfinished.replace(path)
+    def __init__(self, project: str, workdir: epath.Path, say: Callable[[str], object]):
+        try:
+            import wandb
+        except ImportError:
+            raise ConfigError(
+                f"train.wandb={project!r} needs the package wandb: pip install wandb"
+            ) from None
+        path = workdir / "wandb_id"
+        if not path.exists():
+            atomic.write_text(path, uuid.uuid4().hex)
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=workdir.name,
+                id=path.read_text(),
+                resume="allow",
+                dir=str(workdir),
+            )
+        except Exception as error:  # of its own kinds, and of its network's
+            raise ConfigError(
+                f"train.wandb={project!r}: Weights & Biases did not start "
+                f"({type(error).__name__}: {brief(error)}); log in with `wandb login`, set "
+                "WANDB_MODE=offline, or leave train.wandb out"
+            ) from error
+        self._say = say
 
-    def append(self, record: dict[str, Any]) -> None:
-        self.records.append(record)
-        if "://" in str(self._path):
-            self._path.write_text(self._text(self.records))
-        else:
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(self._text([record]))
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Sends the values of a step."""
+        self._try(lambda: self._run.log(dict(values), step=step))
 
-    @staticmethod
-    def _text(records: list[dict[str, Any]]) -> str:
-        return "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+    def finish(self) -> None:
+        """Sends the rest."""
+        self._try(lambda: self._run.finish())
 
-
-def _wandb_run(project: str, workdir: epath.Path):
-    try:
-        import wandb
-    except ImportError:
-        raise ConfigError(
-            f"train.wandb={project!r} needs the package wandb: pip install wandb"
-        ) from None
-    name = workdir.name
-    return wandb.init(project=project, name=name, id=name, resume="allow", dir=str(workdir))
+    def _try(self, action: Callable[[], object]) -> None:
+        if self._run is None:
+            return
+        try:
+            action()
+        except Exception as error:
+            self._run = None
+            self._say(
+                f"Weights & Biases failed ({type(error).__name__}: {brief(error)}); training "
+                "continues without it, and metrics.jsonl has everything"
+            )

@@ -8,97 +8,101 @@ starts.jsonl        one JSON object for each time the run was started
 profile/            traces, as `config.profile` asks for
 lock                held by the process that trains
 events.out.*        the metrics for TensorBoard
+wandb_id            under which Weights & Biases knows the run
 """
 
 import contextlib
-import os
-import socket
+import json
 from collections.abc import Iterator
 
 from etils import epath
 
 from retnet_jax.config import TOKENIZERS, Config
-from retnet_jax.config_json import differences, read_config, to_json
-from retnet_jax.data import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
-from retnet_jax.data.tokenizers.pretrained import CONFIG_NAME, NAMES
-from retnet_jax.errors import ConfigError
-
-LOCK = "lock"
-
-# Of a config, what a run can go on with in another way: where and how it is computed, what it
-# reports and keeps, and which batches it passes over.
-CHANGEABLE = (
-    "mesh.",
-    "profile.",
-    "data.skip_steps",
-    "model.remat",
-    "model.chunk_size",
-    "train.micro_batches",
-    "train.log_every",
-    "train.eval_",
-    "train.checkpoint_",
-    "train.keep_",
-    "train.wandb",
-    "train.spike_deviations",
-    "train.most_skipped",
+from retnet_jax.config_json import differences, marked, read_config, to_json
+from retnet_jax.data.tokenizers import (
+    SAVED_FILES,
+    BPETokenizer,
+    ByteTokenizer,
+    Tokenizer,
+    load_tokenizer,
 )
+from retnet_jax.errors import ConfigError
+from retnet_jax.files import atomic, lock
 
 
 @contextlib.contextmanager
 def locked(workdir: epath.Path) -> Iterator[None]:
-    """Holds a workdir, made if it is not there, as long as the `with` lasts.
+    """Holds a workdir for this process until the `with` ends; a missing one is made.
 
-    On local and network disks; object stores have no locks.
+    One that was made here and in which no run was recorded is removed again. The lock works on
+    local and network disks; object stores have none.
 
     Raises:
-      ConfigError: if another process holds it, or it is no workdir but has something in it.
+      ConfigError: if another process holds it, or if it has files in it but is no workdir.
     """
     # What a start leaves that is cut off before it has recorded a config.
-    ours = {*NAMES, CONFIG_NAME, "config.json.unfinished", LOCK}
-    names = {path.name for path in workdir.iterdir()} if workdir.is_dir() else set()
+    ours = {*SAVED_FILES, lock.FILE_NAME}
+    new = not workdir.exists()
+    found = list(workdir.iterdir()) if workdir.is_dir() else []
+    names = {path.name for path in found if not atomic.is_unfinished(path)}
     if "config.json" not in names and names - ours:
         raise ConfigError(
             f"--workdir={workdir} has files in it but no config.json, so it is no run to resume; "
             "name a new or an empty directory"
         )
     workdir.mkdir(parents=True, exist_ok=True)
-    if "://" in str(workdir):
-        yield
-        return
-    import fcntl  # not on Windows, where nothing else here needs it
-
-    with open(workdir / LOCK, "a+", encoding="utf-8") as file:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
+            stack.enter_context(lock.held(workdir))
+        except lock.HeldError as holder:
             raise ConfigError(
-                f"--workdir={workdir} is in use by another run ({file.read().strip()}): "
+                f"--workdir={workdir} is in use by another run ({holder}): "
                 "wait for it, stop it, or name another directory"
             ) from None
-        file.truncate(0)
-        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
-        yield
+        try:
+            yield
+        finally:
+            if new and not (workdir / "config.json").exists():
+                workdir.rmtree(missing_ok=True)
 
 
-def open_workdir(workdir: epath.PathLike, config: Config, tokenizer: Tokenizer) -> list[str]:
-    """Records config and tokenizer in a new workdir, or compares them with what it records.
+def recorded_config(workdir: epath.Path) -> Config | None:
+    """The config of the run in a workdir; None if no run has been recorded there.
+
+    Raises:
+      ConfigError: if it cannot be read.
+    """
+    path = workdir / "config.json"
+    return read_config(path) if path.exists() else None
+
+
+def record_start(
+    workdir: epath.PathLike, config: Config, recorded: Config | None, tokenizer: Tokenizer
+) -> list[str]:
+    """Records config and tokenizer of a new run, or compares those of a run that is resumed.
+
+    Args:
+      workdir: of the run, held by this process.
+      config: of the run that starts.
+      recorded: what the workdir records.
+      tokenizer: of the run that starts.
 
     Returns:
-      What is other than when the run began, and may be: one line for each field.
+      The allowed differences from the recorded config: one line for each option.
 
     Raises:
       ConfigError: if the workdir belongs to a run with another config or tokenizer.
     """
     workdir = epath.Path(workdir)
-    if not (workdir / "config.json").exists():
+    if recorded is None:
         workdir.mkdir(parents=True, exist_ok=True)
         tokenizer.save(workdir)
         # Written last: what has a config.json is a workdir.
-        _record(workdir, config)
+        atomic.write_text(workdir / "config.json", to_json(config))
         return []
-    changes = differences(read_config(workdir / "config.json"), config)
-    refused = [change for change in changes if not change.startswith(CHANGEABLE)]
+    changes = differences(recorded, config)
+    lines = {name: f"{name}: {old!r} -> {new!r}" for name, (old, new) in changes.items()}
+    refused = [line for name, line in lines.items() if name not in marked("changeable")]
     if refused:
         raise ConfigError(
             f"{workdir} belongs to a run with another config (its value -> the one given):\n  "
@@ -106,23 +110,16 @@ def open_workdir(workdir: epath.PathLike, config: Config, tokenizer: Tokenizer) 
             + "\ngive the same values or another --workdir; if the change is meant for this "
             f"run, make it in {workdir / 'config.json'} as well"
         )
-    recorded = _recorded_tokenizer(workdir)
-    if recorded.fingerprint != tokenizer.fingerprint:
+    of_run = _recorded_tokenizer(workdir)
+    if of_run.fingerprint != tokenizer.fingerprint:
         raise ConfigError(
             f"data.store={config.data.store!r} has another tokenizer "
-            f"({tokenizer.fingerprint[:12]}) than {workdir} ({recorded.fingerprint[:12]}); "
+            f"({tokenizer.fingerprint[:12]}) than {workdir} ({of_run.fingerprint[:12]}); "
             "its token ids would mean other text: name the store the run began with"
         )
     if changes:
-        _record(workdir, config)
-    return changes
-
-
-def _record(workdir: epath.Path, config: Config) -> None:
-    """Writes config.json in one piece."""
-    unfinished = workdir / "config.json.unfinished"
-    unfinished.write_text(to_json(config))
-    unfinished.replace(workdir / "config.json")
+        atomic.write_text(workdir / "config.json", to_json(config))
+    return list(lines.values())
 
 
 def read_workdir(workdir: epath.Path) -> tuple[Config, Tokenizer]:
@@ -143,6 +140,19 @@ def read_workdir(workdir: epath.Path) -> tuple[Config, Tokenizer]:
             f"{config.model.vocab_size} of the run; put back the one it began with"
         )
     return config, tokenizer
+
+
+def progress_of_old_checkpoint(workdir: epath.Path, step: int) -> dict[str, float]:
+    """What the checkpoint of a step says of a run's time, for one written before it did.
+
+    Then the start of the run stood in starts.jsonl, and the seconds of its steps in metrics.jsonl.
+    """
+    starts, metrics = (
+        [json.loads(line) for line in (workdir / name).read_text().splitlines()]
+        for name in ("starts.jsonl", "metrics.jsonl")
+    )
+    seconds = [x.get("training_seconds", 0.0) for x in metrics if x["step"] <= step]
+    return {"run_began": starts[0]["time"], "training_seconds": max(seconds, default=0.0)}
 
 
 def _recorded_tokenizer(workdir: epath.Path) -> Tokenizer:

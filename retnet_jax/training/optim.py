@@ -4,6 +4,7 @@ import jax
 import optax
 
 from retnet_jax.config import OptimizerConfig
+from retnet_jax.shapes import Array, Int
 
 
 def learning_rate_factor(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -61,6 +62,21 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     if config.moment_dtype != "float32":
         optimizer = _moments_kept_in(config.moment_dtype, optimizer)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+
+
+def at_step(state: optax.OptState, step: Int[Array, ""]) -> optax.OptState:
+    """The state with its learning rate schedules at a step.
+
+    They count the updates, and a skipped step is none: left alone they would lag behind the step,
+    and a run with skipped steps would end before its schedule does.
+    """
+
+    def is_schedule(x):
+        return isinstance(x, optax.ScaleByScheduleState)
+
+    return jax.tree.map(
+        lambda x: x._replace(count=step) if is_schedule(x) else x, state, is_leaf=is_schedule
+    )
 
 
 def _moments_kept_in(

@@ -22,7 +22,7 @@ from retnet_jax.model.multi_scale_retention import RetentionState
 from retnet_jax.ops.cross_entropy import objective_sum
 from retnet_jax.parallel.sharding import batch_shardings, with_shardings
 from retnet_jax.shapes import Array, Bool, Float, Int
-from retnet_jax.training.optim import learning_rate_factor, make_optimizer
+from retnet_jax.training.optim import at_step, learning_rate_factor, make_optimizer
 from retnet_jax.training.spikes import UsualStep, judge, nothing_yet
 
 
@@ -43,7 +43,7 @@ class StepMetrics(NamedTuple):
     gradient_norm: Float[Array, ""]  # before clipping
     parameter_norm: Float[Array, ""]  # before the update
     learning_rate: Float[Array, ""]
-    skipped: Int[Array, ""]  # steps passed over in a row, this one the last; 0: it was taken
+    skipped: Int[Array, ""]  # consecutive skipped steps, this one the last; 0: it was taken
 
 
 class Sums(NamedTuple):
@@ -134,7 +134,7 @@ def _where_continued(continues: Bool[Array, " b"], carry: RetentionState) -> Ret
 
 
 def train_step(config: Config, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-    """One update, or none if the loss or the gradient is not what it usually is (`spikes.py`).
+    """One update, or none if it is a step to skip (`spikes.py`).
 
     Micro-batches add up sums of losses, of weights and of gradients, and the division comes last:
     a mean of their means would weigh tokens differently wherever their counts differ.
@@ -144,9 +144,12 @@ def train_step(config: Config, state: TrainState, batch: Batch) -> tuple[TrainSt
     )
     gradients = jax.tree.map(lambda g: g / sums.weight, gradients)
     loss, norm = sums.loss / sums.weight, optax.tree.norm(gradients)
-    good, usual = judge(state.usual, loss, norm, config.train.spike_deviations)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.model)
+    before = at_step(state.optimizer, state.step)
+    updates, optimizer_state = optimizer.update(gradients, before, state.model)
+    model = optax.apply_updates(state.model, updates)
+    finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(model)]).all()
+    good, usual = judge(state.usual, loss, norm, config.train.spike_deviations, finite)
     factor = learning_rate_factor(config.optimizer, config.train.steps)
     metrics = StepMetrics(
         loss=loss,
@@ -155,7 +158,6 @@ def train_step(config: Config, state: TrainState, batch: Batch) -> tuple[TrainSt
         learning_rate=jnp.asarray(config.optimizer.learning_rate * factor(state.step)),
         skipped=usual.skipped,
     )
-    model = optax.apply_updates(state.model, updates)
     model, optimizer_state = jax.tree.map(
         partial(jnp.where, good), (model, optimizer_state), (state.model, state.optimizer)
     )

@@ -1,114 +1,15 @@
-"""Text to token ids and back: bytes, or byte-level BPE, without loss; or another model's."""
+"""Tokenizers without loss: the bytes of a text, and byte-level BPE that is trained here."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from types import ModuleType
-from typing import ClassVar, Protocol
+from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
+from retnet_jax.data.tokenizers.base import FILE_NAME, Tokenizer, hugging_face
 from retnet_jax.errors import ConfigError
 
 BOS = "<bos>"
-FILE_NAME = "tokenizer.json"
-
-
-class Tokenizer(Protocol):
-    """What all tokenizers are. The two of this file give every string back exactly."""
-
-    vocab_size: int  # ids are 0 ... vocab_size - 1
-    bos_id: int  # opens every document; no text is ever encoded to it
-    end_id: int  # ends a text that a model generates
-    files: dict[str, bytes]  # what `save` writes, by name
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, without BOS."""
-        ...
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, without BOS and end; a torn character becomes U+FFFD."""
-        ...
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of one text, without BOS."""
-        return self.encode_batch([text])[0]
-
-    def save(self, directory: Path) -> None:
-        """Writes the files from which `load_tokenizer` makes the same tokenizer."""
-        for name, contents in self.files.items():
-            (directory / name).write_bytes(contents)
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of what `save` writes, in hex: equal for equal tokenizers."""
-        return hashlib.sha256(b"".join(self.files.values())).hexdigest()
-
-
-class TextStream:
-    """The text of tokens that come piece by piece.
-
-    A character that is split over tokens comes whole, with the last of them. A token's text can
-    depend on the one before it, so some of those are decoded again.
-
-    Args:
-      tokenizer: what the ids are of.
-      before: ids in front of the first piece, whose text is known.
-
-    Attributes:
-      context: how many tokens are decoded again with the ones after them.
-    """
-
-    context = 16
-
-    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()):
-        self._tokenizer = tokenizer
-        self._ids = list(before)[-self.context :]
-        # In characters; one that is torn comes with its last token.
-        self._shown = len(tokenizer.decode(self._ids).rstrip("\ufffd"))
-
-    def add(self, ids: list[int]) -> str:
-        """The text that is known now and was not before."""
-        self._ids += ids
-        text = self._tokenizer.decode(self._ids)
-        known = len(text.rstrip("\ufffd"))
-        new = text[self._shown : known]
-        self._shown = max(self._shown, known)
-        if known == len(text) and len(self._ids) > 4 * self.context:
-            self._ids = self._ids[-self.context :]
-            self._shown = len(self._tokenizer.decode(self._ids))
-        return new
-
-    def copy(self) -> "TextStream":
-        """One that stands at the same place."""
-        other = TextStream(self._tokenizer)
-        other._ids, other._shown = list(self._ids), self._shown
-        return other
-
-    def rest(self) -> str:
-        """What was held back, if no more comes."""
-        return self._tokenizer.decode(self._ids)[self._shown :]
-
-
-def text_parts(text: str, most: int) -> Iterator[str]:
-    """A text in parts of at most `most` characters, in order.
-
-    It is cut in front of a space between two words, where byte-level BPE and cl100k_base cut too,
-    so the tokens of the parts are those of the whole; but where half of `most` has no such place,
-    anywhere. A tokenizer that puts a space in front of each text puts one in front of each part.
-    """
-    start = 0
-    while len(text) - start > most:
-        least, cut = start + most // 2, start + most
-        while (cut := text.rfind(" ", least, cut)) > 0:
-            if text[cut - 1].isalnum() and text[cut + 1].isalnum():
-                break
-        cut = cut if cut > start else start + most
-        yield text[start:cut]
-        start = cut
-    yield text[start:]
 
 
 class ByteTokenizer(Tokenizer):
@@ -183,15 +84,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
             "the training documents give; lower it to that or less, or set data.tokenizer='byte'"
         )
     return BPETokenizer(bpe.to_str())
-
-
-def hugging_face() -> ModuleType:
-    """The package `tokenizers`."""
-    # Left unset, the library warns on stderr at every later fork. Nothing here encodes in a fork.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    import tokenizers
-
-    return tokenizers
 
 
 def _byte_of_character() -> dict[str, int]:

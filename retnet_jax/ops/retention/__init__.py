@@ -13,18 +13,18 @@ On a mesh that splits positions (`jax.set_mesh`, axis "seq") the chunkwise form 
 from retnet_jax.ops.retention.api import FORMS, IMPLEMENTATIONS, retention
 from retnet_jax.ops.retention.clamp import score_clamp
 from retnet_jax.ops.retention.decay import log_decay, row_normalizer
-from retnet_jax.ops.retention.devices import SplitRows, split_rows
-from retnet_jax.ops.retention.document_index import documents, positions
+from retnet_jax.ops.retention.document_index import number_documents, positions
+from retnet_jax.ops.retention.on_mesh import SplitDocuments, split_documents
 
 __all__ = [
     "FORMS",
     "IMPLEMENTATIONS",
-    "SplitRows",
-    "documents",
+    "SplitDocuments",
     "log_decay",
+    "number_documents",
     "positions",
     "retention",
     "row_normalizer",
     "score_clamp",
-    "split_rows",
+    "split_documents",
 ]

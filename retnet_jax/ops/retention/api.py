@@ -6,9 +6,10 @@ from importlib import import_module
 import jax
 import jax.numpy as jnp
 
-from retnet_jax.ops.retention import sequence_parallel, xla
-from retnet_jax.ops.retention.devices import SplitRows, on_each_device, parts, split_rows
-from retnet_jax.parallel.sharding import backend, local_shape, many_devices
+from retnet_jax.ops.retention import on_mesh, xla
+from retnet_jax.ops.retention.on_mesh import SplitDocuments, split_documents
+from retnet_jax.parallel.mesh import backend, many_devices
+from retnet_jax.parallel.sharding import local_shape
 from retnet_jax.shapes import Array, Float, Int
 
 FORMS = ("parallel", "chunkwise", "recurrent")
@@ -23,7 +24,7 @@ def retention(
     v: Float[Array, "b t h v"],
     log_decay: Float[Array, " h"],
     state: Float[Array, "b h k v"] | None = None,
-    segment_ids: Int[Array, "b t"] | SplitRows | None = None,
+    segment_ids: Int[Array, "b t"] | SplitDocuments | None = None,
     form: str = "chunkwise",
     chunk_size: int | None = None,
     implementation: str | None = None,
@@ -38,7 +39,7 @@ def retention(
       state: S before the first token, float32, of the document that each row opens with; None: 0.
       segment_ids: documents and padding. 0 is padding, which neither writes nor decays the state
         and whose output is 0; a change of id from one real token to the next is a border, where
-        the state is 0. None: each row is one document. `split_rows(segment_ids)` serves many
+        the state is 0. None: each row is one document. `split_documents(segment_ids)` serves many
         calls: it numbers the documents once.
       form: "parallel" (Eq. 5, O(t^2)), "chunkwise" (Eq. 7) or "recurrent" (Eq. 6).
       chunk_size: tokens in a chunk of the chunkwise form, of any length; None: the fastest.
@@ -62,28 +63,22 @@ def retention(
         raise ValueError(f"chunk_size={chunk_size} is for form='chunkwise', not form={form!r}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} is less than 1")
-    rows = segment_ids
-    if rows is not None and not isinstance(rows, SplitRows):
-        rows = split_rows(rows)
+    split = segment_ids
+    if split is not None and not isinstance(split, SplitDocuments):
+        split = split_documents(split)
     chosen = _choose(implementation, form, q, k, v, chunk_size)
-    if chosen is xla and q.shape[1] == 1 and rows is None:
+    if chosen is xla and q.shape[1] == 1 and split is None:
         form = "recurrent"  # one pass over the state
-    if form != "chunkwise":
-        if state is None:
-            state = xla.zero_state(q, v)
-        row = None if rows is None else rows.documents
-        return getattr(xla, form)(q, k, v, log_decay, state, row)
-    local = partial(chosen.chunkwise, chunk_size=chunk_size)
-    if parts(q.shape[1]) > 1:
-        return sequence_parallel.chunkwise(local, q, k, v, log_decay, state, rows)
+    local = {
+        "parallel": xla.parallel,
+        "chunkwise": partial(chosen.chunkwise, chunk_size=chunk_size),
+        "recurrent": xla.recurrent,
+    }[form]
+    if form == "chunkwise" and on_mesh.parts(q.shape[1]) > 1:
+        return on_mesh.sequence_parallel(local, q, k, v, log_decay, state, split)
     if chosen is not xla and many_devices():  # XLA does not look into a kernel to split it
-
-        def of_documents(*inputs_and_rows):
-            *inputs, rows = inputs_and_rows
-            return local(*inputs, None if rows is None else rows.documents)
-
-        return on_each_device(of_documents, q, k, v, log_decay, state, rows)
-    return local(q, k, v, log_decay, state, None if rows is None else rows.documents)
+        return on_mesh.on_each_device(local, q, k, v, log_decay, state, split)
+    return local(q, k, v, log_decay, state, None if split is None else split.documents)
 
 
 def _choose(implementation: str | None, form: str, q, k, v, chunk_size: int | None):
@@ -116,7 +111,7 @@ def _check(q, k, v, log_decay, state, segment_ids) -> None:
             f"q {q.shape} and v {v.shape} must have the dimensions [b t h k], [b t h v]"
         )
     b, t, h, width = q.shape
-    if isinstance(segment_ids, SplitRows):
+    if isinstance(segment_ids, SplitDocuments):
         segment_ids = segment_ids.documents.index
     if t == 0:
         raise ValueError(f"q {q.shape} has no tokens; at least one is needed")

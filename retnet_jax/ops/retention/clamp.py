@@ -13,7 +13,7 @@ def score_clamp(
     k: Float[Array, "b t h k"],
     log_decay: Float[Array, " h"],
     row_scale: Float[Array, "b t h"] | None,
-    row: Documents | None,
+    documents: Documents | None,
     rule: str,
 ) -> Float[Array, "b t h"]:
     """1 / z, with which torchscale's parallel form multiplies the output at each position.
@@ -31,11 +31,11 @@ def score_clamp(
       k: keys.
       log_decay: log gamma of each head.
       row_scale: s_n^(-1/2), as from `row_normalizer`; None: 1.
-      row: documents and padding, as from `documents`.
+      documents: documents and padding, as from `number_documents`.
       rule: "absolute" (torchscale since October 2023, syncdoth) or "signed" (before).
     """
     scores = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=log_decay.dtype)
-    scores *= decay_mask(log_decay, q.shape[1], row)
+    scores *= decay_mask(log_decay, q.shape[1], documents)
     if row_scale is not None:
         scores *= row_scale.swapaxes(1, 2)[..., None]
     if rule == "absolute":

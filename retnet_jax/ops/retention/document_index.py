@@ -19,8 +19,74 @@ class Documents(NamedTuple):
     count: Int[Array, "b t"]  # real tokens of the row up to this one, itself included
     index: Int[Array, "b t"]  # 0 for the document the row opens with, 1 for the next, ...
 
+    def before(self) -> tuple[Int[Array, "b t"], Int[Array, "b t"]]:
+        """The count and index of the token before each one; 0 before the first."""
+        count, index = (jnp.pad(x[:, :-1], ((0, 0), (1, 0))) for x in (self.count, self.index))
+        return count, index
 
-def documents(segment_ids: Int[Array, "b t"]) -> Documents:
+    def chunks(self, size: int) -> "Chunks":
+        """The rows in chunks of `size` tokens, the last one filled up with padding."""
+        rows, length = self.count.shape
+        n = -(-length // size)
+        behind = ((0, 0), (0, n * size - length))
+        real, count, index = (
+            jnp.pad(x, behind, mode=mode).reshape(rows, n, size)
+            for x, mode in zip(self, ("constant", "edge", "edge"), strict=True)
+        )
+        count_after, index_after = count[..., -1:], index[..., -1:]
+        count_before, index_before = (
+            jnp.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0))) for x in (count_after, index_after)
+        )
+        return Chunks(real, count, index, count_before, index_before, count_after, index_after)
+
+
+class Chunks(NamedTuple):
+    """Documents in n chunks of l tokens: what decays how far, and what passes between them.
+
+    A power of gamma counts the real tokens between two places, and is 0 if a border lies between
+    them. So each of the three below is a number of tokens, and a mask of where it counts.
+    """
+
+    real: Bool[Array, "b n l"]
+    count: Int[Array, "b n l"]  # as of `Documents`, from the row's first token on
+    index: Int[Array, "b n l"]
+    count_before: Int[Array, "b n 1"]  # of the token before the chunk; 0 before the first
+    index_before: Int[Array, "b n 1"]
+    count_after: Int[Array, "b n 1"]  # of the chunk's last token
+    index_after: Int[Array, "b n 1"]
+
+    @property
+    def from_start(self) -> Int[Array, "b n l"]:
+        """Tokens from the state before the chunk to a query."""
+        return self.count - self.count_before
+
+    @property
+    def reads_start(self) -> Bool[Array, "b n l"]:
+        """Whether a query reads the state before the chunk."""
+        return self.real & (self.index == self.index_before)
+
+    @property
+    def to_end(self) -> Int[Array, "b n l"]:
+        """Tokens from a key to the state after the chunk."""
+        return self.count_after - self.count
+
+    @property
+    def writes_end(self) -> Bool[Array, "b n l"]:
+        """Whether a key is in the state after the chunk."""
+        return self.real & (self.index == self.index_after)
+
+    @property
+    def across(self) -> Int[Array, "b n 1"]:
+        """Tokens from the state before the chunk to the one after it."""
+        return self.count_after - self.count_before
+
+    @property
+    def passes(self) -> Bool[Array, "b n 1"]:
+        """Whether the state before the chunk is in the one after it."""
+        return self.index_after == self.index_before
+
+
+def number_documents(segment_ids: Int[Array, "b t"]) -> Documents:
     """Numbers the documents of each row."""
     real = segment_ids != 0
     border = _is_border(segment_ids, real)
@@ -29,6 +95,12 @@ def documents(segment_ids: Int[Array, "b t"]) -> Documents:
         count=_running(jax.lax.cumsum, real.astype(jnp.int32)),
         index=_running(jax.lax.cumsum, border.astype(jnp.int32)),
     )
+
+
+def one_document(rows: int, length: int) -> Documents:
+    """What `number_documents` finds in rows that are one document each, without padding."""
+    count = jnp.broadcast_to(jnp.arange(1, length + 1, dtype=jnp.int32), (rows, length))
+    return Documents(jnp.ones_like(count, bool), count, jnp.zeros_like(count))
 
 
 def positions(

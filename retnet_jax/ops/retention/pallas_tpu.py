@@ -28,9 +28,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from retnet_jax.ops.retention.decay_gradient import decay_gradient
+from retnet_jax.ops.retention.decay import decay_gradient
 from retnet_jax.ops.retention.document_index import Documents
-from retnet_jax.parallel.sharding import backend, device_kind
+from retnet_jax.parallel.chips import chip
+from retnet_jax.parallel.mesh import backend, device_kind
 from retnet_jax.shapes import Array, Float, Int
 
 State = Float[Array, "b h k v"]
@@ -39,37 +40,19 @@ LANES = 128
 MOST_HEADS = 4  # of one program, unless more are needed to fill whole lanes
 
 
-class Chip(NamedTuple):
-    """What a kernel has to know of a TPU."""
-
-    vmem: int  # bytes of one core
-    chunk: int  # tokens, in bfloat16
-
-
-# By the start of `jax.Device.device_kind`.
-CHIPS = {
-    "TPU v4": Chip(16 * 2**20, 128),
-    "TPU v5 lite": Chip(128 * 2**20, 128),
-    "TPU v5": Chip(64 * 2**20, 128),
-    "TPU v6 lite": Chip(128 * 2**20, 256),
-    "TPU7x": Chip(64 * 2**20, 256),
-}
-_ANY_CHIP = Chip(16 * 2**20, 128)
-
-
 def chunkwise(
     q: Float[Array, "b t h k"],
     k: Float[Array, "b t h k"],
     v: Float[Array, "b t h v"],
     log_decay: Float[Array, " h"],
     state: State | None,
-    row: Documents | None,
+    documents: Documents | None,
     chunk_size: int | None = None,
 ) -> tuple[Float[Array, "b t h v"], State]:
     """`retention.xla.chunkwise` as a kernel, interpreted on a CPU; `state=None` is 0."""
     plan = Plan.of(q, v, chunk_size)
-    numbers = None if row is None else document_numbers(row, plan.chunk)
-    return _retention(plan, q, k, v, log_decay, state, numbers, row)
+    numbers = None if documents is None else document_numbers(documents, plan.chunk)
+    return _retention(plan, q, k, v, log_decay, state, numbers, documents)
 
 
 def unsupported(q, k, v, chunk_size: int | None = None) -> str | None:
@@ -83,10 +66,11 @@ def unsupported(q, k, v, chunk_size: int | None = None) -> str | None:
         return None
     if plan.chunk % 16 and plan.chunk != plan.t:
         return f"chunk_size={plan.chunk} is not a multiple of 16"
-    if plan.vmem() > _chip().vmem:
+    vmem = _Limits.here().vmem
+    if plan.vmem() > vmem:
         return (
             f"{plan.group} heads of {plan.k}/{plan.v}, which together fill whole lanes, need "
-            f"{plan.vmem() / 2**20:.0f} MiB of VMEM, and {device_kind()} has {_chip().vmem >> 20}"
+            f"{plan.vmem() / 2**20:.0f} MiB of VMEM, and {device_kind()} has {vmem >> 20}"
         )
     return None
 
@@ -108,14 +92,15 @@ class Plan(NamedTuple):
         """For arrays of these shapes."""
         b, t, h, k = q.shape
         whole = Plan(b, t, h, k, v.shape[3], q.dtype.itemsize, 0, 0)
-        wanted = chunk_size or _chip().chunk * 2 // q.dtype.itemsize
+        limits = _Limits.here()
+        wanted = chunk_size or limits.chunk * 2 // q.dtype.itemsize
         for chunk in (wanted,) if chunk_size else (wanted, wanted // 2, wanted // 4):
             plan = whole._replace(chunk=min(chunk, t))
             groups = [n for n in range(1, h + 1) if plan._fills_lanes(n)]
             fitting = [n for n in groups if n <= max(MOST_HEADS, groups[0])]
             for group in reversed(fitting):
                 plan = plan._replace(group=group)
-                if plan.vmem() <= _chip().vmem:
+                if plan.vmem() <= limits.vmem:
                     return plan
         return plan
 
@@ -137,13 +122,23 @@ class Plan(NamedTuple):
         return 2 * tokens + states + temporaries + 2 * 2**20
 
 
-def _chip() -> Chip:
-    kind = device_kind()
-    return next((chip for start, chip in CHIPS.items() if kind.startswith(start)), _ANY_CHIP)
+class _Limits(NamedTuple):
+    """What the kernels have to know of a TPU."""
+
+    vmem: int  # bytes of one core
+    chunk: int  # tokens, in bfloat16
+
+    @staticmethod
+    def here() -> "_Limits":
+        """Those of the device that runs the program; of all TPUs, if it is not in the table."""
+        known = chip(device_kind())
+        if known is None or not known.vmem:
+            return _Limits(16 * 2**20, 128)
+        return _Limits(known.vmem, known.chunk)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _retention(plan, q, k, v, log_decay, state, numbers, row):
+def _retention(plan, q, k, v, log_decay, state, numbers, documents):
     (y,), final = _walk(_outputs, plan, log_decay, numbers, (q, k, v), state, out=(v,))
     return y, final
 
@@ -157,7 +152,7 @@ def _retention_forward(plan, *inputs):
 
 
 def _retention_backward(plan, residuals, cotangents):
-    (q, k, v, log_decay, state, numbers, row), final = residuals
+    (q, k, v, log_decay, state, numbers, documents), final = residuals
     d_y, d_final = cotangents
     if _is_zero(d_final):
         d_final = None
@@ -173,7 +168,9 @@ def _retention_backward(plan, residuals, cotangents):
         returns=state is not None,
         backward=True,
     )
-    d_log_decay = None if final is None else decay_gradient(q, d_q, k, d_k, final, d_final, row)
+    d_log_decay = (
+        None if final is None else decay_gradient(q, d_q, k, d_k, final, d_final, documents)
+    )
     return d_q, d_k, d_v, d_log_decay, d_state, None, None
 
 
@@ -391,29 +388,19 @@ class Exponents(NamedTuple):
         )
 
 
-def document_numbers(row: Documents, chunk: int) -> Int[Array, "b c 5 l"]:
+def document_numbers(documents: Documents, size: int) -> Int[Array, "b c 5 l"]:
     """Of rows with documents and padding, what the `Exponents` of each chunk follow from.
 
     Of each token: the real tokens up to it, its document (-1: padding), and three of the exponents.
     That is 20 bytes a token, for all heads.
     """
-    b, t = row.count.shape
-    n = -(-t // chunk)
-    behind = ((0, 0), (0, n * chunk - t))
-    real, count, index = (
-        jnp.pad(x, behind, mode=mode).reshape(b, n, chunk)
-        for x, mode in zip(row, ("constant", "edge", "edge"), strict=True)
-    )
-    end_count, end_index = count[..., -1:], index[..., -1:]
-    start_count, start_index = (
-        jnp.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0))) for x in (end_count, end_index)
-    )
-    across = jnp.where(end_index == start_index, end_count - start_count, -1)
+    chunks = documents.chunks(size)
+    across = jnp.where(chunks.passes, chunks.across, -1)
     numbers = (
-        count,
-        jnp.where(real, index, -1),
-        jnp.where(real & (index == start_index), count - start_count, -1),
-        jnp.where(real & (index == end_index), end_count - count, -1),
-        jnp.broadcast_to(across, real.shape),
+        chunks.count,
+        jnp.where(chunks.real, chunks.index, -1),
+        jnp.where(chunks.reads_start, chunks.from_start, -1),
+        jnp.where(chunks.writes_end, chunks.to_end, -1),
+        jnp.broadcast_to(across, chunks.count.shape),
     )
     return jnp.stack(numbers, axis=2)

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from retnet_jax.parallel.sharding import backend
+from retnet_jax.parallel.mesh import backend
 from retnet_jax.shapes import Array, Float
 
 

@@ -16,11 +16,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from retnet_jax.ops.retention.decay_gradient import decay_gradient
-from retnet_jax.ops.retention.document_index import Documents, documents
+from retnet_jax.ops.retention.decay import decay_gradient, power_of_decay
+from retnet_jax.ops.retention.document_index import Chunks, Documents, number_documents
 from retnet_jax.ops.retention.recurrent_step import step
-from retnet_jax.parallel.sharding import backend
-from retnet_jax.shapes import Array, Float, Int
+from retnet_jax.parallel.mesh import backend
+from retnet_jax.shapes import Array, Float
 
 State = Float[Array, "b h k v"]
 
@@ -36,16 +36,19 @@ def parallel(
     k: Float[Array, "b t h k"],
     v: Float[Array, "b t h v"],
     log_decay: Float[Array, " h"],
-    state: State,
-    row: Documents | None,
+    state: State | None,
+    documents: Documents | None,
 ) -> tuple[Float[Array, "b t h v"], State]:
     """The whole row at once (Eq. 5): O(t^2) work and memory. Kept for study and as a check.
 
     Differentiated by JAX, so that the rule of `chunkwise` has something to be held against.
+    `state=None` is 0.
     """
+    if state is None:
+        state = zero_state(q, v)
     span = _Spans(start=0, n=1, chunks=1, size=q.shape[1])
     heads = (span.read(x, 0) for x in (q, k, v))
-    y, state = _outputs(*heads, state, span.decays(log_decay, row)(0))
+    y, state = _outputs(*heads, state, span.decays(log_decay, documents)(0))
     return span.write(jnp.zeros_like(v), y, 0), state
 
 
@@ -55,7 +58,7 @@ def chunkwise(
     v: Float[Array, "b t h v"],
     log_decay: Float[Array, " h"],
     state: State | None,
-    row: Documents | None,
+    documents: Documents | None,
     chunk_size: int | None = None,
 ) -> tuple[Float[Array, "b t h v"], State]:
     """Parallel inside chunks, recurrent between them (Eq. 7): O(t) work and memory.
@@ -67,7 +70,7 @@ def chunkwise(
     if state is None:
         state = zero_state(q, v)
     size = min(chunk_size or best_chunk_size(), q.shape[1])
-    return _chunkwise(q, k, v, log_decay, state, row, size)
+    return _chunkwise(q, k, v, log_decay, state, documents, size)
 
 
 def best_chunk_size() -> int:
@@ -91,16 +94,16 @@ def _chunks_of_a_span() -> int:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _chunkwise(q, k, v, log_decay, state, row, size):
-    y, final, _ = _forward(q, k, v, log_decay, state, row, size)
+def _chunkwise(q, k, v, log_decay, state, documents, size):
+    y, final, _ = _forward(q, k, v, log_decay, state, documents, size)
     return y, final
 
 
-def _forward(q, k, v, log_decay, state, row, size):
+def _forward(q, k, v, log_decay, state, documents, size):
     """Outputs, the final state, and the states before the spans: an array for each `_Spans`."""
     y, kept = jnp.zeros(v.shape, v.dtype), []
     for spans in _spans(q.shape[1], size):
-        decays = spans.decays(log_decay, row)
+        decays = spans.decays(log_decay, documents)
 
         def step(carry, start, spans=spans, decays=decays):
             state, y = carry
@@ -113,18 +116,18 @@ def _forward(q, k, v, log_decay, state, row, size):
     return y, state, tuple(kept)
 
 
-def _chunkwise_forward(q, k, v, log_decay, state, row, size):
-    y, final, kept = _forward(q, k, v, log_decay, state, row, size)
-    return (y, final), (q, k, v, log_decay, row, kept, final)
+def _chunkwise_forward(q, k, v, log_decay, state, documents, size):
+    y, final, kept = _forward(q, k, v, log_decay, state, documents, size)
+    return (y, final), (q, k, v, log_decay, documents, kept, final)
 
 
 def _chunkwise_backward(size, residuals, cotangents):
-    q, k, v, log_decay, row, kept, final = residuals
+    q, k, v, log_decay, documents, kept, final = residuals
     d_y, d_final = cotangents
     d_state, gradients = d_final, tuple(jnp.zeros_like(x) for x in (q, k, v))
     # From the last span to the first: what is carried is the gradient of the state after it.
     for spans, states in reversed(tuple(zip(_spans(q.shape[1], size), kept, strict=True))):
-        decays = spans.decays(log_decay, row)
+        decays = spans.decays(log_decay, documents)
 
         def step(carry, at, spans=spans, decays=decays):
             d_state, gradients = carry
@@ -138,27 +141,34 @@ def _chunkwise_backward(size, residuals, cotangents):
 
         (d_state, gradients), _ = spans.scan(step, (d_state, gradients), states, reverse=True)
     d_q, d_k, d_v = gradients
-    d_log_decay = decay_gradient(q, d_q, k, d_k, final, d_final, row)
+    d_log_decay = decay_gradient(q, d_q, k, d_k, final, d_final, documents)
     return d_q, d_k, d_v, d_log_decay.astype(log_decay.dtype), d_state, None
 
 
 _chunkwise.defvjp(_chunkwise_forward, _chunkwise_backward)
 
 
-@jax.custom_vjp
 def recurrent(
     q: Float[Array, "b t h k"],
     k: Float[Array, "b t h k"],
     v: Float[Array, "b t h v"],
     log_decay: Float[Array, " h"],
-    state: State,
-    row: Documents | None,
+    state: State | None,
+    documents: Documents | None,
 ) -> tuple[Float[Array, "b t h v"], State]:
     """One token after the other (Eq. 6): O(1) memory beyond inputs and outputs.
 
     Its gradient is that of the chunkwise form, the same function, so none of the t states is kept.
+    `state=None` is 0.
     """
-    if q.shape[1] == 1 and row is None:
+    if state is None:
+        state = zero_state(q, v)
+    return _recurrent(q, k, v, log_decay, state, documents)
+
+
+@jax.custom_vjp
+def _recurrent(q, k, v, log_decay, state, documents):
+    if q.shape[1] == 1 and documents is None:
         y, state = step(q[:, 0], k[:, 0], v[:, 0], log_decay, state)
         return y[:, None].astype(v.dtype), state
 
@@ -169,9 +179,9 @@ def recurrent(
         real = real[:, None, None]
         return jnp.where(real[..., None], after, opened), jnp.where(real, y, 0.0).astype(v.dtype)
 
-    if row is None:
-        row = documents(jnp.ones(q.shape[:2], jnp.int32))
-    real, _, index = row
+    if documents is None:
+        documents = number_documents(jnp.ones(q.shape[:2], jnp.int32))
+    real, _, index = documents
     opens = jnp.diff(index, axis=1, prepend=0) > 0
     tokens = jax.tree.map(lambda x: x.swapaxes(0, 1), (q, k, v, real, opens))
     state, y = jax.lax.scan(next_token, state, tokens)
@@ -179,23 +189,24 @@ def recurrent(
 
 
 def _recurrent_forward(*inputs):
-    return recurrent(*inputs), inputs
+    return _recurrent(*inputs), inputs
 
 
 def _recurrent_backward(inputs, cotangents):
-    *arrays, row = inputs
-    _, backward = jax.vjp(lambda *arrays: chunkwise(*arrays, row), *arrays)
+    *arrays, documents = inputs
+    _, backward = jax.vjp(lambda *arrays: chunkwise(*arrays, documents), *arrays)
     return (*backward(cotangents), None)
 
 
-recurrent.defvjp(_recurrent_forward, _recurrent_backward)
+_recurrent.defvjp(_recurrent_forward, _recurrent_backward)
 
 
 def decay_mask(
-    log_decay: Float[Array, " h"], length: int, row: Documents | None
+    log_decay: Float[Array, " h"], length: int, documents: Documents | None
 ) -> Float[Array, "#b h t s"]:
     """gamma^(n-m) from key m to query n (Eq. 5's D), 0 where n does not see m."""
-    return _Spans(start=0, n=1, chunks=1, size=length).decays(log_decay, row)(0).within[:, :, 0]
+    span = _Spans(start=0, n=1, chunks=1, size=length)
+    return span.decays(log_decay, documents)(0).within[:, :, 0]
 
 
 class _Spans(NamedTuple):
@@ -229,18 +240,19 @@ class _Spans(NamedTuple):
         span = span.astype(x.dtype).transpose(0, 2, 3, 1, 4).reshape(b, n * size, h, width)
         return jax.lax.dynamic_update_slice_in_dim(x, span, start, axis=1)
 
-    def decays(self, log_decay: Float[Array, " h"], row: Documents | None) -> Callable:
+    def decays(self, log_decay: Float[Array, " h"], documents: Documents | None) -> Callable:
         """The decays of the span that begins at a token, as a function of that token."""
-        if row is None:
+        if documents is None:
             fixed = _decays(log_decay, self.size)
             return lambda start: fixed
-        # What was counted up to the token before each: zeros before the first.
-        before = (jnp.pad(x[:, :-1], ((0, 0), (1, 0))) for x in (row.count, row.index))
-        whole = (row, *before)
+        whole = (documents, *documents.before())
 
         def at(start):
-            chunks, *before = jax.tree.map(lambda x: self._tokens(x, start), whole)
-            return _document_decays(log_decay, chunks, *(x[:, :, 0] for x in before))
+            (real, count, index), *before = jax.tree.map(lambda x: self._tokens(x, start), whole)
+            before = [x[:, :, 0] for x in before]
+            after = [x[..., -1:] for x in (count, index)]
+            chunks = Chunks(real, count, index, *(x[..., None] for x in before), *after)
+            return _document_decays(log_decay, chunks)
 
         return at
 
@@ -287,16 +299,9 @@ def _decays(log_decay: Float[Array, " h"], length: int) -> _Decays:
     )
 
 
-def _document_decays(
-    log_decay: Float[Array, " h"],
-    chunks: Documents,
-    count_before: Int[Array, "b n"],
-    index_before: Int[Array, "b n"],
-) -> _Decays:
+def _document_decays(log_decay: Float[Array, " h"], chunks: Chunks) -> _Decays:
     """Documents and padding: distances count real tokens, and no power crosses a border."""
-    real, count, index = chunks  # [b n l]
-    end_count, end_index = count[..., -1:], index[..., -1:]
-    count_before, index_before = count_before[..., None], index_before[..., None]
+    real, count, index = chunks[:3]
     places = jnp.arange(count.shape[-1])
     power = partial(power_of_decay, log_decay)
     sees = (
@@ -307,19 +312,10 @@ def _document_decays(
     distance = count[..., :, None] - count[..., None, :]
     return _Decays(
         within=power(distance, sees),
-        from_start=power(count - count_before, real & (index == index_before))[..., None],
-        to_end=power(end_count - count, real & (index == end_index))[..., None],
-        across=power(end_count - count_before, end_index == index_before)[..., None],
+        from_start=power(chunks.from_start, chunks.reads_start)[..., None],
+        to_end=power(chunks.to_end, chunks.writes_end)[..., None],
+        across=power(chunks.across, chunks.passes)[..., None],
     )
-
-
-def power_of_decay(log_decay, exponent, where=None):
-    """gamma^exponent [b h ...] for exponents [b ...], 0 outside the mask `where`."""
-    heads = log_decay.reshape(1, -1, *[1] * (exponent.ndim - 1))
-    log_power = heads * jnp.expand_dims(exponent, 1)
-    if where is not None:
-        log_power = jnp.where(jnp.expand_dims(where, 1), log_power, -jnp.inf)
-    return jnp.exp(log_power)
 
 
 def _outputs(

@@ -13,17 +13,20 @@ from jax.sharding import PartitionSpec as P
 from test_train import config, metrics, uninterrupted
 from test_train_step import CONFIG
 
-import train as training
-from retnet_jax import aot
 from retnet_jax.aot import topologies
-from retnet_jax.aot.fit import layouts
-from retnet_jax.aot.hlo import flops_of
+from retnet_jax.aot.compile_step import DoesNotFitError, compile_step, load, save
+from retnet_jax.aot.fit import arrangements, fit, ranking
+from retnet_jax.aot.flops import flops_of
+from retnet_jax.aot.hlo import Computations, Program, _group
+from retnet_jax.aot.report import report
 from retnet_jax.config import MeshConfig, ModelConfig
 from retnet_jax.errors import ConfigError
 from retnet_jax.model import build_model
 from retnet_jax.parallel.chips import chip
-from retnet_jax.parallel.sharding import make_mesh
-from retnet_jax.programs.train import Run, train
+from retnet_jax.parallel.mesh import make_mesh
+from retnet_jax.training import loop
+from retnet_jax.training.loop import train
+from retnet_jax.training.step import make_step
 
 __all__ = ["config", "uninterrupted"]  # fixtures
 
@@ -36,8 +39,7 @@ def tpus(tpu_compiler):
 
 def program(function, mesh, *arguments):
     with jax.set_mesh(mesh):
-        traced = jax.jit(function).trace(*arguments)
-        return aot.Program(traced.lower().compile(), traced.jaxpr, mesh)
+        return Program(jax.jit(function).lower(*arguments).compile(), mesh)
 
 
 def test_messages_in_loops_are_counted_as_often_as_they_run():
@@ -67,8 +69,6 @@ def test_messages_in_loops_are_counted_as_often_as_they_run():
 
 def test_an_asynchronous_collective_is_counted_once():
     """XLA for TPU names it in the fusion that starts it, in others on the way, and in the last."""
-    from retnet_jax.aot.hlo import Computations
-
     gather = "%g = f32[8]{0} all-gather(%x), channel_id=1, replica_groups={{0,1}}"
     parts = ("fused_computation.1", "async_collective_fusion.2", "fused_computation.3")
     text = "".join(f"%{name} (x: f32[4]) -> f32[8] {{\n  {gather}\n}}\n" for name in parts)
@@ -96,8 +96,6 @@ def test_an_asynchronous_collective_is_counted_once():
     ],
 )
 def test_groups_of_devices(groups, expected):
-    from retnet_jax.aot.hlo import _group
-
     assert _group(f"all-reduce(%x), {groups}", 8) == expected
 
 
@@ -144,36 +142,44 @@ def test_recomputation_is_counted():
 def test_it_compiles_the_step_that_train_runs(config, tmp_path, monkeypatch):
     model = dataclasses.replace(config.model, vocab_size=258)
     config = dataclasses.replace(config, model=model, mesh=MeshConfig(data=2, seq=2, tensor=2))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=3))
     lowered = []
 
-    def look(self, state, *_):
-        batch = self.place(self.train_stream[0])
-        lowered.append(self.step.lower(state, batch).as_text())
-        return state, 0
+    def looking(config, mesh, state_shape):
+        step = make_step(config, state_shape)
 
-    monkeypatch.setattr(Run, "advance", look)
-    monkeypatch.setattr(Run, "finish", lambda *_: 0)
-    assert train(config, tmp_path / "run") == 0
-    assert lowered == [aot.compile_step(config).lowered.as_text()]
+        def look(state, batch):
+            lowered.append(step.lower(state, batch).as_text())
+            return step(state, batch)
+
+        return look
+
+    assert train(config, tmp_path / "run", step=looking).status == "finished"
+    assert lowered == 3 * [compile_step(config).lowered.as_text()]
+
+
+def saved(path):
+    """As train.py --compiled=PATH."""
+    return lambda config, mesh, state_shape: load(path, config, mesh, state_shape)
 
 
 @pytest.mark.slow
 def test_a_saved_step_trains_alike(config, uninterrupted, tmp_path, monkeypatch):
-    step = aot.compile_step(config)
-    aot.save(step, tmp_path / "step")
+    step = compile_step(config)
+    save(step, tmp_path / "step")
     with monkeypatch.context() as patch:
-        patch.setattr(training, "make_step", None)  # it has to do without
-        assert train(config, tmp_path / "run", compiled=str(tmp_path / "step")) == 0
+        patch.setattr(loop, "make_step", None)  # it has to do without
+        assert train(config, tmp_path / "run", step=saved(tmp_path / "step")).status == "finished"
     found, expected = metrics(tmp_path / "run"), metrics(uninterrupted)
     assert {i: x["loss"] for i, x in found.items()} == {i: x["loss"] for i, x in expected.items()}
     other = dataclasses.replace(config, mesh=MeshConfig(data=4, fsdp=2))
     with pytest.raises(ConfigError, match=r"holds another step than this one:\n  mesh: "):
-        train(other, tmp_path / "other", compiled=str(tmp_path / "step"))
+        train(other, tmp_path / "other", step=saved(tmp_path / "step"))
     (tmp_path / "text").write_text("no program")
     with pytest.raises(ConfigError, match="is no compiled step"):
-        train(config, tmp_path / "other", compiled=str(tmp_path / "text"))
+        train(config, tmp_path / "other", step=saved(tmp_path / "text"))
     with pytest.raises(ConfigError, match="does not exist"):
-        train(config, tmp_path / "other", compiled=str(tmp_path / "nothing"))
+        train(config, tmp_path / "other", step=saved(tmp_path / "nothing"))
 
 
 def on_four(**changes):
@@ -186,8 +192,8 @@ def on_four(**changes):
 
 def test_a_step_for_tpus(tpus):
     config = on_four()
-    step = aot.compile_step(config, tpus)
-    found = aot.report(step)
+    step = compile_step(config, tpus)
+    found = report(step)
     assert found.device == "TPU v5 lite"
     parameters = 4 * config.model.parameter_count()
     assert parameters / 2 < found.parameter_bytes < 0.55 * parameters  # norms are not split
@@ -204,7 +210,7 @@ def test_a_step_for_tpus(tpus):
 @pytest.mark.slow
 def test_offloaded_activations_are_in_the_hosts_memory(tpus):
     def bytes_on_host(remat):
-        memory = aot.compile_step(on_four(remat=remat), tpus).compiled.memory_analysis()
+        memory = compile_step(on_four(remat=remat), tpus).compiled.memory_analysis()
         return memory.host_temp_size_in_bytes
 
     assert bytes_on_host("q,k,v") == 0
@@ -225,11 +231,11 @@ def test_slices_exchange_over_the_network(tpus):
     """The gradient of what fsdp does not split over slices, in each micro-batch or once."""
     config = dataclasses.replace(on_four(), mesh=MeshConfig(data=2, fsdp=4))
     with pytest.raises(ConfigError, match=r"mesh.data=1 does not divide over 2 slices"):
-        aot.compile_step(
+        compile_step(
             dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=8)),
             topologies.tpus("v5e:2x2", slices=2),
         )
-    found = aot.report(aot.compile_step(config, topologies.tpus("v5e:2x2", slices=2)))
+    found = report(compile_step(config, topologies.tpus("v5e:2x2", slices=2)))
     between = sum(x.bytes for x in found.messages if x.axes == ("slices",))
     assert found.parameter_bytes / 2 < between < 2 * found.parameter_bytes
     assert found.message_seconds >= between / chip("TPU v5 lite").network_bandwidth
@@ -237,23 +243,23 @@ def test_slices_exchange_over_the_network(tpus):
 
 def test_what_does_not_fit_is_refused_with_numbers(tpus):
     huge = dataclasses.replace(on_four(), model=ModelConfig(d_model=8192, n_layers=30, n_heads=32))
-    with pytest.raises(aot.DoesNotFitError, match=r"needs [\d.]+ GiB of [\d.]+ GiB.*mesh.fsdp=4"):
-        aot.compile_step(huge, tpus)
+    with pytest.raises(DoesNotFitError, match=r"needs [\d.]+ GiB of [\d.]+ GiB.*mesh.fsdp=4"):
+        compile_step(huge, tpus)
 
 
 @pytest.mark.slow
-def test_the_fastest_layouts_first(tpus):
+def test_the_fastest_arrangements_first(tpus):
     config = on_four()
-    found = aot.fit(config, tpus, most=2)
+    found = fit(config, tpus, most=2)
     seconds = [x.step_seconds for x in found]
     assert seconds == sorted(seconds)
     assert len(found) == 2
     assert all(np.prod(list(x.mesh.values())) == 4 for x in found)
-    table = aot.ranking(found).splitlines()
+    table = ranking(found).splitlines()
     assert [f"{x.mfu:.1%}" in line for x, line in zip(found, table[2:], strict=True)] == [True] * 2
-    for layout in layouts(config, tpus):
-        assert layout.config.train.batch_size == config.train.batch_size
-        assert layout.bytes < chip("TPU v5 lite").memory
+    for arrangement in arrangements(config, tpus):
+        assert arrangement.config.train.batch_size == config.train.batch_size
+        assert arrangement.bytes < chip("TPU v5 lite").memory
 
 
 @pytest.mark.parametrize(

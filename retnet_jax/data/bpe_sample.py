@@ -1,0 +1,67 @@
+"""The text that a byte-level BPE is trained on."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+from retnet_jax.config import DataConfig
+from retnet_jax.data.sources import Document, Skipped, read_documents
+from retnet_jax.data.split import hash_of_name, split_of
+from retnet_jax.data.tokenizers import BPETokenizer, train_bpe
+from retnet_jax.errors import ConfigError
+
+_CHARACTERS = 8_000_000  # in a sample; more hardly changes the merges
+
+
+def train_tokenizer(configs: Sequence[DataConfig], vocab_size: int) -> BPETokenizer:
+    """A byte-level BPE for several corpora, trained on equally large samples of each.
+
+    Args:
+      configs: where the documents come from; held-out ones are left out.
+      vocab_size: tokens in all.
+
+    Raises:
+      ConfigError: if a corpus has no documents to train on, or all of them together give fewer
+        tokens.
+    """
+    texts: list[str] = []
+    for config in configs:
+        sample = Sample()
+        for document in read_documents(config, Skipped()):
+            if split_of(document, config.held_out) == "train":
+                sample.add(document)
+        if not sample.texts():
+            raise ConfigError(f"data.path={config.path!r} has no documents to train a tokenizer on")
+        texts += sample.texts()
+    return train_bpe(texts, vocab_size)
+
+
+class Sample:
+    """The documents whose names have the smallest hashes, up to `_CHARACTERS` in all.
+
+    It depends only on the documents, not on their order or on how they are divided into shards.
+    """
+
+    def __init__(self):
+        # With the hashes negated, so that the largest comes off first.
+        self._heap: list[tuple[float, str, str]] = []
+        self._characters = 0
+
+    def add(self, document: Document) -> None:
+        self.push(hash_of_name(document.name), document.name, document.text[:_CHARACTERS])
+
+    def push(self, name_hash: float, name: str, text: str) -> None:
+        """Adds an item of another sample."""
+        heapq.heappush(self._heap, (-name_hash, name, text))
+        self._characters += len(text)
+        while self._characters - len(self._heap[0][2]) >= _CHARACTERS:
+            self._characters -= len(heapq.heappop(self._heap)[2])
+
+    def items(self) -> list[tuple[float, str, str]]:
+        """(hash, name, text), the smallest hash first."""
+        return sorted((-negated, name, text) for negated, name, text in self._heap)
+
+    def texts(self) -> list[str]:
+        """The texts in the order in which a BPE is trained on them."""
+        return [text for _, _, text in reversed(self.items())]

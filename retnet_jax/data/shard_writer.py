@@ -1,0 +1,121 @@
+"""Encodes documents and writes them as the files of one shard.
+
+Memory stays small however long a document is: it is encoded in parts, several parts at once, and
+tokens are appended to the files as they come.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from retnet_jax.data.sources import Document
+from retnet_jax.data.token_store import SPLITS
+from retnet_jax.data.tokenizers import Tokenizer, text_parts
+
+_BATCH_CHARACTERS = 2_000_000  # encoded at once: enough for all threads, little in memory
+_PART_CHARACTERS = 1_000_000  # of a document; `tokenizers` takes 90 times as much memory as text
+
+
+def write_shard(
+    directory: Path, documents: Iterable[tuple[str, Document]], tokenizer: Tokenizer
+) -> dict[str, dict[str, int]]:
+    """Writes the arrays and names of a shard, as `token_store.py` describes them.
+
+    Args:
+      directory: an empty one.
+      documents: the split of each document, and the document.
+      tokenizer: what encodes them.
+
+    Returns:
+      For each split the counts of documents, tokens and bytes.
+    """
+    writers = {split: _SplitWriter(directory, split, tokenizer) for split in SPLITS}
+    for batch in _batches(_parts(documents)):
+        ids = tokenizer.encode_batch([part.text for part in batch])
+        encoded = list(zip(batch, ids, strict=True))
+        for split, writer in writers.items():
+            writer.append([x for x in encoded if x[0].split == split])
+    return {split: writer.finish() for split, writer in writers.items()}
+
+
+class _Part(NamedTuple):
+    """A part of a document, encoded in one go."""
+
+    document: Document
+    split: str
+    text: str
+    opens: bool  # whether it is the document's first
+
+
+def _parts(documents: Iterable[tuple[str, Document]]) -> Iterator[_Part]:
+    for split, document in documents:
+        for number, text in enumerate(text_parts(document.text, _PART_CHARACTERS)):
+            yield _Part(document, split, text, opens=number == 0)
+
+
+def _batches(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
+    batch, size = [], 0
+    for part in parts:
+        batch.append(part)
+        size += len(part.text)
+        if size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+class _SplitWriter:
+    """Appends documents to the files of one split, so that they need not fit in memory."""
+
+    def __init__(self, directory: Path, split: str, tokenizer: Tokenizer):
+        self._directory = directory
+        self._split = split
+        self._bos_id = tokenizer.bos_id
+        self._dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+        self._offsets = array("q", [0])
+        self._byte_counts = array("q")
+        self._write_header("wb")
+        self._path("names.jsonl").touch()
+
+    def append(self, encoded: list[tuple[_Part, list[int]]]) -> None:
+        tokens: list[int] = []
+        for part, ids in encoded:
+            if part.opens:
+                tokens.append(self._bos_id)
+                self._offsets.append(self._offsets[-1] + 1)
+                self._byte_counts.append(part.document.byte_count)
+            tokens += ids
+            self._offsets[-1] += len(ids)
+        names = (part.document.name for part, _ in encoded if part.opens)
+        with self._path("tokens.npy").open("ab") as file:
+            np.array(tokens, self._dtype).tofile(file)
+        with self._path("names.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(name) + "\n" for name in names)
+
+    def finish(self) -> dict[str, int]:
+        """Completes the files; returns the split's counts for the manifest."""
+        self._write_header("r+b")
+        np.save(self._path("offsets.npy"), np.array(self._offsets, np.int64))
+        np.save(self._path("bytes.npy"), np.array(self._byte_counts, np.int64))
+        return {
+            "documents": len(self._byte_counts),
+            "tokens": self._offsets[-1],
+            "bytes": sum(self._byte_counts),
+        }
+
+    def _path(self, name: str) -> Path:
+        return self._directory / f"{self._split}.{name}"
+
+    def _write_header(self, mode: str) -> None:
+        # numpy pads this header for a first axis of any length, so that it can be written again
+        # over the old one when the length is known.
+        header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._offsets[-1],)}
+        with self._path("tokens.npy").open(mode) as file:
+            np.lib.format.write_array_header_1_0(file, header)

@@ -1,0 +1,63 @@
+"""The options that the contents of a store depend on, which are recorded in it."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+from retnet_jax.config import TOKENIZERS, DataConfig
+from retnet_jax.config_json import marked
+from retnet_jax.data.tokenizers import TOKENIZER_FILES, Tokenizer, has_tokenizer, load_tokenizer
+from retnet_jax.errors import ConfigError
+
+
+def stored_options(config: DataConfig, vocab_size: int) -> dict[str, Any]:
+    """All that the contents of a store depend on, by the names of the fields."""
+    options = {name: getattr(config, name.removeprefix("data.")) for name in marked("in_store")}
+    # As JSON has them, to be compared with what was written.
+    options = json.loads(json.dumps(options))
+    options["data.tokenizer"] = _tokenizer_option(config)
+    if config.tokenizer == "bpe":
+        options["model.vocab_size"] = vocab_size
+    if config.source == "stdlib":
+        options["python"] = platform.python_version()
+    return options
+
+
+def differences(built: dict[str, Any], asked: dict[str, Any]) -> str:
+    """Lines that name the options that are not equal; "" if all are."""
+    return "".join(
+        f"\n  {name}: {built.get(name)!r} in the store, {asked.get(name)!r} asked for"
+        for name in sorted(built | asked)
+        if built.get(name) != asked.get(name)
+    )
+
+
+def pretrained_tokenizer(config: DataConfig) -> Tokenizer:
+    """The tokenizer in the directory that `config.tokenizer` names.
+
+    Raises:
+      ConfigError: if there is none, or it is damaged.
+    """
+    directory = Path(config.tokenizer)
+    if not has_tokenizer(directory):
+        raise ConfigError(
+            f"data.tokenizer={config.tokenizer!r} is not one of "
+            f"{', '.join(map(repr, TOKENIZERS))}, and no directory with one of "
+            f"{', '.join(TOKENIZER_FILES)}"
+        )
+    try:
+        return load_tokenizer(directory)
+    except ValueError as error:
+        raise ConfigError(f"data.tokenizer={config.tokenizer!r}: {error}") from error
+
+
+def _tokenizer_option(config: DataConfig) -> str | None:
+    """A pretrained tokenizer is the same wherever its directory is; None if that is gone."""
+    if config.tokenizer in TOKENIZERS:
+        return config.tokenizer
+    if not Path(config.tokenizer).exists():
+        return None
+    return f"pretrained {pretrained_tokenizer(config).fingerprint[:16]}"

@@ -1,0 +1,100 @@
+"""Opens the stores that a run is trained on. What is not there is built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from retnet_jax.config import DataConfig
+from retnet_jax.data.build import DEFAULT_COMMAND, build_store
+from retnet_jax.data.store_options import differences, stored_options
+from retnet_jax.data.token_store import TokenStore, open_store
+from retnet_jax.data.tokenizers import Tokenizer
+from retnet_jax.errors import ConfigError
+from retnet_jax.files.paths import is_remote
+
+
+class Stores(NamedTuple):
+    """What a run is trained on."""
+
+    stores: dict[str, TokenStore]  # by the last part of their directories
+    weights: np.ndarray  # share of each in the windows
+    tokenizer: Tokenizer  # of all of them
+
+
+def open_stores(config: DataConfig, vocab_size: int, command: str = DEFAULT_COMMAND) -> Stores:
+    """The stores of `config.mixture`; without one `config.store`, built if it does not exist.
+
+    Args:
+      config: the data options, checked.
+      vocab_size: `model.vocab_size`, in which all tokens have to fit.
+      command: as of `open_or_build`.
+
+    Raises:
+      ConfigError: as `open_or_build`; for stores of a mixture that are not there, have the same
+        name, or another tokenizer than the first.
+    """
+    if not config.mixture:
+        store = open_or_build(config, vocab_size, command)
+        return Stores({_name(config.store): store}, np.ones(1), store.tokenizer)
+    stores: dict[str, TokenStore] = {}
+    for directory in config.mixture:
+        store = open_store(directory)
+        if _name(directory) in stores:
+            raise ConfigError(f"data.mixture has two stores with the name {_name(directory)!r}")
+        stores[_name(directory)] = store
+    (first, *others) = stores.values()
+    for store in others:
+        if store.tokenizer.fingerprint != first.tokenizer.fingerprint:
+            raise ConfigError(
+                f"data.mixture: {store.directory} has another tokenizer than {first.directory}; "
+                f"build it with data.tokenizer={first.directory!r}"
+            )
+    _check_vocabulary(first, vocab_size)
+    return Stores(stores, np.array(list(config.mixture.values())), first.tokenizer)
+
+
+def open_or_build(
+    config: DataConfig, vocab_size: int, command: str = DEFAULT_COMMAND
+) -> TokenStore:
+    """The store in `config.store`, which is built first if the directory does not exist.
+
+    Args:
+      config: the data options, checked.
+      vocab_size: `model.vocab_size`. A BPE is trained to this size; other tokenizers must fit in.
+      command: what builds the store again or finishes it, for error messages and the manifest.
+
+    Raises:
+      ConfigError: if the store is unfinished or was built with other options, or as `build_store`
+        and `open_store` do.
+    """
+    if is_remote(config.store) or Path(config.store).exists():
+        store = open_store(config.store)
+    else:
+        store = build_store(config, vocab_size, command=command)
+    built, asked = store.manifest["options"], stored_options(config, vocab_size)
+    if asked["data.tokenizer"] is None:  # its directory is gone; what it was is in the store
+        asked["data.tokenizer"] = built.get("data.tokenizer")
+    changes = differences(built, asked)
+    if changes:
+        raise ConfigError(
+            f"data.store={config.store!r} was built with other options:{changes}\n"
+            "name another directory in data.store, or delete this one and build it again with: "
+            f"{command}"
+        )
+    _check_vocabulary(store, vocab_size)
+    return store
+
+
+def _check_vocabulary(store: TokenStore, vocab_size: int) -> None:
+    if vocab_size < store.tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={vocab_size} is less than the {store.tokenizer.vocab_size} tokens "
+            f"of the tokenizer in {store.directory}"
+        )
+
+
+def _name(directory: str) -> str:
+    return directory.rstrip("/").rpartition("/")[2]

@@ -1,0 +1,68 @@
+"""What all tokenizers have in common: their interface, and the names of their files."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Protocol
+
+from retnet_jax.files.digests import sha256_of
+
+FILE_NAME = "tokenizer.json"
+SENTENCEPIECE_NAME = "tokenizer.model"
+TIKTOKEN_NAME = "cl100k_base.tiktoken"
+CONFIG_NAME = "tokenizer_config.json"  # beside the others; it names the special tokens
+TOKENIZER_FILES = (FILE_NAME, SENTENCEPIECE_NAME, TIKTOKEN_NAME)
+SAVED_FILES = (*TOKENIZER_FILES, CONFIG_NAME)  # all names that `Tokenizer.save` writes
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back.
+
+    Special tokens are added only by this project's programs: no text is encoded to one, and "<s>"
+    inside a text is three characters.
+    """
+
+    vocab_size: int  # ids are 0 ... vocab_size - 1
+    bos_id: int  # opens every document
+    end_id: int  # ends a text that a model generates
+    files: dict[str, bytes]  # what `save` writes, by name
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, without BOS."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, without BOS and end; a torn character becomes U+FFFD."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of one text, without BOS."""
+        return self.encode_batch([text])[0]
+
+    def save(self, directory: Path) -> None:
+        """Writes the files from which `load_tokenizer` makes the same tokenizer."""
+        for name, contents in self.files.items():
+            (directory / name).write_bytes(contents)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what `save` writes, in hex: equal for equal tokenizers."""
+        return sha256_of(b"".join(self.files.values()))
+
+
+@functools.cache
+def hugging_face() -> ModuleType:
+    """The package `tokenizers`, imported when it is first used.
+
+    After it has encoded in several threads, the library warns on stderr at every fork unless the
+    environment says that the threads are meant. It is told so once, here; what the user has set is
+    left as it is. Nothing in this project encodes in a fork.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    import tokenizers
+
+    return tokenizers

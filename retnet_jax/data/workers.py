@@ -1,0 +1,81 @@
+"""A task for each shard of a store, in several processes, with progress on stderr."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+def for_each_shard(
+    task: Callable[[tuple[int, Any]], int],
+    items: list[tuple[int, Any]],
+    sizes: list[int],
+    processes: int,
+    label: str,
+) -> None:
+    """Does a task for each shard, here or in other processes.
+
+    Args:
+      task: gets a shard's number and data, and returns the number.
+      items: the shards that are to be done.
+      sizes: source bytes of every shard, by its number.
+      processes: that work in parallel.
+      label: what the progress is called.
+    """
+    progress = _Progress(sum(sizes[shard] for shard, _ in items), label)
+    with progress:
+        if processes == 1 or len(items) == 1:
+            for item in items:
+                progress.add(sizes[task(item)])
+            return
+        pool = concurrent.futures.ProcessPoolExecutor(
+            processes, multiprocessing.get_context("spawn"), initializer=_prepare_process
+        )
+        with pool:
+            futures = [pool.submit(task, item) for item in items]
+            try:
+                for future in concurrent.futures.as_completed(futures):
+                    progress.add(sizes[future.result()])
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+
+def _prepare_process() -> None:
+    # Each process has a core; a tokenizer's own threads would only be in each other's way.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+class _Progress:
+    """How many source bytes are done, on stderr: a bar, or plain lines at every tenth."""
+
+    def __init__(self, total: int, label: str):
+        self._total, self._label, self._done = total, label, 0
+        self._bar = None
+
+    def __enter__(self):
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=self._total, desc=self._label, unit="B", unit_scale=True)
+        return self
+
+    def __exit__(self, *_):
+        if self._bar is not None:
+            self._bar.close()
+
+    def add(self, size: int) -> None:
+        tenths_before, self._done = 10 * self._done // self._total, self._done + size
+        if self._bar is not None:
+            self._bar.update(size)
+        elif 10 * self._done // self._total > tenths_before:
+            say(f"{self._label}: {self._done / 1e6:.1f} of {self._total / 1e6:.1f} MB")
+
+
+def say(message: str) -> None:
+    """A line on stderr."""
+    print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,200 @@
+"""Evaluates one model as a plan says."""
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from retnet_jax.data import Tokenizer
+from retnet_jax.errors import ConfigError
+from retnet_jax.evaluation.held_out_texts import Text
+from retnet_jax.evaluation.perplexity import (
+    check_contexts,
+    last_tokens_nll,
+    stateful_nll,
+    window_nll,
+    windows,
+)
+from retnet_jax.evaluation.plan import Plan
+from retnet_jax.evaluation.prefix_trie import PrefixTrie
+from retnet_jax.evaluation.recall_probes import RecallResult, recall
+from retnet_jax.evaluation.results import LAST_TOKENS, Results, TokensRead
+from retnet_jax.evaluation.scoring import score_trie
+from retnet_jax.evaluation.task_requests import (
+    TaskRequests,
+    TaskResult,
+    draw_shots,
+    task_requests,
+    task_result,
+)
+from retnet_jax.evaluation.task_rows import Rows, read_rows
+from retnet_jax.evaluation.tasks import TASKS, Task
+from retnet_jax.model import LanguageModel
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """The rows of a task that are evaluated, and those that examples are drawn from."""
+
+    task: Task
+    rows: Rows
+    pool: Rows | None  # None: there are no examples
+
+
+def evaluate_model(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    text: Text | None,
+    tasks: Sequence[TaskRows],
+    plan: Plan,
+) -> Results:
+    """Evaluates a model as planned, with progress bars on a terminal.
+
+    Args:
+      model: on the mesh that is set, if one is.
+      tokenizer: the model's.
+      text: for perplexity, and as filler of the recall probes; its tokens are the tokenizer's.
+      tasks: from `read_tasks`.
+      plan: what to do.
+
+    Raises:
+      ConfigError: for input that the model cannot take.
+    """
+    results = Results(text)
+    perplexity = "perplexity" in plan.parts
+    if perplexity and plan.context_lengths:
+        check_contexts(text.tokens, plan.context_lengths)
+    # All of them before anything is computed, so that a row that does not fit costs nothing.
+    prepared = [
+        (of_task, shots, _requests(of_task, shots, tokenizer, plan))
+        for of_task in tasks
+        for shots in plan.shots
+    ]
+    for protocol in plan.protocols if perplexity else ():
+        results.nll[protocol] = _nll(model, text.tokens, protocol, plan)
+    if perplexity and plan.context_lengths:
+        results.last_nll.update(
+            last_tokens_nll(
+                model,
+                text.tokens,
+                plan.context_lengths,
+                scored=LAST_TOKENS,
+                batch_size=plan.batch_size,
+            )
+        )
+    for of_task, shots, requests in prepared:
+        key = of_task.task.name, shots
+        results.tasks[key], results.read[key] = _task(model, of_task.task, shots, requests, plan)
+    if "recall" in plan.parts:
+        results.recall.extend(_recall(model, tokenizer, text, plan))
+    return results
+
+
+def read_tasks(plan: Plan) -> list[TaskRows]:
+    """The rows of the plan's tasks; examples' too, where there are to be some.
+
+    Raises:
+      ConfigError: as `read_rows`.
+    """
+    if "tasks" not in plan.parts:
+        return []
+    if plan.task_data is None:
+        raise ConfigError(
+            "the tasks need --data: a directory with TASK/SPLIT.jsonl, such as "
+            f"{plan.tasks[0]}/{TASKS[plan.tasks[0]].split}.jsonl, or hf, or tfds"
+        )
+    found = []
+    for task in map(TASKS.__getitem__, plan.tasks):
+        rows = read_rows(task, task.split, plan.task_data)
+        pool = None
+        if any(plan.shots):
+            same = task.shots_from == task.split
+            pool = rows if same else read_rows(task, task.shots_from, plan.task_data)
+            draw_shots(task, rows, pool, max(plan.shots))  # before anything is computed
+        found.append(TaskRows(task, rows, pool))
+    return found
+
+
+def _nll(
+    model: LanguageModel, documents: Sequence[np.ndarray], protocol: str, plan: Plan
+) -> list[np.ndarray]:
+    """Of each document the -log p of its tokens by a protocol."""
+    lengths = [len(tokens) - 1 for tokens in documents]
+    if protocol == "stateful":
+        with progress_bar(protocol, sum(lengths)) as progress:
+            return stateful_nll(model, documents, batch_size=plan.batch_size, progress=progress)
+    stride = plan.stride if protocol == "sliding" else None
+    each = (windows(length, plan.window_length, stride) for length in lengths)
+    total = sum(window.stop - window.start for found in each for window in found)
+    with progress_bar(protocol, total) as progress:
+        return window_nll(
+            model,
+            documents,
+            window_length=plan.window_length,
+            stride=stride,
+            batch_size=plan.batch_size,
+            progress=progress,
+        )
+
+
+def _requests(of_task: TaskRows, shots: int, tokenizer: Tokenizer, plan: Plan) -> TaskRequests:
+    task, rows = of_task.task, of_task.rows
+    examples = [()] * len(rows.rows)
+    if shots:
+        examples = draw_shots(task, rows, of_task.pool, shots, plan.shot_mode, plan.seed)
+    requests = task_requests(task, rows, examples, tokenizer, plan.variant)
+    for number, pair in enumerate(requests.pairs):
+        if plan.max_length is not None and len(pair.continuation) > plan.max_length:
+            raise ConfigError(
+                f"{rows.names[number // task.choices]}: choice {number % task.choices} of "
+                f"{task.name} has {len(pair.continuation)} tokens, more than "
+                f"max_length={plan.max_length}"
+            )
+    return requests
+
+
+def _task(
+    model: LanguageModel, task: Task, shots: int, requests: TaskRequests, plan: Plan
+) -> tuple[TaskResult, TokensRead]:
+    trie = PrefixTrie(requests.pairs, plan.max_length)
+    with progress_bar(f"{task.name}, {shots} shots", trie.tokens) as progress:
+        scores = score_trie(model, trie, batch_size=plan.batch_size, progress=progress)
+    read = TokensRead(trie.tokens, trie.tokens_alone, trie.truncated)
+    return task_result(task, requests, scores), read
+
+
+def _recall(
+    model: LanguageModel, tokenizer: Tokenizer, text: Text, plan: Plan
+) -> list[RecallResult]:
+    total = 2 * plan.trials * sum(plan.distances)
+    with progress_bar("recall", total) as progress:
+        return recall(
+            model,
+            np.concatenate([tokens[1:] for tokens in text.tokens]),
+            bos_id=tokenizer.bos_id,
+            vocab_size=tokenizer.vocab_size,
+            distances=plan.distances,
+            trials=plan.trials,
+            seed=plan.seed,
+            batch_size=plan.batch_size,
+            progress=progress,
+        )
+
+
+@contextmanager
+def progress_bar(description: str, total: int):
+    """A bar of tokens, if stderr is a terminal; gives what to call with the number of new ones."""
+    from tqdm import tqdm
+
+    with tqdm(
+        desc=description,
+        total=total,
+        unit="token",
+        unit_scale=True,
+        leave=False,
+        dynamic_ncols=True,
+        disable=None,
+    ) as bar:
+        update: Callable[[int], object] = bar.update
+        yield update

@@ -1,0 +1,34 @@
+"""The parameters of a model by name and shape, without any memory."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from flax import nnx
+
+from retnet_jax.config import ModelConfig
+from retnet_jax.model.lm import build_model
+from retnet_jax.trees import named_leaves
+
+
+def abstract_model(config: ModelConfig) -> Any:
+    """Shapes and dtypes of a model's parameters, in the structure of the model."""
+    return jax.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0)))
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter, by its own name."""
+    # A copy, which nobody changes later; and float64 would need jax to be set up for it.
+    return _parameter_shapes(dataclasses.replace(config, dtype="float32"))
+
+
+def parameter_shape(config: ModelConfig, own: str, layer: int | None) -> tuple[int, ...]:
+    """The shape of a parameter, of one layer where a layer is given."""
+    shape = parameter_shapes(config)[own]
+    return shape if layer is None else shape[1:]
+
+
+@functools.cache
+def _parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    return {name: leaf.shape for name, leaf in named_leaves(abstract_model(config)).items()}

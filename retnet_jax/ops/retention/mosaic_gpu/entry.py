@@ -1,0 +1,176 @@
+"""Chunkwise retention and its gradient, by the two kernels; rows in segments to fill the GPU."""
+
+import itertools
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from retnet_jax.ops.retention.decay import decay_gradient, power_of_decay
+from retnet_jax.ops.retention.document_index import Chunks, Documents, one_document
+from retnet_jax.ops.retention.mosaic_gpu.memory import TILE, TOKENS
+from retnet_jax.ops.retention.mosaic_gpu.scores import decayed_scores
+from retnet_jax.ops.retention.mosaic_gpu.walk import Tiling, walk_segments
+from retnet_jax.ops.retention.xla import zero_state
+from retnet_jax.parallel.mesh import backend
+from retnet_jax.shapes import Array, Float
+
+WIDEST = 512  # of a head: two warpgroups with 4 tiles of T each
+MULTIPLE = 8  # of head widths: TMA's strides are multiples of 16 bytes
+SHORTEST_SEGMENT = 8  # chunks: less does not pay for the walk that finds states
+HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")  # in the names of devices
+PROCESSORS = 132  # streaming multiprocessors of an H100 or H200 (SXM)
+
+
+def chunkwise(
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b t h k"],
+    v: Float[Array, "b t h v"],
+    log_decay: Float[Array, " h"],
+    state: Float[Array, "b h k v"] | None,
+    documents: Documents | None,
+    chunk_size: int | None = None,
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
+    """`xla.chunkwise` in chunks of 64 tokens, of bfloat16 inputs; `state=None` is 0.
+
+    The backward pass keeps the inputs and the final state, and computes all else again.
+
+    Raises:
+      NotImplementedError: with the reason that `unsupported` gives.
+    """
+    if reason := unsupported(q, k, v, chunk_size):
+        raise NotImplementedError(reason)
+    if state is None:
+        state = zero_state(q, v)
+    return _retention(q, k, v, log_decay, state, documents)
+
+
+def unsupported(q, k, v, chunk_size: int | None = None) -> str | None:
+    """Why `chunkwise` cannot run arrays of such shapes on the backend; None if it can."""
+    if not q.dtype == k.dtype == v.dtype == jnp.bfloat16:
+        return f"q, k and v are {q.dtype}, {k.dtype}, {v.dtype}; only bfloat16 is computed here"
+    if chunk_size not in (None, TOKENS):
+        return f"chunk_size={chunk_size}; chunks are of {TOKENS} tokens here"
+    for name, width in (("key", q.shape[3]), ("value", v.shape[3])):
+        if width % MULTIPLE or not TILE <= width <= WIDEST:
+            return (
+                f"{name} heads are {width} wide; only multiples of {MULTIPLE} from {TILE} to "
+                f"{WIDEST} are"
+            )
+    platform = backend()
+    if platform == "cpu":
+        if not hasattr(plgpu, "InterpretGPUParams"):
+            return f"jax {jax.__version__} has no interpreter for it on a CPU; jax 0.11 has"
+        return None
+    device = jax.devices()[0] if _mesh().empty else _mesh().abstract_device
+    if platform != "gpu" or not HOPPER.search(device.device_kind):
+        return f"the backend is {platform} ({device.device_kind}), not a Hopper GPU"
+    return None
+
+
+def _mesh():
+    return jax.sharding.get_abstract_mesh()
+
+
+@jax.custom_vjp
+def _retention(q, k, v, log_decay, state, documents):
+    return _forward(q, k, v, log_decay, state, documents)[0]
+
+
+def _forward(q, k, v, log_decay, state, documents):
+    chunks = _chunks(documents, *q.shape[:2])
+    scores = decayed_scores(q, k, log_decay, chunks)
+    y, after = _recurrence(q, k, v, scores, log_decay, chunks, state.swapaxes(2, 3))
+    after = after.swapaxes(2, 3)
+    return (y, after), (q, k, v, log_decay, state, documents, after)
+
+
+def _backward(saved, cotangents):
+    q, k, v, log_decay, state, documents, after = saved
+    d_y, d_after = cotangents
+    chunks = _chunks(documents, *q.shape[:2])
+    backwards = partial(_recurrence, log_decay=log_decay, chunks=chunks, reverse=True)
+    scores = decayed_scores(d_y, v, log_decay, chunks)
+    d_q, _ = _recurrence(d_y, v, k, scores, log_decay, chunks, state)
+    d_k, d_state = backwards(v, d_y, q, scores, state=d_after)
+    scores = decayed_scores(q, k, log_decay, chunks)
+    d_v, _ = backwards(k, q, d_y, scores, state=d_after.swapaxes(2, 3))
+    d_log_decay = decay_gradient(q, d_q, k, d_k, after, d_after, documents)
+    return d_q, d_k, d_v, d_log_decay, d_state, None
+
+
+_retention.defvjp(_forward, _backward)
+
+
+def _chunks(documents: Documents | None, rows: int, length: int) -> Chunks:
+    return (one_document(rows, length) if documents is None else documents).chunks(TOKENS)
+
+
+def _recurrence(
+    q: Float[Array, "b t h a"],
+    k: Float[Array, "b t h a"],
+    v: Float[Array, "b t h c"],
+    scores: Float[Array, "b h n l m"],
+    log_decay: Float[Array, " h"],
+    chunks: Chunks,
+    state: Float[Array, "b h c a"],
+    reverse: bool = False,
+) -> tuple[Float[Array, "b t h c"], Float[Array, "b h c a"]]:
+    """`walk_segments` of rows in one piece, or in segments that each begin with their own state."""
+    b, _, h, contracted = q.shape
+    written = v.shape[3]
+    tiling = Tiling.of(contracted, written)
+    n_chunks = chunks.count.shape[1]
+    length = _segment_length(b * h * pl.cdiv(written, tiling.rows), n_chunks)
+    factors = _factors(log_decay, chunks, reverse)
+    rows, columns = tiling.whole(written)
+    state = jnp.pad(state, ((0, 0), (0, 0), (0, rows - written), (0, columns - contracted)))
+    segments = list(itertools.pairwise([*range(0, n_chunks, length), n_chunks]))
+    if reverse:
+        segments.reverse()
+    states = [state]
+    if len(segments) > 1:
+        # The states that segments leave when they begin empty, of all but the last one walked.
+        _, left = walk_segments(None, k, v, None, factors, None, length, reverse)
+        if reverse:
+            left = left[:, ::-1]
+        for i, segment in enumerate(segments[:-1]):
+            decay = _across(log_decay, chunks, *segment)
+            states.append(decay[..., None, None] * states[-1] + left[:, i])
+    if reverse:
+        states.reverse()
+    states = jnp.stack(states, axis=1)
+    y, after = walk_segments(q, k, v, scores, factors, states, length, reverse)
+    return y, after[:, 0 if reverse else -1, :, :written, :contracted]
+
+
+def _factors(
+    log_decay: Float[Array, " h"], chunks: Chunks, reverse: bool
+) -> Float[Array, "b h n 3 l"]:
+    """Powers of gamma in each chunk: of what tokens read, what they write, and across it."""
+    power = partial(power_of_decay, log_decay)
+    from_start = power(chunks.from_start, chunks.reads_start)
+    to_end = power(chunks.to_end, chunks.writes_end)
+    across = jnp.broadcast_to(power(chunks.across, chunks.passes), to_end.shape)
+    ends = (to_end, from_start) if reverse else (from_start, to_end)
+    return jnp.stack([*ends, across], axis=3)
+
+
+def _across(
+    log_decay: Float[Array, " h"], chunks: Chunks, start: int, end: int
+) -> Float[Array, "b h"]:
+    """gamma^tokens across the chunks from `start` to before `end`; 0 if a border is in them."""
+    return power_of_decay(
+        log_decay,
+        chunks.count_after[:, end - 1, 0] - chunks.count_before[:, start, 0],
+        chunks.index_after[:, end - 1, 0] == chunks.index_before[:, start, 0],
+    )
+
+
+def _segment_length(ctas: int, n_chunks: int) -> int:
+    """Chunks in a segment: as many segments as fill the GPU, but none that are short."""
+    segments = max(1, min(PROCESSORS // ctas, n_chunks // SHORTEST_SEGMENT))
+    return pl.cdiv(n_chunks, segments)

@@ -1,0 +1,439 @@
+"""The recurrence over the chunks of rows, as the package's docstring has it: one kernel.
+
+A CTA (thread block) walks the chunks of one segment, for one head and some columns of what is
+written. Its computing warpgroups hold T in registers; one more loads what they read.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from retnet_jax.ops.retention.mosaic_gpu import memory
+from retnet_jax.ops.retention.mosaic_gpu.memory import (
+    AS_OPERAND,
+    AS_ROWS,
+    OF_COLUMN,
+    OF_ROW,
+    SWIZZLE,
+    TILE,
+    TOKENS,
+    WGMMA,
+    accumulate,
+    along_columns,
+    along_rows,
+    load,
+    operands,
+    views,
+)
+from retnet_jax.shapes import Array, Float
+
+SHARED_MEMORY = 227 * 1024 - 6 * 1024  # bytes of a CTA, less what Mosaic and barriers take
+
+
+def walk_segments(
+    q: Float[Array, "b t h a"] | None,
+    k: Float[Array, "b t h a"],
+    v: Float[Array, "b t h c"],
+    scores: Float[Array, "b h n l m"] | None,
+    factors: Float[Array, "b h n 3 l"],
+    states: Float[Array, "b s h rows columns"] | None,
+    length: int,
+    reverse: bool,
+) -> tuple[Float[Array, "b t h c"] | None, Float[Array, "b r h rows columns"]]:
+    """The recurrence of segments of `length` chunks each.
+
+    Args:
+      q: what reads; None, along with scores and states, for segments that begin empty and of which
+        only the states they leave are wanted.
+      k: what is contracted with.
+      v: what is written.
+      scores: P of each chunk, rows for queries.
+      factors: powers of gamma of what tokens read, what they write, and across each chunk.
+      states: T before each segment, filled up to whole tiles.
+      length: chunks in a segment; the last one of a row may have fewer.
+      reverse: whether segments are walked from their ends.
+
+    Returns:
+      y, None without q, and the states after the segments, like `states`.
+    """
+    b, _, h, contracted = k.shape
+    written, n_chunks = v.shape[3], factors.shape[2]
+    tiling = Tiling.of(contracted, written)
+    n_segments, first = pl.cdiv(n_chunks, length), 0
+    if q is None:  # no segment begins with what the last one leaves
+        n_segments, first = n_segments - 1, int(reverse)
+    after = (b, n_segments, h, *tiling.whole(written))
+    arrays = _Arrays(
+        q,
+        k,
+        v,
+        scores,
+        factors,
+        states,
+        after=jax.ShapeDtypeStruct(after, jnp.float32),
+        y=None if q is None else jax.ShapeDtypeStruct(v.shape, v.dtype),
+    )
+    structure = jax.tree.structure(arrays)
+
+    def walk(*refs, **shared):
+        arrays, shared = jax.tree.unflatten(structure, refs), _Memory(**shared)
+        row, segment = jnp.divmod(jax.lax.axis_index("segments"), n_segments)
+        start = (segment + first) * length
+        work = _Work(
+            tiling=tiling,
+            reverse=reverse,
+            row=row,
+            head=jax.lax.axis_index("heads"),
+            segment=segment,
+            columns=jax.lax.axis_index("columns") * tiling.rows,
+            start=start,
+            n_chunks=jnp.minimum(length, n_chunks - start),
+        )
+        warpgroup = jax.lax.axis_index("warpgroup")
+
+        @pl.when(warpgroup < tiling.warpgroups)
+        def _():
+            if tiling.warpgroups > 1:
+                plgpu.set_max_registers(240, action="increase")
+            _Computing.of(arrays, shared, work, warpgroup).walk()
+
+        @pl.when(warpgroup == tiling.warpgroups)
+        def _():
+            if tiling.warpgroups > 1:
+                plgpu.set_max_registers(24, action="decrease")
+            _Loading(arrays, shared, work).walk()
+
+    found = plgpu.kernel(
+        walk,
+        out_type=tuple(jax.tree.leaves((arrays.after, arrays.y))),
+        scratch_types=_Memory.of(tiling, reads=q is not None),
+        grid=(pl.cdiv(written, tiling.rows), h, b * n_segments),
+        grid_names=("columns", "heads", "segments"),
+        num_threads=tiling.warpgroups + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        interpret=memory.interpreter(),
+    )(*jax.tree.leaves(arrays._replace(after=None, y=None)))
+    return (None if q is None else found[1]), found[0]
+
+
+class Tiling(NamedTuple):
+    """How T [B A] lies on warpgroups: 64 rows and up to 4 tiles of columns on each."""
+
+    halves: int  # warpgroups that share rows: 1, or 2 where A is wider than 256
+    groups: int  # of 64 rows in a CTA
+    tiles: int  # of columns on a warpgroup
+    stages: int  # tiles of q and k, of each half, that the ring holds
+
+    @staticmethod
+    def of(contracted: int, written: int) -> "Tiling":
+        """For T of these sizes."""
+        n_tiles = pl.cdiv(contracted, TILE)
+        halves = 1 if n_tiles <= 4 else 2
+        groups = 2 if halves == 1 and written > TILE else 1
+        tiles = pl.cdiv(n_tiles, halves)
+        # For two chunks v of each warpgroup, scores and factors; y of each group.
+        tile = 2 * TOKENS * TILE
+        others = 2 * ((halves * groups + 1) * tile + 1024) + groups * tile
+        others += 2 * tile * (halves - 1)  # a float32 tile to add up halves
+        stages = min((SHARED_MEMORY - others) // (halves * tile), 4 * tiles)
+        return Tiling(halves, groups, tiles, stages)
+
+    @property
+    def warpgroups(self) -> int:
+        return self.halves * self.groups
+
+    @property
+    def rows(self) -> int:
+        return self.groups * TILE
+
+    def whole(self, written: int) -> tuple[int, int]:
+        """T's rows and columns, filled up to whole CTAs."""
+        return pl.cdiv(written, self.rows) * self.rows, self.halves * self.tiles * TILE
+
+
+class _Arrays(NamedTuple):
+    """What lies in the GPU's memory: the arguments of `walk_segments`, and its results."""
+
+    q: Array | None
+    k: Array
+    v: Array
+    scores: Array | None
+    factors: Array
+    states: Array | None
+    after: Array
+    y: Array | None
+
+
+class _Memory(NamedTuple):
+    """Shared memory and barriers of a CTA."""
+
+    ring: object  # tiles of q and k
+    v: object  # of two chunks, as are factors and scores
+    factors: object
+    chunk_loaded: object
+    chunk_free: object
+    tile_loaded: object
+    tile_free: object
+    # Where there are queries.
+    scores: object = None
+    y: object = None
+    registers: object = None  # for the interpreter, which takes no left operand from registers
+    # Where two warpgroups add up what they read.
+    half: object = None
+    half_there: object = None
+    half_free: object = None
+
+    @staticmethod
+    def of(tiling: Tiling, reads: bool) -> dict[str, object]:
+        """What to allocate, by field."""
+        each, bfloat16 = tiling.warpgroups, jnp.bfloat16
+        found = _Memory(
+            ring=operands(tiling.stages, tiling.halves),
+            v=operands(2, each),
+            factors=plgpu.SMEM((2, 3, TOKENS), jnp.float32),
+            chunk_loaded=plgpu.Barrier(num_arrivals=each + 1 + reads, num_barriers=2),
+            chunk_free=plgpu.Barrier(num_arrivals=each, num_barriers=2),
+            tile_loaded=plgpu.Barrier(num_arrivals=tiling.halves, num_barriers=tiling.stages),
+            tile_free=plgpu.Barrier(num_arrivals=each, num_barriers=tiling.stages),
+        )
+        if reads:
+            y = plgpu.SMEM((tiling.groups, TOKENS, TILE), bfloat16, transforms=AS_ROWS)
+            found = found._replace(scores=operands(2), y=y)
+        if reads and memory.interpreter():
+            registers = plgpu.SMEM((each, TILE, TILE), bfloat16, transforms=AS_OPERAND)
+            found = found._replace(registers=registers)
+        if reads and tiling.halves == 2:
+            transforms = (plgpu.TilingTransform((8, 32)), SWIZZLE)
+            found = found._replace(
+                half=plgpu.SMEM((TILE, TOKENS), jnp.float32, transforms=transforms),
+                half_there=plgpu.Barrier(),
+                half_free=plgpu.Barrier(),
+            )
+        return {name: each for name, each in found._asdict().items() if each is not None}
+
+
+class _Work(NamedTuple):
+    """What one CTA works on."""
+
+    tiling: Tiling
+    reverse: bool
+    row: Array
+    head: Array
+    segment: Array
+    columns: Array  # the first that it writes
+    start: Array  # its first chunk
+    n_chunks: Array
+
+    def chunk(self, i):
+        """The number in the row of the i-th chunk that is walked."""
+        return self.start + (self.n_chunks - 1 - i if self.reverse else i)
+
+    def tokens(self, i):
+        return pl.ds(self.chunk(i) * TOKENS, TOKENS)
+
+
+class _Loading(NamedTuple):
+    """The loading warpgroup: all tiles of a segment, as far ahead as shared memory goes."""
+
+    arrays: _Arrays
+    memory: _Memory
+    work: _Work
+
+    def walk(self) -> None:
+        jax.lax.fori_loop(0, self.work.n_chunks, self._chunk, None)
+
+    def _chunk(self, i, _) -> None:
+        arrays, memory, work = self
+        slot = i % 2
+        loaded = memory.chunk_loaded.at[slot]
+        number = work.chunk(i)
+
+        @pl.when(i >= 2)
+        def _():
+            plgpu.barrier_wait(memory.chunk_free.at[slot])
+
+        plgpu.copy_gmem_to_smem(
+            arrays.factors.at[work.row, work.head, number], memory.factors.at[slot], loaded
+        )
+        if arrays.scores is not None:
+            rows, _ = views(memory.scores)
+            plgpu.copy_gmem_to_smem(
+                arrays.scores.at[work.row, work.head, number], rows.at[slot], loaded
+            )
+        rows, _ = views(memory.v)
+        for warpgroup in range(work.tiling.warpgroups):
+            columns = pl.ds(work.columns + warpgroup // work.tiling.halves * TILE, TILE)
+            plgpu.copy_gmem_to_smem(
+                arrays.v.at[work.row, work.tokens(i), work.head, columns],
+                rows.at[slot, warpgroup],
+                loaded,
+            )
+        read = [array for array in (arrays.q, arrays.k) if array is not None]
+        tiles = work.tiling.tiles
+        for n, array in enumerate(read):
+            first = (len(read) * i + n) * tiles
+            jax.lax.fori_loop(0, tiles, partial(self._tile, array, i, first), None)
+
+    def _tile(self, array, i, first, j, _) -> None:
+        """The j-th tile of columns of a chunk of q or k, of each half, into the ring."""
+        memory, work, tiling = self.memory, self.work, self.work.tiling
+        number = first + j
+        slot = jax.lax.rem(number, tiling.stages)
+
+        @pl.when(number >= tiling.stages)
+        def _():
+            plgpu.barrier_wait(memory.tile_free.at[slot])
+
+        rows, _ = views(memory.ring)
+        for half in range(tiling.halves):
+            columns = pl.ds((half * tiling.tiles + j) * TILE, TILE)
+            plgpu.copy_gmem_to_smem(
+                array.at[work.row, work.tokens(i), work.head, columns],
+                rows.at[slot, half],
+                memory.tile_loaded.at[slot],
+            )
+
+
+class _Computing(NamedTuple):
+    """A computing warpgroup: 64 rows of T, or half of their columns."""
+
+    arrays: _Arrays
+    memory: _Memory
+    work: _Work
+    warpgroup: Array
+    group: Array
+    half: Array
+    rows: object  # of T, and columns of y
+
+    @staticmethod
+    def of(arrays: _Arrays, memory: _Memory, work: _Work, warpgroup) -> "_Computing":
+        group, half = jnp.divmod(warpgroup, work.tiling.halves)
+        rows = pl.ds(work.columns + group * TILE, TILE)
+        return _Computing(arrays, memory, work, warpgroup, group, half, rows)
+
+    def walk(self) -> None:
+        arrays, work = self.arrays, self.work
+        n_tiles = work.tiling.tiles
+        if arrays.states is not None:
+            states = arrays.states.at[work.row, work.segment, work.head]
+            state = tuple(
+                load(states.at[self.rows, self._columns(j)], WGMMA, optimized=False)
+                for j in range(n_tiles)
+            )
+        else:
+            zeros = plgpu.layout_cast(jnp.zeros((TILE, TILE), jnp.float32), WGMMA)
+            state = (zeros,) * n_tiles
+        state = jax.lax.fori_loop(0, work.n_chunks, self._chunk, state)
+        after = arrays.after.at[work.row, work.segment, work.head]
+        for j, piece in enumerate(state):
+            after[self.rows, self._columns(j)] = piece
+        plgpu.wait_smem_to_gmem(0)
+
+    def _columns(self, j: int):
+        """Those of T in the j-th tile of this half."""
+        return pl.ds((self.half * self.work.tiling.tiles + j) * TILE, TILE)
+
+    def _chunk(self, i, state: tuple) -> tuple:
+        """Writes y of the i-th chunk, if it has queries; the state after the chunk."""
+        tiling, memory, reads = self.work.tiling, self.memory, self.arrays.y is not None
+        slot = i % 2
+        plgpu.barrier_wait(memory.chunk_loaded.at[slot])
+        _, v = views(memory.v)
+        v = v.at[slot, self.warpgroup]
+        first = i * tiling.tiles * (2 if reads else 1)
+        if reads:
+            y = along_columns(self._factor(slot, 0, OF_COLUMN)) * self._from_state(first, state)
+            if tiling.halves == 1:
+                self._store(i, self._within(slot, v, y))
+            else:
+                self._add_halves(i, y, slot, v)
+            first += tiling.tiles
+        values = load(v, WGMMA).astype(jnp.float32) * along_rows(self._factor(slot, 1, OF_ROW))
+        across = along_rows(self._factor(slot, 2, OF_ROW))
+        v[...] = values.astype(jnp.bfloat16)
+        plgpu.commit_smem()  # after all reading of what TMA writes again
+
+        def update(state):
+            for j, piece in enumerate(state):
+                plgpu.wgmma(piece, v.T, self._tile(first + j))
+
+        state = accumulate(update, *(across * piece for piece in state))
+        for j in range(tiling.tiles):
+            self._free(first + j)
+        plgpu.barrier_arrive(memory.chunk_free.at[slot])
+        return state
+
+    def _factor(self, slot, n: int, layout):
+        """Powers of gamma of a chunk's tokens: read from the state, written to it, and across."""
+        return load(self.memory.factors.at[slot, n], layout)
+
+    def _from_state(self, first, state: tuple):
+        """What the queries read from T, [c l]."""
+        registers = self.memory.registers
+
+        def products(y):
+            for j, piece in enumerate(state):
+                q = self._tile(first + j)
+                left = piece.astype(jnp.bfloat16)
+                if registers is not None:
+                    registers.at[self.warpgroup][...] = left
+                    left = registers.at[self.warpgroup]
+                plgpu.wgmma(y, left, q.T)
+                plgpu.wgmma_wait(0)  # with two under way, registers are spilled
+                self._free(first + j)
+            return y[...]
+
+        return pl.run_scoped(products, plgpu.ACC((TILE, TOKENS), jnp.float32))
+
+    def _tile(self, number):
+        """A tile of the ring, once it is there."""
+        slot = jax.lax.rem(number, self.work.tiling.stages)
+        _, ring = views(self.memory.ring)
+        plgpu.barrier_wait(self.memory.tile_loaded.at[slot])
+        return ring.at[slot, self.half]
+
+    def _free(self, number) -> None:
+        slot = jax.lax.rem(number, self.work.tiling.stages)
+        plgpu.barrier_arrive(self.memory.tile_free.at[slot])
+
+    def _within(self, slot, v, y):
+        """`y` and what the chunk's own tokens give, [c l]."""
+        _, scores = views(self.memory.scores)
+        scores = scores.at[slot] if self.work.reverse else scores.at[slot].T
+        (y,) = accumulate(lambda sums: plgpu.wgmma(sums[0], v.T, scores), y)
+        return y
+
+    def _store(self, i, y) -> None:
+        work, tile = self.work, self.memory.y.at[self.group]
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        tile.T[...] = plgpu.layout_cast(y.astype(jnp.bfloat16), plgpu.Layout.WGMMA_TRANSPOSED)
+        plgpu.commit_smem()
+        place = (work.row, work.tokens(i), work.head, self.rows)
+        plgpu.copy_smem_to_gmem(tile, self.arrays.y.at[place])
+
+    def _add_halves(self, i, y, slot, v) -> None:
+        """The second half adds what is of the chunk's own tokens, the first one writes the sum."""
+        memory = self.memory
+
+        @pl.when(self.half == 1)
+        def _():
+            whole = self._within(slot, v, y)
+
+            @pl.when(i > 0)
+            def _():
+                plgpu.barrier_wait(memory.half_free)
+
+            memory.half[...] = whole
+            plgpu.barrier_arrive(memory.half_there)
+
+        @pl.when(self.half == 0)
+        def _():
+            plgpu.barrier_wait(memory.half_there)
+            whole = y + load(memory.half, WGMMA)
+            plgpu.barrier_arrive(memory.half_free)
+            self._store(i, whole)

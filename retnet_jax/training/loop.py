@@ -1,0 +1,446 @@
+"""The story of a run: from a config and a directory to a trained model.
+
+    result = train(config, "runs/mine")
+
+The methods of `Run` stand in the order in which they are called. What is computed of the model
+along the way is an `Evaluator`; the held-out loss (`held_out_loss.py`) is one.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from retnet_jax.config import Config
+from retnet_jax.data import Batch, Stores, open_stores
+from retnet_jax.data.batches import PlacedBatches
+from retnet_jax.data.build import DEFAULT_COMMAND
+from retnet_jax.errors import CheckpointError, DamagedCheckpointError, DivergedError
+from retnet_jax.model import LanguageModel
+from retnet_jax.parallel import processes
+from retnet_jax.parallel.mesh import make_mesh
+from retnet_jax.parallel.sharding import check_fit
+from retnet_jax.pretrained import load_checkpoint, run_options, with_initial_model
+from retnet_jax.runs.checkpoint import Checkpoints
+from retnet_jax.runs.log import MetricsLog, NoLog
+from retnet_jax.runs.workdir import (
+    locked,
+    progress_of_old_checkpoint,
+    record_start,
+    recorded_config,
+)
+from retnet_jax.training.clock import Clock, peak_flops
+from retnet_jax.training.held_out_loss import HeldOutLoss
+from retnet_jax.training.step import (
+    StepMetrics,
+    TrainState,
+    abstract_state,
+    initial_state,
+    make_step,
+    state_of,
+)
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+
+
+class Evaluator(NamedTuple):
+    """What is computed of the model while it is trained, and logged."""
+
+    name: str  # for messages
+    every: int  # steps between evaluations; there is one after the last step too
+    function: Callable[[LanguageModel], Mapping[str, float]]  # values by the names they log under
+
+
+class TrainResult(NamedTuple):
+    """What `train` leaves in memory; the workdir has it too."""
+
+    model: LanguageModel
+    step: int  # steps taken in all
+    status: str  # "finished", "stopped" by a signal, "diverged", or "unsaved"
+    metrics: list[dict[str, Any]]  # what this call logged, one record as in metrics.jsonl each
+
+
+def train(
+    config: Config,
+    workdir: epath.PathLike,
+    *,
+    step: Callable[[Config, jax.sharding.Mesh, TrainState], Step] | None = None,
+    evaluators: Iterable[Evaluator] = (),
+    on_log: Callable[[dict[str, Any]], object] | None = None,
+    command: str = DEFAULT_COMMAND,
+) -> TrainResult:
+    """Trains from the beginning, or from the newest checkpoint in `workdir`.
+
+    Ctrl-C and SIGTERM save and return ("stopped"); the same call resumes. In several processes
+    each calls it alike.
+
+    Args:
+      config: what to train.
+      workdir: directory of the run, new or begun.
+      step: makes the compiled step of config, mesh and shapes of the state; None: `make_step`.
+      evaluators: beside the held-out loss.
+      on_log: called with each record of metrics.jsonl, in the first process.
+      command: what builds the store of `config.data` by itself, for messages and its manifest.
+
+    Raises:
+      ConfigError, CheckpointError: before anything is changed, for input that does not fit.
+    """
+    config.check()
+    workdir = epath.Path(workdir)
+    with contextlib.ExitStack() as stack:
+        processes.once(lambda: stack.enter_context(locked(workdir)))
+        recorded = recorded_config(workdir)
+        config = with_initial_model(config, recorded)
+        processes.check_alike(config)
+        mesh = make_mesh(config.mesh)
+        check_fit(mesh, config)
+        state_shape = abstract_state(config, mesh)
+        if step is None:
+            compiled = make_step(config, state_shape)
+        else:
+            compiled = step(config, mesh, state_shape)
+        # A store that does not exist is built by the first process.
+        data = config.data, config.model.vocab_size, command
+        processes.once(lambda: open_stores(*data))
+        stores = open_stores(*data)
+        changes = processes.once(lambda: record_start(workdir, config, recorded, stores.tokenizer))
+        stop = stack.enter_context(processes.stop_signals())
+        stack.enter_context(jax.set_mesh(mesh))
+        checkpoints = Checkpoints(
+            workdir / "checkpoints", config.train.keep_checkpoints, config.train.keep_every
+        )
+        stack.enter_context(contextlib.closing(checkpoints))
+        state, progress, damage = start_or_restore(config, mesh, state_shape, checkpoints, workdir)
+        check_finite(state, config, workdir)
+        log: MetricsLog | NoLog = NoLog()
+        if processes.is_first():
+            log = MetricsLog(workdir, int(state.step), config.train.steps, config.train.wandb)
+        stack.enter_context(contextlib.closing(log))
+        log.begin(processes.facts())
+        for change in changes or ():
+            log.say(f"resumed with another {change}")
+        for problem in damage:
+            log.say(problem)
+        log.say(describe(config, stores, state, mesh))
+        held_out = HeldOutLoss(config, mesh, stores)
+        evaluators = (
+            Evaluator("held-out loss", config.train.eval_every, held_out),
+            *evaluators,
+        )
+        run = Run(config, mesh, stores, compiled, checkpoints, log, evaluators, on_log)
+        run.trace_directory = workdir / "profile"
+        return run.run(state, progress, stop)
+
+
+class Progress(NamedTuple):
+    """How far a run is: what a checkpoint holds beside the arrays of the state."""
+
+    next_batch: int = 0  # number of the batch that comes next
+    run_began: float = 0.0  # when the run was first started, seconds since 1970
+    training_seconds: float = 0.0  # that its steps took, those not counted that were lost
+
+
+def start_or_restore(
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    state_shape: TrainState,
+    checkpoints: Checkpoints,
+    workdir: epath.Path,
+) -> tuple[TrainState, Progress, list[str]]:
+    """The state of the newest intact checkpoint, or a fresh one.
+
+    Returns:
+      The state, the progress, and one line for each damaged checkpoint that was found.
+
+    Raises:
+      CheckpointError: if there are checkpoints but none is intact.
+    """
+    shardings = jax.tree.map(lambda x: x.sharding, state_shape)
+    problems: list[str] = []
+    for step in checkpoints.steps():
+        try:
+            items, found = checkpoints.restore(step, items_of(state_shape))
+        except DamagedCheckpointError as error:
+            problems.append(f"{error}; it is set aside, and the one before is used")
+            checkpoints.set_aside(step)
+            continue
+        if "run_began" not in found:
+            found |= progress_of_old_checkpoint(workdir, step)
+        progress = Progress(**{name: found[name] for name in Progress._fields})
+        count = jax.device_put(np.int32(step), shardings.step)
+        return TrainState(step=count, **items), progress, problems
+    if problems:
+        raise CheckpointError("\n".join([*problems, "there is no other checkpoint"]))
+    progress = Progress(run_began=time.time())
+    if config.init_from:
+        model, _ = load_checkpoint(epath.Path(config.init_from), mesh, **run_options(config.model))
+        begin = jax.jit(partial(state_of, config), out_shardings=shardings, donate_argnums=0)
+        return begin(model), progress, []
+    return jax.jit(partial(initial_state, config), out_shardings=shardings)(), progress, []
+
+
+def check_finite(state: TrainState, config: Config, workdir: epath.Path) -> None:
+    """Raises `CheckpointError` if a state to begin with has numbers that are not finite.
+
+    A step never makes any (`training/step.py`), so none is ever saved.
+    """
+    if not bool(_is_finite(items_of(state))):
+        origin = f"checkpoint {workdir / 'checkpoints' / str(int(state.step))}"
+        if config.init_from and not int(state.step):
+            origin = f"init_from={config.init_from}"
+        raise CheckpointError(
+            f"{origin} has parameters or moments that are NaN or infinite: it cannot be trained "
+            "further; begin with another checkpoint"
+        )
+
+
+@jax.jit
+def _is_finite(tree: Any) -> jax.Array:
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
+
+
+def items_of(state: TrainState) -> dict[str, Any]:
+    """The parts of a state that a checkpoint holds, by name; its step is the checkpoint's own."""
+    items = state._asdict()
+    del items["step"]
+    return items
+
+
+def describe(config: Config, stores: Stores, state: TrainState, mesh: jax.sharding.Mesh) -> str:
+    """What is about to be trained, in a few lines."""
+    tokens = config.train.batch_size * config.data.sequence_length
+    axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+    shares = stores.weights / stores.weights.sum()
+    several = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return (
+        f"{type(state.model).__name__} of {config.model.parameter_count():,} parameters, "
+        f"{jax.devices()[0].device_kind} mesh {axes}{several}\n"
+        f"steps {state.step} to {config.train.steps} of {tokens:,} tokens in "
+        f"{config.data.windows} windows"
+        + "".join(
+            f"\n{share:7.1%} of {store.directory}: {store.train.token_count:,} tokens in "
+            f"{len(store.train):,} documents"
+            for share, store in zip(shares, stores.stores.values(), strict=True)
+        )
+    )
+
+
+class Run:
+    """The loop, and what it works with.
+
+    Args:
+      config: what is trained.
+      mesh: the devices; it is to be set while the run lasts.
+      stores: the data.
+      step: the compiled step.
+      checkpoints: of the run.
+      log: of the run.
+      evaluators: what is computed of the model along the way.
+      on_log: as of `train`.
+    """
+
+    trace_directory: epath.Path | None = None  # of `config.profile`
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: jax.sharding.Mesh,
+        stores: Stores,
+        step: Step,
+        checkpoints: Checkpoints,
+        log: MetricsLog | NoLog,
+        evaluators: Iterable[Evaluator] = (),
+        on_log: Callable[[dict[str, Any]], object] | None = None,
+    ):
+        self.config = config
+        self.step = step
+        self.checkpoints = checkpoints
+        self.log = log
+        self.evaluators = tuple(evaluators)
+        self.on_log = on_log
+        self.batches = PlacedBatches(
+            mesh,
+            [store.train for store in stores.stores.values()],
+            stores.weights,
+            sequence_length=config.data.sequence_length,
+            batch_size=config.train.batch_size,
+            bos_id=stores.tokenizer.bos_id,
+            seed=config.train.seed,
+            policy=config.data.windows,
+        )
+        self.clock = Clock(
+            tokens_per_step=config.train.batch_size * config.data.sequence_length,
+            flops_per_token=config.model.training_flops_per_token(config.data.sequence_length),
+            peak_flops=peak_flops(mesh.devices.flat),
+        )
+        self.metrics: list[dict[str, Any]] = []
+        self.skipped_batches: list[int] = []  # of the latest steps, if these were skipped
+
+    def run(
+        self, state: TrainState, progress: Progress, stop: processes.StopRequest
+    ) -> TrainResult:
+        """Trains from a state to the last step, or until a stop is requested; saves; says so."""
+        self.begin(state, progress)
+        try:
+            self.advance(self.config.train.steps, stop)
+        except DivergedError as error:
+            self.log.say(str(error))
+            return self.result("diverged")
+        finished = self.done == self.config.train.steps
+        if not finished:
+            self.log.say(f"{stop.name}: stopping after step {self.done}")
+        if not self.save_last():
+            return self.result("unsaved")
+        self.log.say("the run is finished" if finished else "the same command resumes from here")
+        return self.result("finished" if finished else "stopped")
+
+    def begin(self, state: TrainState, progress: Progress) -> None:
+        """Takes over a state."""
+        self.state = state
+        self.done = self.saved = int(state.step)
+        self.saved_at = time.monotonic()
+        self.next_batch = progress.next_batch
+        self.clock.restore(progress.run_began, progress.training_seconds)
+        self.unread: tuple[int, int, StepMetrics] | None = None  # step, batch and its metrics
+
+    def advance(self, last: int, stop: processes.StopRequest) -> None:
+        """Takes steps up to `last`, or until a stop is requested, with all that is due after each.
+
+        Raises:
+          DivergedError: after too many consecutive skipped steps, naming their documents.
+        """
+        profile, skip = self.config.profile, frozenset(self.config.data.skip_batches)
+        with (
+            self.batches.iterate(self.next_batch, skip) as batches,
+            contextlib.ExitStack() as trace,
+        ):
+            self.clock.start()
+            while self.done < last and not stop.seen(self.done):
+                if profile.steps and self.done + 1 == profile.start:
+                    trace.enter_context(jax.profiler.trace(str(self.trace_directory)))
+                self.take_step(batches)
+                traced = profile.steps and self.done + 1 == profile.start + profile.steps
+                due = [x for x in self.evaluators if self.evaluation_is_due(x)]
+                save = self.save_is_due()
+                if due or save or traced:
+                    self.read()
+                if traced:
+                    trace.close()
+                if save:
+                    with self.clock.waiting("checkpoint"):
+                        self.save()
+                if due:
+                    with self.clock.waiting("evaluation"):
+                        self.evaluate(due)
+            self.read()
+
+    def take_step(self, batches: Iterable[tuple[int, Batch]]) -> None:
+        """Begins a step, and reads the metrics of the one before while it runs."""
+        with self.clock.waiting("data"):
+            number, batch = next(batches)
+        self.state, metrics = self.step(self.state, batch)
+        self.read()
+        self.done, self.next_batch = self.done + 1, number + 1
+        self.unread = self.done, number, metrics
+
+    def read(self) -> None:
+        """Waits for the step whose metrics have not been read, judges it, and logs it if due.
+
+        Raises:
+          DivergedError: as `advance`.
+        """
+        if self.unread is None:
+            return
+        (step, batch, metrics), self.unread = self.unread, None
+        values = {name: float(x) for name, x in zip(metrics._fields, metrics, strict=True)}
+        self.clock.step()
+        self.log.advance(step)
+        skipped = int(values.pop("skipped"))
+        self.skipped_batches = [*self.skipped_batches, batch] if skipped else []
+        if skipped:
+            self.log.say(
+                f"step {step} is skipped: on batch {batch} the loss is {values['loss']:.4g}, "
+                f"the norm of its gradient {values['gradient_norm']:.4g}"
+            )
+        if skipped >= self.config.train.max_skipped:
+            raise DivergedError(self._divergence(step))
+        if step % self.config.train.log_every == 0 or step == self.config.train.steps:
+            self.record(step, values | self.clock.lap())
+
+    def _divergence(self, step: int) -> str:
+        documents = {
+            name for batch in self.skipped_batches for name in self.batches.document_names(batch)
+        }
+        numbers = ",".join(map(str, self.skipped_batches))
+        return (
+            f"the last {len(self.skipped_batches)} steps, up to step {step}, were skipped, and no "
+            "checkpoint has them. Their batches held parts of\n  "
+            + "\n  ".join(sorted(documents))
+            + f"\nThe same command with --config.data.skip_batches='({numbers},)' resumes from the "
+            "newest checkpoint without them; if the same happens then, it is not the data"
+        )
+
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs the values of a step."""
+        found = self.log.write(step, values)
+        if found is not None:
+            self.metrics.append(found)
+            if self.on_log is not None:
+                self.on_log(found)
+
+    def save_is_due(self) -> bool:
+        """Whether it is a step to save at, or `checkpoint_minutes` have passed.
+
+        The first process tells the time, at logged steps.
+        """
+        config = self.config.train
+        if self.done % config.checkpoint_every == 0:
+            return True
+        if not config.checkpoint_minutes or self.done % config.log_every:
+            return False
+        passed = time.monotonic() - self.saved_at > 60 * config.checkpoint_minutes
+        return processes.any_of_us(processes.is_first() and passed)
+
+    def save(self) -> None:
+        """Begins a checkpoint. A failure is reported, and training continues."""
+        self.written()  # the one before; its failure should not cost this one
+        self.saved_at = time.monotonic()
+        progress = Progress(self.next_batch, self.clock.run_began, self.clock.training_seconds)
+        try:
+            self.checkpoints.save(self.done, items_of(self.state), progress._asdict())
+            self.saved = self.done
+        except CheckpointError as error:
+            self.log.say(f"step {self.done}: {error}")
+
+    def written(self) -> bool:
+        """Waits for a checkpoint that was begun; False, and a message, if it failed."""
+        try:
+            self.checkpoints.wait()
+        except CheckpointError as error:
+            self.log.say(str(error))
+            return False
+        return True
+
+    def evaluation_is_due(self, evaluator: Evaluator) -> bool:
+        """After every `every` steps, and after the last."""
+        return self.done % evaluator.every == 0 or self.done == self.config.train.steps
+
+    def evaluate(self, evaluators: Iterable[Evaluator]) -> None:
+        """Logs what evaluators compute of the model."""
+        for evaluator in evaluators:
+            self.record(self.done, evaluator.function(self.state.model))
+
+    def save_last(self) -> bool:
+        """Saves the last step if it is not yet saved; whether it is written."""
+        if self.saved != self.done:
+            self.save()
+        return self.written() and self.saved == self.done
+
+    def result(self, status: str) -> TrainResult:
+        return TrainResult(self.state.model, self.done, status, self.metrics)

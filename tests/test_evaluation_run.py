@@ -1,0 +1,130 @@
+"""`evaluate`, as a notebook calls it: the numbers of eval.py, for a directory or a model."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from test_evaluation_perplexity import TINY, workdir
+from test_evaluation_tasks import ROWS
+
+from retnet_jax import RetNet, evaluate
+from retnet_jax.config import MeshConfig
+from retnet_jax.data.tokenizers import ByteTokenizer, train_bpe
+from retnet_jax.errors import ConfigError
+from retnet_jax.evaluation.perplexity import stateful_nll
+from retnet_jax.evaluation.plan import Plan, make_plan
+from retnet_jax.evaluation.run import evaluation_mesh
+from retnet_jax.evaluation.statistics import perplexity_report
+from retnet_jax.parallel.mesh import make_mesh
+from retnet_jax.parallel.sharding import with_shardings
+from retnet_jax.pretrained import load_pretrained
+from retnet_jax.programs.evaluate import print_evaluation
+
+__all__ = ["workdir"]  # fixture
+
+BYTES = ByteTokenizer()
+TEXTS = ["first text", "zweiter, schöner", "a third, which is the longest of the three"]
+
+
+def test_it_returns_what_the_program_writes(workdir, tmp_path, capsys):
+    output = tmp_path / "result.json"
+    options = {"parts": ("paper", "recall"), "task_data": str(ROWS), "tasks": ["copa"]}
+    options |= {"shots": [0, 0], "distances": (16,), "trials": 4, "compressors": True}
+    print_evaluation(workdir, output=output, **options)
+    capsys.readouterr()
+    for directory in (workdir, str(workdir)):  # twice in one process
+        record = evaluate(directory, **options)
+        assert json.loads(json.dumps(record)) == json.loads(output.read_text())
+    assert capsys.readouterr().out == ""
+    assert record["plan"]["parts"] == ("perplexity", "tasks", "recall")
+    assert record["plan"]["shots"] == (0,)
+    # What was not given: as in training, and half of it.
+    assert (record["plan"]["window_length"], record["plan"]["stride"]) == (32, 16)
+    assert list(record["protocols"]) == ["window", "stateful"]
+    assert (record["step"], record["checkpoint"]) == (3, str(workdir))
+
+
+def test_texts_are_a_glob_or_strings(workdir, tmp_path):
+    for number, text in enumerate(TEXTS):
+        (tmp_path / f"{number}.txt").write_text(text, encoding="utf-8")
+    files = evaluate(workdir, str(tmp_path / "*.txt"))
+    strings = evaluate(workdir, TEXTS)
+    assert strings["protocols"] == files["protocols"]
+    assert strings["data"] == {"documents": 3, "sha256": files["data"]["sha256"]}
+    assert strings["protocols"]["window"]["bytes"] == len("".join(TEXTS).encode())
+
+
+@pytest.mark.parametrize("axes", [None, {"data": 4, "fsdp": 2}])
+def test_a_model_in_memory_is_evaluated_where_it_is(axes):
+    model = RetNet(TINY, rngs=nnx.Rngs(0))
+    documents = [np.array([BYTES.bos_id, *text.encode()]) for text in TEXTS]
+    nll = stateful_nll(model, documents, batch_size=4)
+    if axes:
+        placed = with_shardings(model, make_mesh(MeshConfig(**axes)))
+        model = jax.device_put(model, jax.tree.map(lambda x: x.sharding, placed))
+    record = evaluate(model, TEXTS, tokenizer=BYTES, protocols=["stateful"])
+    found = record["protocols"]["stateful"]
+    expected = perplexity_report(nll, TEXTS)
+    assert found["bits_per_byte"] == pytest.approx(expected.bits_per_byte, rel=1e-5)
+    assert found["standard_error"] == pytest.approx(expected.standard_error, rel=1e-4)
+    assert (found["tokens"], found["documents"]) == (sum(map(len, nll)), 3)
+    assert record["devices"] == (8 if axes else 1)
+    assert record["checkpoint"] is record["checkpoint_sha256"] is record["step"] is None
+    assert record["tokenizer"] == BYTES.fingerprint
+
+
+def test_a_model_in_memory_gives_what_its_directory_gives(workdir):
+    model = load_pretrained(workdir, evaluation_mesh(4, fsdp=False))
+    found = evaluate(model, TEXTS, tokenizer=BYTES, window_length=32)
+    expected = evaluate(workdir, TEXTS)
+    assert found["protocols"] == expected["protocols"]
+    assert found["positions"] == expected["positions"]
+
+
+def test_input_that_does_not_fit(workdir):
+    model = RetNet(TINY, rngs=nnx.Rngs(0))
+    bpe = train_bpe(["abcabd" * 9], 259)
+    for options, message in (
+        ({}, "a model in memory needs its tokenizer"),
+        ({"tokenizer": bpe}, "the tokenizer has 259 ids, the model knows 257"),
+        ({"tokenizer": BYTES}, "only a training run has held-out documents"),
+        ({"tokenizer": BYTES, "texts": []}, "texts is empty"),
+        ({"tokenizer": BYTES, "texts": ["a", ""]}, r"texts\[1\] is empty"),
+        ({"tokenizer": BYTES, "texts": ["a", "\ud800"]}, r"texts\[1\] cannot be written as UTF-8"),
+        ({"tokenizer": BYTES, "texts": ["a"], "dtype": "bfloat16"}, "stays as it is"),
+        ({"tokenizer": BYTES, "texts": ["a"], "parts": ["tasks"]}, "texts have no effect with"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            evaluate(model, **options)
+    with pytest.raises(ConfigError, match="has a tokenizer of its own"):
+        evaluate(workdir, tokenizer=BYTES)
+    with pytest.raises(ConfigError, match="is not the --workdir of a training run"):
+        evaluate(Path("no/such/run"))
+
+
+def test_a_plan_has_numbers_only():
+    plan = make_plan(33, parts=["paper"])
+    assert (plan.parts, plan.shots) == (("perplexity", "tasks"), (0, 4))
+    assert (plan.window_length, plan.stride) == (33, 17)
+    assert make_plan(33, window_length=8) == Plan(window_length=8, stride=4)
+    assert make_plan(33, window_length=8, stride=3, shots=(1,), parts=["tasks"]).stride == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"parts": ["all"]}, "parts: 'all' is none of perplexity, tasks, recall"),
+        ({"protocols": []}, "protocols is empty; it takes some of window"),
+        ({"tasks": ["mmlu"]}, "tasks: 'mmlu' is none of hellaswag"),
+        ({"variant": "dirty"}, "variant: 'dirty' is none of lm_eval, clean"),
+        ({"window_length": 0}, "window_length=0: numbers of 1 or more"),
+        ({"context_lengths": (128, 100)}, r"context_lengths=\(128, 100\): numbers of 128 or more"),
+        ({"protocols": ["sliding"], "stride": 9, "window_length": 8}, r"stride=9 is not in 1"),
+    ],
+)
+def test_plans_that_do_not_fit(options, message):
+    with pytest.raises(ConfigError, match=message):
+        make_plan(32, **options)

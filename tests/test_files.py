@@ -1,0 +1,69 @@
+"""Files appear complete or not at all, and one process holds a directory."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from etils import epath
+
+from retnet_jax.files import atomic, lock
+from retnet_jax.files.digests import sha256_of, sha256_of_file
+
+
+@pytest.mark.parametrize("kind", [Path, epath.Path])
+def test_a_file_is_the_old_one_until_the_new_one_is_complete(kind, tmp_path, monkeypatch):
+    path = kind(tmp_path) / "file"
+    atomic.write_text(path, "old é\r\n")
+    assert Path(path).read_bytes() == "old é\r\n".encode()
+
+    def full(self, contents):
+        with open(self, "wb") as file:
+            file.write(contents[:2])
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(path), "write_bytes", full)
+        with pytest.raises(OSError, match="no space left"):
+            atomic.write_text(path, "new")
+    assert [x.name for x in tmp_path.iterdir()] == ["file"]
+    assert sha256_of_file(path) == sha256_of("old é\r\n".encode())
+    atomic.write_bytes(path, b"new")
+    assert path.read_bytes() == b"new"
+
+
+def test_a_directory_appears_with_all_its_files_or_not(tmp_path):
+    path = tmp_path / "deep" / "directory"
+
+    def fail(unfinished):
+        (unfinished / "one").touch()
+        assert not path.exists()
+        assert atomic.is_unfinished(unfinished)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), atomic.directory(path) as unfinished:
+        fail(unfinished)
+    assert list(path.parent.iterdir()) == []
+    path.mkdir()  # an empty one is replaced
+    with atomic.directory(path) as unfinished:
+        (unfinished / "one").touch()
+    assert [x.name for x in path.iterdir()] == ["one"]
+    with pytest.raises(OSError, match="not empty"), atomic.directory(path):
+        pass
+    assert [x.name for x in path.parent.iterdir()] == ["directory"]
+
+
+def test_a_directory_is_held_by_one_process(tmp_path):
+    program = (
+        "import sys; from pathlib import Path; from retnet_jax.files import lock\n"
+        "with lock.held(Path(sys.argv[1])): print('held', flush=True); input()"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        holder = rf"process {process.pid} on \S+$"
+        with pytest.raises(lock.HeldError, match=holder), lock.held(tmp_path):
+            pass
+        process.kill()
+    with lock.held(tmp_path):
+        pass

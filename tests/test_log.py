@@ -1,0 +1,126 @@
+"""The log of a run: no line is lost, and no reporter ends the training."""
+
+import json
+import resource
+import sys
+import types
+
+import pytest
+from etils import epath
+
+from retnet_jax.errors import ConfigError
+from retnet_jax.runs.json_lines import JsonLines
+from retnet_jax.runs.log import MetricsLog
+
+
+def record(step):
+    return {"step": step, "loss": step / 8}
+
+
+def line(step):
+    return json.dumps(record(step)).encode() + b"\n"
+
+
+def test_records_of_later_steps_and_a_torn_line_are_deleted_and_all_else_stays(tmp_path):
+    """Somebody's own line, another program's, and one that is no UTF-8, all before good lines."""
+    path = epath.Path(tmp_path / "metrics.jsonl")
+    foreign = [b"# restarted after the power cut\n", b'{"epoch": 1}\n', b"\xff\xfe torn\n"]
+    path.write_bytes(line(1) + b"".join(foreign) + line(2) + line(5) + line(3) + b'{"step": 6, "lo')
+    said = []
+    lines = JsonLines(path, said.append, last_step=3)
+    assert path.read_bytes() == line(1) + b"".join(foreign) + line(2) + line(3)
+    assert said == [
+        *(f"{path}, line {n} is no record of a step; it stays" for n in (2, 3, 4)),
+        f"{path}: its last line was cut off in the middle, and is deleted",
+    ]
+    lines.append(record(4))
+    assert path.read_bytes().endswith(line(3) + line(4))
+
+
+def test_what_a_full_disk_does_not_take_is_written_later(tmp_path):
+    path = epath.Path(tmp_path / "metrics.jsonl")
+    said = []
+    lines = JsonLines(path, said.append)
+    lines.append(record(1))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:  # no room for a whole line
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(line(1)) + 5, before[1]))
+        lines.append(record(2))
+        lines.append(record(3))
+        assert path.read_bytes() == line(1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert len(said) == 1
+    assert "cannot be written now" in said[0]
+    lines.append(record(4))
+    assert path.read_bytes() == b"".join(map(line, (1, 2, 3, 4)))
+    # Also when nothing comes after it.
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(path.read_bytes()) + 5, before[1]))
+        lines.append(record(5))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    lines.close()
+    assert path.read_bytes().endswith(line(4) + line(5))
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A stand-in that notes its calls, and fails at those that `failing` names."""
+    module = types.SimpleNamespace(calls=[], failing=set())
+
+    class Run:
+        def log(self, values, step):
+            module.calls.append(("log", step, values))
+            if "log" in module.failing:
+                raise ConnectionError("the network is gone")
+
+        def finish(self):
+            module.calls.append(("finish",))
+            if "finish" in module.failing:
+                raise RuntimeError("cannot finish")
+
+    def init(**settings):
+        if "init" in module.failing:
+            raise PermissionError("no API key")
+        module.calls.append(("init", settings))
+        return Run()
+
+    module.init = init
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
+
+
+def test_runs_of_one_name_in_two_places_are_two_and_a_resumed_one_is_one(wandb, tmp_path):
+    for place in ("one/exp", "two/exp", "one/exp"):
+        (tmp_path / place).mkdir(parents=True, exist_ok=True)
+        log = MetricsLog(tmp_path / place, 0, 5, "retention")
+        log.write(1, {"loss": 2.0})
+        log.close()
+    settings = [call[1] for call in wandb.calls if call[0] == "init"]
+    ids = [found["id"] for found in settings]
+    assert ids[0] == ids[2] != ids[1]
+    assert {found["name"] for found in settings} == {"exp"}
+    assert {found["resume"] for found in settings} == {"allow"}
+
+
+def test_weights_and_biases_that_fails_is_said_once(wandb, tmp_path, capfd):
+    wandb.failing = {"log", "finish"}
+    log = MetricsLog(tmp_path, 0, 5, "retention")
+    for step in (1, 2, 3):
+        assert log.write(step, {"loss": 2.0}) == {"step": step, "loss": 2.0}
+    log.close()
+    said = capfd.readouterr().err
+    assert said.count("Weights & Biases failed (ConnectionError: the network is gone)") == 1
+    assert [call[0] for call in wandb.calls] == ["init", "log"]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_weights_and_biases_that_does_not_start_is_an_error_before_anything_changes(
+    wandb, tmp_path
+):
+    wandb.failing = {"init"}
+    (tmp_path / "metrics.jsonl").write_bytes(line(1) + line(2))
+    with pytest.raises(ConfigError, match=r"did not start \(PermissionError: no API key\); log in"):
+        MetricsLog(tmp_path, 1, 5, "retention")
+    assert (tmp_path / "metrics.jsonl").read_bytes() == line(1) + line(2)
