@@ -38,9 +38,14 @@ OTHER = {
 @functools.cache
 def build(kind, other=False):
     config = dataclasses.replace(SMALL, **(OTHER if other else {}))
-    model = kind(config, rngs=nnx.Rngs(0))
-    model.embedding = nnx.Param(25 * model.embedding[...])
-    return model
+
+    @jax.jit
+    def made():
+        model = kind(config, rngs=nnx.Rngs(0))
+        model.embedding = nnx.Param(25 * model.embedding[...])
+        return model
+
+    return made()
 
 
 def tokens(b, t):

@@ -32,10 +32,14 @@ WARM = Sampler(temperature=1.0)
 
 @functools.cache
 def build(kind):
-    model = kind(CONFIG, rngs=nnx.Rngs(2))
-    # So that tokens vary more, and what is likeliest is so by more than rounding.
-    model.embedding = nnx.Param(25 * model.embedding[...])
-    return model
+    @jax.jit
+    def made():
+        model = kind(CONFIG, rngs=nnx.Rngs(2))
+        # So that tokens vary more, and what is likeliest is so by more than rounding.
+        model.embedding = nnx.Param(25 * model.embedding[...])
+        return model
+
+    return made()
 
 
 def generate(*args, **kwargs):

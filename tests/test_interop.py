@@ -36,6 +36,11 @@ CASES = {
 ALL = [(layout, case) for layout, cases in CASES.items() for case in cases]
 
 
+def new(config):
+    """A model at the start of its training."""
+    return jax.jit(lambda: build_model(config, rngs=nnx.Rngs(0)))()
+
+
 def tensors(directory):
     """All tensors of a directory's safetensors files."""
     names = ("weights.safetensors", "model*.safetensors")
@@ -97,7 +102,7 @@ def test_import_and_export_are_inverse(layout, case, tmp_path):
 def test_a_model_trained_here_has_their_keys_and_comes_back_bit_for_bit(case, tmp_path):
     layout = "fla" if "fla" in case else "torchscale"
     config = interop.load(FIXTURES / case).config
-    model = build_model(config, rngs=nnx.Rngs(0))
+    model = new(config)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, (2, 9)))
     optimizer = optax.adam(1e-2)
 
@@ -374,7 +379,7 @@ def test_what_is_not_exact_is_refused_with_the_reasons(case, layout, reasons, tm
 def test_where_torchscales_norms_are(preset, sizes, options, post_norm, tmp_path):
     """Its versions differ in what deepnorm and subln make of decoder_normalize_before."""
     config = getattr(presets, preset)(d_model=8, n_layers=1, n_heads=2, vocab_size=5, **sizes)
-    interop.torchscale.save(build_model(config, rngs=nnx.Rngs(0)), tmp_path / "in")
+    interop.torchscale.save(new(config), tmp_path / "in")
     values = config_values(tmp_path / "in")
     for name in ("deepnorm", "subln", "decoder_normalize_before"):
         del values[name]
@@ -389,13 +394,13 @@ def test_where_torchscales_norms_are(preset, sizes, options, post_norm, tmp_path
 
 def test_norms_that_torchscale_of_2023_would_move_are_refused(tmp_path):
     for sizes in ({"post_norm": True}, {"deepnorm": True, "ffn_norm": None}):
-        model = build_model(presets.paper(d_model=8, n_heads=2, **sizes), rngs=nnx.Rngs(0))
+        model = new(presets.paper(d_model=8, n_heads=2, **sizes))
         with pytest.raises(ConfigError, match=r"model\.post_norm is"):
             interop.torchscale.save(model, tmp_path / "out")
 
 
 def test_a_transformer_is_refused(tmp_path):
-    model = build_model(ModelConfig(d_model=32, mixer="attention"), rngs=nnx.Rngs(0))
+    model = new(ModelConfig(d_model=32, mixer="attention"))
     with pytest.raises(ConfigError, match="this is a Transformer"):
         interop.fla.save(model, tmp_path / "out")
     interop.save(model, tmp_path / "own", "own")

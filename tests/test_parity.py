@@ -246,7 +246,7 @@ def test_one_retention_layer(case):
 
 def random_checkpoint(layout, config, rng):
     """The tensors of a checkpoint, all of them random, and its config."""
-    model = build_model(config, rngs=nnx.Rngs(0))
+    model = jax.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0)))
     model = jax.tree.map(lambda x: np.float32(rng.normal(size=x.shape) * 0.4), model)
     source = ModelSource(model)
     return {

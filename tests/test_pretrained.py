@@ -34,7 +34,8 @@ def sizes(**options):
 def directory(tmp_path_factory):
     """An untrained model of fla with a tokenizer, as one is downloaded."""
     directory = tmp_path_factory.mktemp("hub") / "retnet"
-    interop.fla.save(RetNet(presets.fla(**sizes()), rngs=nnx.Rngs(3)), directory)
+    model = jax.jit(lambda: RetNet(presets.fla(**sizes()), rngs=nnx.Rngs(3)))()
+    interop.fla.save(model, directory)
     llama(directory)
     return directory
 

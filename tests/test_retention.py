@@ -26,11 +26,11 @@ RULES = ("log_spaced", "powers_of_two")
 compiled = jax.jit(retention, static_argnames=("form", "chunk_size"))
 
 
-def inputs(b=2, t=21, h=3, k=4, v=6, rule="log_spaced", seed=0, dtype=jnp.float32):
+def inputs(b=2, t=21, h=3, k=4, v=6, rule="log_spaced", seed=0, dtype=jnp.float32, mean=0.0):
     rng = np.random.default_rng(seed)
-    arrays = [rng.normal(size=(b, t, h, width)) for width in (k, k, v)]
+    arrays = [rng.normal(mean, size=(b, t, h, width)) for width in (k, k, v)]
     arrays[0] *= k**-0.5
-    state = jnp.asarray(rng.normal(size=(b, h, k, v)), jnp.float32)
+    state = jnp.asarray(rng.normal(mean, size=(b, h, k, v)), jnp.float32)
     decay = log_decay(rule, h, (1 / 2, 1 / 512))
     return [jnp.asarray(x, dtype) for x in arrays], decay, state
 
@@ -95,11 +95,11 @@ def gradient_of(form, chunk_size, chunks_of_a_span):
     return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True))
 
 
-def outputs_and_gradients(form, chunk_size, arrays, decay, state, segments):
+def outputs_and_gradients(form, chunk_size, arrays, decay, state, segments, mean=0.0):
     rng = np.random.default_rng(7)
     b, t, h, _ = arrays[0].shape
-    weight_y = jnp.asarray(rng.normal(size=(b, t, h, arrays[2].shape[-1])), jnp.float32)
-    weight_state = jnp.asarray(rng.normal(size=state.shape), jnp.float32)
+    weight_y = jnp.asarray(rng.normal(mean, size=(b, t, h, arrays[2].shape[-1])), jnp.float32)
+    weight_state = jnp.asarray(rng.normal(mean, size=state.shape), jnp.float32)
     gradient = gradient_of(form, chunk_size, xla._chunks_of_a_span())
     gradients, results = gradient(*arrays, decay, state, segments, weight_y, weight_state)
     return results, gradients
@@ -116,8 +116,9 @@ def test_forms_agree_in_outputs_states_and_gradients(t, h, v, chunk_size, data):
     rule, seed = data.draw(st.sampled_from(RULES)), data.draw(st.integers(0, 99))
     ids = st.lists(st.sampled_from([0, 1, 1, 1, 2, 3]), min_size=t, max_size=t)
     segments = data.draw(st.none() | st.lists(ids, min_size=2, max_size=2))
-    arrays, decay, state = inputs(t=t, h=h, v=v, rule=rule, seed=seed)
-    given_all = (arrays, decay, state, None if segments is None else jnp.asarray(segments))
+    # Of mean 1/2: the gradient of log gamma would else be what is left of sums that cancel.
+    arrays, decay, state = inputs(t=t, h=h, v=v, rule=rule, seed=seed, mean=0.5)
+    given_all = (arrays, decay, state, None if segments is None else jnp.asarray(segments), 0.5)
     expected = outputs_and_gradients("parallel", None, *given_all)
     assert_close(outputs_and_gradients("chunkwise", chunk_size, *given_all), expected)
     assert_close(outputs_and_gradients("recurrent", None, *given_all), expected)
@@ -268,11 +269,12 @@ def test_131_072_tokens_lose_no_accuracy_against_float64(rule):
     assert_close(actual, expected)
 
 
+@pytest.mark.compiles(90, reason="eager; under one jit XLA folds the documents of 100,000 tokens")
 @pytest.mark.parametrize("rule", RULES)
 def test_recurrent_and_chunkwise_agree_at_length_100_000(rule):
     (q, k, v), decay, state = inputs(b=1, t=100_000, h=32, k=2, v=2, rule=rule)
-    y, final = map(np.asarray, compiled(q, k, v, decay, state, form="chunkwise"))
-    y_steps, final_steps = map(np.asarray, compiled(q, k, v, decay, state, form="recurrent"))
+    y, final = map(np.asarray, retention(q, k, v, decay, state, form="chunkwise"))
+    y_steps, final_steps = map(np.asarray, retention(q, k, v, decay, state, form="recurrent"))
     for head in range(32):
         assert relative_difference(y_steps[:, :, head], y[:, :, head]) <= 1e-4
         assert relative_difference(final_steps[:, head], final[:, head]) <= 1e-4
@@ -283,8 +285,8 @@ def test_a_long_memory_decays_by_the_exact_gamma():
     (q, k, v), decay, state = inputs(b=1, t=100_000, h=32, k=1, v=1, rule="powers_of_two")
     q, v = jnp.ones_like(q), v * 1e-3
     for form in ("chunkwise", "recurrent"):
-        with_state = compiled(q, k, v, decay, state, form=form)[0]
-        without = compiled(q, k, v, decay, None, form=form)[0]
+        with_state = retention(q, k, v, decay, state, form=form)[0]
+        without = retention(q, k, v, decay, None, form=form)[0]
         effect = np.asarray(with_state - without, np.float64)[0, -1, :, 0]
         exact = np.exp(np.log1p(-(2.0 ** (-5 - np.arange(32)))) * 100_000)
         assert relative_difference(effect, exact * np.asarray(state)[0, :, 0, 0]) <= 1e-4

@@ -35,6 +35,14 @@ CONFIG = Config(
 )
 
 
+sums_of_gradients = jax.jit(gradient_sums, static_argnums=2)
+
+
+@jax.jit
+def initial_model():
+    return initial_state(CONFIG).model
+
+
 def batch(step, b=8, t=12):
     """Windows with documents, and padding of another length in every row."""
     rng = np.random.default_rng(step)
@@ -180,17 +188,17 @@ def test_eight_devices_compute_what_one_does_with_muon():
 @pytest.mark.parametrize("micro_batches", [2, 8])
 def test_micro_batches_weigh_tokens_not_parts(micro_batches):
     """The sums are compared, not parameters: Adam scales rounding errors of 0 up to its rate."""
-    model = initial_state(CONFIG).model
+    model = initial_model()
     # The norms after small embeddings would amplify the rounding of their gradients.
     model.embedding = nnx.Param(50 * model.embedding[...])
-    sums = jax.jit(gradient_sums, static_argnums=2)
+    sums = sums_of_gradients
     assert_close(sums(model, batch(0), micro_batches), sums(model, batch(0), 1))
 
 
 @pytest.mark.slow
 def test_halves_of_windows_with_their_state_carried_are_the_whole():
     """A document that goes on, one that begins anew, and one that ends in padding."""
-    model = initial_state(CONFIG).model
+    model = initial_model()
     whole = batch(0, b=3)._replace(continues=np.zeros(3, bool))
     segments = np.array([[1] * 12, [1] * 6 + [2] * 6, [1] * 9 + [0] * 3], np.int32)
     whole = whole._replace(segment_ids=segments, weights=(segments > 0).astype(np.float32))
@@ -224,9 +232,9 @@ def test_halves_of_windows_with_their_state_carried_are_the_whole():
 
 @pytest.mark.parametrize("micro_batches", [2, 8])
 def test_micro_batches_carry_the_state_of_their_rows(micro_batches):
-    model = initial_state(CONFIG).model
+    model = initial_model()
     model.embedding = nnx.Param(50 * model.embedding[...])
-    sums = jax.jit(gradient_sums, static_argnums=2)
+    sums = sums_of_gradients
     carry = model.init_state(8, capacity=0)
     carry = sums(model, batch(0), 1, carry)[1].carry
     expected = sums(model, batch(1), 1, carry)
@@ -251,7 +259,7 @@ def test_eight_devices_carry_what_one_does():
 
 def test_loss_is_the_mean_over_real_positions():
     """A batch whose padding holds garbage has the loss of the same batch without it."""
-    state = initial_state(CONFIG)
+    state = jax.jit(partial(initial_state, CONFIG))()
     clean = batch(0)
     garbage = clean._replace(
         tokens=np.where(clean.segment_ids == 0, 7, clean.tokens),
@@ -298,7 +306,7 @@ def test_weight_decay_shrinks_matrices_alone(name):
         name=name, learning_rate=0.1, muon_learning_rate=0.1, weight_decay=0.5, warmup_steps=0
     )
     optimizer = make_optimizer(config, steps=4)
-    model = jax.jit(lambda: initial_state(CONFIG).model)()
+    model = initial_model()
     zeros = jax.tree.map(jnp.zeros_like, model)
     updates, _ = jax.jit(optimizer.update)(zeros, jax.jit(optimizer.init)(model), model)
     for (path, update), parameter in zip(
@@ -313,7 +321,7 @@ def test_weight_decay_shrinks_matrices_alone(name):
 def test_muon_orthogonalises_each_matrix_of_a_stack():
     config = OptimizerConfig(name="muon", muon_learning_rate=1.0, weight_decay=0, warmup_steps=0)
     optimizer = make_optimizer(config, steps=4)
-    model = jax.jit(lambda: initial_state(CONFIG).model)()
+    model = initial_model()
     rng = np.random.default_rng(0)
     gradients = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), model)
     updates, _ = jax.jit(optimizer.update)(gradients, jax.jit(optimizer.init)(model), model)
