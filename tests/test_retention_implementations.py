@@ -1,5 +1,6 @@
 """Every implementation of the chunkwise form computes the same, and says why where it cannot."""
 
+import functools
 from functools import partial
 
 import jax
@@ -71,28 +72,38 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_outputs_states_and_gradients(implementation, case):
-    """Against the parallel form, which is differentiated by jax, in float32."""
+@functools.cache
+def inputs_and_expected(case):
+    """What the parallel form has, which is differentiated by jax, in float32."""
+    case = CASES[case]
     arrays, state = inputs(case["t"], case["k"], case["v"])
     state = state if case.get("state", True) else None
     segments = packed(case["t"]) if case.get("documents") else None
     exact = [x.astype(jnp.float32) for x in arrays]
     expected = outputs_and_gradients("xla", exact, state, segments, form="parallel")
-    found = outputs_and_gradients(implementation, arrays, state, segments, chunk=64)
+    return (arrays, state, segments), expected
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_states_and_gradients(implementation, case):
+    given, expected = inputs_and_expected(case)
+    found = outputs_and_gradients(implementation, *given, chunk=64)
     assert (found[0][0].dtype, found[0][1].dtype) == (jnp.bfloat16, jnp.float32)
     assert_close(found[0], expected[0], "bfloat16", "outputs")
     assert_close(found[1], expected[1], "bfloat16", "gradients")
 
 
+@functools.cache
+def float32_inputs_and_expected():
+    given = *inputs(150, 16, 24, jnp.float32), packed(150)
+    return given, outputs_and_gradients("xla", *given, form="parallel")
+
+
 @pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
 @pytest.mark.parametrize("chunk", [16, 48, 200])
 def test_float32_is_exact(implementation, chunk):
-    arrays, state = inputs(150, 16, 24, jnp.float32)
-    segments = packed(150)
-    expected = outputs_and_gradients("xla", arrays, state, segments, form="parallel")
-    found = outputs_and_gradients(implementation, arrays, state, segments, chunk=chunk)
-    assert_close(found, expected)
+    given, expected = float32_inputs_and_expected()
+    assert_close(outputs_and_gradients(implementation, *given, chunk=chunk), expected)
 
 
 def test_split_anywhere_and_carry_the_state_equals_whole(implementation):
