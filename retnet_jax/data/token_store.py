@@ -45,6 +45,16 @@ class TokenStore:
     train: Split
     held_out: Split
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of what the store holds: equal for equal tokens under equal names."""
+        digests = [
+            f"{shard['name']}/{name} {about['sha256']}"
+            for shard in self.manifest["shards"]
+            for name, about in sorted(shard["files"].items())
+        ]
+        return sha256_of("\n".join([self.tokenizer.fingerprint, *digests]).encode())
+
 
 class Split:
     """The documents of one split; the tokens of its shards are one stream, end to end.
