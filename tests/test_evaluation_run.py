@@ -12,7 +12,7 @@ from test_evaluation_tasks import ROWS
 
 from retnet_jax import RetNet, evaluate
 from retnet_jax.config import MeshConfig
-from retnet_jax.data import ByteTokenizer, train_bpe
+from retnet_jax.data.tokenizers import ByteTokenizer, train_bpe
 from retnet_jax.errors import ConfigError
 from retnet_jax.evaluation.perplexity import stateful_nll
 from retnet_jax.evaluation.plan import Plan, make_plan
@@ -45,6 +45,18 @@ def test_it_returns_what_the_program_writes(workdir, tmp_path, capsys):
     assert (record["plan"]["window_length"], record["plan"]["stride"]) == (32, 16)
     assert list(record["protocols"]) == ["window", "stateful"]
     assert (record["step"], record["checkpoint"]) == (3, str(workdir))
+
+
+def test_only_a_record_that_is_kept_needs_the_hash_of_a_checkpoint(workdir, tmp_path, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(
+        "retnet_jax.evaluation.run.checkpoint_sha256", lambda *of: hashed.append(of) or "digest"
+    )
+    print_evaluation(workdir, protocols=("window",))
+    assert hashed == []
+    print_evaluation(workdir, protocols=("window",), output=tmp_path / "result.json")
+    assert hashed == [(workdir, 3)]
+    assert json.loads((tmp_path / "result.json").read_text())["checkpoint_sha256"] == "digest"
 
 
 def test_texts_are_a_glob_or_strings(workdir, tmp_path):
