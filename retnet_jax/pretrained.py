@@ -161,5 +161,8 @@ def _check_has_model(directory: AnyPath) -> None:
     try:
         check_has_model(directory)
     except CheckpointError as error:
-        there = "" if config.is_file() else f"{config} does not exist: "
-        raise ConfigError(f"{there}{error}") from error
+        found = f"{config} is that of no training run" if config.is_file() else ""
+        raise ConfigError(
+            f"{found or f'{config} does not exist'}: {directory} is not the --workdir of a "
+            f"training run, and no checkpoint either: {error}"
+        ) from error
