@@ -28,7 +28,7 @@ import numpy as np
 from retnet_jax.data.tokenizers import SAVED_FILES, Tokenizer, load_tokenizer
 from retnet_jax.errors import ConfigError
 from retnet_jax.files import paths as files
-from retnet_jax.files.digests import sha256_of_file
+from retnet_jax.files.digests import sha256_of, sha256_of_file
 
 FORMAT = 3
 SPLITS = ("train", "held_out")
