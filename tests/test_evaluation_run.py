@@ -113,7 +113,7 @@ def test_input_that_does_not_fit(workdir):
             evaluate(model, **options)
     with pytest.raises(ConfigError, match="has a tokenizer of its own"):
         evaluate(workdir, tokenizer=BYTES)
-    with pytest.raises(ConfigError, match="has no weights|is no directory"):
+    with pytest.raises(ConfigError, match=r"has no weights|is no directory"):
         evaluate(Path("no/such/run"))
 
 
