@@ -4,14 +4,17 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from etils import epath
 from jax.sharding import Mesh
 
 from retnet_jax import interop
 from retnet_jax.config import Config, DataConfig, ModelConfig
 from retnet_jax.config_json import marked, read_config
 from retnet_jax.data.tokenizers import Tokenizer, has_tokenizer, load_tokenizer
-from retnet_jax.errors import ConfigError
+from retnet_jax.errors import CheckpointError, ConfigError
+from retnet_jax.interop import check_has_model, models_below
 from retnet_jax.interop.parameter_source import changed
+from retnet_jax.interop.safetensors_reader import AnyPath
 from retnet_jax.interop.tensor_files import has_tensor_files
 from retnet_jax.model import LanguageModel
 from retnet_jax.model.parameters import abstract_model
@@ -38,11 +41,11 @@ def load_pretrained(
         that do not fit.
       CheckpointError: for weights that are missing, damaged or not the config's.
     """
-    return load_checkpoint(Path(directory), mesh, **changes)[0]
+    return load_checkpoint(epath.Path(directory), mesh, **changes)[0]
 
 
 def load_checkpoint(
-    directory: Path, mesh: Mesh | None = None, **changes: Any
+    directory: AnyPath, mesh: Mesh | None = None, **changes: Any
 ) -> tuple[LanguageModel, int | None]:
     """As `load_pretrained`, and the step of a training run's newest checkpoint."""
     from retnet_jax.runs.checkpoint import restore_model
@@ -50,18 +53,20 @@ def load_checkpoint(
     if not is_run(directory):
         return interop.load(directory, mesh, **changes), None
 
+    _check_has_model(directory)
     config = changed(read_config(directory / "config.json").model, changes)
     shape = with_shardings(abstract_model(config), mesh or first_device())
     return restore_model(directory / "checkpoints", shape)
 
 
-def read_pretrained(directory: Path) -> tuple[Config, Tokenizer]:
+def read_pretrained(directory: AnyPath) -> tuple[Config, Tokenizer]:
     """The config and the tokenizer beside the weights in a directory as for `load_pretrained`.
 
     Raises:
       ConfigError: as `load_pretrained`, and if there is no tokenizer or it is another model's.
     """
     if is_run(directory):
+        _check_has_model(directory)
         return read_workdir(directory)
     config = read_foreign_config(directory)
     if not has_tokenizer(directory):
@@ -81,7 +86,7 @@ def read_pretrained(directory: Path) -> tuple[Config, Tokenizer]:
     return config, tokenizer
 
 
-def checkpoint_sha256(directory: Path, step: int | None) -> str:
+def checkpoint_sha256(directory: AnyPath, step: int | None) -> str:
     """SHA-256, in hex, of the names and contents of a checkpoint's files.
 
     Args:
@@ -106,10 +111,11 @@ def with_initial_model(config: Config, recorded: Config | None = None) -> Config
     """
     if not config.init_from:
         return config
-    directory = Path(config.init_from)
+    directory = epath.Path(config.init_from)
     if recorded is not None and recorded.init_from == config.init_from:
         return _begun_from(config, recorded)
     if is_run(directory):
+        _check_has_model(directory)
         found = read_config(directory / "config.json")
     else:
         found = read_foreign_config(directory)
@@ -134,7 +140,7 @@ def _begun_from(config: Config, found: Config) -> Config:
     )
 
 
-def read_foreign_config(directory: Path) -> Config:
+def read_foreign_config(directory: AnyPath) -> Config:
     """What a foreign checkpoint's config says of the model, and of the length it was trained on."""
     description = interop.open_source(directory).description
     return Config(
@@ -142,6 +148,21 @@ def read_foreign_config(directory: Path) -> Config:
     )
 
 
-def is_run(directory: Path) -> bool:
+def is_run(directory: AnyPath) -> bool:
     """Whether a directory is a training run's workdir, or nothing that has weights."""
     return (directory / "checkpoints").is_dir() or not has_tensor_files(directory)
+
+
+def _check_has_model(directory: AnyPath) -> None:
+    """Raises `ConfigError` that says what was looked for, if a directory is no run either."""
+    config = directory / "config.json"
+    if config.is_file() and ((directory / "checkpoints").is_dir() or not models_below(directory)):
+        return
+    try:
+        check_has_model(directory)
+    except CheckpointError as error:
+        found = f"{config} is that of no training run" if config.is_file() else ""
+        raise ConfigError(
+            f"{found or f'{config} does not exist'}: {directory} is not the --workdir of a "
+            f"training run, and no checkpoint either: {error}"
+        ) from error

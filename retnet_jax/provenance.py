@@ -2,8 +2,12 @@
 
 import hashlib
 import importlib.metadata
+import os
 import platform
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+
+from retnet_jax.files.digests import sha256_of_file
+from retnet_jax.files.paths import AnyPath, sizes
 
 _PACKAGE = Path(__file__).parent
 
@@ -21,14 +25,14 @@ def versions(*packages: str) -> dict[str, str]:
 
 def code_fingerprint(part: str = "") -> str:
     """SHA-256, its first 16 hex digits, of this package's code or a part of it, such as "data"."""
-    return files_sha256(_PACKAGE / part, "**/*.py")[:16]
+    return files_sha256(_PACKAGE / part, ".py")[:16]
 
 
-def files_sha256(directory: Path, pattern: str = "**/*") -> str:
+def files_sha256(directory: AnyPath, ending: str = "") -> str:
     """SHA-256, in hex, of the names and contents of the files in a directory and below it."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in directory.glob(pattern) if path.is_file()):
-        with path.open("rb") as file:
-            contents = hashlib.file_digest(file, "sha256").hexdigest()
-        digest.update(f"{path.relative_to(directory)} {contents}\n".encode())
+    for name in sorted(map(PurePosixPath, sizes(os.fspath(directory)))):
+        if name.name.endswith(ending):
+            contents = sha256_of_file(f"{os.fspath(directory)}/{name}")
+            digest.update(f"{name} {contents}\n".encode())
     return digest.hexdigest()

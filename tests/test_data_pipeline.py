@@ -44,7 +44,7 @@ def make_split(lengths, first_token=0, shards=1):
         arrays[shard, "offsets"] = np.cumsum([0, *map(len, documents)])
         names[shard] = [f"document {shard}.{i}" for i in range(len(group))]
         counts.append(("", {"documents": len(group), "tokens": len(tokens), "bytes": sum(group)}))
-    split = Split("train", counts)
+    split = Split("train", counts, vocab_size=2**32)
     split._arrays, split._names = arrays, names
     return split
 

@@ -164,7 +164,7 @@ def test_names_with_line_ends_and_quotes_come_back(config, tmp_path):
 
 def test_second_time_opens_and_does_not_build(config, monkeypatch):
     first = open_or_build(config, 257)
-    monkeypatch.setattr(stores, "build_store", None)
+    monkeypatch.setattr(stores, "build_or_wait", None)
     second = open_or_build(config, 257)
     np.testing.assert_array_equal(tokens_of(first.train), tokens_of(second.train))
     assert second.manifest == first.manifest
@@ -391,7 +391,7 @@ def test_of_equal_texts_the_first_is_kept_and_no_text_is_in_both_splits(config, 
     train, held_out = texts_of(store, store.train), texts_of(store, store.held_out)
     assert not set(train.values()) & set(held_out.values())
     names = [path.name for path in corpus.iterdir() if path.stat().st_size]
-    assert set(held_out) == {name for name in names if is_held_out(f"{corpus}/{name}", 0.2)}
+    assert set(held_out) == {name for name in names if is_held_out(name, 0.2)}
     assert sum(text == TEXTS["3.txt"] for text in held_out.values()) > 1
     left_out = set(names) - set(held_out) - set(train)
     assert len(left_out) == store.manifest["duplicates"] > 0

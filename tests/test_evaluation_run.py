@@ -47,6 +47,18 @@ def test_it_returns_what_the_program_writes(workdir, tmp_path, capsys):
     assert (record["step"], record["checkpoint"]) == (3, str(workdir))
 
 
+def test_only_a_record_that_is_kept_needs_the_hash_of_a_checkpoint(workdir, tmp_path, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(
+        "retnet_jax.evaluation.run.checkpoint_sha256", lambda *of: hashed.append(of) or "digest"
+    )
+    print_evaluation(workdir, protocols=("window",))
+    assert hashed == []
+    print_evaluation(workdir, protocols=("window",), output=tmp_path / "result.json")
+    assert hashed == [(workdir, 3)]
+    assert json.loads((tmp_path / "result.json").read_text())["checkpoint_sha256"] == "digest"
+
+
 def test_texts_are_a_glob_or_strings(workdir, tmp_path):
     for number, text in enumerate(TEXTS):
         (tmp_path / f"{number}.txt").write_text(text, encoding="utf-8")
@@ -101,7 +113,7 @@ def test_input_that_does_not_fit(workdir):
             evaluate(model, **options)
     with pytest.raises(ConfigError, match="has a tokenizer of its own"):
         evaluate(workdir, tokenizer=BYTES)
-    with pytest.raises(ConfigError, match="is not the --workdir of a training run"):
+    with pytest.raises(ConfigError, match=r"has no weights|is no directory"):
         evaluate(Path("no/such/run"))
 
 

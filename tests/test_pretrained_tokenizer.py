@@ -5,7 +5,6 @@ import functools
 import io
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import tokenizers as hf
@@ -286,7 +285,7 @@ def test_a_corpus_in_the_tokens_of_a_model(tmp_path):
     assert store.tokenizer.fingerprint == tokenizer.fingerprint
     first = store.train.document(0).tolist()
     assert first[0] == tokenizer.bos_id == 1
-    assert store.tokenizer.decode(first) == Path(store.train.names[0]).read_text()
+    assert store.tokenizer.decode(first) == (tmp_path / "corpus" / store.train.names[0]).read_text()
     # The same tokenizer elsewhere is the same; another one is not.
     config.tokenizer = str(tmp_path / "moved")
     assert open_or_build(config, vocab_size=400).manifest == store.manifest

@@ -1,6 +1,7 @@
 """Texts: log-probabilities, samplers of each row, stop strings, and states that are kept."""
 
 import functools
+import io
 import json
 from pathlib import Path
 
@@ -241,13 +242,13 @@ def run(*arguments, status=0):
 
 def test_requests_have_samplers_of_their_own(tmp_path):
     path = tmp_path / "requests.jsonl"
-    first = '{"prompt": "a", "top_k": 5}'
+    first = '{"prompt": "a", "top_k": 5, "id": 7, "seed": null}'
     second = '{"prompt": "é", "temperature": 0, "top_p": null}'
     path.write_text(f"{first}\n\n{second}\n", encoding="utf-8")
     defaults = {"temperature": 0.5, "top_k": None, "top_p": 0.9}
     assert read_requests(path, defaults) == [
-        ("a", Sampler(0.5, top_k=5, top_p=0.9)),
-        ("é", Sampler(0)),
+        ("a", Sampler(0.5, top_k=5, top_p=0.9), {"id": 7, "seed": None}),
+        ("é", Sampler(0), {}),
     ]
     path.write_text('{"prompt": ""}')
     assert read_requests(path, defaults, may_be_empty=True)[0].prompt == ""
@@ -255,6 +256,14 @@ def test_requests_have_samplers_of_their_own(tmp_path):
         ('{"prompt": ""}', r"line 1: prompt='' is empty"),
         ("[1]", "line 1: no object with a prompt"),
         ('{"prompt": "a", "top_k": 0}', "line 1: top_k=0 leaves no token"),
+        ('{"prompt": "a", "Temprature": 1}', "Temprature=1 does not fit; did you mean temperature"),
+        ('{"prompt": "a", "max_new_tokens": 9}', "max_new_tokens=9 is .*: give --max_tokens"),
+        (
+            '{"prompt": "a", "stop": ["x"]}',
+            r"stop=\['x'\] is not a request's own here",
+        ),
+        ('{"prompt": "a", "repetition_penalty": 1.2}', "repetition_penalty=1.2 is not done here"),
+        ('{"prompt": "a", "text": "b"}', "text='b' would be overwritten in --output"),
         ("", "has no requests"),
     ):
         path.write_text(line)
@@ -267,15 +276,43 @@ def test_the_program_keeps_and_continues_a_state(workdir, tmp_path):
     output, rest = tmp_path / "answers.jsonl", tmp_path / "rest.jsonl"
     run(f"--workdir={workdir}", "--prompt=once", "--max-tokens=9", f"--save-state={state}")
     run(f"--workdir={workdir}", "--max-tokens=21", f"--load-state={state}", f"--output={rest}")
-    lines.write_text('{"prompt": "once"}\n\n{"prompt": "a", "temperature": 0.9, "top_k": 5}\n')
+    other = '{"prompt": "a", "temperature": 0.9, "top_k": 5, "id": "second", "answer": [1]}'
+    lines.write_text('{"prompt": "once"}\n\n' + other + "\n")
     printed = run(
         f"--workdir={workdir}", f"--requests={lines}", "--max_tokens=30", f"--output={output}"
     )
     once, other = (json.loads(line) for line in output.read_text().splitlines())
     assert (once["prompt"], other["prompt"]) == ("once", "a")
+    assert (other["id"], other["answer"]) == ("second", [1])
     assert printed.startswith(f"--- 1 of 2 ---\nonce{once['text']}\n--- 2 of 2 ---\na")
     assert len(other["log_probabilities"]) == len(other["tokens"]) == 30
     assert json.loads(rest.read_text())["tokens"] == once["tokens"][9:]
+
+
+def test_a_prompt_from_a_file_or_standard_input(workdir, tmp_path, monkeypatch):
+    book, part = tmp_path / "book", f"--workdir={workdir}"
+    text = "a long text, größer\n" * 9_000  # more than an argument may have
+    for contents, expected in (
+        (text.encode(), text[:-1]),
+        (b"\xef\xbb\xbfonce\r\n", "once"),
+        (b"once\n\n", "once\n"),
+    ):
+        book.write_bytes(contents)
+        assert run(part, f"--prompt_file={book}", "--max_tokens=0") == expected + "\n"
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(contents)))
+        assert run(part, "--prompt-file=-", "--max_tokens=0") == expected + "\n"
+    several = run(part, f"--prompt_file={book}", "--prompt=x", "--max_tokens=3")
+    assert several.startswith("--- 1 of 2 ---\nx")
+    for contents, message in (
+        (b"\n", f"--prompt_file={book} is empty"),
+        (
+            b"a\xff",
+            f"--prompt_file={book} is not valid UTF-8: 'utf-8' codec can't",
+        ),
+    ):
+        book.write_bytes(contents)
+        assert message in run(part, f"--prompt_file={book}", status=2)
+    assert "cannot be read: No such file" in run(part, "--prompt_file=none", status=2)
 
 
 def test_the_program_refuses_what_does_not_fit(workdir, tmp_path):

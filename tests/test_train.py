@@ -36,6 +36,7 @@ from retnet_jax.config_json import config_from_json, to_json
 from retnet_jax.data import BatchStream, build_store, number_of_windows, open_stores
 from retnet_jax.data.tokenizers import ByteTokenizer
 from retnet_jax.errors import CheckpointError, ConfigError
+from retnet_jax.evaluation.run import evaluate
 from retnet_jax.model import build_model
 from retnet_jax.parallel.mesh import make_mesh
 from retnet_jax.programs.evaluate import print_evaluation
@@ -48,6 +49,9 @@ from retnet_jax.training.step import loss_sum, make_step
 
 ROOT = Path(__file__).parent.parent
 STEPS = 10
+
+# A whole run on eight devices, of which Orbax copies each array to the host.
+pytestmark = pytest.mark.compiles(80, reason="whole runs, saved from eight devices")
 
 
 @pytest.fixture(scope="module")
@@ -427,7 +431,7 @@ def test_held_out_loss_is_the_mean_over_windows_for_every_batch_size(config, uni
     (split,) = (store.held_out for store in stores.stores.values())
     model = load_pretrained(uninterrupted)
     windows = number_of_windows(split, 16)
-    assert windows % 8
+    assert windows % 48
     options = {"sequence_length": 16, "bos_id": 256, "seed": 0}
     stream = BatchStream([split], [1.0], batch_size=windows, **options)
     _, sums = jax.jit(loss_sum)(model, stream[0])
@@ -540,6 +544,50 @@ def test_no_checkpoint_left_is_an_error(config, uninterrupted, tmp_path):
         (directory / "model" / "_METADATA").unlink()
     with pytest.raises(CheckpointError, match=r"(?s)8 is damaged.*there is no other checkpoint"):
         train(config, tmp_path / "run")
+
+
+def test_a_store_that_was_built_again_from_other_text_is_refused(config, tmp_path):
+    """By the run that is resumed, and by the evaluation of what it would call held out."""
+    for number in range(30):
+        (tmp_path / f"{number}.txt").write_text(f"document {number} " * 20)
+    data = dataclasses.replace(
+        config.data, path=str(tmp_path / "*.txt"), store=str(tmp_path / "store")
+    )
+    short = dataclasses.replace(config.train, steps=3)
+    run = dataclasses.replace(config, data=data, train=short)
+    assert train(run, tmp_path / "run").status == "finished"
+    shutil.rmtree(tmp_path / "store")
+    assert train(run, tmp_path / "run").status == "finished"  # built again, the same
+    (tmp_path / "7.txt").write_text("another text " * 20)
+    shutil.rmtree(tmp_path / "store")
+    with pytest.raises(ConfigError, match=r"store' holds other data .* than when the run in"):
+        train(run, tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"store' holds other data"):
+        evaluate(tmp_path / "run")
+
+
+def test_a_workdir_that_is_moved_while_training_loses_nothing(
+    config, uninterrupted, tmp_path, monkeypatch, capfd
+):
+    """Where it was there is a whole workdir again, with the state from the next save on."""
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, lambda: shutil.move(tmp_path / "run", tmp_path / "moved"))
+        assert train(config, tmp_path / "run").status == "finished"
+    said = capfd.readouterr().err
+    assert "the workdir was moved or deleted while training: it is written again from" in said
+    before, after = metrics(tmp_path / "moved"), metrics(tmp_path / "run")
+    assert sorted([*before, *after]) == list(range(1, STEPS + 1))
+    expected = metrics(uninterrupted)
+    for step, line in (before | after).items():
+        assert line["loss"] == expected[step]["loss"]
+    assert latest_step(tmp_path / "run") == STEPS
+    assert train(config, tmp_path / "run").status == "finished"
+
+
+def test_a_workdir_that_cannot_be_written_to_is_named(config, tmp_path):
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(ConfigError, match=r"--workdir=.*file/run cannot be written to"):
+        train(config, tmp_path / "file" / "run")
 
 
 def test_a_workdir_in_use_is_refused(config, tmp_path):

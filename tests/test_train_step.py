@@ -17,13 +17,16 @@ from retnet_jax.data import Batch
 from retnet_jax.errors import ConfigError
 from retnet_jax.parallel.mesh import make_mesh
 from retnet_jax.parallel.sharding import batch_shardings, check_fit
+from retnet_jax.training.held_out_loss import first_rows_loss
 from retnet_jax.training.optim import learning_rate_factor, make_optimizer
 from retnet_jax.training.step import (
     _where_continued,
+    abstract_batch,
     abstract_state,
     gradient_sums,
     initial_state,
     loss_sum,
+    make_step,
     train_step,
 )
 from retnet_jax.trees import leaf_name
@@ -359,3 +362,22 @@ def test_batches_and_parameters_that_do_not_divide():
         ConfigError, match=r"mesh.tensor=8 does not divide dimension 0 of model/emb"
     ):
         abstract_state(odd, make_mesh(MeshConfig(data=1, tensor=8)))
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_an_evaluation_takes_less_memory_than_the_step_beside_it(remat):
+    """So what tools/compile_ahead.py says of the step holds for the run."""
+    model = dataclasses.replace(CONFIG.model, d_model=64, n_layers=6, remat=remat)
+    train = dataclasses.replace(CONFIG.train, batch_size=64, micro_batches=4)
+    config = dataclasses.replace(
+        CONFIG, model=model, train=train, data=DataConfig(sequence_length=64)
+    )
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    state = abstract_state(config, mesh)
+    part = dataclasses.replace(config, train=dataclasses.replace(train, batch_size=16))
+    with jax.set_mesh(mesh):
+        step = make_step(config, state).lower(state, abstract_batch(config, mesh)).compile()
+        windows = abstract_batch(part, mesh)
+        evaluation = first_rows_loss.lower(state.model, windows, 16).compile()
+    taken, allowed = (x.memory_analysis().temp_size_in_bytes for x in (evaluation, step))
+    assert 0 < taken < allowed

@@ -16,9 +16,11 @@ from ml_collections import config_flags
 
 from retnet_jax.config import Config
 from retnet_jax.data import BatchStream, Split, Tokenizer, open_store, open_stores
+from retnet_jax.data.round_trip import describe_round_trip
 from retnet_jax.data.token_store import TokenStore
 from retnet_jax.data.windows import packed_starts
 from retnet_jax.errors import ConfigError
+from retnet_jax.files import paths as files
 from retnet_jax.programs import command_line
 
 flags.DEFINE_string("store", None, "directory or URL of a store")
@@ -51,7 +53,7 @@ def main() -> None:
     if config is not None:
         print("\n".join(batch_rows(config, found, given.step, given.rows, given.characters)))
     if given.plot is not None:
-        plot(stores, given.split, given.plot)
+        plot(stores, given.split, files.expanded(given.plot))
 
 
 def describe(store: TokenStore, split: str, sequence_length: int) -> Iterator[str]:
@@ -59,7 +61,7 @@ def describe(store: TokenStore, split: str, sequence_length: int) -> Iterator[st
     manifest = store.manifest
     yield store.directory
     options = ", ".join(f"{k}={v}" for k, v in manifest["options"].items() if v not in ("", [], 0))
-    yield f"  built with {options}"
+    yield f"  built with {files.printable(options)}"
     yield f"  {'':<9}{'documents':>14}{'tokens':>18}{'bytes':>18}{'bytes/token':>13}"
     for name, counts in manifest["splits"].items():
         ratio = counts["bytes"] / counts["tokens"]
@@ -70,6 +72,9 @@ def describe(store: TokenStore, split: str, sequence_length: int) -> Iterator[st
     yield f"  {manifest['duplicates']:,} duplicates and {skipped['count']:,} others left out"
     if reasons:
         yield f"    {reasons}"
+    lost = describe_round_trip(manifest.get("round_trip"))
+    if lost:
+        yield f"  in a sample {lost}"
     documents: Split = getattr(store, split)
     lengths = documents.lengths
     quantiles = np.quantile(lengths, [0, 0.1, 0.5, 0.9, 1]).astype(int)
@@ -94,7 +99,7 @@ def first_documents(store: TokenStore, split: str, count: int, characters: int) 
     documents: Split = getattr(store, split)
     for index in range(min(count, len(documents))):
         tokens = documents.document(index)
-        yield f"  --- {documents.name(index)}: {len(tokens):,} tokens"
+        yield f"  --- {files.printable(documents.name(index))}: {len(tokens):,} tokens"
         yield shortened(store.tokenizer, tokens, characters)
 
 

@@ -3,14 +3,19 @@ r"""Builds the token store of a config ahead of training, and prints what it hol
     python tools/prepare_data.py --config=configs/FILE.py --config.data.source=jsonl \
         --config.data.path='pile/*.jsonl.zst' --config.data.store=data/pile [--processes=8]
 
-Killed at any point, the same command goes on with what is left to do. A store that is complete is
-checked against the config and against the hashes of its files, and printed.
+Stopped at any point, by Ctrl-C, SIGTERM or kill -9, the same command goes on with what is left to
+do. A store that is complete is checked against the config and against the hashes of its files, and
+printed.
 """
+
+import signal
+import sys
 
 from absl import flags
 
-from retnet_jax.data import build_store
-from retnet_jax.data.stores import open_or_build
+from retnet_jax.data.build import build_or_wait
+from retnet_jax.data.round_trip import describe_round_trip
+from retnet_jax.data.stores import check_tokenizer, open_or_build
 from retnet_jax.data.token_store import TokenStore, check_files
 from retnet_jax.files import paths as files
 from retnet_jax.pretrained import with_initial_model
@@ -22,15 +27,17 @@ flags.DEFINE_integer("processes", None, "that work in parallel; else one for eac
 def main() -> None:
     """Builds, finishes or opens the store that the config names."""
     config = with_initial_model(command_line.given_config())
-    manifest, plan = (f"{config.data.store}/{name}.json" for name in ("manifest", "plan"))
+    store = files.expanded(config.data.store)
+    manifest, plan = (f"{store}/{name}.json" for name in ("manifest", "plan"))
     complete = files.exists(manifest) and not files.exists(plan)
     command = command_line.prepare_command()
     if not complete:
-        build_store(config.data, config.model.vocab_size, flags.FLAGS.processes, command)
+        check_tokenizer(config.data, config.model.vocab_size)
+        build_or_wait(config.data, config.model.vocab_size, flags.FLAGS.processes, command)
     store = open_or_build(config.data, config.model.vocab_size, command)
     if complete:
         check_files(store)
-    print(table(store))
+    print(files.printable(table(store)))
 
 
 def table(store: TokenStore) -> str:
@@ -44,9 +51,24 @@ def table(store: TokenStore) -> str:
     lines.append(f"{store.manifest['duplicates']:,} duplicates, {skipped['count']:,} skipped")
     lines += [f"  {count:,} {reason}" for reason, count in skipped["reasons"].items()]
     lines += [f"    {line}" for line in skipped["first"][:5]]
+    lost = describe_round_trip(store.manifest.get("round_trip"))
+    lines += [f"in a sample {lost}"] if lost else []
     return "\n".join([store.directory, *lines])
+
+
+def interruptible() -> int | None:
+    """As `main`; Ctrl-C or SIGTERM ends it with a line on what to do."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on with what is left to do", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return None
 
 
 if __name__ == "__main__":
     command_line.define_config()
-    command_line.run(main)
+    command_line.run(interruptible)

@@ -9,12 +9,13 @@ the config's own is read.
 """
 
 import dataclasses
-from pathlib import Path
 
 from absl import flags
 
 from retnet_jax.data.bpe_sample import train_tokenizer
+from retnet_jax.data.sources import Skipped
 from retnet_jax.errors import ConfigError
+from retnet_jax.files import paths as files
 from retnet_jax.programs import command_line
 
 flags.DEFINE_multi_string("corpus", [], "SOURCE:PATH, as data.source and data.path")
@@ -25,9 +26,15 @@ flags.DEFINE_integer("vocab_size", None, "tokens; if not given as model.vocab_si
 def main() -> None:
     """Trains and writes the tokenizer that the flags describe."""
     given, config = flags.FLAGS, command_line.given_config()
-    output = Path(given.output)
+    output = files.local(given.output)
     if (output / "tokenizer.json").exists():
         raise ConfigError(f"--output={output} has a tokenizer.json already; name a new directory")
+    try:  # before the work that would be lost
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "tokenizer.json").touch()
+        (output / "tokenizer.json").unlink()
+    except OSError as error:
+        raise ConfigError(f"--output={output} is no directory to write to: {error}") from error
     corpora = [config.data]
     if given.corpus:
         corpora = []
@@ -35,10 +42,12 @@ def main() -> None:
             source, _, path = corpus.partition(":")
             corpora.append(dataclasses.replace(config.data, source=source, path=path))
             corpora[-1].check()
-    tokenizer = train_tokenizer(corpora, given.vocab_size or config.model.vocab_size)
-    output.mkdir(parents=True, exist_ok=True)
+    skipped = Skipped()
+    tokenizer = train_tokenizer(corpora, given.vocab_size or config.model.vocab_size, skipped)
     tokenizer.save(output)
     print(f"{output}: {tokenizer.vocab_size:,} tokens, {tokenizer.fingerprint[:12]}")
+    if skipped.count:
+        print(files.printable(f"skipped {skipped.count}: {skipped}"))
 
 
 if __name__ == "__main__":

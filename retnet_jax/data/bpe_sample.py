@@ -1,4 +1,4 @@
-"""The text that a byte-level BPE is trained on."""
+"""A sample of the documents: what a byte-level BPE is trained on, or a tokenizer is tried on."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from retnet_jax.errors import ConfigError
 _CHARACTERS = 8_000_000  # in a sample; more hardly changes the merges
 
 
-def train_tokenizer(configs: Sequence[DataConfig], vocab_size: int) -> BPETokenizer:
+def train_tokenizer(
+    configs: Sequence[DataConfig], vocab_size: int, skipped: Skipped
+) -> BPETokenizer:
     """A byte-level BPE for several corpora, trained on equally large samples of each.
 
     Args:
       configs: where the documents come from; held-out ones are left out.
       vocab_size: tokens in all.
+      skipped: grows by what could not be used.
 
     Raises:
       ConfigError: if a corpus has no documents to train on, or all of them together give fewer
@@ -28,34 +31,43 @@ def train_tokenizer(configs: Sequence[DataConfig], vocab_size: int) -> BPETokeni
     texts: list[str] = []
     for config in configs:
         sample = Sample()
-        for document in read_documents(config, Skipped()):
+        for document in read_documents(config, skipped):
             if split_of(document, config.held_out) == "train":
                 sample.add(document)
         if not sample.texts():
-            raise ConfigError(f"data.path={config.path!r} has no documents to train a tokenizer on")
+            raise ConfigError(
+                f"data.path={config.path!r} has no documents to train a tokenizer on; "
+                f"{skipped.count} skipped{f': {skipped}' if skipped.count else ''}"
+            )
         texts += sample.texts()
     return train_bpe(texts, vocab_size)
 
 
 class Sample:
-    """The documents whose names have the smallest hashes, up to `_CHARACTERS` in all.
+    """The documents whose names have the smallest hashes.
 
     It depends only on the documents, not on their order or on how they are divided into shards.
+
+    Args:
+      characters: about how many there are in all; None: for a BPE.
+      of_document: the most from one; None: `characters`.
     """
 
-    def __init__(self):
+    def __init__(self, characters: int | None = None, of_document: int | None = None):
+        self._most = characters or _CHARACTERS
+        self._of_document = of_document or self._most
         # With the hashes negated, so that the largest comes off first.
         self._heap: list[tuple[float, str, str]] = []
         self._characters = 0
 
     def add(self, document: Document) -> None:
-        self.push(hash_of_name(document.name), document.name, document.text[:_CHARACTERS])
+        self.push(hash_of_name(document.name), document.name, document.text[: self._of_document])
 
     def push(self, name_hash: float, name: str, text: str) -> None:
         """Adds an item of another sample."""
         heapq.heappush(self._heap, (-name_hash, name, text))
         self._characters += len(text)
-        while self._characters - len(self._heap[0][2]) >= _CHARACTERS:
+        while self._characters - len(self._heap[0][2]) >= self._most:
             self._characters -= len(heapq.heappop(self._heap)[2])
 
     def items(self) -> list[tuple[float, str, str]]:

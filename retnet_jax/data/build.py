@@ -26,10 +26,19 @@ import numpy as np
 
 from retnet_jax.config import DataConfig
 from retnet_jax.data.bpe_sample import Sample
+from retnet_jax.data.round_trip import check_round_trip, describe_round_trip, measure_round_trip
 from retnet_jax.data.shard_writer import write_shard
 from retnet_jax.data.sources import Document, Piece, Skipped, file_of, list_pieces, read_piece
 from retnet_jax.data.split import split_of
 from retnet_jax.data.store_options import differences, pretrained_tokenizer, stored_options
+from retnet_jax.data.survey import (
+    check_kept,
+    check_splits,
+    documents_of,
+    sample_to_try,
+    skipped_of,
+    texts_to_try,
+)
 from retnet_jax.data.token_store import FORMAT, SPLITS, TokenStore, open_store
 from retnet_jax.data.tokenizers import (
     ByteTokenizer,
@@ -40,9 +49,9 @@ from retnet_jax.data.tokenizers import (
 )
 from retnet_jax.data.workers import for_each_shard, say
 from retnet_jax.errors import ConfigError
-from retnet_jax.files import atomic
+from retnet_jax.files import atomic, lock
+from retnet_jax.files import paths as files
 from retnet_jax.files.digests import sha256_of, sha256_of_file
-from retnet_jax.files.paths import is_remote
 from retnet_jax.provenance import code_fingerprint, versions
 
 DEFAULT_COMMAND = "build_store(config.data, vocab_size)"
@@ -69,42 +78,96 @@ def build_store(
       ConfigError: if the store is complete already, or was begun with other options or files; if
         there are no documents, none or all are held out, or no BPE of that size can be trained.
     """
-    if is_remote(config.store):
+    if files.exists(files.expanded(f"{config.store}/manifest.json")):
+        raise ConfigError(f"data.store={config.store!r} exists already; delete it to build it anew")
+    return build_or_wait(config, vocab_size, processes, command)
+
+
+def build_or_wait(
+    config: DataConfig,
+    vocab_size: int,
+    processes: int | None = None,
+    command: str = DEFAULT_COMMAND,
+) -> TokenStore:
+    """As `build_store`; if another process builds the store, waits for that and opens it."""
+    if files.is_remote(config.store):
         raise ConfigError(
             f"data.store={config.store!r} is not there, and stores are built on local disk: build "
             "it in a directory and copy that; the copy is read where it is"
         )
-    directory = Path(config.store)
-    if (directory / "manifest.json").exists():
-        if (directory / "plan.json").exists():  # killed at the very end
+    directory = files.local(config.store)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"data.store={config.store!r} is no directory: {error}") from error
+    with lock.held(directory, lambda who: say(f"{directory} is being built by {who}: waiting")):
+        if not (directory / "manifest.json").exists():
+            try:
+                _build(config, vocab_size, processes, directory, command)
+            except ConfigError:
+                if _has_only_a_lock(directory):
+                    shutil.rmtree(directory)
+                raise
+        elif (directory / "plan.json").exists():  # killed at the very end
             _tidy(directory)
-            return open_store(directory)
-        raise ConfigError(f"data.store={config.store!r} exists already; delete it to build it anew")
+    return open_store(directory)
+
+
+def is_to_be_built(config: DataConfig, vocab_size: int) -> bool:
+    """Whether there is no store in `config.store`, not even a part of one, or it is being built."""
+    if files.is_remote(config.store):
+        return False
+    directory = files.local(config.store)
+    if not directory.exists():
+        return True
+    if not directory.is_dir() or (directory / "manifest.json").exists():
+        return False
+    if lock.holder(directory) is not None or _has_only_a_lock(directory):
+        return True
+    plan = directory / "plan.json"
+    if not plan.exists() or _is_written(directory):
+        return False
+    found = json.loads(plan.read_text())["options"]
+    return bool(differences(found, stored_options(config, vocab_size)))
+
+
+def _build(
+    config: DataConfig, vocab_size: int, processes: int | None, directory: Path, command: str
+) -> None:
     plan = _begin(config, vocab_size, directory, command)
     shards = [[Piece(**piece) for piece in pieces] for pieces in plan["shards"]]
     job = _Job(config, str(directory))
+    for name in ("work", "shards"):
+        (directory / name).mkdir(exist_ok=True)
     processes = min(processes or os.cpu_count() or 1, len(shards))
-    work = directory / "work"
     sizes = [max(1, sum(piece.bytes for piece in pieces)) for pieces in shards]
 
     undone = [(i, pieces) for i, pieces in enumerate(shards) if not job.survey_path(i).exists()]
     task = functools.partial(_survey, job)
     for_each_shard(task, undone, sizes, processes, f"reading {directory}")
     surveys = [json.loads(job.survey_path(i).read_text()) for i in range(len(shards))]
-    _check_splits(config, surveys)
-    duplicates = _mark_duplicates(job, len(shards))
+    try:
+        check_splits(config, surveys)
+        kept, texts = _mark_duplicates(job, len(shards))
+        check_kept(config, surveys, kept, texts)
+        if not has_tokenizer(directory):
+            tokenizer = _make_tokenizer(config, vocab_size, surveys)
+            round_trip = measure_round_trip(tokenizer, texts_to_try(surveys))
+            check_round_trip(round_trip, config.tokenizer)
+    except ConfigError:  # of this plan there will be no store
+        if not _is_written(directory):
+            _discard_plan(directory)
+        raise
 
     if not has_tokenizer(directory):
-        tokenizer = _make_tokenizer(config, vocab_size, job, len(shards))
-        with tempfile.TemporaryDirectory(dir=work) as scratch:
+        with tempfile.TemporaryDirectory(dir=directory / "work") as scratch:
             tokenizer.save(Path(scratch))
             for path in sorted(Path(scratch).iterdir(), reverse=True):  # tokenizer.json last
                 path.rename(directory / path.name)
     undone = [(i, pieces) for i, pieces in enumerate(shards) if not job.shard_path(i).exists()]
     task = functools.partial(_encode, job)
     for_each_shard(task, undone, sizes, processes, f"building {directory}")
-    _finish(job, plan, surveys, duplicates)
-    return open_store(directory)
+    _finish(job, plan, surveys, kept)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +204,13 @@ def _begin(config: DataConfig, vocab_size: int, directory: Path, command: str) -
         "shards": [[dataclasses.asdict(p) for p in group] for group in _grouped(pieces)],
     }
     path = directory / "plan.json"
-    if path.exists():
-        found = json.loads(path.read_text())
+    found = json.loads(path.read_text()) if path.exists() else None
+    if found is not None and not _is_written(directory):
+        changes = differences(found["options"], plan["options"])
+        if changes or any(found[key] != plan[key] for key in ("format", "shards")):
+            _discard_plan(directory)
+            found = None
+    if found is not None:
         changes = differences(found["options"], plan["options"])
         if found["format"] != FORMAT or changes:
             raise ConfigError(
@@ -157,40 +225,60 @@ def _begin(config: DataConfig, vocab_size: int, directory: Path, command: str) -
         for unfinished in [*directory.glob("shards/.*"), *directory.glob("work/tmp*")]:
             shutil.rmtree(unfinished, ignore_errors=True)
         return found
-    if directory.exists() and any(directory.iterdir()):
+    if not _has_only_a_lock(directory):
         raise ConfigError(
             f"data.store={config.store!r} has files in it and no plan.json; name a new directory"
         )
-    (directory / "work").mkdir(parents=True)
-    (directory / "shards").mkdir()
     atomic.write_text(path, json.dumps(plan, indent=1) + "\n")
     return plan
 
 
+def _has_only_a_lock(directory: Path) -> bool:
+    return all(path.name == lock.FILE_NAME for path in directory.iterdir())
+
+
+def _is_written(directory: Path) -> bool:
+    """Whether anything in an unfinished store depends on more than the plan."""
+    return has_tokenizer(directory) or any(directory.glob("shards/[0-9]*"))
+
+
+def _discard_plan(directory: Path) -> None:
+    """Deletes the plan of a store of which nothing is written, and what was found for it."""
+    for name in ("work", "shards"):
+        shutil.rmtree(directory / name, ignore_errors=True)
+    (directory / "plan.json").unlink()
+
+
 def _survey(job: _Job, task: tuple[int, list[Piece]]) -> int:
-    """Reads a shard for its duplicates and for text to train a BPE on."""
+    """Reads a shard for its duplicates and for text to train and try a tokenizer on."""
     shard, pieces = task
     config, skipped = job.config, Skipped()
     digests, held_out, counts = bytearray(), bytearray(), dict.fromkeys(SPLITS, 0)
-    sample = Sample()
+    sample, tried = Sample(), sample_to_try()
+    names: list[str] = []
     for document in _documents(config, pieces, skipped):
         split = split_of(document, config.held_out)
         counts[split] += 1
+        if len(names) < 2 and document.name not in names:
+            names.append(document.name)
         digests += _digest(document)
         held_out.append(split == "held_out")
         if split == "train" and config.tokenizer == "bpe":
             sample.add(document)
+        tried.add(document)
     table = np.empty(len(held_out), [("digest", "V16"), ("held_out", bool)])
     table["digest"] = np.frombuffer(digests, "V16")
     table["held_out"] = np.frombuffer(held_out, bool)
     np.save(job.digests_path(shard), table)
     paths = {piece.path: file_of(config, piece) for piece in pieces if piece.start == 0}
     found = {
-        "sources": {name: sha256_of_file(path) for name, path in paths.items() if path is not None},
+        "sources": {name: _digest_of_file(path) for name, path in paths.items() if path},
         "documents": counts,
+        "names": names,
         "content": sha256_of(digests),
         "skipped": skipped.as_dict(),
         "sample": sample.items(),
+        "tried": tried.items(),
     }
     atomic.write_text(job.survey_path(shard), json.dumps(found))
     return shard
@@ -238,15 +326,15 @@ def _write_shard(job: _Job, shard: int, pieces: list[Piece], directory: Path) ->
     (directory / "shard.json").write_text(json.dumps(record), encoding="utf-8")
 
 
-def _finish(job: _Job, plan: dict[str, Any], surveys: list[dict], duplicates: int) -> None:
+def _finish(job: _Job, plan: dict[str, Any], surveys: list[dict], kept: dict[str, int]) -> None:
     """Writes the manifest of a store whose shards are complete."""
     directory = Path(job.directory)
     shards = [
         json.loads((job.shard_path(i) / "shard.json").read_text()) for i in range(len(surveys))
     ]
-    skipped = Skipped()
-    for survey in surveys:
-        skipped.merge(Skipped.from_dict(survey["skipped"]))
+    skipped, documents = skipped_of(surveys), sum(documents_of(surveys).values())
+    tokenizer = load_tokenizer(directory)
+    round_trip = measure_round_trip(tokenizer, texts_to_try(surveys))
     hashes = {name: value for survey in surveys for name, value in survey["sources"].items()}
     sources: dict[str, int] = {}
     for piece in (piece for pieces in plan["shards"] for piece in pieces):
@@ -255,7 +343,7 @@ def _finish(job: _Job, plan: dict[str, Any], surveys: list[dict], duplicates: in
         "format": FORMAT,
         "command": plan["command"],
         "options": plan["options"],
-        "fingerprint": load_tokenizer(directory).fingerprint,
+        "fingerprint": tokenizer.fingerprint,
         "versions": versions("retnet-jax", "tokenizers", "tiktoken", "sentencepiece")
         | {"retnet_jax/data": code_fingerprint("data")},
         "splits": {
@@ -265,7 +353,8 @@ def _finish(job: _Job, plan: dict[str, Any], surveys: list[dict], duplicates: in
             }
             for split in SPLITS
         },
-        "duplicates": duplicates,
+        "duplicates": documents - sum(kept.values()),
+        "round_trip": round_trip,
         "skipped": skipped.as_dict(),
         "sources": [
             {"path": path, "bytes": size, "sha256": hashes.get(path)}
@@ -277,6 +366,8 @@ def _finish(job: _Job, plan: dict[str, Any], surveys: list[dict], duplicates: in
     _tidy(directory)
     if skipped.count:
         say(f"skipped {skipped.count}: {skipped}")
+    if describe_round_trip(round_trip):
+        say(f"{directory}: in a sample {describe_round_trip(round_trip)}")
 
 
 def _tidy(directory: Path) -> None:
@@ -284,39 +375,19 @@ def _tidy(directory: Path) -> None:
     shutil.rmtree(directory / "work", ignore_errors=True)
     for leftover in directory.glob("shards/.*"):
         shutil.rmtree(leftover, ignore_errors=True)
+    (directory / lock.FILE_NAME).unlink(missing_ok=True)
     (directory / "plan.json").unlink()
 
 
-def _check_splits(config: DataConfig, surveys: list[dict]) -> None:
-    """Raises `ConfigError` for a corpus without documents in one of the splits."""
-    counts = {split: sum(survey["documents"][split] for survey in surveys) for split in SPLITS}
-    documents = sum(counts.values())
-    if not documents:
-        skipped = Skipped()
-        for survey in surveys:
-            skipped.merge(Skipped.from_dict(survey["skipped"]))
-        raise ConfigError(
-            f"data.source={config.source!r} with data.path={config.path!r} gives no documents; "
-            f"{skipped.count} skipped{f': {skipped}' if skipped.count else ''}"
-        )
-    if not counts["held_out"]:
-        raise ConfigError(
-            f"data.held_out={config.held_out} holds out none of {documents} documents; raise it, "
-            "or give more documents"
-        )
-    if not counts["train"]:
-        raise ConfigError(
-            f"data.held_out={config.held_out} leaves none of {documents} documents to train on; "
-            "lower it, or give more documents"
-        )
-
-
-def _mark_duplicates(job: _Job, shards: int) -> int:
-    """Writes which documents of each shard are kept; returns how many are not.
+def _mark_duplicates(job: _Job, shards: int) -> tuple[dict[str, int], int]:
+    """Writes which documents of each shard are kept.
 
     Of documents with the same text the first is kept, in the order of shards. Without
     deduplication all are kept, except copies in `train` of a text that is held out. So no text is
     in both splits. All digests are in memory at once, 16 bytes a document.
+
+    Returns:
+      How many are kept of each split, and how many different texts there are in both.
     """
     found = [np.load(job.digests_path(shard)) for shard in range(shards)]
     words = np.concatenate([x["digest"] for x in found]).view("<u8").reshape(-1, 2)
@@ -324,27 +395,27 @@ def _mark_duplicates(job: _Job, shards: int) -> int:
     ordered = words[order]
     first = np.ones(len(words), bool)  # of its text, in that order
     first[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    kept = np.ones(len(words), bool)
+    kept, held_out = np.ones(len(words), bool), np.concatenate([x["held_out"] for x in found])
     if job.config.deduplicate:
         kept[order] = first
     else:
-        held_out = np.concatenate([x["held_out"] for x in found])[order]
         text = np.cumsum(first) - 1
-        kept[order] = held_out | ~np.isin(text, text[held_out])
+        kept[order] = held_out[order] | ~np.isin(text, text[held_out[order]])
     for shard, mask in enumerate(np.split(kept, np.cumsum([len(x) for x in found])[:-1])):
         np.save(job.kept_path(shard), mask)
-    return int(len(kept) - kept.sum())
+    counts = {"train": int((kept & ~held_out).sum()), "held_out": int((kept & held_out).sum())}
+    return counts, int(first.sum())
 
 
-def _make_tokenizer(config: DataConfig, vocab_size: int, job: _Job, shards: int) -> Tokenizer:
+def _make_tokenizer(config: DataConfig, vocab_size: int, surveys: list[dict]) -> Tokenizer:
     if config.tokenizer == "byte":
         return ByteTokenizer()
     if config.tokenizer != "bpe":
         return pretrained_tokenizer(config)
     sample = Sample()
-    for shard in range(shards):
-        for fraction, name, text in json.loads(job.survey_path(shard).read_text())["sample"]:
-            sample.push(fraction, name, text)
+    for survey in surveys:
+        for item in survey["sample"]:
+            sample.push(*item)
     texts = sample.texts()
     say(f"training a BPE of {vocab_size} tokens on {len(texts)} documents")
     return train_bpe(texts, vocab_size)
@@ -372,3 +443,11 @@ def _grouped(pieces: list[Piece]) -> Iterator[list[Piece]]:
 
 def _digest(document: Document) -> bytes:
     return hashlib.blake2b(document.text.encode(), digest_size=16).digest()
+
+
+def _digest_of_file(path: str) -> str | None:
+    """None for a file that cannot be read, which is counted where its documents are."""
+    try:
+        return sha256_of_file(path)
+    except OSError:
+        return None

@@ -5,13 +5,15 @@ zstandard, pyarrow, tensorflow_datasets and datasets are imported where they are
 
 from __future__ import annotations
 
+import bz2
 import contextlib
 import gzip
 import importlib
 import io
 import json
+import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -19,7 +21,18 @@ from retnet_jax.errors import ConfigError
 from retnet_jax.files import paths as files
 
 TOO_LONG = "too long"
+BYTE_ORDER_MARK = "\ufeff"
 Part = tuple[int, int | None, int, int]  # start, stop, number of the first record, bytes
+
+_COMPRESSED = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstandard"}
+_NO_TEXT = {
+    b"PK\x03\x04": "a zip archive",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"\x04\x22\x4d\x18": "compressed with LZ4",
+    b"PAR1\x15": "a parquet file",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
 
 
 @dataclass(frozen=True)
@@ -27,48 +40,68 @@ class Record:
     """What is at one place of a file.
 
     Attributes:
-      path: the file.
-      name: the place.
+      place: where in the file, such as ":7"; "" is the whole.
       value: an object of fields, or a text or its bytes.
       problem: why there is no value: a reason, and perhaps details.
+      fields: names of the fields that there are; those of `value` if it has not all of them.
     """
 
-    path: str
-    name: str
+    place: str
     value: Any = None
     problem: tuple[str, ...] | None = None
+    fields: Collection[str] | None = None
+
+
+@dataclass(frozen=True)
+class UnreadableValue:
+    """A field that cannot be read: a reason, and perhaps details."""
+
+    problem: tuple[str, ...]
 
 
 class UnreadableError(Exception):
     """The rest of a file cannot be read: a reason and details."""
 
 
-def whole_file(path: str, name: str, most_bytes: int) -> Iterator[Record]:
+def whole_file(path: str, most_bytes: int) -> Iterator[Record]:
     """One record, the bytes of a file."""
-    size = files.size(path)
-    if size > most_bytes:
-        yield Record(path, name, problem=(TOO_LONG, f"{size:,} bytes"))
-    else:
-        yield Record(path, name, files.read_bytes(path))
+    with _reading(), _opened(path) as file:
+        size = files.size(path)
+        if size > most_bytes:
+            yield Record("", problem=(TOO_LONG, f"{size:,} bytes"))
+            return
+        with _decompressed(path, file) as content:
+            data = content.read(most_bytes + 1)
+        if len(data) > most_bytes:
+            yield Record("", problem=(TOO_LONG, f"more than {most_bytes:,} bytes"))
+        else:
+            yield Record("", data)
 
 
 def line_parts(path: str, part_bytes: int) -> list[Part]:
     """Parts of a file of lines, about as large as asked for; a compressed file is one part."""
-    size = files.size(path)
-    if path.endswith((".gz", ".zst")) or size <= part_bytes:
-        return [(0, None, 1, size)]
+    try:
+        size = files.size(path)
+        with files.open_binary(path) as file:
+            if size <= part_bytes or _compression(path, _first_bytes(file)):
+                return [(0, None, 1, size)]
+            return _cut_at_lines(file, part_bytes)
+    except OSError:  # reading it will say so again
+        return [(0, None, 1, 0)]
+
+
+def _cut_at_lines(file: BinaryIO, part_bytes: int) -> list[Part]:
     parts, start, first, position, line = [], 0, 1, 0, 1
-    with files.open_binary(path) as file:
-        while block := file.read(1 << 20):
-            cut = block.rfind(b"\n") + 1
-            if cut and position + cut - start >= part_bytes:
-                line += block.count(b"\n", 0, cut)
-                parts.append((start, position + cut, first, position + cut - start))
-                start, first = position + cut, line
-                line += block.count(b"\n", cut)
-            else:
-                line += block.count(b"\n")
-            position += len(block)
+    while block := file.read(1 << 20):
+        cut = block.rfind(b"\n") + 1
+        if cut and position + cut - start >= part_bytes:
+            line += block.count(b"\n", 0, cut)
+            parts.append((start, position + cut, first, position + cut - start))
+            start, first = position + cut, line
+            line += block.count(b"\n", cut)
+        else:
+            line += block.count(b"\n")
+        position += len(block)
     if start < position:
         parts.append((start, position, first, position - start))
     return parts
@@ -77,8 +110,11 @@ def line_parts(path: str, part_bytes: int) -> list[Part]:
 def json_lines(
     path: str, start: int, stop: int | None, first: int, most_bytes: int
 ) -> Iterator[Record]:
-    """The JSON object of each line in a part of a file. Longer lines are not held in memory."""
-    with _reading(path), _decompressed(path) as file:
+    """The JSON object of each line in a part of a file that is not blank.
+
+    Longer lines are not held in memory.
+    """
+    with _reading(), _opened(path) as opened, _decompressed(path, opened) as file:
         if start:
             file.seek(start)
         left = None if stop is None else stop - start
@@ -96,24 +132,24 @@ def json_lines(
                 whole = len(more) < 1 << 20 or more.endswith(b"\n")
                 line = b""
             left = None if left is None else left - taken
-            name = f"{path}:{number}"
+            place = f":{number}"
             number += 1
             if not line:
-                yield Record(path, name, problem=(TOO_LONG, f"{taken:,} bytes"))
-            else:
-                yield _parsed(path, name, line)
+                yield Record(place, problem=(TOO_LONG, f"{taken:,} bytes"))
+            elif line.removeprefix(BYTE_ORDER_MARK.encode()).strip():
+                yield _parsed(place, line)
 
 
-def _parsed(path: str, name: str, line: bytes) -> Record:
+def _parsed(place: str, line: bytes) -> Record:
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = json.loads(line.decode("utf-8").lstrip(BYTE_ORDER_MARK))
     except UnicodeDecodeError as error:
-        return Record(path, name, problem=("invalid UTF-8", str(error)))
+        return Record(place, problem=("invalid UTF-8", str(error)))
     except (ValueError, RecursionError) as error:
-        return Record(path, name, problem=("invalid JSON", str(error)))
+        return Record(place, problem=("invalid JSON", str(error)))
     if not isinstance(value, dict):
-        return Record(path, name, problem=(f"a JSON {type(value).__name__}, not an object",))
-    return Record(path, name, value)
+        return Record(place, problem=(f"a JSON {type(value).__name__}, not an object",))
+    return Record(place, value)
 
 
 def parquet_parts(path: str, part_bytes: int) -> list[Part]:
@@ -122,7 +158,7 @@ def parquet_parts(path: str, part_bytes: int) -> list[Part]:
         with files.open_binary(path) as file:
             metadata = _package("pyarrow.parquet", "pyarrow").ParquetFile(file).metadata
     except (OSError, ValueError):  # pyarrow's errors are both; reading it will say so again
-        return [(0, None, 0, files.size(path))]
+        return [(0, None, 0, 0)]
     parts: list[Part] = []
     start = row = first = size = 0
     for group in range(metadata.num_row_groups):
@@ -135,20 +171,62 @@ def parquet_parts(path: str, part_bytes: int) -> list[Part]:
 
 
 def parquet_rows(
-    path: str, start: int, stop: int | None, first: int, columns: set[str]
+    path: str, start: int, stop: int | None, first: int, fields: Collection[str]
 ) -> Iterator[Record]:
-    """The rows of some row groups, with those of the columns that there are."""
+    """The rows of some row groups, with those of the fields that there are.
+
+    Args:
+      path: of the file.
+      start: the first row group.
+      stop: the row group after the last; None: all that follow.
+      first: the number of the first row.
+      fields: columns, or "a.b" for what is inside a column.
+    """
     parquet = _package("pyarrow.parquet", "pyarrow")
-    with _reading(path), files.open_binary(path) as opened:
+    with _reading(), _opened(path) as opened:
         file = parquet.ParquetFile(opened)
-        known = [name for name in file.schema_arrow.names if name in columns]
-        groups = range(start, file.metadata.num_row_groups if stop is None else stop)
+        names = file.schema_arrow.names
         number = first
-        for batch in file.iter_batches(256, row_groups=list(groups), columns=known):
-            for row in batch.to_pylist():
-                present = {name: value for name, value in row.items() if value is not None}
-                yield Record(path, f"{path}:{number}", present)
-                number += 1
+        for group in range(start, file.metadata.num_row_groups if stop is None else stop):
+            end = number + file.metadata.row_group(group).num_rows
+            try:
+                for batch in file.iter_batches(256, row_groups=[group], columns=list(fields)):
+                    for row in _rows(batch):
+                        yield Record(f":{number}", row, fields=names)
+                        number += 1
+            except (OSError, ValueError) as error:  # the next row group is apart from this one
+                problem = ("unreadable", f"{type(error).__name__}: {error}")
+                while number < end:
+                    yield Record(f":{number}", problem=problem)
+                    number += 1
+
+
+def _rows(batch) -> Iterator[dict[str, Any]]:
+    """The rows of a batch of pyarrow's."""
+    columns = [_values(column) for column in batch.columns]
+    for row in range(batch.num_rows):
+        values = (column[row] for column in columns)
+        yield dict(zip(batch.schema.names, values, strict=True))
+
+
+def _values(column) -> list[Any]:
+    try:
+        return column.to_pylist()
+    except _NOT_CONVERTED:
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return UnreadableValue(("invalid UTF-8", str(error)))
+    except _NOT_CONVERTED as error:
+        return UnreadableValue((f"cannot be converted from {scalar.type}", str(error)))
+
+
+# What is no UTF-8; dates that Python has no type for; what pyarrow does not implement.
+_NOT_CONVERTED = (ValueError, OverflowError, NotImplementedError)
 
 
 def tfds_source(path: str):
@@ -166,7 +244,7 @@ def tfds_examples(path: str, start: int, stop: int) -> Iterator[Record]:
     """Some examples of a data set of tensorflow_datasets."""
     source = tfds_source(path)
     for number in range(start, stop):
-        yield Record(path, f"{path}:{number}", dict(source[number]))
+        yield Record(f":{number}", dict(source[number]))
 
 
 def hf_shards(path: str) -> int:
@@ -181,7 +259,7 @@ def hf_examples(path: str, shard: int) -> Iterator[Record]:
     if shards > 1:
         stream = stream.shard(num_shards=shards, index=shard)
     for number, example in enumerate(stream):
-        yield Record(path, f"{path}:{shard}:{number}", example)
+        yield Record(f":{shard}:{number}", example)
 
 
 def _hf_stream(path: str):
@@ -205,29 +283,87 @@ def _opening(path: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _reading(path: str) -> Iterator[None]:
+def _reading() -> Iterator[None]:
     """Turns the errors of damaged files into `UnreadableError`."""
     try:
         yield
     except ConfigError:  # a package that is not there
         raise
-    except (OSError, EOFError, ValueError, zlib.error, *_zstd_errors(path)) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         # pyarrow's are OSError or ValueError.
         detail = f"{type(error).__name__}: {error}"
         raise UnreadableError("the rest of the file is unreadable", detail) from None
 
 
 @contextlib.contextmanager
-def _decompressed(path: str) -> Iterator[BinaryIO]:
-    with files.open_binary(path) as file:
-        if path.endswith(".gz"):
-            with gzip.GzipFile(fileobj=file) as content:
+def _opened(path: str) -> Iterator[BinaryIO]:
+    try:
+        if os.path.isdir(path):
+            os.listdir(path)  # why it is here: this fails
+        file = files.open_binary(path)
+    except OSError as error:
+        raise UnreadableError("cannot be opened", f"{type(error).__name__}: {error}") from None
+    with file:
+        yield file
+
+
+@contextlib.contextmanager
+def _decompressed(path: str, file: BinaryIO) -> Iterator[BinaryIO]:
+    """What is in a file that may be compressed.
+
+    Raises:
+      UnreadableError: if it is no text.
+      OSError, EOFError, zlib.error: while it is read, if it is damaged.
+    """
+    head = _first_bytes(file)
+    kind = _compression(path, head)
+    for beginning, name in _NO_TEXT.items():
+        if head.startswith(beginning):
+            raise UnreadableError(f"is {name}, not UTF-8 text")
+    if kind == "gzip":
+        with gzip.GzipFile(fileobj=file) as content:
+            yield content
+    elif kind == "bzip2":
+        with bz2.BZ2File(file) as content:
+            yield content
+    elif kind == "xz":
+        lzma = _package("lzma", "backports.lzma")
+        try:
+            with lzma.LZMAFile(file) as content:
                 yield content
-        elif path.endswith(".zst"):
+        except lzma.LZMAError as error:
+            raise OSError(f"LZMAError: {error}") from error
+    elif kind == "zstandard":
+        zstandard = _package("zstandard", "zstandard")
+        try:
             with io.BufferedReader(_ZstdStream(file), 1 << 20) as content:
                 yield content
-        else:
-            yield file
+        except zstandard.ZstdError as error:
+            raise OSError(f"ZstdError: {error}") from error
+    else:
+        yield file
+
+
+def _first_bytes(file: BinaryIO) -> bytes:
+    head = file.read(16)
+    file.seek(0)
+    return head
+
+
+def _compression(path: str, head: bytes) -> str | None:
+    """How a file is compressed, by its first bytes; by its name where these are not text."""
+    if head.startswith(b"\x1f\x8b"):
+        return "gzip"
+    if head.startswith(b"BZh") and head[4:10] in (b"1AY&SY", b"\x17\x72\x45\x38\x50\x90"):
+        return "bzip2"
+    if head.startswith(b"\xfd7zXZ\x00"):
+        return "xz"
+    # The second is a frame that is skipped, with which some tools begin.
+    if head.startswith(b"\x28\xb5\x2f\xfd") or head[1:4] == b"\x2a\x4d\x18":
+        return "zstandard"
+    if head and head.isascii():
+        return None
+    return _COMPRESSED.get(os.path.splitext(path)[1].lower())
 
 
 class _ZstdStream(io.RawIOBase):
@@ -239,7 +375,10 @@ class _ZstdStream(io.RawIOBase):
 
     def __init__(self, file: BinaryIO):
         self._file = file
-        self._new_frame = _package("zstandard", "zstandard").ZstdDecompressor().decompressobj
+        decompressor = _package("zstandard", "zstandard").ZstdDecompressor(
+            max_window_size=2**31  # the most that the format has, of `zstd --long=31`
+        )
+        self._new_frame = decompressor.decompressobj
         self._frame = self._new_frame()
         self._inside = False  # a frame
         self._ready = b""
@@ -262,10 +401,6 @@ class _ZstdStream(io.RawIOBase):
         count = min(len(buffer), len(self._ready))
         buffer[:count], self._ready = self._ready[:count], self._ready[count:]
         return count
-
-
-def _zstd_errors(path: str) -> tuple[type[Exception], ...]:
-    return (_package("zstandard", "zstandard").ZstdError,) if path.endswith(".zst") else ()
 
 
 def _package(name: str, to_install: str):

@@ -7,8 +7,7 @@ depend only on the files. A document that cannot be used is skipped, counted and
 from __future__ import annotations
 
 import functools
-import glob
-import os
+import re
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator
@@ -18,7 +17,8 @@ from typing import Any
 
 from retnet_jax.config import SOURCES, DataConfig
 from retnet_jax.data import formats
-from retnet_jax.data.formats import Record, UnreadableError
+from retnet_jax.data.corpus_files import corpus_files
+from retnet_jax.data.formats import BYTE_ORDER_MARK, Record, UnreadableError, UnreadableValue
 from retnet_jax.errors import ConfigError
 from retnet_jax.files import paths as files
 
@@ -44,6 +44,7 @@ class Piece:
 
     Attributes:
       path: a file or URL; the name of a data set.
+      name: what the names of its documents begin with.
       start: its first byte, row group, example or shard.
       stop: the end of it; None: the end of the file.
       first: number of its first line, row or example in the file.
@@ -51,6 +52,7 @@ class Piece:
     """
 
     path: str
+    name: str
     start: int = 0
     stop: int | None = None
     first: int = 0
@@ -101,36 +103,45 @@ def list_pieces(config: DataConfig, piece_bytes: int = _PIECE_BYTES) -> list[Pie
 
     Args:
       config: the source. "stdlib" is the source code of the running Python's standard library;
-        "text" one document a file; "jsonl" one a line, of .jsonl and .json files, plain or ending
-        in .gz or .zst; "parquet" one a row; "tfds" and "hf" one an example of the data set
-        "name:split" or "name:config:split".
+        "text" one document a file; "jsonl" one a line, of .jsonl and .json files; both may be
+        compressed with gzip, bzip2, xz or zstandard; "parquet" one a row; "tfds" and "hf" one an
+        example of the data set "name:split" or "name:config:split".
       piece_bytes: about how much a piece of a large file is.
 
     Raises:
       ConfigError: if `data.path` matches no file, or a package is missing that is needed.
     """
+    path = config.path
     if config.source == "stdlib":
         root = _stdlib_root()
-        return [Piece(name, bytes=(root / name).stat().st_size) for name in _stdlib_names(root)]
-    if config.source == "tfds":
-        count = len(formats.tfds_source(config.path))
         return [
-            Piece(config.path, start, min(start + _EXAMPLES, count), first=start, bytes=_EXAMPLES)
+            Piece(name, name, bytes=(root / name).stat().st_size) for name in _stdlib_names(root)
+        ]
+    if config.source == "tfds":
+        count = len(formats.tfds_source(path))
+        return [
+            Piece(path, path, start, min(start + _EXAMPLES, count), first=start, bytes=_EXAMPLES)
             for start in range(0, count, _EXAMPLES)
         ]
     if config.source == "hf":
-        shards = formats.hf_shards(config.path)
-        return [Piece(config.path, shard, shard + 1, bytes=1) for shard in range(shards)]
-    pieces = []
-    for path in _matches(config.path):
-        if config.source == "parquet":
-            parts = formats.parquet_parts(path, piece_bytes)
-        elif config.source == "jsonl":
-            parts = formats.line_parts(path, piece_bytes)
-        else:
-            parts = [(0, None, 0, files.size(path))]
-        pieces += [Piece(path, *part) for part in parts]
-    return pieces
+        shards = formats.hf_shards(path)
+        return [Piece(path, path, shard, shard + 1, bytes=1) for shard in range(shards)]
+    return [
+        Piece(*file, *part)
+        for file in corpus_files(path)
+        for part in _parts(config, file.path, piece_bytes)
+    ]
+
+
+def _parts(config: DataConfig, path: str, piece_bytes: int) -> list[formats.Part]:
+    if config.source == "parquet":
+        return formats.parquet_parts(path, piece_bytes)
+    if config.source == "jsonl":
+        return formats.line_parts(path, piece_bytes)
+    try:
+        return [(0, None, 0, files.size(path))]
+    except OSError:  # reading it will say so again
+        return [(0, None, 0, 0)]
 
 
 def read_piece(config: DataConfig, piece: Piece, skipped: Skipped) -> Iterator[Document]:
@@ -152,9 +163,9 @@ def read_piece(config: DataConfig, piece: Piece, skipped: Skipped) -> Iterator[D
             record = next(records, None)
             if record is None:
                 return
-            document = _document(config, record)
+            document = _document(config, piece, record)
         except (UnusableError, UnreadableError) as error:
-            name = record.name if isinstance(error, UnusableError) else piece.path
+            name = piece.path + (record.place if isinstance(error, UnusableError) else "")
             if config.strict and not str(error.args[0]).startswith("filtered"):
                 raise ConfigError(f"{name}: {': '.join(error.args)} (data.strict)") from None
             skipped.add(name, *error.args)
@@ -177,12 +188,12 @@ def read_documents(config: DataConfig, skipped: Skipped) -> Iterator[Document]:
 
 def _records(config: DataConfig, piece: Piece) -> Iterator[Record]:
     if config.source in ("stdlib", "text"):
-        return formats.whole_file(file_of(config, piece), piece.path, config.max_document_bytes)
+        return formats.whole_file(file_of(config, piece), config.max_document_bytes)
     span = (piece.path, piece.start, piece.stop, piece.first)
     if config.source == "jsonl":
         return formats.json_lines(*span, config.max_document_bytes)
     if config.source == "parquet":
-        return formats.parquet_rows(*span, columns=_columns(config))
+        return formats.parquet_rows(*span, fields=_fields(config))
     if config.source == "tfds":
         return formats.tfds_examples(*span[:3])
     if config.source == "hf":
@@ -192,22 +203,17 @@ def _records(config: DataConfig, piece: Piece) -> Iterator[Record]:
     )
 
 
-def _document(config: DataConfig, record: Record) -> Document:
+def _document(config: DataConfig, piece: Piece, record: Record) -> Document:
     """Raises `UnusableError` for what is no document, or filtered."""
     if record.problem is not None:
         raise UnusableError(*record.problem)
-    if isinstance(record.value, str | bytes):
-        text, name = record.value, record.name
-    else:
+    text, name = record.value, piece.name + record.place
+    if isinstance(record.value, dict):
         _filter(config, record.value)
-        text = _field(record.value, config.text_field)
-        if text is None:
-            known = ", ".join(map(repr, record.value))
-            raise UnusableError(f"no field {config.text_field!r}", f"among {known}")
+        text = _text_of(config, record)
         number = _field(record.value, config.id_field)
-        name = record.name
         if type(number) in (str, int):
-            name = f"{record.path}:{number}"
+            name = f"{piece.name}:{number}"
     if isinstance(text, bytes):
         try:
             text = text.decode("utf-8")
@@ -215,6 +221,8 @@ def _document(config: DataConfig, record: Record) -> Document:
             raise UnusableError("invalid UTF-8", str(error)) from None
     if not isinstance(text, str):
         raise UnusableError(f"field {config.text_field!r} is {type(text).__name__}, not a string")
+    if BYTE_ORDER_MARK in text:
+        text = _MARKS.sub("", text)
     try:
         size = len(text.encode("utf-8"))
     except UnicodeEncodeError:  # half a surrogate pair, which a JSON escape can spell
@@ -226,6 +234,27 @@ def _document(config: DataConfig, record: Record) -> Document:
     if size < config.min_bytes:
         raise UnusableError("filtered: min_bytes")
     return Document(name, text)
+
+
+# At the beginning, and of lines, where files that begin with it were joined.
+_MARKS = re.compile(f"(?:^|(?<=[\r\n])){BYTE_ORDER_MARK}+")
+
+
+def _text_of(config: DataConfig, record: Record) -> Any:
+    """The text field of a record, whatever it is, but None.
+
+    Raises:
+      UnusableError: if there is none.
+    """
+    name, text = config.text_field, _field(record.value, config.text_field, missing=_MISSING)
+    if text is _MISSING:
+        known = ", ".join(map(repr, record.value if record.fields is None else record.fields))
+        raise UnusableError(f"no field {name!r}", f"among {known}" if known else "no fields at all")
+    if text is None:
+        raise UnusableError(f"field {name!r} is null")
+    if isinstance(text, UnreadableValue):
+        raise UnusableError(*text.problem)
+    return text
 
 
 def _filter(config: DataConfig, record: dict[str, Any]) -> None:
@@ -242,36 +271,30 @@ def _filter(config: DataConfig, record: dict[str, Any]) -> None:
             raise UnusableError(f"filtered: {name}")
 
 
-def _field(record: dict[str, Any], name: str) -> Any:
-    """A field by its name; "meta.pile_set_name" is a field inside a field."""
-    value: Any = record
-    for part in (name,) if name in record else name.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
+_MISSING = object()
 
 
-def _columns(config: DataConfig) -> set[str]:
+def _field(record: Any, name: str, missing: Any = None) -> Any:
+    """A field by its name; if there is none, "meta.pile_set_name" is a field inside a field."""
+    if isinstance(record, UnreadableValue):
+        return record
+    if not isinstance(record, dict):
+        return missing
+    if name in record:
+        return record[name]
+    for dot in (place for place, character in enumerate(name) if character == "."):
+        found = _field(record.get(name[:dot]), name[dot + 1 :], missing)
+        if found is not missing:
+            return found
+    return missing
+
+
+def _fields(config: DataConfig) -> set[str]:
     used = {config.text_field, config.id_field}
     used |= {config.extension_field} if config.extensions else set()
     used |= {config.language_field} if config.languages else set()
     used |= {config.license_field} if config.licenses else set()
-    return {name.split(".")[0] for name in used}
-
-
-def _matches(patterns: str) -> list[str]:
-    paths: set[str] = set()
-    for pattern in patterns.split(","):
-        if files.is_remote(pattern):
-            paths |= set(files.matches(pattern))
-        else:
-            found = glob.glob(pattern, recursive=True)
-            paths |= {path for path in found if os.path.isfile(path)}
-    if not paths:
-        raise ConfigError(
-            f"data.path={patterns!r} matches no file (from {os.getcwd()}); "
-            "give a file or a glob such as 'corpus/**/*.txt'"
-        )
-    return sorted(paths)
+    return used
 
 
 @functools.cache  # asked for with every file

@@ -4,30 +4,41 @@ from __future__ import annotations
 
 import json
 import platform
-from pathlib import Path
 from typing import Any
 
 from retnet_jax.config import TOKENIZERS, DataConfig
-from retnet_jax.config_json import marked
+from retnet_jax.config_json import OLD_NAMES, marked
 from retnet_jax.data.tokenizers import TOKENIZER_FILES, Tokenizer, has_tokenizer, load_tokenizer
 from retnet_jax.errors import ConfigError
+from retnet_jax.files import paths as files
 
 
 def stored_options(config: DataConfig, vocab_size: int) -> dict[str, Any]:
     """All that the contents of a store depend on, by the names of the fields."""
-    options = {name: getattr(config, name.removeprefix("data.")) for name in marked("in_store")}
-    # As JSON has them, to be compared with what was written.
-    options = json.loads(json.dumps(options))
-    options["data.tokenizer"] = _tokenizer_option(config)
+    values = _options_of(config)
+    values["data.tokenizer"] = _tokenizer_option(config)
     if config.tokenizer == "bpe":
-        options["model.vocab_size"] = vocab_size
+        values["model.vocab_size"] = vocab_size
     if config.source == "stdlib":
-        options["python"] = platform.python_version()
-    return options
+        values["python"] = platform.python_version()
+    return values
+
+
+def _options_of(config: DataConfig) -> dict[str, Any]:
+    values = {name: getattr(config, name.removeprefix("data.")) for name in marked("in_store")}
+    # As JSON has them, to be compared with what was written.
+    return json.loads(json.dumps(values))
 
 
 def differences(built: dict[str, Any], asked: dict[str, Any]) -> str:
-    """Lines that name the options that are not equal; "" if all are."""
+    """Lines that name the options that are not equal; "" if all are.
+
+    Args:
+      built: what a store records. An option that was not there when it was built has its default.
+      asked: from `stored_options`.
+    """
+    renamed = {OLD_NAMES.get(name, name): value for name, value in built.items()}
+    built = _options_of(DataConfig()) | renamed
     return "".join(
         f"\n  {name}: {built.get(name)!r} in the store, {asked.get(name)!r} asked for"
         for name in sorted(built | asked)
@@ -41,7 +52,7 @@ def pretrained_tokenizer(config: DataConfig) -> Tokenizer:
     Raises:
       ConfigError: if there is none, or it is damaged.
     """
-    directory = Path(config.tokenizer)
+    directory = files.expanded(config.tokenizer)
     if not has_tokenizer(directory):
         raise ConfigError(
             f"data.tokenizer={config.tokenizer!r} is not one of "
@@ -58,6 +69,6 @@ def _tokenizer_option(config: DataConfig) -> str | None:
     """A pretrained tokenizer is the same wherever its directory is; None if that is gone."""
     if config.tokenizer in TOKENIZERS:
         return config.tokenizer
-    if not Path(config.tokenizer).exists():
+    if not files.exists(files.expanded(config.tokenizer)):
         return None
     return f"pretrained {pretrained_tokenizer(config).fingerprint[:16]}"

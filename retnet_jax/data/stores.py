@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from retnet_jax.config import DataConfig
-from retnet_jax.data.build import DEFAULT_COMMAND, build_store
-from retnet_jax.data.store_options import differences, stored_options
+from retnet_jax.config import TOKENIZERS, DataConfig
+from retnet_jax.data.build import DEFAULT_COMMAND, build_or_wait, is_to_be_built
+from retnet_jax.data.store_options import differences, pretrained_tokenizer, stored_options
 from retnet_jax.data.token_store import TokenStore, open_store
 from retnet_jax.data.tokenizers import Tokenizer
 from retnet_jax.errors import ConfigError
-from retnet_jax.files.paths import is_remote
+from retnet_jax.files import paths as files
 
 
 class Stores(NamedTuple):
@@ -61,6 +60,8 @@ def open_or_build(
 ) -> TokenStore:
     """The store in `config.store`, which is built first if the directory does not exist.
 
+    If another process builds it, this one waits for that.
+
     Args:
       config: the data options, checked.
       vocab_size: `model.vocab_size`. A BPE is trained to this size; other tokenizers must fit in.
@@ -70,10 +71,11 @@ def open_or_build(
       ConfigError: if the store is unfinished or was built with other options, or as `build_store`
         and `open_store` do.
     """
-    if is_remote(config.store) or Path(config.store).exists():
-        store = open_store(config.store)
+    check_tokenizer(config, vocab_size)
+    if is_to_be_built(config, vocab_size):
+        store = build_or_wait(config, vocab_size, command=command)
     else:
-        store = build_store(config, vocab_size, command=command)
+        store = open_store(config.store)
     built, asked = store.manifest["options"], stored_options(config, vocab_size)
     if asked["data.tokenizer"] is None:  # its directory is gone; what it was is in the store
         asked["data.tokenizer"] = built.get("data.tokenizer")
@@ -88,11 +90,32 @@ def open_or_build(
     return store
 
 
+def check_tokenizer(config: DataConfig, vocab_size: int) -> None:
+    """Raises `ConfigError` if a store is to be built in more tokens than the model knows.
+
+    Args:
+      config: the data options, checked.
+      vocab_size: `model.vocab_size`.
+    """
+    store, directory = files.expanded(config.store), files.expanded(config.tokenizer)
+    if files.exists(f"{store}/manifest.json") or not files.exists(directory):
+        return
+    if config.tokenizer not in TOKENIZERS:
+        _check_fits(pretrained_tokenizer(config), f"data.tokenizer={directory!r}", vocab_size)
+
+
 def _check_vocabulary(store: TokenStore, vocab_size: int) -> None:
-    if vocab_size < store.tokenizer.vocab_size:
+    _check_fits(store.tokenizer, f"the tokenizer in {store.directory}", vocab_size)
+
+
+def _check_fits(tokenizer: Tokenizer, name: str, vocab_size: int) -> None:
+    surplus = tokenizer.surplus(vocab_size)
+    if surplus:
+        shown = ", ".join(f"{i} {token!r}" for i, token in list(surplus.items())[:5])
         raise ConfigError(
-            f"model.vocab_size={vocab_size} is less than the {store.tokenizer.vocab_size} tokens "
-            f"of the tokenizer in {store.directory}"
+            f"model.vocab_size={vocab_size} is less than the {tokenizer.vocab_size} tokens of "
+            f"{name}: documents can have {len(surplus)} that the model does not know, such as "
+            f"{shown}"
         )
 
 

@@ -17,7 +17,6 @@ and any position is read at once. On gs:// and the like the same files are read 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +24,11 @@ from typing import Any
 
 import numpy as np
 
-from retnet_jax.data.tokenizers import SAVED_FILES, Tokenizer, load_tokenizer
+from retnet_jax.data.tokenizers import Tokenizer, load_tokenizer
 from retnet_jax.errors import ConfigError
+from retnet_jax.files import lock
 from retnet_jax.files import paths as files
-from retnet_jax.files.digests import sha256_of_file
+from retnet_jax.files.digests import sha256_of, sha256_of_file
 
 FORMAT = 3
 SPLITS = ("train", "held_out")
@@ -45,6 +45,16 @@ class TokenStore:
     train: Split
     held_out: Split
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of what the store holds: equal for equal tokens under equal names."""
+        digests = [
+            f"{shard['name']}/{name} {about['sha256']}"
+            for shard in self.manifest["shards"]
+            for name, about in sorted(shard["files"].items())
+        ]
+        return sha256_of("\n".join([self.tokenizer.fingerprint, *digests]).encode())
+
 
 class Split:
     """The documents of one split; the tokens of its shards are one stream, end to end.
@@ -52,11 +62,13 @@ class Split:
     Args:
       name: "train" or "held_out".
       shards: the directory of each shard, and its counts of documents, tokens and bytes.
+      vocab_size: the ids are less; what is read is compared with it.
     """
 
-    def __init__(self, name: str, shards: list[tuple[str, dict[str, int]]]):
+    def __init__(self, name: str, shards: list[tuple[str, dict[str, int]]], vocab_size: int):
         self._name = name
         self._shards = shards
+        self._vocab_size = vocab_size
         self._arrays: dict[tuple[int, str], Any] = {}
         self._names: dict[int, list[str]] = {}
         self._token_starts = _starts([counts["tokens"] for _, counts in shards])
@@ -78,12 +90,19 @@ class Split:
         return (self.token_count - len(self)) / byte_count
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """The tokens of the stream at the positions [start, stop), up to its end."""
+        """The tokens of the stream at the positions [start, stop), up to its end.
+
+        Raises:
+          ConfigError: for ids that the tokenizer does not have, naming the documents.
+        """
         parts = [
             self._array(shard, "tokens")[first:last]
             for shard, first, last in self._pieces(start, stop)
         ]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if tokens.max(initial=0) >= self._vocab_size:
+            raise ConfigError(self._damage(tokens, start))
+        return tokens
 
     def borders(self, start: int, stop: int) -> np.ndarray:
         """The positions in [start, stop) at which a document begins, int64, in order."""
@@ -95,10 +114,14 @@ class Split:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def document(self, index: int) -> np.ndarray:
-        """The tokens of one document, BOS first."""
+        """The tokens of one document, BOS first.
+
+        Raises:
+          ConfigError: as `read`.
+        """
         shard, place = self._place(index)
-        start, stop = self._array(shard, "offsets")[place : place + 2]
-        return self._array(shard, "tokens")[int(start) : int(stop)]
+        start, stop = self._array(shard, "offsets")[place : place + 2] + self._token_starts[shard]
+        return self.read(int(start), int(stop))
 
     def document_at(self, position: int) -> int:
         """The number of the document that has the token at a position of the stream."""
@@ -127,6 +150,17 @@ class Split:
         """Tokens of each document, int64."""
         offsets = (self._array(i, "offsets") for i in range(len(self._shards)))
         return np.concatenate([np.diff(x) for x in offsets])
+
+    def _damage(self, tokens: np.ndarray, start: int) -> str:
+        """What is wrong with tokens that begin at a position of the stream."""
+        places = np.flatnonzero(tokens >= self._vocab_size)
+        names = dict.fromkeys(self.name(self.document_at(start + int(x))) for x in places)
+        return (
+            f"the token store {self._shards[0][0].rsplit('/', 2)[0]!r} is damaged: {len(places)} "
+            f"token ids, the first {tokens[places[0]]}, are none of its tokenizer, whose ids are "
+            f"less than {self._vocab_size}; they are in {', '.join(map(repr, list(names)[:5]))} of "
+            f"{self._name}; tools/prepare_data.py finds all files that are damaged"
+        )
 
     def _place(self, index: int) -> tuple[int, int]:
         """The shard of a document, and its number there."""
@@ -171,9 +205,9 @@ def open_store(directory: str | Path) -> TokenStore:
 
     Raises:
       ConfigError: if it is unfinished, with the command that finishes it; if a file is missing or
-        damaged; or if the format is another one.
+        damaged; if a split has no documents; or if the format is another one.
     """
-    directory = str(directory).rstrip("/")
+    directory = files.expanded(directory).rstrip("/")
     command = ""
     manifest_path, plan_path = f"{directory}/manifest.json", f"{directory}/plan.json"
     if not files.exists(manifest_path) and files.exists(plan_path):
@@ -183,7 +217,7 @@ def open_store(directory: str | Path) -> TokenStore:
         if manifest["format"] != FORMAT:
             raise ValueError(f"its format is {manifest['format']}, this program reads {FORMAT}")
         command = f" with: {manifest['command']}"
-        tokenizer = _load_tokenizer(directory)
+        tokenizer = load_tokenizer(directory)
         if tokenizer.fingerprint != manifest["fingerprint"]:
             raise ValueError("tokenizer.json is not the one that it was built with")
         found = files.sizes(f"{directory}/shards")
@@ -199,6 +233,7 @@ def open_store(directory: str | Path) -> TokenStore:
                     (f"{directory}/shards/{x['name']}", x["splits"][split])
                     for x in manifest["shards"]
                 ],
+                tokenizer.vocab_size,
             )
             for split in SPLITS
         )
@@ -210,6 +245,12 @@ def open_store(directory: str | Path) -> TokenStore:
             f"({type(error).__name__}: {error}); name another directory in data.store, "
             f"or delete this one and build it again{command}"
         ) from error
+    for split, documents in zip(SPLITS, (train, held_out), strict=True):
+        if not len(documents):
+            raise ConfigError(
+                f"the token store {directory!r} has no documents in its split {split!r}; delete it "
+                f"and build it again with more documents or another data.held_out{command}"
+            )
     return TokenStore(directory, manifest, tokenizer, train, held_out)
 
 
@@ -241,21 +282,15 @@ def unfinished_message(directory: str) -> str:
         command, shards = plan["command"], len(plan["shards"])
     except (ValueError, LookupError, TypeError):
         command, shards = "tools/prepare_data.py with its config", "some"
-    done = len(list(Path(directory).glob("shards/[0-9]*"))) if not files.is_remote(directory) else 0
-    return (
-        f"the token store {directory!r} is unfinished: {done} of {shards} shards are there; finish "
-        f"it with: {command}"
-    )
-
-
-def _load_tokenizer(directory: str) -> Tokenizer:
+    builder, done = None, 0
     if not files.is_remote(directory):
-        return load_tokenizer(Path(directory))
-    with tempfile.TemporaryDirectory() as local:
-        for name in SAVED_FILES:
-            if files.exists(f"{directory}/{name}"):
-                (Path(local) / name).write_bytes(files.read_bytes(f"{directory}/{name}"))
-        return load_tokenizer(Path(local))
+        builder = lock.holder(Path(directory))
+        done = len(list(Path(directory).glob("shards/[0-9]*")))
+    advice = f"finish it with: {command}" if builder is None else f"{builder} builds it"
+    return (
+        f"the token store {directory!r} is unfinished: {done} of {shards} shards are there; "
+        f"{advice}"
+    )
 
 
 def _starts(counts: list[int]) -> np.ndarray:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from typing import Any
 
 
@@ -17,7 +21,7 @@ def for_each_shard(
     processes: int,
     label: str,
 ) -> None:
-    """Does a task for each shard, here or in other processes.
+    """Does a task for each shard, here or in other processes, which end when this one does.
 
     Args:
       task: gets a shard's number and data, and returns the number.
@@ -32,8 +36,10 @@ def for_each_shard(
             for item in items:
                 progress.add(sizes[task(item)])
             return
+        context = multiprocessing.get_context("spawn")
+        alive, held = context.Pipe(duplex=False)
         pool = concurrent.futures.ProcessPoolExecutor(
-            processes, multiprocessing.get_context("spawn"), initializer=_prepare_process
+            processes, context, initializer=_prepare_process, initargs=(alive,)
         )
         with pool:
             futures = [pool.submit(task, item) for item in items]
@@ -41,13 +47,27 @@ def for_each_shard(
                 for future in concurrent.futures.as_completed(futures):
                     progress.add(sizes[future.result()])
             except BaseException:
+                held.close()  # what they are at is not needed
                 pool.shutdown(cancel_futures=True)
                 raise
 
 
-def _prepare_process() -> None:
+def _prepare_process(alive: Connection) -> None:
     # Each process has a core; a tokenizer's own threads would only be in each other's way.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # Ctrl-C reaches all processes of a terminal; what it means is decided where they are started.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(alive,), daemon=True).start()
+
+
+def _end_with(alive: Connection) -> None:
+    """Ends this process when the other end of a pipe is closed, by hand or because it was killed.
+
+    Half a shard is no loss: it has another name until it is complete.
+    """
+    with contextlib.suppress(EOFError, OSError):
+        alive.recv_bytes()
+    os._exit(1)
 
 
 class _Progress:

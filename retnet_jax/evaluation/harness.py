@@ -9,9 +9,9 @@ is the harness's own command with the model registered; in Python import this mo
 """
 
 from collections import defaultdict
-from pathlib import Path
 
 import jax
+from etils import epath
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -63,7 +63,7 @@ class RetNetLM(TemplateLM):
         max_batch_size: int | None = None,
     ):
         super().__init__()
-        directory = Path(pretrained)
+        directory = epath.Path(pretrained)
         _, self.tokenizer = read_pretrained(directory)
         changes = {} if dtype is None else {"dtype": dtype}
         self.model, self.step = load_checkpoint(directory, first_device(), **changes)

@@ -14,6 +14,7 @@ from retnet_jax.data import Tokenizer, open_store
 from retnet_jax.data.sources import Skipped, read_documents
 from retnet_jax.errors import ConfigError
 from retnet_jax.files import paths as files
+from retnet_jax.runs.workdir import check_store
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ def held_out_text(config: Config, tokenizer: Tokenizer, workdir: Path) -> Text:
                 f"{Path.cwd()}): start where the run was trained, or give other text with --data"
             )
         store = open_store(directory)
+        check_store(workdir, store)
         if store.tokenizer.fingerprint != tokenizer.fingerprint:
             raise ConfigError(
                 f"data.store={directory!r} has another tokenizer "

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 from jax.sharding import Mesh, NamedSharding
 
 from retnet_jax.config import Config, MeshConfig
@@ -92,7 +93,7 @@ class Subject:
       tokenizer: the model's.
     """
 
-    source: LanguageModel | Path
+    source: LanguageModel | epath.Path
     config: Config
     tokenizer: Tokenizer
 
@@ -120,7 +121,8 @@ def subject(source: LanguageModel | str | Path, tokenizer: Tokenizer | None = No
     if not isinstance(source, LanguageModel):
         if tokenizer is not None:
             raise ConfigError(f"{source} has a tokenizer of its own: leave out `tokenizer`")
-        return Subject(Path(source), *read_pretrained(Path(source)))
+        directory = epath.Path(source)
+        return Subject(directory, *read_pretrained(directory))
     if tokenizer is None:
         raise ConfigError("a model in memory needs its tokenizer: give `tokenizer`")
     if tokenizer.vocab_size > source.config.vocab_size:
@@ -138,6 +140,7 @@ def evaluate_models(
     dtype: str | None = None,
     fsdp: bool = False,
     compressors: bool = False,
+    hashed: bool = True,
     say: Callable[[str], object] = lambda description: None,
     **options: Any,
 ) -> Evaluation:
@@ -149,6 +152,7 @@ def evaluate_models(
       dtype: as of `evaluate`.
       fsdp: as of `evaluate`.
       compressors: as of `evaluate`.
+      hashed: whether the record gets `checkpoint_sha256`, for which every file is read once more.
       say: called in the first process with a description of each model before it is evaluated.
       options: as of `evaluate`.
 
@@ -168,7 +172,7 @@ def evaluate_models(
     results, models = [], []
     for each, mesh in zip(subjects, meshes, strict=True):
         own = _text_for(each.tokenizer, first.tokenizer, text)
-        found, record = _evaluate_one(each, own, tasks, plan, mesh, dtype, say)
+        found, record = _evaluate_one(each, own, tasks, plan, mesh, dtype, hashed, say)
         results.append(found)
         models.append(record)
     compressed = {}
@@ -197,6 +201,7 @@ def _evaluate_one(
     plan: Plan,
     mesh: Mesh,
     dtype: str | None,
+    hashed: bool,
     say: Callable[[str], object],
 ) -> tuple[Results, dict[str, Any]]:
     """The results of one model, and its part of the record; the weights are let go of."""
@@ -216,7 +221,7 @@ def _evaluate_one(
     with jax.set_mesh(mesh):
         results = evaluate_model(model, of.tokenizer, text, tasks, plan)
     # Hashed by one process, the one that writes the record.
-    sha256 = checkpoint_sha256(directory, step) if directory and first else None
+    sha256 = checkpoint_sha256(directory, step) if directory and hashed and first else None
     return results, model_record(directory, sha256, step, model.config, of.tokenizer, results)
 
 
@@ -240,7 +245,7 @@ def _text_for(tokenizer: Tokenizer, of_text: Tokenizer, text: Text | None) -> Te
     return dataclasses.replace(text, tokens=encoded(text.texts, tokenizer))
 
 
-def _mesh(source: LanguageModel | Path, batch_size: int, fsdp: bool) -> Mesh:
+def _mesh(source: LanguageModel | epath.Path, batch_size: int, fsdp: bool) -> Mesh:
     """The mesh that a model is on, or that one is loaded onto."""
     if not isinstance(source, LanguageModel):
         return evaluation_mesh(batch_size, fsdp)

@@ -3,8 +3,9 @@
 import contextlib
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 from etils import epath
 
@@ -18,26 +19,74 @@ class HeldError(Exception):
 
 
 @contextlib.contextmanager
-def held(directory: Path | epath.Path) -> Iterator[None]:
+def held(
+    directory: Path | epath.Path, waiting: Callable[[str], None] | None = None
+) -> Iterator[None]:
     """Holds a directory, which must exist, until the `with` ends.
 
     The lock is the system's, on the file `lock` in the directory, so it ends with the process. It
-    works on local and network disks; object stores have no locks, and there nothing is held.
+    works on local and network disks; object stores have no locks, and there nothing is held. Who
+    holds the directory may delete the file.
+
+    Args:
+      directory: what to hold.
+      waiting: is told who holds the directory before this waits for it; None: do not wait.
 
     Raises:
-      HeldError: if another process holds it.
+      HeldError: if another process holds it, and this is not to wait.
     """
     if is_remote(directory):
         yield
         return
-    import fcntl  # not on Windows, where nothing else here needs it
-
-    with open(directory / FILE_NAME, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise HeldError(file.read().strip()) from None
+    with _locked(directory / FILE_NAME, waiting) as file:
         file.truncate(0)
         print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
         yield
+
+
+def holder(directory: Path) -> str | None:
+    """Which process, perhaps this one, holds a directory, and on which machine; None: none does."""
+    import fcntl
+
+    try:
+        with open(directory / FILE_NAME, encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return file.read().strip()
+    except FileNotFoundError:
+        pass
+    return None
+
+
+@contextlib.contextmanager
+def _locked(path: Path, waiting: Callable[[str], None] | None) -> Iterator[IO[str]]:
+    """The file, open and locked; closing it ends the lock."""
+    while True:
+        with open(path, "a+", encoding="utf-8") as file:
+            _lock(file, waiting)
+            if _is_at(path, file):
+                yield file
+                return
+            # Else who held it has deleted it, and what is there now is another file.
+
+
+def _lock(file: IO[str], waiting: Callable[[str], None] | None) -> None:
+    import fcntl  # not on Windows, where nothing else here needs it
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        who = file.read().strip()
+        if waiting is None:
+            raise HeldError(who) from None
+        waiting(who)
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def _is_at(path: Path, file: IO[str]) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False

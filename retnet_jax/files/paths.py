@@ -17,6 +17,21 @@ def is_remote(path: AnyPath) -> bool:
     return "://" in str(path)
 
 
+def expanded(path: AnyPath) -> str:
+    """A path as a person types it, with `~` and `~user` replaced; a URL stays as it is."""
+    return str(path) if is_remote(path) else os.path.expanduser(path)
+
+
+def local(path: AnyPath) -> Path:
+    """A path on local disk as a person types it, with `~` and `~user` replaced."""
+    return Path(expanded(path))
+
+
+def printable(name: str) -> str:
+    """A name with the bytes escaped that are no UTF-8, which Python has as lone surrogates."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def exists(path: AnyPath) -> bool:
     """Whether there is a file or directory."""
     if is_remote(path):
@@ -61,8 +76,10 @@ def open_binary(path: AnyPath):
 
 
 def matches(pattern: str) -> list[str]:
-    """The files that a URL with wildcards matches."""
+    """The files that a URL with wildcards matches; one that exists is taken as it is."""
     system, inner = _remote(pattern)
+    if system.isfile(inner):
+        return [system.unstrip_protocol(inner)]
     return [system.unstrip_protocol(path) for path in system.glob(inner) if system.isfile(path)]
 
 

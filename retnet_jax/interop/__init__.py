@@ -9,10 +9,12 @@ cannot express is refused, with the reasons.
 """
 
 import dataclasses
-import shutil
+import re
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from etils import epath
 from jax.sharding import Mesh
 
 from retnet_jax.config import ModelConfig
@@ -26,8 +28,14 @@ from retnet_jax.interop.parameter_source import (
     Source,
     load_model,
 )
+from retnet_jax.interop.safetensors_reader import AnyPath
 from retnet_jax.interop.tables import Layout, config_values
-from retnet_jax.interop.tensor_files import TensorFiles, open_tensor_files
+from retnet_jax.interop.tensor_files import (
+    TensorFiles,
+    has_tensor_files,
+    looked_for,
+    open_tensor_files,
+)
 from retnet_jax.model import LanguageModel
 
 __all__ = [
@@ -42,15 +50,22 @@ __all__ = [
 LAYOUTS = {
     layout.name: layout for layout in (fla.LAYOUT, fla.UNFUSED, torchscale.LAYOUT, syncdoth.LAYOUT)
 }
-# Beside the weights: what a tokenizer of Hugging Face or SentencePiece is made of.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
+# Beside the weights: what tokenizers of Hugging Face, SentencePiece, tiktoken and fairseq are made
+# of, and what says how a model is talked to.
+BESIDE_WEIGHTS = (
+    "*token*.json",
+    "tekken.json",
+    "vocab.*",
     "merges.txt",
+    "encoder.json",
+    "dict.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.bpe",
+    "*.spm",
+    "tokenization_*.py",
+    "*.jinja",
+    "chat_template*.json",
     "generation_config.json",
 )
 
@@ -67,7 +82,7 @@ def load(directory: str | Path, mesh: Mesh | None = None, **changes: Any) -> Lan
       ConfigError: for a config that this project cannot compute, and changes that do not fit.
       CheckpointError: for weights that are missing, damaged or not the config's.
     """
-    return load_model(open_source(Path(directory)), mesh, **changes)
+    return load_model(open_source(epath.Path(directory)), mesh, **changes)
 
 
 def save(model: LanguageModel, directory: str | Path, layout: str, **options: Any) -> None:
@@ -108,7 +123,7 @@ def convert(
       ConfigError: if the layout cannot say what the model computes, with the reasons.
       CheckpointError: as `load` and `save`.
     """
-    source, target = Path(source), Path(target)
+    source = epath.Path(source)
     parameters = open_source(source)
     if fold_head_norm:
         parameters = HeadNormFolded(parameters)
@@ -119,15 +134,14 @@ def convert(
             description, bos_id=tokenizer.bos_id, eos_id=tokenizer.end_id
         )
     _layout(layout, description.model).write(parameters, target, description=description, **options)
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    for path in source.iterdir():
+        if any(fnmatch(path.name, pattern) for pattern in BESIDE_WEIGHTS) and path.is_file():
+            (Path(target) / path.name).write_bytes(path.read_bytes())
 
 
-def open_source(directory: Path) -> Source:
+def open_source(directory: AnyPath) -> Source:
     """The parameters in a directory, whatever layout it has; raises as `load`."""
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory} is no directory")
+    check_has_model(directory)
     if (directory / "checkpoints").is_dir():
         return RunSource(directory)
     files = open_tensor_files(directory)
@@ -137,7 +151,47 @@ def open_source(directory: Path) -> Source:
     return _recognised(directory, files).open(directory, files)
 
 
-def _recognised(directory: Path, files: TensorFiles) -> Layout:
+def check_has_model(directory: AnyPath) -> None:
+    """Raises `CheckpointError` if there is neither a training run nor a file with weights.
+
+    The error says what was looked for and what is there.
+    """
+    if (directory / "checkpoints").is_dir() or has_tensor_files(directory):
+        return
+    what = (
+        f"a --workdir of train.py has config.json and checkpoints/; in a checkpoint {looked_for()}"
+    )
+    if directory.is_file():
+        raise CheckpointError(f"{directory} is a file: name the directory that it is in; {what}")
+    if not directory.exists():
+        text, hub = str(directory), ""
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+            hub = (
+                "; for a model of Hugging Face's hub, which nothing here downloads: "
+                f"hf download {text} --local-dir DIRECTORY"
+            )
+        raise CheckpointError(f"{directory} is no directory{hub}")
+    if below := models_below(directory):
+        raise CheckpointError(
+            f"{directory} has no weights, but {len(below)} of its directories have: name one, "
+            f"such as {below[-1]}"
+        )
+    names = sorted(path.name for path in directory.iterdir())
+    found = ", ".join(names[:8]) or "nothing"
+    more = "" if len(names) <= 8 else f" and {len(names) - 8} more"
+    raise CheckpointError(f"{directory} has no weights: {what}; there is {found}{more}")
+
+
+def models_below(directory: AnyPath) -> list[AnyPath]:
+    """The directories in a directory that hold a model, as trainers write checkpoint-100."""
+    return sorted(
+        path
+        for path in directory.iterdir()
+        if path.is_dir() and ((path / "checkpoints").is_dir() or has_tensor_files(path))
+    )
+
+
+def _recognised(directory: AnyPath, files: TensorFiles) -> Layout:
     """The layout that names the embedding, and the head norm, as the files do."""
     names = set(files.infos)
     if any(".attn.g_norm.weight" in name for name in names):
@@ -146,7 +200,7 @@ def _recognised(directory: Path, files: TensorFiles) -> Layout:
         if layout.rules[0].foreign in names:
             return layout
     known = ", ".join(layout.rules[0].foreign for layout in LAYOUTS.values())
-    some = ", ".join(sorted(names)[:5])
+    some = ", ".join(sorted(names)[:5]) or "none"
     raise CheckpointError(
         f"{directory}: no layout is known that has tensors such as {some}; an embedding named "
         f"{known} or, by us, embedding is looked for"

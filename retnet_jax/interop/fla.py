@@ -16,10 +16,13 @@ from retnet_jax.interop.tables import Layout, Rule, check_exact, check_types, re
 from retnet_jax.interop.tensor_files import TensorFiles, TensorInfo
 
 TYPES = {
-    int: "hidden_size num_heads num_hidden_layers vocab_size max_position_embeddings",
-    float: "expand_k expand_v norm_eps",
+    int: "hidden_size num_heads num_hidden_layers vocab_size max_position_embeddings "
+    "intermediate_size",
+    float: "expand_k expand_v norm_eps hidden_ratio",
     bool: "tie_word_embeddings",
 }
+# For "what follows from the rest" and "no limit".
+MAY_BE_NULL = ("intermediate_size", "hidden_ratio", "max_position_embeddings")
 _LAYER = "model.layers.{layer}."
 RULES = (
     Rule("embedding", "model.embeddings.weight"),
@@ -45,7 +48,8 @@ UNFUSED_RULES = tuple(
 def read_config(values: dict[str, Any], infos: Mapping[str, TensorInfo]) -> Description:
     """The description in a `config.json`; what is left out has fla's defaults."""
     heads = values.get("num_heads", 8)
-    check_types("fla", values, TYPES)
+    nulls = {name for name in MAY_BE_NULL if name in values and values[name] is None}
+    check_types("fla", {name: x for name, x in values.items() if name not in nulls}, TYPES)
     refuse_features(
         "fla",
         values,
@@ -75,7 +79,7 @@ def read_config(values: dict[str, Any], infos: Mapping[str, TensorInfo]) -> Desc
     )
     return Description(
         model,
-        context_length=values.get("max_position_embeddings", 2048),
+        context_length=values.get("max_position_embeddings") or 2048,
         bos_id=values.get("bos_token_id", 1),
         eos_id=values.get("eos_token_id", 2),
     )

@@ -6,7 +6,6 @@ The latter is what a conversion writes, and a small thing to publish: config.jso
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy as np
 from retnet_jax.config import Config, ModelConfig
 from retnet_jax.config_json import config_from_json, read_config
 from retnet_jax.interop.parameter_source import Description
+from retnet_jax.interop.safetensors_reader import AnyPath
 from retnet_jax.interop.tables import Layout, Rule
 from retnet_jax.interop.tensor_files import TensorInfo
 from retnet_jax.model.parameters import abstract_model, parameter_shapes
@@ -52,7 +52,7 @@ def write_config(description: Description) -> dict[str, Any]:
 class RunSource:
     """The parameters of a training run's newest checkpoint, read one by one."""
 
-    def __init__(self, workdir: Path):
+    def __init__(self, workdir: AnyPath):
         from retnet_jax.runs.checkpoint import ParameterReader
 
         self.description = describe(read_config(workdir / "config.json"))

@@ -12,19 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
 from retnet_jax.config import ModelConfig
 from retnet_jax.errors import CheckpointError, ConfigError
 from retnet_jax.files import atomic
+from retnet_jax.files.paths import is_remote
 from retnet_jax.interop.parameter_source import (
     Description,
     ModelSource,
     Source,
     load_model,
 )
+from retnet_jax.interop.safetensors_reader import DTYPES, AnyPath
 from retnet_jax.interop.tensor_files import (
-    DTYPES,
     TensorFiles,
     TensorInfo,
     TensorToWrite,
@@ -89,7 +91,7 @@ class Layout:
           ConfigError: for a config that this project cannot compute, and changes that do not fit.
           CheckpointError: for weights that are missing, damaged or not the config's.
         """
-        directory = Path(directory)
+        directory = epath.Path(directory)
         return load_model(self.open(directory, open_tensor_files(directory)), mesh, **changes)
 
     def save(
@@ -109,9 +111,9 @@ class Layout:
           ConfigError: if this layout cannot say what the model computes.
           CheckpointError: if the directory has something in it, or the disk has no room.
         """
-        self.write(ModelSource(model), Path(directory), **options)
+        self.write(ModelSource(model), directory, **options)
 
-    def open(self, directory: Path, files: TensorFiles) -> "LayoutSource":
+    def open(self, directory: AnyPath, files: TensorFiles) -> "LayoutSource":
         """The parameters in a directory whose weights are open; raises as `load`."""
         description = self.read_config(config_values(directory, files), files.infos)
         description.model.check()
@@ -120,7 +122,7 @@ class Layout:
     def write(
         self,
         source: Source,
-        directory: Path,
+        directory: str | Path,
         *,
         description: Description | None = None,
         dtype: str | None = None,
@@ -131,7 +133,7 @@ class Layout:
 
         Args:
           source: what is written.
-          directory: must not exist, or be empty. It appears when all is written.
+          directory: on a local disk; must not exist, or be empty. It appears when all is written.
           description: of the source, with what it does not know itself, such as `bos_id`.
           dtype: "float32", "float16" or "bfloat16"; None: as the source has them.
           max_file_bytes: of one safetensors file; a larger model is divided over several.
@@ -142,6 +144,12 @@ class Layout:
         """
         if dtype not in (None, "float32", "float16", "bfloat16"):
             raise ConfigError(f"dtype={dtype!r} is not one of float32, float16, bfloat16")
+        if is_remote(directory):
+            raise ConfigError(
+                f"{directory} cannot be written to: name a directory on a local disk, and copy it "
+                "there afterwards"
+            )
+        directory = Path(directory)
         values = self.write_config(description or source.description)
         numpy_dtype = next((x for x in DTYPES.values() if x.name == dtype), None)
         tensors = self.tensors(source, numpy_dtype)
@@ -252,7 +260,18 @@ class _Pieces:
     def __iter__(self) -> Iterator[np.ndarray]:
         for layer in self.layers:
             array = self.source.read(self.rule.own, layer)
-            yield (array.T if self.rule.transposed else array).astype(self.dtype, copy=False)
+            yield self._rounded(array.T if self.rule.transposed else array)
+
+    def _rounded(self, array: np.ndarray) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            rounded = array.astype(self.dtype, copy=False)
+        too_large = array.dtype != self.dtype and np.isinf(rounded) & np.isfinite(array)
+        if np.any(too_large):
+            raise CheckpointError(
+                f"{self.rule.own}: {np.abs(array[too_large]).max():g} is too large for "
+                f"{self.dtype.name}; nothing is written: bfloat16 and float32 have more room"
+            )
+        return rounded
 
 
 @dataclass(frozen=True)
@@ -285,7 +304,7 @@ class LayoutSource:
         raise KeyError(own)
 
 
-def config_values(directory: Path, files: TensorFiles | None = None) -> dict[str, Any]:
+def config_values(directory: AnyPath, files: TensorFiles | None = None) -> dict[str, Any]:
     """What `config.json` says, or fairseq's options inside a PyTorch file that has no such file.
 
     Raises:

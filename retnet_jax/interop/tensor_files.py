@@ -4,12 +4,14 @@ Files are read tensor by tensor, or a row of one, and written as tensors come, s
 never holds a model in memory.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import struct
+import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,18 +20,14 @@ import ml_dtypes
 import numpy as np
 
 from retnet_jax.errors import CheckpointError
+from retnet_jax.files.paths import is_remote
+from retnet_jax.interop.safetensors_reader import DTYPES, AnyPath, opened
 
-# As safetensors writes them; what else there is holds no parameters.
-DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SAFETENSORS = (INDEX, SINGLE, "weights.safetensors")
 TORCH = ("*.pt", "*.pth", "*.bin")
+NESTED = ("model", "state_dict", "model_state_dict")  # where a PyTorch file may have its tensors
 
 
 @dataclass(frozen=True)
@@ -50,22 +48,23 @@ class TensorFiles(Protocol):
         ...
 
 
-def has_tensor_files(directory: Path) -> bool:
+def has_tensor_files(directory: AnyPath) -> bool:
     """Whether there are files that `open_tensor_files` would open, or complain about."""
     return any((directory / name).is_file() for name in SAFETENSORS) or bool(
         _torch_files(directory)
     )
 
 
-def open_tensor_files(directory: Path) -> TensorFiles:
+def open_tensor_files(directory: AnyPath) -> TensorFiles:
     """The tensors in a directory: safetensors if there are any, else one PyTorch file.
 
     Raises:
       CheckpointError: if there are none, or it is not clear which are meant, or they are damaged;
         naming the file.
     """
+    single = directory / SINGLE
     if (directory / INDEX).is_file():
-        return SafetensorsFiles(_indexed_files(directory))
+        return _indexed(directory, single if single.is_file() else None)
     for name in SAFETENSORS[1:]:
         if (directory / name).is_file():
             return SafetensorsFiles([directory / name])
@@ -78,24 +77,76 @@ def open_tensor_files(directory: Path) -> TensorFiles:
             f"{directory} has several PyTorch files ({names}); leave the one that is meant alone "
             "in a directory with its config.json"
         )
-    raise CheckpointError(
-        f"{directory} has no weights: {', '.join(SAFETENSORS)}, or one PyTorch file "
-        f"({', '.join(TORCH)}) is looked for"
+    raise CheckpointError(f"{directory} has no weights: {looked_for()}")
+
+
+def looked_for() -> str:
+    """The names of files with weights, for messages."""
+    return f"{', '.join(SAFETENSORS)}, or one PyTorch file ({', '.join(TORCH)}) is looked for there"
+
+
+def _indexed(directory: AnyPath, single: AnyPath | None) -> "SafetensorsFiles":
+    """The tensors that an index names; `single` is a file of the whole model beside it.
+
+    An index may be left from another model, and so may the file: they must say the same, and an
+    index without its files is left aside.
+    """
+    weight_map = _weight_map(directory / INDEX)
+    absent = sorted({name for name in weight_map.values() if not (directory / name).is_file()})
+    if single is not None and absent:
+        warnings.warn(
+            f"{single} is read: {directory / INDEX} is left from other files, of which "
+            f"{absent[0]} does not exist",
+            stacklevel=2,
+        )
+        return SafetensorsFiles([single])
+    divided = SafetensorsFiles(
+        [directory / name for name in sorted(set(weight_map.values()))],
+        {name: directory / file for name, file in weight_map.items()},
     )
+    if single is not None and SINGLE not in weight_map.values():
+        differing = _first_difference(SafetensorsFiles([single]), divided)
+        if differing is not None:
+            raise CheckpointError(
+                f"{single} and the files that {directory / INDEX} names hold different models "
+                f"(the first difference is in {differing}): delete the one that is not meant"
+            )
+    return divided
+
+
+def _first_difference(one: "SafetensorsFiles", other: "SafetensorsFiles") -> str | None:
+    """The first tensor that two sets of files do not have alike."""
+    for name in sorted(one.infos | other.infos):
+        if one.infos.get(name) != other.infos.get(name):
+            return name
+        if one.read(name).tobytes() != other.read(name).tobytes():
+            return name
+    return None
 
 
 class SafetensorsFiles:
     """Tensors of one or more safetensors files.
 
     A file is mapped to memory only while something is read from it: mapped pages count as memory.
+
+    Args:
+      paths: the files.
+      path_of: which file each tensor is read from, as an index says; what else the files hold is
+        left out. None: all that they hold.
+
+    Raises:
+      CheckpointError: for a file that is missing or damaged, and a tensor that is not where the
+        index says.
     """
 
-    def __init__(self, paths: Sequence[Path]):
+    def __init__(self, paths: Sequence[AnyPath], path_of: Mapping[str, AnyPath] | None = None):
         self.infos: dict[str, TensorInfo] = {}
-        self._path_of: dict[str, Path] = {}
+        self._path_of: dict[str, AnyPath] = {}
         for path in paths:
-            with _opened(path) as file:
+            with opened(path) as file:
                 for name in file.keys():  # noqa: SIM118
+                    if path_of is not None and path_of.get(name) != path:
+                        continue
                     tensor = file.get_slice(name)
                     dtype = tensor.get_dtype()
                     if dtype not in DTYPES:
@@ -104,31 +155,40 @@ class SafetensorsFiles:
                         )
                     self.infos[name] = TensorInfo(tuple(tensor.get_shape()), DTYPES[dtype])
                     self._path_of[name] = path
+        absent = [] if path_of is None else sorted(set(path_of) - set(self.infos))
+        if absent:
+            raise CheckpointError(
+                f"{path_of[absent[0]]} does not hold {absent[0]}, which {INDEX} says is in it; "
+                "fetch both again"
+            )
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        with _opened(self._path_of[name]) as file:
+        with opened(self._path_of[name]) as file:
             return file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
 
 
 class TorchFile:
     """Tensors of a file that `torch.save` wrote, by itself or as fairseq nests them.
 
-    fairseq's are under ["model"], with "decoder." in front of their names. Only tensors and plain
+    fairseq's are under ["model"], with "decoder." in front of their names; Lightning's and others'
+    under ["state_dict"]. Only tensors and plain
     values are unpickled (`weights_only=True`).
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: AnyPath):
         torch = _torch(f"reading {path}")
         import argparse
 
         try:
             # fairseq's options are an argparse.Namespace, which holds data alone.
-            with torch.serialization.safe_globals([argparse.Namespace]):
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(torch.serialization.safe_globals([argparse.Namespace]))
+                mapped = not is_remote(path) and zipfile.is_zipfile(path)
                 content = torch.load(
-                    path,
+                    path if mapped else stack.enter_context(path.open("rb")),
                     map_location="cpu",
                     weights_only=True,
-                    mmap=zipfile.is_zipfile(path),  # older files are none, and read as a whole
+                    mmap=mapped,  # older files are no archives, and read as a whole
                 )
         except Exception as error:  # torch raises whatever its parts do
             first = str(error).strip().split("\n")[0]
@@ -139,13 +199,18 @@ class TorchFile:
         if not isinstance(content, dict):
             raise CheckpointError(f"{path} holds a {type(content).__name__}, no dictionary")
         self.options = _fairseq_options(content)
-        nested = content.get("model")
-        tensors = nested if isinstance(nested, dict) else content
+        nested = next((content[x] for x in NESTED if isinstance(content.get(x), dict)), content)
         self._tensors = {
             name.removeprefix("decoder."): tensor
-            for name, tensor in tensors.items()
+            for name, tensor in nested.items()
             if isinstance(tensor, torch.Tensor)
         }
+        if not self._tensors:
+            keys = ", ".join(sorted(map(str, content))[:8]) or "nothing"
+            raise CheckpointError(
+                f"{path} holds no tensors by name, neither itself nor under "
+                f"{' or '.join(NESTED)}; it has {keys}"
+            )
         dtypes = {
             torch.float64: DTYPES["F64"],
             torch.float32: DTYPES["F32"],
@@ -237,28 +302,18 @@ def _fairseq_options(content: dict) -> dict | None:
     return options if isinstance(options, dict) else None
 
 
-def _opened(path: Path):
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(path, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is missing, truncated or damaged ({error}); fetch it again"
-        ) from error
-
-
-def _torch_files(directory: Path) -> list[Path]:
+def _torch_files(directory: AnyPath) -> list[AnyPath]:
     return sorted(path for pattern in TORCH for path in directory.glob(pattern))
 
 
-def _indexed_files(directory: Path) -> list[Path]:
+def _weight_map(index: AnyPath) -> dict[str, str]:
+    """Which file each tensor is in, by an index."""
     try:
-        weight_map = json.loads((directory / INDEX).read_text())["weight_map"]
-        return [directory / name for name in sorted(set(weight_map.values()))]
+        weight_map = json.loads(index.read_text())["weight_map"]
+        return {str(name): str(file) for name, file in weight_map.items()}
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{directory / INDEX} is no index of tensors ({type(error).__name__}: {error})"
+            f"{index} is no index of tensors ({type(error).__name__}: {error})"
         ) from error
 
 

@@ -19,7 +19,7 @@ from retnet_jax.interop.tensor_files import TensorInfo
 
 TYPES = {
     int: "vocab_size decoder_embed_dim decoder_value_embed_dim decoder_ffn_embed_dim "
-    "decoder_layers decoder_retention_heads",
+    "decoder_layers decoder_retention_heads max_target_positions",
     float: "layernorm_eps",
     bool: "decoder_normalize_before deepnorm layernorm_embedding no_scale_embedding subln "
     "share_decoder_input_output_embed tie_word_embeddings use_ffn_rms_norm use_glu use_lm_decay",

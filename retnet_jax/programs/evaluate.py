@@ -43,9 +43,9 @@ def _main() -> None:
         options = given_options(given, task_data)
         check_use(given, text, task_data)
         print_evaluation(
-            Path(given.workdir or given.checkpoint),
+            given.workdir or given.checkpoint,
             data=text,
-            against=None if given.against is None else Path(given.against),
+            against=given.against,
             dtype=given.dtype,
             fsdp=given.fsdp,
             compressors=given.compressors,
@@ -192,10 +192,10 @@ def divided(data: Sequence[str]) -> tuple[str | None, str | None]:
 
 
 def print_evaluation(
-    directory: Path,
+    directory: str | Path,
     *,
     data: str | None = None,
-    against: Path | None = None,
+    against: str | Path | None = None,
     output: Path | None = None,
     **options: Any,
 ) -> None:
@@ -220,6 +220,7 @@ def print_evaluation(
     evaluation = evaluate_models(
         [subject(path) for path in directories],
         data,
+        hashed=output is not None,
         say=lambda description: print(description, end="\n\n", flush=True),
         **options,
     )

@@ -3,11 +3,12 @@
     python generate.py --workdir=runs/quickstart --prompt="def main("
     python generate.py --workdir=DIR --temperature=0.8 --top_p=0.95 --prompt="..." --prompt="..."
     python generate.py --workdir=DIR --requests=requests.jsonl --output=answers.jsonl
-    python generate.py --workdir=DIR --prompt="$(cat book)" --max_tokens=0 --save_state=book.state
+    python generate.py --workdir=DIR --prompt_file=book --max_tokens=0 --save_state=book.state
     python generate.py --workdir=DIR --load_state=book.state --prompt="Who ..." --prompt="Why ..."
 
 One prompt's continuation is printed as it comes, those of several when all are done. A text ends
-where the model ends the document, before a --stop string, or after --max_tokens.
+where the model ends the document, before a --stop string, or after --max_tokens. --prompt_file=-
+reads standard input.
 """
 
 import dataclasses
@@ -18,9 +19,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from absl import flags
+from etils import epath
 
 from retnet_jax.errors import ConfigError
-from retnet_jax.generation.requests import Request, read_requests, requests_of_prompts
+from retnet_jax.generation.requests import (
+    Request,
+    read_prompt,
+    read_requests,
+    requests_of_prompts,
+)
 from retnet_jax.generation.saved_state import load_reading, save_reading
 from retnet_jax.generation.texts import Writer
 from retnet_jax.model import for_decoding
@@ -40,10 +47,16 @@ def define_flags() -> None:
     flags.DEFINE_string("checkpoint", None, "directory of a trained model, own or foreign")
     flags.mark_flags_as_mutual_exclusive(["workdir", "checkpoint"], required=True)
     flags.DEFINE_multi_string("prompt", None, "text to continue; may be given several times")
+    flags.DEFINE_multi_string(
+        "prompt_file",
+        None,
+        "file with a text to continue, without one line break at its end; -: standard input",
+    )
     flags.DEFINE_string(
         "requests",
         None,
-        "JSON lines with a prompt each, and perhaps its own temperature, top_k and top_p",
+        "JSON lines with a prompt each, and perhaps its own temperature, top_k and top_p; other "
+        "fields, such as an id, are given along to --output",
     )
     flags.DEFINE_integer("max_tokens", 256, "most tokens to add to each prompt", lower_bound=0)
     flags.DEFINE_float("temperature", 0.0, "0: the likeliest token; else: draw at this temperature")
@@ -88,7 +101,7 @@ def generate(args) -> None:
             raise ConfigError(f"--{name}={path} exists already: name another file, or delete it")
     if args.save_state is not None and len(prompts) > 1:
         raise ConfigError(f"--save_state keeps one text; there are {len(prompts)} prompts")
-    directory = Path(args.workdir or args.checkpoint)
+    directory = epath.Path(args.workdir or args.checkpoint)
     _, tokenizer = read_pretrained(directory)
     model = load_pretrained(directory, **command_line.given_dtype())
     model = for_decoding(model, weights=args.weights, state_dtype=args.state_dtype)
@@ -124,8 +137,8 @@ def generate(args) -> None:
     print(speed, file=sys.stderr)
     if output is not None:
         with output.open("x", encoding="utf-8") as file:
-            for prompt, found in zip(prompts, writer.continuations, strict=True):
-                record = {"prompt": prompt, **dataclasses.asdict(found)}
+            for request, found in zip(requests, writer.continuations, strict=True):
+                record = {**request.others, "prompt": request.prompt, **dataclasses.asdict(found)}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
     if args.save_state is not None:
         save_reading(Path(args.save_state), writer.reading, model, tokenizer)
@@ -135,13 +148,16 @@ def given_requests(args) -> list[Request]:
     """The prompts that the flags give, each with its sampler."""
     defaults = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
     after_text = args.load_state is not None
-    if args.prompt is not None and args.requests is None:
-        return requests_of_prompts(args.prompt, defaults, may_be_empty=after_text)
-    if args.requests is not None and args.prompt is None:
+    prompts = [*(args.prompt or []), *map(read_prompt, args.prompt_file or [])]
+    if prompts and args.requests is None:
+        return requests_of_prompts(prompts, defaults, may_be_empty=after_text)
+    if args.requests is not None and not prompts:
         return read_requests(Path(args.requests), defaults, may_be_empty=after_text)
-    if args.prompt is None and after_text:
+    if not prompts and after_text:
         return requests_of_prompts([""], defaults, may_be_empty=True)
-    raise ConfigError("give the texts to continue as --prompt or as --requests")
+    raise ConfigError(
+        "give the texts to continue as --prompt or as --requests; a long one as --prompt_file"
+    )
 
 
 class Speed:

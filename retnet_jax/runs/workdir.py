@@ -2,6 +2,7 @@
 
 config.json         the whole config
 tokenizer.json      what its token ids mean (and tokenizer_config.json, or tokenizer.model)
+stores.json         the fingerprint of each token store that it is trained on
 metrics.jsonl       one JSON object a logged step
 checkpoints/STEP/   see `checkpoint.py`
 starts.jsonl        one JSON object for each time the run was started
@@ -13,12 +14,13 @@ wandb_id            under which Weights & Biases knows the run
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from etils import epath
 
 from retnet_jax.config import TOKENIZERS, Config
 from retnet_jax.config_json import differences, marked, read_config, to_json
+from retnet_jax.data.token_store import TokenStore
 from retnet_jax.data.tokenizers import (
     SAVED_FILES,
     BPETokenizer,
@@ -28,6 +30,8 @@ from retnet_jax.data.tokenizers import (
 )
 from retnet_jax.errors import ConfigError
 from retnet_jax.files import atomic, lock
+
+STORES = "stores.json"
 
 
 @contextlib.contextmanager
@@ -41,7 +45,7 @@ def locked(workdir: epath.Path) -> Iterator[None]:
       ConfigError: if another process holds it, or if it has files in it but is no workdir.
     """
     # What a start leaves that is cut off before it has recorded a config.
-    ours = {*SAVED_FILES, lock.FILE_NAME}
+    ours = {*SAVED_FILES, STORES, lock.FILE_NAME}
     new = not workdir.exists()
     found = list(workdir.iterdir()) if workdir.is_dir() else []
     names = {path.name for path in found if not atomic.is_unfinished(path)}
@@ -50,10 +54,14 @@ def locked(workdir: epath.Path) -> Iterator[None]:
             f"--workdir={workdir} has files in it but no config.json, so it is no run to resume; "
             "name a new or an empty directory"
         )
-    workdir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
+            workdir.mkdir(parents=True, exist_ok=True)
             stack.enter_context(lock.held(workdir))
+        except OSError as error:
+            raise ConfigError(
+                f"--workdir={workdir} cannot be written to ({error}); name a directory that can"
+            ) from error
         except lock.HeldError as holder:
             raise ConfigError(
                 f"--workdir={workdir} is in use by another run ({holder}): "
@@ -77,28 +85,30 @@ def recorded_config(workdir: epath.Path) -> Config | None:
 
 
 def record_start(
-    workdir: epath.PathLike, config: Config, recorded: Config | None, tokenizer: Tokenizer
+    workdir: epath.PathLike,
+    config: Config,
+    recorded: Config | None,
+    tokenizer: Tokenizer,
+    stores: Sequence[TokenStore] = (),
 ) -> list[str]:
-    """Records config and tokenizer of a new run, or compares those of a run that is resumed.
+    """Records config, tokenizer and stores of a new run, or compares those of one that is resumed.
 
     Args:
       workdir: of the run, held by this process.
       config: of the run that starts.
       recorded: what the workdir records.
       tokenizer: of the run that starts.
+      stores: that it is trained on.
 
     Returns:
       The allowed differences from the recorded config: one line for each option.
 
     Raises:
-      ConfigError: if the workdir belongs to a run with another config or tokenizer.
+      ConfigError: if the workdir belongs to a run with another config, tokenizer or other data.
     """
     workdir = epath.Path(workdir)
     if recorded is None:
-        workdir.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(workdir)
-        # Written last: what has a config.json is a workdir.
-        atomic.write_text(workdir / "config.json", to_json(config))
+        _record(workdir, config, tokenizer, stores)
         return []
     changes = differences(recorded, config)
     lines = {name: f"{name}: {old!r} -> {new!r}" for name, (old, new) in changes.items()}
@@ -117,9 +127,67 @@ def record_start(
             f"({tokenizer.fingerprint[:12]}) than {workdir} ({of_run.fingerprint[:12]}); "
             "its token ids would mean other text: name the store the run began with"
         )
+    for store in stores:
+        check_store(workdir, store)
+    _record_stores(workdir, stores)  # what an older version began has none
     if changes:
         atomic.write_text(workdir / "config.json", to_json(config))
     return list(lines.values())
+
+
+def restore_if_gone(
+    workdir: epath.Path, config: Config, tokenizer: Tokenizer, stores: Sequence[TokenStore]
+) -> bool:
+    """Records a run again whose workdir was moved or deleted while it lasts; whether it was."""
+    if (workdir / "config.json").exists():
+        return False
+    _record(workdir, config, tokenizer, stores)
+    return True
+
+
+def _record(
+    workdir: epath.Path, config: Config, tokenizer: Tokenizer, stores: Sequence[TokenStore]
+) -> None:
+    workdir.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(workdir)
+    _record_stores(workdir, stores)
+    # Written last: what has a config.json is a workdir.
+    atomic.write_text(workdir / "config.json", to_json(config))
+
+
+def check_store(workdir: epath.Path, store: TokenStore) -> None:
+    """Raises `ConfigError` if a store holds other data than when the run began.
+
+    Then held-out documents may be among those that the model was trained on, and a run that is
+    resumed would continue with other text.
+    """
+    expected = _recorded_stores(workdir).get(store.directory)
+    if expected not in (None, store.fingerprint):
+        raise ConfigError(
+            f"the token store {store.directory!r} holds other data ({store.fingerprint[:12]}) than "
+            f"when the run in {workdir} began ({expected[:12]}): it was built again from other "
+            "text or by another version; put the old one back, or begin a new run with another "
+            "--workdir"
+        )
+
+
+def _recorded_stores(workdir: epath.Path) -> dict[str, str]:
+    path = epath.Path(workdir) / STORES
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} is damaged ({error}); it holds the fingerprints of the run's token stores: "
+            "put it back, or delete it to go without that check"
+        ) from error
+
+
+def _record_stores(workdir: epath.Path, stores: Sequence[TokenStore]) -> None:
+    found = {store.directory: store.fingerprint for store in stores}
+    if found != _recorded_stores(workdir):
+        atomic.write_text(workdir / STORES, json.dumps(found, indent=2) + "\n")
 
 
 def read_workdir(workdir: epath.Path) -> tuple[Config, Tokenizer]:

@@ -34,6 +34,7 @@ from retnet_jax.runs.workdir import (
     progress_of_old_checkpoint,
     record_start,
     recorded_config,
+    restore_if_gone,
 )
 from retnet_jax.training.clock import Clock, peak_flops
 from retnet_jax.training.held_out_loss import HeldOutLoss
@@ -109,7 +110,8 @@ def train(
         data = config.data, config.model.vocab_size, command
         processes.once(lambda: open_stores(*data))
         stores = open_stores(*data)
-        changes = processes.once(lambda: record_start(workdir, config, recorded, stores.tokenizer))
+        of_run = stores.tokenizer, list(stores.stores.values())
+        changes = processes.once(lambda: record_start(workdir, config, recorded, *of_run))
         stop = stack.enter_context(processes.stop_signals())
         stack.enter_context(jax.set_mesh(mesh))
         checkpoints = Checkpoints(
@@ -135,6 +137,7 @@ def train(
         )
         run = Run(config, mesh, stores, compiled, checkpoints, log, evaluators, on_log)
         run.trace_directory = workdir / "profile"
+        run.restore_workdir = partial(restore_if_gone, workdir, config, *of_run)
         return run.run(state, progress, stop)
 
 
@@ -243,9 +246,11 @@ class Run:
       log: of the run.
       evaluators: what is computed of the model along the way.
       on_log: as of `train`.
-    """
 
-    trace_directory: epath.Path | None = None  # of `config.profile`
+    Attributes:
+      trace_directory: where a trace goes that `config.profile` asks for.
+      restore_workdir: records the run again if its workdir is gone; returns whether it was.
+    """
 
     def __init__(
         self,
@@ -264,6 +269,8 @@ class Run:
         self.log = log
         self.evaluators = tuple(evaluators)
         self.on_log = on_log
+        self.trace_directory: epath.Path | None = None
+        self.restore_workdir: Callable[[], bool] = lambda: False
         self.batches = PlacedBatches(
             mesh,
             [store.train for store in stores.stores.values()],
@@ -412,6 +419,11 @@ class Run:
         self.written()  # the one before; its failure should not cost this one
         self.saved_at = time.monotonic()
         progress = Progress(self.next_batch, self.clock.run_began, self.clock.training_seconds)
+        if processes.once(self.restore_workdir):
+            self.log.say(
+                f"the workdir was moved or deleted while training: it is written again from step "
+                f"{self.done} on"
+            )
         try:
             self.checkpoints.save(self.done, items_of(self.state), progress._asdict())
             self.saved = self.done

@@ -29,6 +29,7 @@ class Tokenizer(Protocol):
     vocab_size: int  # ids are 0 ... vocab_size - 1
     bos_id: int  # opens every document
     end_id: int  # ends a text that a model generates
+    unknown_id: int | None = None  # stands for what has no token; None: everything has one
     files: dict[str, bytes]  # what `save` writes, by name
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -42,6 +43,15 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """The ids of one text, without BOS."""
         return self.encode_batch([text])[0]
+
+    def token(self, number: int) -> str | None:
+        """The token of an id, to be shown; None for an id that no document can have."""
+        ...
+
+    def surplus(self, vocab_size: int) -> dict[int, str]:
+        """The tokens, by id, that a document can have and a model of so many ids does not know."""
+        tokens = {i: self.token(i) for i in range(vocab_size, self.vocab_size)}
+        return {i: token for i, token in tokens.items() if token is not None}
 
     def save(self, directory: Path) -> None:
         """Writes the files from which `load_tokenizer` makes the same tokenizer."""

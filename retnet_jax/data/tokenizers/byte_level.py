@@ -25,6 +25,9 @@ class ByteTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(i for i in ids if i != self.bos_id).decode("utf-8", errors="replace")
 
+    def token(self, number: int) -> str:
+        return BOS if number == self.bos_id else f"<0x{number:02X}>"
+
 
 class BPETokenizer(Tokenizer):
     """A byte-level BPE in the format of Hugging Face's `tokenizers`.
@@ -52,6 +55,9 @@ class BPETokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         return b"".join(self._bytes[i] for i in ids).decode("utf-8", errors="replace")
+
+    def token(self, number: int) -> str | None:
+        return self._bpe.id_to_token(number)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:

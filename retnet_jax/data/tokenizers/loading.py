@@ -6,6 +6,7 @@ The special ids are named beside the tokenizer's file, in any of several places.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,37 @@ from retnet_jax.data.tokenizers.pretrained import (
     SentencePieceTokenizer,
     sentencepiece,
 )
+from retnet_jax.files import paths as files
 
 _OLD_NAMES = ("vocab.json", "merges.txt")  # of GPT-2 and its like, before tokenizer.json
+_FILES_READ = (
+    *TOKENIZER_FILES,
+    *_OLD_NAMES,
+    CONFIG_NAME,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "config.json",
+    "generation_config.json",
+)
 
 
-def load_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer in a directory: one that `save` wrote, or that came with a model.
+def load_tokenizer(directory: files.AnyPath) -> Tokenizer:
+    """The tokenizer in a directory or at a URL: one that `save` wrote, or that came with a model.
 
     Raises:
       FileNotFoundError: if there is none.
       ValueError: if its file is damaged, or nothing says which ids open and end a text.
     """
+    if files.is_remote(directory):
+        with tempfile.TemporaryDirectory() as local:
+            for name in _FILES_READ:
+                if files.exists(f"{directory}/{name}"):
+                    contents = files.read_bytes(f"{directory}/{name}")
+                    (Path(local) / name).write_bytes(contents)
+            if not has_tokenizer(local):
+                raise FileNotFoundError(_no_tokenizer(directory))
+            return load_tokenizer(local)
+    directory = files.local(directory)
     if (directory / FILE_NAME).is_file():
         return _load_json(directory)
     if (directory / SENTENCEPIECE_NAME).is_file():
@@ -45,15 +66,18 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         return Cl100kTokenizer((directory / TIKTOKEN_NAME).read_bytes())
     if has_tokenizer(directory):
         return _load_vocabulary(directory)
-    raise FileNotFoundError(
-        f"{directory} has none of {', '.join(TOKENIZER_FILES)}, nor {' and '.join(_OLD_NAMES)}"
-    )
+    raise FileNotFoundError(_no_tokenizer(directory))
 
 
-def has_tokenizer(directory: Path) -> bool:
+def _no_tokenizer(directory: files.AnyPath) -> str:
+    return f"{directory} has none of {', '.join(TOKENIZER_FILES)}, nor {' and '.join(_OLD_NAMES)}"
+
+
+def has_tokenizer(directory: files.AnyPath) -> bool:
     """Whether `load_tokenizer` would find a file."""
-    old = all((directory / name).is_file() for name in _OLD_NAMES)
-    return old or any((directory / name).is_file() for name in TOKENIZER_FILES)
+    directory = files.expanded(directory)
+    old = all(files.exists(f"{directory}/{name}") for name in _OLD_NAMES)
+    return old or any(files.exists(f"{directory}/{name}") for name in TOKENIZER_FILES)
 
 
 def _load_json(directory: Path) -> Tokenizer:

@@ -7,6 +7,7 @@ come back.
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -57,6 +58,20 @@ class HuggingFaceTokenizer(Tokenizer):
         special = {self.bos_id, self.end_id}
         return self._tokenizer.decode([i for i in ids if i not in special])
 
+    @functools.cached_property
+    def unknown_id(self) -> int | None:
+        model = json.loads(self.files[FILE_NAME])["model"]
+        token = model.get("unk_token")
+        return model.get("unk_id") if token is None else self._tokenizer.token_to_id(token)
+
+    def token(self, number: int) -> str | None:
+        token = self._tokenizer.id_to_token(number)
+        added = self._tokenizer.get_added_tokens_decoder().get(number)
+        if number in (self.bos_id, self.end_id) or added is None or not added.special:
+            return token
+        # Special tokens are not looked for in texts, but a vocabulary may have them as words.
+        return token if number in self.encode(token) else None
+
 
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model.
@@ -82,6 +97,16 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         special = {self.bos_id, self.end_id}
         return self._model.decode([i for i in ids if i not in special])
+
+    @property
+    def unknown_id(self) -> int:
+        return self._model.unk_id()
+
+    def token(self, number: int) -> str | None:
+        special = self._model.is_control(number) or self._model.is_unused(number)
+        if special and number not in (self.bos_id, self.end_id):
+            return None
+        return self._model.id_to_piece(number)
 
 
 class Cl100kTokenizer(Tokenizer):
@@ -138,6 +163,16 @@ class Cl100kTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         plain = [i for i in ids if i < self.bos_id]
         return self._encoding.decode_bytes(plain).decode("utf-8", errors="replace")
+
+    def token(self, number: int) -> str | None:
+        if number == self.bos_id:
+            return "<|endoftext|>"
+        if number > self.bos_id:
+            return None
+        try:
+            return self._encoding.decode_single_token_bytes(number).decode(errors="replace")
+        except KeyError:
+            return None
 
 
 def _special_tokens(token_of: Callable[[int], str], bos_id: int, end_id: int) -> bytes:

@@ -1,0 +1,234 @@
+"""What of a directory is read as a model: which files, on which disk, and what is refused."""
+
+import json
+import shutil
+from typing import ClassVar
+
+import fsspec
+import numpy as np
+import pytest
+from flax import nnx
+from fsspec.implementations.memory import MemoryFileSystem
+from safetensors.numpy import load_file, save_file
+from test_interop import FIXTURES, copy_of, edit_config, leaves, tensors
+
+from retnet_jax import interop, load_pretrained
+from retnet_jax.data.tokenizers import ByteTokenizer
+from retnet_jax.errors import CheckpointError, ConfigError
+from retnet_jax.interop import presets
+from retnet_jax.model import build_model
+
+INDEX = "model.safetensors.index.json"
+NORM = "model.norm.weight"
+
+
+def assert_same_model(one, other):
+    for ours, theirs in zip(leaves(one), leaves(other), strict=True):
+        assert ours.tobytes() == theirs.tobytes()
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """A model of fla in several files with an index."""
+    interop.convert(FIXTURES / "fla/default", tmp_path / "parts", "fla", max_file_bytes=100_000)
+    return tmp_path / "parts"
+
+
+def weight_map(directory):
+    return json.loads((directory / INDEX).read_text())["weight_map"]
+
+
+def test_a_tensor_is_read_from_the_file_that_the_index_names(parts):
+    """Whatever copies of it other files have."""
+    files = weight_map(parts)
+    last = sorted(set(files.values()))[-1]
+    stale = next(name for name, file in files.items() if file != last)
+    found = load_file(parts / last)
+    save_file(found | {stale: np.zeros(3, np.float32), "left": np.zeros(2)}, parts / last)
+    assert_same_model(interop.load(parts), interop.load(FIXTURES / "fla/default"))
+
+
+def test_a_tensor_that_is_not_where_the_index_says_is_named(parts):
+    file = parts / weight_map(parts)[NORM]
+    found = load_file(file)
+    del found[NORM]
+    save_file(found, file)
+    with pytest.raises(CheckpointError, match=f"{file.name} does not hold {NORM}, which"):
+        interop.load(parts)
+
+
+def test_a_file_and_an_index_that_differ_are_refused(parts):
+    shutil.copy(FIXTURES / "fla/default/model.safetensors", parts)
+    assert_same_model(interop.load(parts), interop.load(FIXTURES / "fla/default"))
+    for change in (
+        lambda found: found.update({NORM: found[NORM] + 1}),
+        lambda found: found.pop(NORM),
+    ):
+        found = load_file(FIXTURES / "fla/default/model.safetensors")
+        change(found)
+        save_file(found, parts / "model.safetensors")
+        with pytest.raises(CheckpointError) as error:
+            interop.load(parts)
+        assert f"{parts}/model.safetensors and the files that {parts}/{INDEX} names" in str(
+            error.value
+        )
+        assert f"the first difference is in {NORM}" in str(error.value)
+
+
+def test_an_index_without_its_files_is_left_aside_and_said(parts):
+    for path in parts.glob("model-*.safetensors"):
+        path.unlink()
+    shutil.copy(FIXTURES / "fla/default/model.safetensors", parts)
+    with pytest.warns(UserWarning, match=r"model.safetensors is read: .*model-00001-of-00004"):
+        model = interop.load(parts)
+    assert_same_model(model, interop.load(FIXTURES / "fla/default"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("cl100k_base.tiktoken", "chat_template.jinja", "spiece.model", "special_tokens_map.json"),
+        *("sentencepiece.bpe.model", "vocab.bpe", "vocab.txt", "merges.txt", "tekken.json"),
+    ],
+)
+def test_every_file_of_a_tokenizer_comes_along(name, tmp_path):
+    directory = copy_of("fla/default", tmp_path / "in")
+    for other in (name, "README.md", "training_args.bin.txt", "optimizer.json"):
+        (directory / other).write_text(other)
+    interop.convert(directory, tmp_path / "out", "own")
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    assert found == {"config.json", "model.safetensors", name}
+    assert (tmp_path / "out" / name).read_text() == name
+
+
+@pytest.mark.parametrize(("dtype", "value"), [("float16", 1e7), ("bfloat16", 3.4e38)])
+def test_values_too_large_for_the_dtype_are_refused(dtype, value, tmp_path):
+    model = interop.load(FIXTURES / "fla/default")
+    scale = np.ones(model.config.d_model, np.float32)
+    scale[3] = -value
+    model.final_norm.scale = nnx.Param(scale)
+    with pytest.raises(CheckpointError, match=r"final_norm/scale: .*is too large for " + dtype):
+        interop.fla.save(model, tmp_path / "half", dtype=dtype)
+    assert not any(tmp_path.iterdir())
+    scale[3] = np.inf  # of which nothing is lost
+    model.final_norm.scale = nnx.Param(scale)
+    interop.fla.save(model, tmp_path / "half", dtype=dtype)
+    assert np.isinf(tensors(tmp_path / "half")[NORM][3])
+
+
+def test_fields_that_are_null_or_have_a_fraction(tmp_path):
+    directory = copy_of("fla/default", tmp_path / "in")
+    edit_config(directory, max_position_embeddings=None)
+    expected = interop.load(FIXTURES / "fla/default")
+    assert_same_model(interop.load(directory), expected)
+    edit_config(directory, intermediate_size=24.0)
+    with pytest.raises(ConfigError, match=r"intermediate_size=24.0 is no int"):
+        interop.load(directory)
+    edit_config(directory, intermediate_size=24, hidden_ratio="4")
+    with pytest.raises(ConfigError, match=r"hidden_ratio='4' is no float"):
+        interop.load(directory)
+    directory = copy_of("torchscale_head/a_h4", tmp_path / "torchscale")
+    edit_config(directory, max_target_positions=2048.5)
+    with pytest.raises(ConfigError, match=r"max_target_positions=2048.5 is no int"):
+        interop.load(directory)
+
+
+def test_what_holds_no_model_is_told_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainers = copy_of("fla/default", tmp_path / "trainer/checkpoint-100").parent
+    (trainers / "config.json").write_text((trainers / "checkpoint-100/config.json").read_text())
+    file = trainers / "checkpoint-100/model.safetensors"
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/text.txt").touch()
+    for directory, message in (
+        ("fla-hub/retnet-1.3B-100B", "hf download fla-hub/retnet-1.3B-100B --local-dir DIRECTORY"),
+        (file, f"{file} is a file: name the directory that it is in"),
+        (trainers, f"name one, such as {trainers}/checkpoint-100"),
+        (tmp_path / "notes", "checkpoints/; in a checkpoint model.safetensors.index.json, model"),
+        (tmp_path / "notes", "there is text.txt"),
+    ):
+        with pytest.raises(CheckpointError) as error:
+            interop.load(directory)
+        assert message in str(error.value)
+        with pytest.raises(ConfigError) as error:
+            load_pretrained(directory)
+        assert message in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model"])
+def test_tensors_inside_a_torch_file(key, tmp_path):
+    torch = pytest.importorskip("torch")
+    directory = copy_of("torchscale_head/a_h4", tmp_path / "in")
+    state = {name: torch.from_numpy(value) for name, value in tensors(directory).items()}
+    (directory / "weights.safetensors").unlink()
+    torch.save({key: state, "epoch": 3}, directory / "model.pt")
+    assert_same_model(interop.load(directory), interop.load(FIXTURES / "torchscale_head/a_h4"))
+    torch.save({"network": state, "epoch": 3}, directory / "model.pt")
+    with pytest.raises(CheckpointError, match=r"no tensors by name, .*; it has epoch, network"):
+        interop.load(directory)
+
+
+# On object stores. `epath` asks fsspec for these; here fsspec has a bucket in memory.
+
+
+class Bucket(MemoryFileSystem):
+    """s3:// in this process's memory."""
+
+    protocol = "s3"
+    store: ClassVar[dict] = {}
+    pseudo_dirs: ClassVar[list] = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return MemoryFileSystem._strip_protocol("/" + path.removeprefix("s3://").strip("/"))
+
+    def unstrip_protocol(self, name):
+        return "s3://" + self._strip_protocol(name).lstrip("/")
+
+
+@pytest.fixture
+def bucket():
+    """Puts a local directory under a URL."""
+    fsspec.register_implementation("s3", Bucket, clobber=True)
+    system = fsspec.filesystem("s3")
+
+    def put(directory, url):
+        for path in directory.rglob("*"):
+            if path.is_file():
+                system.pipe_file(f"{url}/{path.relative_to(directory)}", path.read_bytes())
+        return url
+
+    yield put
+    Bucket.store.clear()
+    Bucket.pseudo_dirs[:] = [""]
+
+
+def test_a_model_on_an_object_store_is_read_like_a_local_one(bucket, parts, tmp_path):
+    expected = interop.load(FIXTURES / "fla/default")
+    assert_same_model(load_pretrained(bucket(FIXTURES / "fla/default", "s3://b/fla")), expected)
+    assert_same_model(load_pretrained(bucket(parts, "s3://b/parts")), expected)
+    # Our own layout has all layers in one tensor, of which one at a time is read.
+    ByteTokenizer().save(parts)
+    model = build_model(presets.fla(vocab_size=257, d_model=16, n_heads=2), rngs=nnx.Rngs(0))
+    interop.save(model, tmp_path / "own", "own")
+    ByteTokenizer().save(tmp_path / "own")
+    url = bucket(tmp_path / "own", "s3://b/own")
+    assert_same_model(load_pretrained(url), model)
+    interop.convert(url, tmp_path / "back", "own")
+    assert (tmp_path / "back/tokenizer.json").read_bytes() == ByteTokenizer().files[
+        "tokenizer.json"
+    ]
+    assert_same_model(interop.load(tmp_path / "back"), model)
+
+
+def test_a_damaged_file_on_an_object_store_is_refused(bucket, tmp_path):
+    directory = copy_of("fla/default", tmp_path / "in")
+    whole = (directory / "model.safetensors").read_bytes()
+    for damaged in (b"", whole[:5], whole[:3000], whole[:-1], b"\xff" * 100):
+        (directory / "model.safetensors").write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"s3://b/in/model.safetensors is missing, trunc"):
+            load_pretrained(bucket(directory, "s3://b/in"))
+    with pytest.raises(ConfigError, match=r"s3://b/none is no directory"):
+        load_pretrained("s3://b/none")
+    with pytest.raises(ConfigError, match=r"s3://b/out cannot be written to: name a directory on"):
+        interop.convert(FIXTURES / "fla/default", "s3://b/out", "own")
