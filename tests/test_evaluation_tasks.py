@@ -183,6 +183,7 @@ def runs(tmp_path_factory):
     ]
 
 
+@pytest.mark.compiles(70, reason="two models, two tasks, two numbers of shots")
 def test_eval_compares_two_models_in_one_table(runs, tmp_path, capsys):
     output = tmp_path / "result.json"
     # Three rows at once do not divide over the eight devices: all is on one.

@@ -24,6 +24,9 @@ from retnet_jax.generation.texts import Writer, _Row
 from retnet_jax.runs.checkpoint import Checkpoints
 from retnet_jax.runs.workdir import record_start
 
+# Alone; after other tests many of them are there already.
+pytestmark = pytest.mark.compiles(80, reason="samplers and progress are prepared outside of jit")
+
 ROOT = Path(__file__).parents[1]
 CONFIG = ModelConfig(vocab_size=264, d_model=32, n_layers=2, n_heads=2)
 KINDS = (RetNet, Transformer)
