@@ -50,7 +50,7 @@ def read_config(path: Path) -> Config:
     return config
 
 
-def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+def config_differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """The old and the new value of each option in which two configs differ, by its name."""
     old_values, new_values = flatten(old), flatten(new)
     return {
