@@ -10,6 +10,7 @@ either: ml_collections reads the types of fields from them to parse overrides.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -182,6 +183,7 @@ class ModelConfig:
 
     def check(self) -> None:
         """Raises `ConfigError` for a value that is no choice, or sizes that do not fit together."""
+        _check_finite("model", self)
         _check_choice("model.mixer", self.mixer, MIXERS)
         _check_choice("model.ffn", self.ffn, FEED_FORWARDS)
         _check_choice("model.norm", self.norm, NORMS)
@@ -379,6 +381,7 @@ class DataConfig:
 
     def check(self) -> None:
         """Raises `ConfigError` for a value that is no choice or out of range."""
+        _check_finite("data", self)
         _check_choice("data.source", self.source, SOURCES)
         if not self.tokenizer:
             raise ConfigError(
@@ -429,6 +432,7 @@ class OptimizerConfig:
 
     def check(self) -> None:
         """Raises `ConfigError` for a value that is no choice or out of range."""
+        _check_finite("optimizer", self)
         _check_choice("optimizer.name", self.name, OPTIMIZERS)
         _check_choice("optimizer.schedule", self.schedule, SCHEDULES)
         _check_choice("optimizer.moment_dtype", self.moment_dtype, MOMENT_DTYPES)
@@ -485,6 +489,7 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raises `ConfigError` for a count that is too small or a batch that does not split."""
+        _check_finite("train", self)
         for name in ("seed", "z_loss", "spike_deviations", "checkpoint_minutes", "keep_every"):
             _check_at_least(f"train.{name}", getattr(self, name), 0)
         for name in ("steps", "batch_size", "micro_batches", "max_skipped", "log_every"):
@@ -514,6 +519,7 @@ class MeshConfig:
 
     def check(self) -> None:
         """Raises `ConfigError` for an axis of no devices or more than one -1."""
+        _check_finite("mesh", self)
         sizes = dataclasses.asdict(self)
         for name, size in sizes.items():
             if size != -1:
@@ -533,6 +539,7 @@ class ProfileConfig:
 
     def check(self) -> None:
         """Raises `ConfigError` for a negative number."""
+        _check_finite("profile", self)
         _check_at_least("profile.start", self.start, 1)
         _check_at_least("profile.steps", self.steps, 0)
 
@@ -571,6 +578,20 @@ class Config:
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} leaves nothing of "
                 f"train.steps={self.train.steps}; make it smaller"
             )
+
+
+def _check_finite(section: str, values: Any) -> None:
+    """Raises `ConfigError` for an option that is nan or infinite, or has such a number in it."""
+    for each in dataclasses.fields(values):
+        value = getattr(values, each.name)
+        numbers = {f"{section}.{each.name}": value}
+        if isinstance(value, tuple | list):
+            numbers = {f"{section}.{each.name}[{i}]": x for i, x in enumerate(value)}
+        elif isinstance(value, dict):
+            numbers = {f"{section}.{each.name}[{key!r}]": x for key, x in value.items()}
+        for name, number in numbers.items():
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ConfigError(f"{name}={number} is not a finite number")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -87,6 +87,9 @@ def test_training_flops_count_the_compiled_products():
     assert formula < measured < 1.25 * formula
 
 
+NAN, INF = float("nan"), float("inf")
+
+
 @pytest.mark.parametrize(
     ("section", "message"),
     [
@@ -110,6 +113,17 @@ def test_training_flops_count_the_compiled_products():
         (OptimizerConfig(clip_norm=0.0), "clip_norm=0.0 is not greater"),
         (TrainConfig(batch_size=6, micro_batches=4), "4 or 8 would do"),
         (TrainConfig(log_every=0), "log_every=0 is less than 1"),
+        (OptimizerConfig(weight_decay=NAN), "optimizer.weight_decay=nan is not a finite number"),
+        (OptimizerConfig(learning_rate=INF), "optimizer.learning_rate=inf is not a finite number"),
+        (OptimizerConfig(clip_norm=INF), "optimizer.clip_norm=inf is not"),
+        (OptimizerConfig(beta1=NAN), "optimizer.beta1=nan is not"),
+        (ModelConfig(norm_epsilon=INF), "model.norm_epsilon=inf is not"),
+        (ModelConfig(decay_range=(0.5, NAN)), r"model.decay_range\[1\]=nan is not"),
+        (DataConfig(mixture={"a": 1.0, "b": INF}), r"data.mixture\['b'\]=inf is not"),
+        (DataConfig(held_out=NAN), "data.held_out=nan is not"),
+        (TrainConfig(z_loss=NAN), "train.z_loss=nan is not"),
+        (TrainConfig(spike_deviations=INF), "train.spike_deviations=inf is not"),
+        (TrainConfig(checkpoint_minutes=NAN), "train.checkpoint_minutes=nan is not"),
         (MeshConfig(data=-1, fsdp=-1), "only one axis may be -1"),
         (MeshConfig(tensor=0), "mesh.tensor=0 is less than 1"),
     ],

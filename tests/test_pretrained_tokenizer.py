@@ -11,7 +11,7 @@ import tokenizers as hf
 
 from retnet_jax.config import DataConfig
 from retnet_jax.data.stores import open_or_build
-from retnet_jax.data.tokenizers import TextStream, load_tokenizer
+from retnet_jax.data.tokenizers import BPETokenizer, TextStream, load_tokenizer
 from retnet_jax.data.tokenizers.pretrained import HuggingFaceTokenizer, SentencePieceTokenizer
 from retnet_jax.errors import ConfigError
 
@@ -301,3 +301,135 @@ def test_a_corpus_in_the_tokens_of_a_model(tmp_path):
     config.tokenizer, config.store = "bep", str(tmp_path / "other")
     with pytest.raises(ConfigError, match=r"data.tokenizer='bep' is not one of 'byte', 'bpe', and"):
         open_or_build(config, vocab_size=400)
+
+
+@KINDS
+@pytest.mark.parametrize("size", [1, 3, 40])
+def test_a_continuation_is_what_the_whole_has_more_than_the_prompt(make, size, tmp_path):
+    """Wherever a prompt ends: within a character, before and after U+FFFD that is text."""
+    tokenizer = make(tmp_path)
+    text = "def \ufffd" + "🦑" * 12 + "\ufffd\ufffd x " + "ደ" * 9 + " self"
+    ids = tokenizer.encode(text)
+    for cut in range(1, len(ids)):
+        stream = TextStream(tokenizer, before=ids[:cut])
+        parts = [stream.add(ids[start : start + size]) for start in range(cut, len(ids), size)]
+        whole = "".join(parts) + stream.rest()
+        prompt = tokenizer.decode(ids[:cut])
+        assert prompt.endswith("\ufffd") or prompt + whole == text
+        assert text.endswith(whole)
+        assert text[: len(text) - len(whole)] == prompt[: len(text) - len(whole)]
+        last = TextStream(tokenizer, before=ids[:cut][-TextStream.context :])  # a saved state's
+        assert last.add(ids[cut:]) + last.rest() == whole
+
+
+@pytest.mark.parametrize("make", [llama, sentencepiece, cl100k])  # in which bytes are tokens
+def test_a_torn_character_tears_no_other(make, tmp_path):
+    tokenizer = make(tmp_path)
+    ids = tokenizer.encode("x🦑🦑🦑")
+    ids = [*ids[:-5], *ids[-4:]]
+    decoded = tokenizer.decode([*ids, *tokenizer.encode("a")]).replace(" ", "")
+    assert decoded.startswith("x🦑")
+    assert decoded.endswith("🦑a")
+    assert set(decoded[2:-2]) == {"\ufffd"}
+    stream = TextStream(tokenizer)
+    assert "".join(stream.add([i]) for i in ids) + stream.rest() == tokenizer.decode(ids)
+
+
+def test_torn_bytes_without_end_are_given_and_forgotten(tmp_path):
+    tokenizer = llama(tmp_path)
+    byte = tokenizer.encode("🦑")[-1]
+    stream = TextStream(tokenizer)
+    given = "".join(stream.add([byte]) for _ in range(300))
+    assert 290 <= len(given) < 300
+    assert set(given) == {"\ufffd"}
+    assert given + stream.rest() == tokenizer.decode([byte] * 300)
+    assert len(stream._ids) < 100
+
+
+def byte_level_with(specials):
+    """Byte-level BPE with these tokens in front."""
+    values = json.loads(gpt_like().replace("<|endoftext|>", specials[0]))
+    tokenizer = hf.Tokenizer.from_str(json.dumps(values))
+    tokenizer.add_special_tokens([*specials])
+    return tokenizer.to_str()
+
+
+def test_bos_and_eos_of_others_are_not_ours(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(byte_level_with(["<bos>", "<eos>"]))
+    with pytest.raises(ValueError, match="which token opens or ends a text"):
+        load_tokenizer(tmp_path)
+    end = hf.Tokenizer.from_str(path.read_text()).token_to_id("<eos>")
+    (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": end}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
+    assert (tokenizer.bos_id, tokenizer.end_id) == (0, end)
+    path.write_text(byte_level_with(["<bos>"]))
+    (tmp_path / "config.json").write_text('{"bos_token_id": 0, "eos_token_id": 0}')
+    assert isinstance(load_tokenizer(tmp_path), BPETokenizer)  # as our own is exported
+    (tmp_path / "config.json").write_text('{"bos_token_id": 0, "eos_token_id": 5}')
+    assert load_tokenizer(tmp_path).end_id == 5
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_tokens_added_to_sentencepiece(newer, tmp_path):
+    plain = sentencepiece(tmp_path)
+    pieces = plain.vocab_size
+    tokens = {"<|im_end|>": pieces, "<|im_start|>": pieces + 1}
+    values = {"eos_token": "<|im_end|>"}
+    if newer:
+        decoder = {str(i): {"content": token} for token, i in tokens.items()}
+        values["added_tokens_decoder"] = decoder | {"2": {"content": "</s>"}}
+    else:
+        (tmp_path / "added_tokens.json").write_text(json.dumps(tokens))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(values))
+    tokenizer = load_tokenizer(tmp_path)
+    (tmp_path / "saved").mkdir()
+    tokenizer.save(tmp_path / "saved")
+    for found in (tokenizer, load_tokenizer(tmp_path / "saved")):
+        assert (found.bos_id, found.end_id, found.vocab_size) == (1, pieces, pieces + 2)
+        ids = found.encode("def <|im_end|> x")
+        assert pieces not in ids
+        assert found.decode(ids) == "def <|im_end|> x"
+        assert found.decode([*ids, pieces + 1, *ids[:1], pieces]).startswith(
+            "def <|im_end|> x<|im_start|>"
+        )
+        assert found.fingerprint == tokenizer.fingerprint != plain.fingerprint
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "added_tokens.json").write_text('{"<a>": "b"}')
+    with pytest.raises(ValueError, match=r"added_tokens.json: the id of '<a>' is 'b', no number"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "ends"),
+    [
+        ({"config.json": {"bos_token_id": 1, "eos_token_id": [2, 7]}}, (2, 7)),
+        (
+            {
+                "tokenizer_config.json": {"bos_token": "<s>", "eos_token": "</s>"},
+                "generation_config.json": {"eos_token_id": [9, 2, 7]},
+            },
+            (2, 9, 7),
+        ),
+        (
+            {
+                "tokenizer_config.json": {"bos_token": "<s>", "eos_token": "</s>"},
+                "config.json": {"eos_token_id": 7},
+            },
+            (2,),
+        ),
+    ],
+)
+def test_every_id_that_ends_a_text_is_kept(files, ends, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(llama_like())
+    for name, values in files.items():
+        (tmp_path / name).write_text(json.dumps(values))
+    (tmp_path / "saved").mkdir()
+    tokenizer = load_tokenizer(tmp_path)
+    tokenizer.save(tmp_path / "saved")
+    saved = load_tokenizer(tmp_path / "saved")
+    assert tokenizer.end_ids == saved.end_ids == ends
+    assert (tokenizer.bos_id, tokenizer.end_id) == (1, ends[0])
+    assert tokenizer.fingerprint == saved.fingerprint
+    assert tokenizer.decode([*tokenizer.encode("def x"), *ends]) == "def x"

@@ -15,8 +15,9 @@ FILE_NAME = "tokenizer.json"
 SENTENCEPIECE_NAME = "tokenizer.model"
 TIKTOKEN_NAME = "cl100k_base.tiktoken"
 CONFIG_NAME = "tokenizer_config.json"  # beside the others; it names the special tokens
+ADDED_NAME = "added_tokens.json"  # beside tokenizer.model: tokens and ids that it does not have
 TOKENIZER_FILES = (FILE_NAME, SENTENCEPIECE_NAME, TIKTOKEN_NAME)
-SAVED_FILES = (*TOKENIZER_FILES, CONFIG_NAME)  # all names that `Tokenizer.save` writes
+SAVED_FILES = (*TOKENIZER_FILES, CONFIG_NAME, ADDED_NAME)  # all names that `Tokenizer.save` writes
 
 
 class Tokenizer(Protocol):
@@ -30,6 +31,7 @@ class Tokenizer(Protocol):
     bos_id: int  # opens every document
     end_id: int  # ends a text that a model generates
     unknown_id: int | None = None  # stands for what has no token; None: everything has one
+    end_ids: tuple[int, ...]  # `end_id`, and others that end a text too
     files: dict[str, bytes]  # what `save` writes, by name
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:

@@ -17,6 +17,7 @@ class ByteTokenizer(Tokenizer):
 
     vocab_size = 257
     bos_id = end_id = 256
+    end_ids = (256,)
     files: ClassVar = {FILE_NAME: json.dumps({"type": "byte"}).encode()}
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -43,6 +44,7 @@ class BPETokenizer(Tokenizer):
         self._bpe.encode_special_tokens = True
         self.vocab_size = self._bpe.get_vocab_size()
         self.bos_id = self.end_id = self._bpe.token_to_id(BOS)
+        self.end_ids = (self.end_id,)
         byte_of = _byte_of_character()
         self._bytes = [
             bytes(byte_of[character] for character in self._bpe.id_to_token(i))

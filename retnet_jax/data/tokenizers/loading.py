@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from retnet_jax.data.tokenizers.base import (
+    ADDED_NAME,
     CONFIG_NAME,
     FILE_NAME,
     SENTENCEPIECE_NAME,
@@ -88,14 +89,23 @@ def _load_json(directory: Path) -> Tokenizer:
     try:
         serialised = contents.decode()
         found = hugging_face().Tokenizer.from_str(serialised)
-        decoder = json.loads(serialised).get("decoder") or {}
-        ours = decoder.get("type") == "ByteLevel" and found.token_to_id(BOS) is not None
-        if ours and not (directory / CONFIG_NAME).exists():
-            return BPETokenizer(serialised)
+        ours = _may_be_ours(json.loads(serialised))
     except Exception as error:  # `tokenizers` raises nothing narrower
         raise ValueError(f"{path} is no tokenizer: {error}") from error
-    special = _special_ids(directory, found.token_to_id, found.id_to_token)
+    special = _special_ids(directory, found.token_to_id, found.id_to_token, required=not ours)
+    bos = found.token_to_id(BOS)
+    if ours and special in (None, (bos, (bos,))) and not (directory / CONFIG_NAME).exists():
+        return BPETokenizer(serialised)
+    if special is None:
+        special = _special_ids(directory, found.token_to_id, found.id_to_token)
     return HuggingFaceTokenizer(serialised, *special)
+
+
+def _may_be_ours(values: dict[str, Any]) -> bool:
+    """Whether `train_bpe` writes such a tokenizer.json: byte-level, with `<bos>` alone added."""
+    decoder = values.get("decoder") or {}
+    added = [token["content"] for token in values.get("added_tokens", ())]
+    return decoder.get("type") == "ByteLevel" and added == [BOS]
 
 
 def _load_vocabulary(directory: Path) -> Tokenizer:
@@ -112,7 +122,7 @@ def _load_vocabulary(directory: Path) -> Tokenizer:
     in_front = bool(_values(directory / CONFIG_NAME).get("add_prefix_space", False))
     bpe.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=in_front)
     bpe.decoder = library.decoders.ByteLevel()
-    added = _values(directory / "added_tokens.json")
+    added = _values(directory / ADDED_NAME)
     bpe.add_special_tokens(sorted(added, key=added.__getitem__))
     special = _special_ids(directory, bpe.token_to_id, bpe.id_to_token)
     return HuggingFaceTokenizer(bpe.to_str(), *special)
@@ -129,15 +139,42 @@ def _load_sentencepiece(directory: Path) -> Tokenizer:
     if not contents:  # which the library takes for no argument
         raise ValueError(f"{path} is empty")
 
+    added = _added_tokens(directory, model.get_piece_size())
+    names = {i: token for token, i in added.items()}
+
     def id_of(piece: str) -> int | None:
-        found = model.piece_to_id(piece)
-        return found if model.id_to_piece(found) == piece else None
+        found = added.get(piece, model.piece_to_id(piece))
+        return found if token_of(found) == piece else None
 
     def token_of(number: int) -> str | None:
-        return model.id_to_piece(number) if 0 <= number < model.get_piece_size() else None
+        known = 0 <= number < model.get_piece_size()
+        return model.id_to_piece(number) if known else names.get(number)
 
     own = {"bos": model.bos_id(), "eos": model.eos_id()}
-    return SentencePieceTokenizer(contents, *_special_ids(directory, id_of, token_of, own))
+    special = _special_ids(directory, id_of, token_of, own)
+    return SentencePieceTokenizer(contents, *special, added)
+
+
+def _added_tokens(directory: Path, pieces: int) -> dict[str, int]:
+    """The tokens behind those of a SentencePiece model, by their text.
+
+    They are in added_tokens.json and, since 2023, in tokenizer_config.json.
+
+    Raises:
+      ValueError: for an id that is no number, or which two of them have.
+    """
+    path = directory / ADDED_NAME
+    found = dict(_values(path))
+    decoder = _values(directory / CONFIG_NAME).get("added_tokens_decoder") or {}
+    for number, token in decoder.items():
+        found.setdefault(token["content"], int(number))
+    for token, number in found.items():
+        if not isinstance(number, int) or number < 0:
+            raise ValueError(f"{path}: the id of {token!r} is {number!r}, no number from 0 on")
+    behind = {token: number for token, number in found.items() if number >= pieces}
+    if len(set(behind.values())) < len(behind):
+        raise ValueError(f"{path}: two tokens have one id, of {behind}")
+    return behind
 
 
 def _special_ids(
@@ -145,12 +182,25 @@ def _special_ids(
     id_of: Callable[[str], int | None],
     token_of: Callable[[int], str | None],
     own: dict[str, int] | None = None,
-) -> tuple[int, int]:
-    """The ids that open and end a text; where only one is known, it does both.
+    required: bool = True,
+) -> tuple[int, tuple[int, ...]] | None:
+    """The id that opens a text and those that end one; where only one is known, it does both.
 
     They are looked for as tokens in tokenizer_config.json and special_tokens_map.json, in the
-    tokenizer itself, and as ids in config.json and generation_config.json; the first counts.
+    tokenizer itself, and as ids in config.json and generation_config.json; the first counts. Where
+    one of these files has several ids that end a text, all of them do.
+
+    None, where nothing is known and it is not `required`.
     """
+
+    def ids(name: str, key: str) -> list[int]:
+        given = _values(directory / name).get(key)
+        numbers = given if isinstance(given, list) else [given]
+        numbers = [x for x in numbers if isinstance(x, int) and not isinstance(x, bool)]
+        for number in numbers:
+            if token_of(number) is None:
+                raise ValueError(f"{directory / name}: {key}={number} is no id of the tokenizer")
+        return numbers
 
     def found(kind: str) -> int | None:
         for name in (CONFIG_NAME, "special_tokens_map.json"):
@@ -160,24 +210,27 @@ def _special_ids(
                 return id_of(token)
         if own is not None and own[kind] >= 0:
             return own[kind]
-        for name in ("config.json", "generation_config.json"):
-            number = _values(directory / name).get(f"{kind}_token_id")
-            number = number[0] if isinstance(number, list) and number else number
-            if isinstance(number, int):
-                if token_of(number) is None:
-                    raise ValueError(
-                        f"{directory / name}: {kind}_token_id={number} is no id of the tokenizer"
-                    )
-                return number
+        for name in _ID_FILES:
+            if numbers := ids(name, f"{kind}_token_id"):
+                return numbers[0]
         return None
 
     bos, end = found("bos"), found("eos")
     if bos is None and end is None:
+        if not required:
+            return None
         raise ValueError(
             f"nothing in {directory} says which token opens or ends a text; write it to "
             f'{directory / CONFIG_NAME}, such as {{"bos_token": "<s>", "eos_token": "</s>"}}'
         )
-    return (end if bos is None else bos), (bos if end is None else end)
+    ends = [bos if end is None else end]
+    for name in (CONFIG_NAME, *_ID_FILES):
+        if isinstance(_values(directory / name).get("eos_token_id"), list):
+            ends += ids(name, "eos_token_id")
+    return (end if bos is None else bos), tuple(dict.fromkeys(ends))
+
+
+_ID_FILES = ("config.json", "generation_config.json")
 
 
 def _values(path: Path) -> dict[str, Any]:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import base64
 import functools
+import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
-from types import ModuleType
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType, ModuleType
 from typing import ClassVar
 
 from retnet_jax.data.tokenizers.base import (
+    ADDED_NAME,
     CONFIG_NAME,
     FILE_NAME,
     SENTENCEPIECE_NAME,
@@ -31,23 +33,25 @@ class HuggingFaceTokenizer(Tokenizer):
     Args:
       serialised: the contents of its tokenizer.json.
       bos_id: opens every document.
-      end_id: ends a generated text.
+      end_ids: end a generated text; the first is the `end_id`.
     """
 
-    def __init__(self, serialised: str, bos_id: int, end_id: int):
+    def __init__(self, serialised: str, bos_id: int, end_ids: Sequence[int]):
         self._tokenizer = hugging_face().Tokenizer.from_str(serialised)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self.bos_id, self.end_ids = bos_id, tuple(end_ids)
+        self.end_id = self.end_ids[0]
+        self._special = {bos_id, *end_ids}
         # A token that the file has not marked as special would be found in texts.
-        self._tokenizer.add_special_tokens(
-            [self._tokenizer.id_to_token(i) for i in (bos_id, end_id)]
-        )
+        token_of = self._tokenizer.id_to_token
+        self._tokenizer.add_special_tokens([token_of(i) for i in (bos_id, *self.end_ids)])
         self._tokenizer.encode_special_tokens = True
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
-        self.bos_id, self.end_id = bos_id, end_id
+        self._byte_of = _byte_tokens(self._tokenizer, serialised)
         self.files = {
             FILE_NAME: serialised.encode(),
-            CONFIG_NAME: _special_tokens(self._tokenizer.id_to_token, bos_id, end_id),
+            CONFIG_NAME: _special_tokens(token_of, bos_id, self.end_ids),
         }
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -55,8 +59,34 @@ class HuggingFaceTokenizer(Tokenizer):
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
-        special = {self.bos_id, self.end_id}
-        return self._tokenizer.decode([i for i in ids if i not in special])
+        ids = [i for i in ids if i not in self._special]
+        if not self._byte_of.keys().isdisjoint(ids):
+            return self._tokenizer.decoder.decode(self._whole_characters(ids))
+        return self._tokenizer.decode(ids)
+
+    def _whole_characters(self, ids: Sequence[int]) -> list[str]:
+        """Tokens without those that `decode` leaves out; torn characters as U+FFFD.
+
+        The library makes U+FFFD of all bytes in a row, whole characters too, where one is torn.
+        """
+        tokens = []
+        for is_bytes, run in itertools.groupby(ids, self._byte_of.__contains__):
+            if not is_bytes:
+                tokens += self._visible(run)
+                continue
+            contents = bytes(self._byte_of[i] for i in run)
+            for character in contents.decode(errors="surrogateescape"):
+                if "\udc80" <= character <= "\udcff":
+                    tokens.append("\ufffd")
+                else:
+                    tokens += (f"<0x{byte:02X}>" for byte in character.encode())
+        return tokens
+
+    def _visible(self, ids: Iterable[int]) -> list[str]:
+        tokens = map(self._tokenizer.id_to_token, ids)
+        added = self._tokenizer.get_added_tokens_decoder()
+        special = {token.content for token in added.values() if token.special}
+        return [token for token in tokens if token is not None and token not in special]
 
     @functools.cached_property
     def unknown_id(self) -> int | None:
@@ -73,30 +103,55 @@ class HuggingFaceTokenizer(Tokenizer):
         return token if number in self.encode(token) else None
 
 
+def _byte_tokens(tokenizer, serialised: str) -> dict[int, int]:
+    """The byte of each token such as <0xE3>, where the decoder makes characters of them."""
+    if "ByteFallback" not in json.dumps(json.loads(serialised).get("decoder")):
+        return {}
+    ids = {tokenizer.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
+    return {i: byte for i, byte in ids.items() if i is not None}
+
+
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model.
+    """A SentencePiece model, and tokens that were added to it.
 
     Args:
       serialised: the contents of its tokenizer.model.
       bos_id: opens every document.
-      end_id: ends a generated text.
+      end_ids: end a generated text; the first is the `end_id`.
+      added: ids of tokens that the model does not have. No text is encoded to one.
     """
 
-    def __init__(self, serialised: bytes, bos_id: int, end_id: int):
+    def __init__(
+        self,
+        serialised: bytes,
+        bos_id: int,
+        end_ids: Sequence[int],
+        added: Mapping[str, int] = MappingProxyType({}),
+    ):
         self._model = sentencepiece().SentencePieceProcessor(model_proto=serialised)
-        self.vocab_size = self._model.get_piece_size()
-        self.bos_id, self.end_id = bos_id, end_id
+        self._added = {i: token for token, i in added.items()}
+        self.vocab_size = max([self._model.get_piece_size() - 1, *self._added]) + 1
+        self.bos_id, self.end_ids = bos_id, tuple(end_ids)
+        self.end_id = self.end_ids[0]
+        self._special = {bos_id, *end_ids}
         self.files = {
             SENTENCEPIECE_NAME: serialised,
-            CONFIG_NAME: _special_tokens(self._model.id_to_piece, bos_id, end_id),
+            CONFIG_NAME: _special_tokens(self._token, bos_id, self.end_ids),
         }
+        if added:
+            self.files[ADDED_NAME] = (json.dumps(dict(added), indent=2) + "\n").encode()
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._model.encode(list(texts), out_type=int)
 
     def decode(self, ids: Iterable[int]) -> str:
-        special = {self.bos_id, self.end_id}
-        return self._model.decode([i for i in ids if i not in special])
+        ids = [i for i in ids if i not in self._special]
+        if self._added.keys().isdisjoint(ids):
+            return self._model.decode(ids)
+        return self._model.decode([self._token(i) for i in ids])
+
+    def _token(self, number: int) -> str:
+        return self._added.get(number) or self._model.id_to_piece(number)
 
     @property
     def unknown_id(self) -> int:
@@ -122,6 +177,7 @@ class Cl100kTokenizer(Tokenizer):
 
     vocab_size = 100_277
     bos_id = end_id = 100_257
+    end_ids = (100_257,)
     _special: ClassVar = {
         "<|endoftext|>": 100_257,
         "<|fim_prefix|>": 100_258,
@@ -175,10 +231,12 @@ class Cl100kTokenizer(Tokenizer):
             return None
 
 
-def _special_tokens(token_of: Callable[[int], str], bos_id: int, end_id: int) -> bytes:
-    """The tokenizer_config.json that names the two tokens."""
-    tokens = {"bos_token": token_of(bos_id), "eos_token": token_of(end_id)}
-    return (json.dumps(tokens, ensure_ascii=False, indent=2) + "\n").encode()
+def _special_tokens(token_of: Callable[[int], str], bos_id: int, end_ids: Sequence[int]) -> bytes:
+    """The tokenizer_config.json that names the special tokens; several ends as ids as well."""
+    values = {"bos_token": token_of(bos_id), "eos_token": token_of(end_ids[0])}
+    if len(end_ids) > 1:
+        values["eos_token_id"] = list(end_ids)
+    return (json.dumps(values, ensure_ascii=False, indent=2) + "\n").encode()
 
 
 def sentencepiece() -> ModuleType:

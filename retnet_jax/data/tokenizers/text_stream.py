@@ -10,8 +10,9 @@ from retnet_jax.data.tokenizers.base import Tokenizer
 class TextStream:
     """The text of tokens that come piece by piece.
 
-    A character that is split over several tokens comes with the last of them. The text of a token
-    can depend on the one before it, so the last few tokens are decoded again.
+    Together the pieces are what `decode(before + new)` has more than `decode(before)`. A character
+    that is split over several tokens comes with the last of them, also where it began in `before`.
+    The text of a token can depend on the one before it, so the last few tokens are decoded again.
 
     Args:
       tokenizer: what the ids are of.
@@ -25,31 +26,59 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()):
         self._tokenizer = tokenizer
-        self._ids = list(before)[-self.context :]
-        # In characters, without a torn one at the end.
-        self._shown = len(tokenizer.decode(self._ids).rstrip("\ufffd"))
+        self._ids, self._given = self._last(before)
 
     def add(self, ids: list[int]) -> str:
         """The text that these further ids complete."""
         self._ids += ids
         text = self._tokenizer.decode(self._ids)
-        known = len(text.rstrip("\ufffd"))
-        new = text[self._shown : known]
-        self._shown = max(self._shown, known)
-        if known == len(text) and len(self._ids) > 4 * self.context:
-            self._ids = self._ids[-self.context :]
-            self._shown = len(self._tokenizer.decode(self._ids))
+        certain = _without_torn_end(text)
+        if self._given.startswith(certain):
+            return ""
+        new = certain[_common(self._given, certain) :]
+        self._given = certain
+        if len(self._ids) > 4 * self.context:
+            held = len(text) - len(certain)
+            self._ids, self._given = self._last(self._ids)
+            self._given = self._given[: len(self._given) - held]
         return new
 
     def copy(self) -> TextStream:
         """An independent stream at the same position."""
         other = TextStream(self._tokenizer)
-        other._ids, other._shown = list(self._ids), self._shown
+        other._ids, other._given = list(self._ids), self._given
         return other
 
     def rest(self) -> str:
         """The text that was held back, for when no more ids come."""
-        return self._tokenizer.decode(self._ids)[self._shown :]
+        text = self._tokenizer.decode(self._ids)
+        return text[_common(self._given, text) :]
+
+    def _last(self, ids: Sequence[int]) -> tuple[list[int], str]:
+        """The last ids and their text, which is not empty unless that of all of them is."""
+        count = self.context
+        while True:
+            last = list(ids)[-count:]
+            text = self._tokenizer.decode(last)
+            if text or len(last) == len(ids):
+                return last, text
+            count *= 2
+
+
+# A character of UTF-8 has at most four bytes; of one that is not complete three can be there.
+_TORN = 3
+
+
+def _without_torn_end(text: str) -> str:
+    """The text without what may be the beginning of a character."""
+    whole = text.rstrip("\ufffd")
+    return text[: max(len(whole), len(text) - _TORN)]
+
+
+def _common(a: str, b: str) -> int:
+    """How many characters two texts begin with alike."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((n for n, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def text_parts(text: str, most: int) -> Iterator[str]:
