@@ -1,13 +1,15 @@
 """Files appear complete or not at all, and one process holds a directory."""
 
+import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from etils import epath
 
-from retnet_jax.files import atomic, lock
+from retnet_jax.files import atomic, lock, paths
 from retnet_jax.files.digests import sha256_of, sha256_of_file
 
 
@@ -64,6 +66,34 @@ def test_a_directory_is_held_by_one_process(tmp_path):
         holder = rf"process {process.pid} on \S+$"
         with pytest.raises(lock.HeldError, match=holder), lock.held(tmp_path):
             pass
+        assert re.match(holder, lock.holder(tmp_path))
         process.kill()
     with lock.held(tmp_path):
         pass
+    assert lock.holder(tmp_path) is None
+
+
+def test_who_waits_for_a_lock_file_that_is_deleted_takes_the_new_one(tmp_path):
+    waiting, held = threading.Event(), threading.Event()
+
+    def second():
+        with lock.held(tmp_path, waiting=lambda _: waiting.set()):
+            held.set()
+            assert lock.holder(tmp_path) is not None
+
+    thread = threading.Thread(target=second)
+    with lock.held(tmp_path):
+        thread.start()
+        assert waiting.wait(60)
+        assert not held.is_set()
+        (tmp_path / lock.FILE_NAME).unlink()
+    thread.join(60)
+    assert held.is_set()
+
+
+def test_paths_as_a_person_types_them(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert paths.expanded("~/runs/x") == "/home/me/runs/x"
+    assert paths.local(Path("~/x")) == Path("/home/me/x")
+    assert paths.expanded("gs://bucket/~") == "gs://bucket/~"
+    assert paths.printable("é\udcff") == "é\\udcff"

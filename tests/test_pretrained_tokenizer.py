@@ -433,3 +433,47 @@ def test_every_id_that_ends_a_text_is_kept(files, ends, tmp_path):
     assert (tokenizer.bos_id, tokenizer.end_id) == (1, ends[0])
     assert tokenizer.fingerprint == saved.fingerprint
     assert tokenizer.decode([*tokenizer.encode("def x"), *ends]) == "def x"
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_one_more_id_than_the_model_has_matters_if_a_text_can_have_it(special, tmp_path):
+    tokenizer = hf.Tokenizer.from_str(llama_like())
+    size = tokenizer.get_vocab_size()
+    (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(["<pad>"])
+    (tmp_path / "model").mkdir()
+    tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
+    (tmp_path / "model" / "config.json").write_text('{"bos_token_id": 1, "eos_token_id": 2}')
+    loaded = load_tokenizer(tmp_path / "model")
+    assert loaded.vocab_size == size + 1
+    assert loaded.surplus(size) == ({} if special else {size: "▁<pad>"})
+    assert loaded.surplus(size - 1).keys() >= {size - 1}
+    for number in range(20):
+        (tmp_path / f"{number}.txt").write_text(f"{number} <pad>")
+    config = DataConfig(
+        source="text",
+        path=str(tmp_path / "*.txt"),
+        tokenizer=str(tmp_path / "model"),
+        store=str(tmp_path / "store"),
+        held_out=0.3,
+    )
+    if special:
+        store = open_or_build(config, vocab_size=size)
+        assert store.train.read(0, store.train.token_count).max() < size
+    else:
+        message = (
+            rf"vocab_size={size} is less than the {size + 1} .* model.: .* 1 .* {size} '▁<pad>'"
+        )
+        with pytest.raises(ConfigError, match=message):
+            open_or_build(config, vocab_size=size)
+        assert not (tmp_path / "store").exists()
+
+
+@KINDS
+def test_tokens_are_shown_and_unknown_ones_have_an_id(make, tmp_path):
+    tokenizer = make(tmp_path)
+    shown = [tokenizer.token(i) for i in range(tokenizer.vocab_size)]
+    assert all(shown[i] for i in (tokenizer.bos_id, tokenizer.end_id))
+    assert sum(token is not None for token in shown) > 256
+    assert tokenizer.surplus(tokenizer.vocab_size) == {}
+    assert tokenizer.unknown_id in (None, 0)
+    assert all(shown[i] is not None for i in tokenizer.encode(TEXTS[1]))

@@ -1,6 +1,7 @@
 """The data tools as programs: a tokenizer, stores in its tokens, and a look at them."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -65,6 +66,45 @@ def test_from_text_to_a_look_at_a_batch(corpora, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
     done = run("inspect_data", check=False)
     assert (done.returncode, "give either --store=DIRECTORY" in done.stderr) == (2, True)
+
+
+def test_a_tokenizer_says_what_it_could_not_read_and_where_it_cannot_write(corpora, tmp_path):
+    config = ["--config=configs/quickstart.py", "--vocab_size=260"]
+    config.append(f"--corpus=jsonl:{corpora}/one.jsonl")
+    said = run("train_tokenizer", *config, f"--output={tmp_path}/new").stdout
+    assert f"skipped 1: 1 invalid JSON; the first: {corpora}/one.jsonl:81: invalid JSON" in said
+    (tmp_path / "file").write_text("mine")
+    done = run("train_tokenizer", *config, f"--output={tmp_path}/file", check=False)
+    assert (done.returncode, f"--output={tmp_path}/file is no directory" in done.stderr) == (
+        2,
+        True,
+    )
+    assert (tmp_path / "file").read_text() == "mine"
+    (corpora / "bad.jsonl").write_text("{broken\n")
+    config[-1] = f"--corpus=jsonl:{corpora}/bad.jsonl"
+    done = run("train_tokenizer", *config, f"--output={tmp_path}/none", check=False)
+    assert "no documents to train a tokenizer on; 1 skipped: 1 invalid JSON" in done.stderr
+
+
+def test_names_that_are_no_utf8_are_shown_escaped(tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for number in range(20):
+        (corpus / os.fsdecode(b"\xff%d.txt" % number)).write_text(f"text {number}")
+    (corpus / os.fsdecode(b"\xffempty.txt")).touch()
+    (tmp_path / "a.jsonl").write_text(
+        "".join(f'{{"text": "t{n}", "id": "\\ud800{n}"}}\n' for n in range(20))
+        + '{"id": "\\ud800"}'
+    )
+    for source, path in (("text", f"{corpus}/*"), ("jsonl", f"{tmp_path}/a.jsonl")):
+        options = ["--config=configs/quickstart.py", "--config.data.tokenizer=byte"]
+        options += [f"--config.data.source={source}", f"--config.data.path={path}"]
+        options += [f"--config.data.store={tmp_path}/{source}", "--config.data.held_out=0.2"]
+        said = run("prepare_data", *options).stdout
+        assert ("empty: 1" if source == "text" else "no field 'text'") in said or "1 empty" in said
+        said += run("inspect_data", f"--store={tmp_path}/{source}", "--documents=9").stdout
+        said.encode()  # as a terminal gets it
+        assert ("--- \\udcff" if source == "text" else "--- a.jsonl:\\ud800") in said
 
 
 @pytest.mark.slow

@@ -108,8 +108,8 @@ def build_or_wait(
                 if _has_only_a_lock(directory):
                     shutil.rmtree(directory)
                 raise
-        elif (directory / "plan.json").exists():  # killed at the very end
-            _tidy(directory)
+        else:
+            _tidy(directory)  # this one has made a lock; another may have been killed at the end
     return open_store(directory)
 
 
@@ -376,7 +376,7 @@ def _tidy(directory: Path) -> None:
     for leftover in directory.glob("shards/.*"):
         shutil.rmtree(leftover, ignore_errors=True)
     (directory / lock.FILE_NAME).unlink(missing_ok=True)
-    (directory / "plan.json").unlink()
+    (directory / "plan.json").unlink(missing_ok=True)
 
 
 def _mark_duplicates(job: _Job, shards: int) -> tuple[dict[str, int], int]:
