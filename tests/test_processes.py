@@ -8,12 +8,15 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import programs
 import pytest
 from test_train import STEPS, config, config_file, latest_step, metrics, uninterrupted
 
+from retnet_jax.errors import ConfigError
+from retnet_jax.parallel import processes, rendezvous
 from retnet_jax.training.loop import train
 
 __all__ = ["config", "config_file", "uninterrupted"]  # fixtures
@@ -31,14 +34,18 @@ def assert_losses_of(workdir, expected):
             assert actual[step][name] == pytest.approx(expected[step][name], rel=1e-5)
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 class Group:
     """Processes of one program that find each other."""
 
-    def __init__(self, program, count, *arguments, each=lambda index: []):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            address = f"localhost:{free.getsockname()[1]}"
-        environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(DEVICES // count)}
+    def __init__(self, program, count, *arguments, each=lambda index: [], devices=None):
+        address = f"localhost:{free_port()}"
+        devices = devices or [DEVICES // count] * count
         self.members = [
             subprocess.Popen(
                 [
@@ -48,7 +55,7 @@ class Group:
                     f"--process_id={index}",
                 ],
                 cwd=ROOT,
-                env=environment,
+                env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices[index])},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -166,3 +173,115 @@ def test_a_coordinator_that_is_not_there_is_named(config_file, tmp_path):
     done = programs.run(*command, *flags[:2])
     assert done.returncode == 2, done.stderr
     assert "belong together" in done.stderr
+
+
+# Its arguments are those of `connect`. Process 1 asks for more memory than there is.
+OUT_OF_MEMORY = """
+import sys
+import jax.numpy as jnp
+from retnet_jax.parallel import processes
+address, count, index = (argument.partition("=")[2] for argument in sys.argv[1:])
+processes.connect(address, int(count), int(index), 60)
+with processes.ending_with_the_others("Advice."):
+    if index == "1":
+        jnp.zeros((1 << 30, 1 << 14)).block_until_ready()
+    processes.gather_texts("x" * 100_000)
+"""
+
+
+def test_an_error_of_one_process_is_its_own(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(OUT_OF_MEMORY)
+    (first, _, gone), (second, _, own) = Group(str(program), 2).ends()
+    assert (first, second) == (1, 1), (gone, own)
+    assert "Traceback" in own
+    assert "process 1 of 2 ends after an error of its own, and the others with it. Advice." in own
+    assert "because another" not in own
+    assert re.search("process 0 of 2 end.* another", gone), gone
+    assert "error of its own" not in gone
+
+
+@pytest.mark.parametrize(
+    ("message", "others"),
+    [
+        ("RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes.", False),
+        ("INTERNAL: NCCL operation failed: Cuda failure 'out of memory'", False),
+        ("INTERNAL: cuBLAS error", False),
+        ("FAILED_PRECONDITION: Gloo all-reduce failed: Connection closed by peer", True),
+        ("INTERNAL: NCCL operation failed: remote process exited or there was a network", True),
+        ("UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats)", True),
+    ],
+)
+def test_messages_of_xla_are_told_apart(message, others):
+    assert processes.is_about_others(message) == others
+
+
+def test_processes_with_different_numbers_of_devices_are_refused(config_file, tmp_path):
+    group = Group(
+        "train.py", 2, f"--config={config_file}", f"--workdir={tmp_path}/run", devices=[4, 2]
+    )
+    for status, _, errors in group.ends():
+        assert status == 2, errors
+        assert "different numbers of devices (process 0 has 4, process 1 has 2)" in errors
+        assert "Traceback" not in errors
+
+
+def meet(*arguments):
+    """What `meet` says, run in a thread."""
+    try:
+        rendezvous.meet(*arguments)
+    except ConfigError as error:
+        return str(error)
+    return "met"
+
+
+def together(calls):
+    with ThreadPoolExecutor(len(calls)) as threads:
+        return list(threads.map(lambda arguments: meet(*arguments), calls))
+
+
+def test_processes_meet_or_say_in_one_line_why_not():
+    port = free_port()
+    address = f"localhost:{port}"
+    for _ in range(2):  # the port is free again
+        assert together([(address, 3, i, 60) for i in (2, 0, 1)]) == ["met"] * 3
+    missing, waiting = together([(address, 3, 0, 1), (address, 3, 2, 1)])
+    assert "waited 1 s, but of --num_processes=3 these did not come: 1; start them" in missing
+    assert f"{address} cannot be reached" in waiting
+    with socket.create_server(("", port)) as other:
+        assert f"another program has port {port} of this" in meet(address, 2, 0, 1)
+        with ThreadPoolExecutor(1) as thread:
+            asked = thread.submit(meet, address, 2, 1, 60)
+            with other.accept()[0] as connection:
+                connection.sendall(b"SSH-2.0\n")
+            assert "something else than process 0 of this run answers there" in asked.result()
+    assert "is not HOST:PORT" in meet("localhost", 2, 0, 1)
+
+
+def test_processes_that_are_counted_otherwise_are_told(tmp_path):
+    address = f"localhost:{free_port()}"
+    with ThreadPoolExecutor(4) as threads:
+        first = threads.submit(meet, address, 3, 0, 60)
+        assert "process 0 has --num_processes=3, this one 2" in meet(address, 2, 1, 60)
+        one, other = (threads.submit(meet, address, 3, 1, 60) for _ in range(2))
+        told = next(iter(as_completed([one, other]))).result()
+        assert "another process has --process_id=1 too" in told
+        assert meet(address, 3, 2, 60) == "met"
+        assert first.result() == "met"
+        assert {one.result(), other.result()} == {"met", told}
+
+
+def test_what_clusters_say_of_themselves(monkeypatch):
+    for name in ("SLURM_NTASKS", "SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JAX_COORDINATOR_ADDRESS"):
+        monkeypatch.setenv(name, "")
+    processes.connect(None, None, None)  # alone
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "two")
+    with pytest.raises(ConfigError, match="OMPI_COMM_WORLD_SIZE=two in the environment is no num"):
+        processes.connect(None, None, None)
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "1")
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    with pytest.raises(ConfigError, match=r"SLURM_NTASKS=4 .* srun did not start it .*--num_proc"):
+        processes.connect(None, None, None)
+    processes.connect(None, 1, None)  # by itself all the same

@@ -276,14 +276,14 @@ def test_the_program_keeps_and_continues_a_state(workdir, tmp_path):
     output, rest = tmp_path / "answers.jsonl", tmp_path / "rest.jsonl"
     run(f"--workdir={workdir}", "--prompt=once", "--max-tokens=9", f"--save-state={state}")
     run(f"--workdir={workdir}", "--max-tokens=21", f"--load-state={state}", f"--output={rest}")
-    other = '{"prompt": "a", "temperature": 0.9, "top_k": 5, "id": "second", "answer": [1]}'
+    other = '{"prompt": "a", "temperature": 0.9, "top_k": 5, "id": "\\ud83d", "answer": [1]}'
     lines.write_text('{"prompt": "once"}\n\n' + other + "\n")
     printed = run(
         f"--workdir={workdir}", f"--requests={lines}", "--max_tokens=30", f"--output={output}"
     )
     once, other = (json.loads(line) for line in output.read_text().splitlines())
     assert (once["prompt"], other["prompt"]) == ("once", "a")
-    assert (other["id"], other["answer"]) == ("second", [1])
+    assert (other["id"], other["answer"]) == ("\ud83d", [1])
     assert printed.startswith(f"--- 1 of 2 ---\nonce{once['text']}\n--- 2 of 2 ---\na")
     assert len(other["log_probabilities"]) == len(other["tokens"]) == 30
     assert json.loads(rest.read_text())["tokens"] == once["tokens"][9:]

@@ -7,12 +7,14 @@ then goes on from the newest checkpoint, on as many processes as there are.
 
 import contextlib
 import os
+import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
+import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -22,7 +24,8 @@ from jax.experimental import multihost_utils
 
 from retnet_jax.config import Config
 from retnet_jax.config_json import flatten
-from retnet_jax.errors import CheckpointError, ConfigError, DamagedCheckpointError
+from retnet_jax.errors import CheckpointError, ConfigError, DamagedCheckpointError, brief
+from retnet_jax.parallel.rendezvous import meet
 from retnet_jax.provenance import code_fingerprint
 
 T = TypeVar("T")
@@ -37,15 +40,17 @@ def connect(
 
     Args:
       coordinator: HOST:PORT of process 0. None: what TPU pods, SLURM and MPI tell of themselves.
-      count: processes.
+      count: processes; 1 without a coordinator: this one alone, whatever SLURM and MPI say.
       index: of this one, from 0.
       seconds: to wait for the others.
 
     Raises:
-      ConfigError: for some of the arguments without the others, and if the coordinator or the
-        others are not there in time.
+      ConfigError: for some of the arguments without the others; if the coordinator or the others
+        are not there in time; if they have different numbers of devices.
     """
     given = (coordinator, count, index)
+    if count == 1 and coordinator is None:
+        return
     if all(x is None for x in given) and not _in_cluster():
         return
     if None in given and any(x is not None for x in given):
@@ -56,8 +61,7 @@ def connect(
     if coordinator is not None:
         if not 0 <= index < count:
             raise ConfigError(f"--process_id={index} is not one of --num_processes={count}")
-        if index > 0:
-            _wait_for(coordinator, seconds)
+        meet(coordinator, count, index, seconds)
     try:
         jax.distributed.initialize(
             coordinator,
@@ -67,40 +71,54 @@ def connect(
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
-        brief = " ".join(str(error).split())[:300]
         raise ConfigError(
             f"the processes of this run, with the coordinator at {coordinator or 'its own place'}, "
-            f"did not come together in {seconds} s: {brief}"
+            f"did not come together in {seconds} s: {brief(error, 300)}"
         ) from error
+    _check_devices()
+
+
+def _check_devices() -> None:
+    """Raises `ConfigError` in all processes if they have different numbers of devices."""
+    counts = Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:
+        each = ", ".join(f"process {index} has {n}" for index, n in sorted(counts.items()))
+        raise ConfigError(
+            f"the processes have different numbers of devices ({each}): give each as many, as with "
+            "CUDA_VISIBLE_DEVICES, or JAX_NUM_CPU_DEVICES on CPUs"
+        )
 
 
 def _in_cluster() -> bool:
-    """Whether the environment says that this is one of several processes."""
-    several = int(os.environ.get("SLURM_NTASKS", 1)) > 1
-    several |= int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
+    """Whether the environment says that this is one of several processes.
+
+    Raises:
+      ConfigError: where SLURM's says so of a job, and nothing has started the job's processes.
+    """
+    slurm = _number("SLURM_NTASKS") > 1
+    if slurm and not os.environ.get("SLURM_STEP_NODELIST"):
+        raise ConfigError(
+            f"SLURM_NTASKS={os.environ['SLURM_NTASKS']} says that this is one of several processes "
+            "of a job, but srun did not start it (SLURM_STEP_NODELIST is not set): start the "
+            "program with srun; or by itself with --num_processes=1"
+        )
+    several = slurm or _number("OMPI_COMM_WORLD_SIZE") > 1
     several |= "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
     return several or any(
-        name in os.environ for name in ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS")
+        os.environ.get(name)
+        for name in ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS")
     )
 
 
-def _wait_for(coordinator: str, seconds: float) -> None:
-    """Returns when something listens at an address."""
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit():
-        raise ConfigError(f"--coordinator_address={coordinator} is not HOST:PORT")
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            with socket.create_connection((host.strip("[]"), int(port)), timeout=5):
-                return
-        except OSError as error:
-            if time.monotonic() > end:
-                raise ConfigError(
-                    f"--coordinator_address={coordinator} cannot be reached ({error}), for "
-                    f"{seconds} s: process 0 has to run there, and its port to be open"
-                ) from error
-        time.sleep(0.5)
+def _number(variable: str) -> int:
+    """A count of processes in the environment; 1 if it is not there or empty."""
+    text = os.environ.get(variable, "").strip() or "1"
+    if not text.isdecimal():
+        raise ConfigError(
+            f"{variable}={text} in the environment is no number of processes: unset it, or start "
+            "by itself with --num_processes=1"
+        )
+    return int(text)
 
 
 def is_first() -> bool:
@@ -248,7 +266,8 @@ def ending_with_the_others(advice: str) -> Iterator[None]:
     """Has one of several processes end with a message when another one did.
 
     An operation that others take part in may then fail, or never end, until JAX or the library that
-    carries it ends this process from within. A small process of its own sees that and says so.
+    carries it ends this process from within. A small process of its own sees that and says so. An
+    error of this process alone, such as a full memory, keeps its traceback.
     """
     if jax.process_count() == 1:
         yield
@@ -266,8 +285,14 @@ def ending_with_the_others(advice: str) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        brief = " ".join(str(error).split())[:300]
-        message = f"{who} ends, because another has ended or cannot be reached ({brief}). {advice}"
+        if is_about_others(str(error)):
+            message = (
+                f"{who} ends, because another has ended or cannot be reached "
+                f"({brief(error, 300)}). {advice}"
+            )
+        else:
+            traceback.print_exc()
+            message = f"{who} ends after an error of its own, and the others with it. {advice}"
         print(message, file=sys.stderr, flush=True)
         watch.communicate(b"said")
         os._exit(1)  # at once: the usual end of a program waits for the other processes
@@ -276,6 +301,18 @@ def ending_with_the_others(advice: str) -> Iterator[None]:
             watch.communicate(b"said")
 
 
+def is_about_others(message: str) -> bool:
+    """Whether XLA's message is of an operation that another process did not take part in."""
+    if re.search("RESOURCE_EXHAUSTED|out of memory|INVALID_ARGUMENT", message, re.IGNORECASE):
+        return False
+    return bool(re.search(_OTHERS, message, re.IGNORECASE))
+
+
+# In the words of gloo, NCCL, TPUs' networks and the coordination service.
+_OTHERS = (
+    "gloo|nccl|connection|by peer|broken pipe|socket|UNAVAILABLE|DEADLINE_EXCEEDED|timed out|"
+    "timeout|heartbeat|coordination|barrier|remote process|preempt|ABORTED|CANCELLED"
+)
 # Its input ends when the process that holds the other end of it does, however that ends.
 _LAST_WORDS = """
 import sys

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from etils import epath
@@ -139,9 +140,19 @@ def generate(args) -> None:
         with output.open("x", encoding="utf-8") as file:
             for request, found in zip(requests, writer.continuations, strict=True):
                 record = {**request.others, "prompt": request.prompt, **dataclasses.asdict(found)}
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                file.write(_as_json(record) + "\n")
     if args.save_state is not None:
         save_reading(Path(args.save_state), writer.reading, model, tokenizer)
+
+
+def _as_json(record: dict[str, Any]) -> str:
+    """A line of UTF-8; half a character, which a request's own field may have, stays an escape."""
+    text = json.dumps(record, ensure_ascii=False)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(record)
+    return text
 
 
 def given_requests(args) -> list[Request]:
