@@ -24,6 +24,7 @@ from retnet_jax.evaluation.compressors import compressed_bits_per_byte
 from retnet_jax.evaluation.perplexity import last_tokens_nll, stateful_nll, window_nll, windows
 from retnet_jax.evaluation.plan import PROTOCOLS
 from retnet_jax.evaluation.statistics import (
+    Difference,
     perplexity_report,
     position_buckets,
     ratio_standard_error,
@@ -386,3 +387,43 @@ def test_command_lines_that_say_too_much_or_too_little(arguments, message):
     assert found.returncode == 2
     assert message in found.stderr
     assert "Traceback" not in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        (
+            [0, 4, VOCABULARY],
+            "document 1 has the token id 23, but the model knows ids from 0 to 22",
+        ),
+        ([0, -1], "document 1 has the token id -1"),
+        ([0.0, 4.0], r"document 1 has .*0.0.* \(float64\); token ids are integers"),
+        ([], "document 1 is empty; BOS"),
+        (7, "document 1 is '7', no list of token ids"),
+    ],
+)
+def test_documents_that_are_no_ids_are_named(model, document, message):
+    documents = [DOCUMENTS[1], document]
+    with pytest.raises(ConfigError, match=message):
+        stateful_nll(model, documents, batch_size=2)
+    with pytest.raises(ConfigError, match=message):
+        window_nll(model, documents, window_length=8, batch_size=2)
+
+
+def test_a_model_with_nan_has_no_perplexity(model):
+    broken = jax.tree.map(lambda x: x, model)
+    broken.embedding = nnx.Param(broken.embedding[...].at[5].set(np.nan))
+    documents = [np.array([0, 1, 2]), np.array([0, 1, 5, 6])]
+    message = (
+        "1 of 2 documents have tokens without a finite probability from this model, the first of "
+        r"them token \d of document 1: 16 of the 368 numbers of its parameter embedding are NaN"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        stateful_nll(broken, documents, batch_size=2)
+
+
+def test_a_difference_without_error_is_infinitely_many_errors_on_its_side():
+    assert Difference(-0.5, 0.0).z == -math.inf
+    assert Difference(0.5, 0.0).z == math.inf
+    assert Difference(0.0, 0.0).z == 0
+    assert Difference(-1.0, 0.5).z == -2

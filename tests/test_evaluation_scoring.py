@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from retnet_jax import ModelConfig, RetNet, Transformer
 from retnet_jax.config import MeshConfig
-from retnet_jax.errors import ConfigError
+from retnet_jax.errors import CheckpointError, ConfigError
 from retnet_jax.evaluation.prefix_trie import LONGEST_NODE, PrefixTrie, Request
 from retnet_jax.evaluation.scoring import score, score_trie
 from retnet_jax.parallel.mesh import make_mesh
@@ -234,3 +234,28 @@ def test_a_continuation_longer_than_what_is_read():
 
 def test_no_requests():
     assert score(MODELS[RetNet], []) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_with_nan_has_no_scores(kind):
+    model = jax.tree.map(lambda x: x, MODELS[kind])
+    model.embedding = nnx.Param(model.embedding[...].at[7].set(jnp.inf))
+    message = "1 of 2 requests, the first of them request 1, .* 16 of the 384 .* embedding"
+    with pytest.raises(CheckpointError, match=message):
+        score(model, [([0, 3], [4, 5]), ([0, 7], [4, 5])])
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (([0, 1.5], [2]), r"the context of request 0 has .*0.0.* \(float64\); token ids are"),
+        (([0, 1], [-2]), "the continuation of request 0 has the token id -2"),
+        (([0, 1], [2**31]), "the continuation of request 0 has the token id 2147483648"),
+        (([0, 24], [2]), "has the token id 24, but the model knows ids from 0 to 23"),
+        ((0, 1), "the context of request 0 is '0', no list of token ids"),
+        ([0, 1, 2], r"request 0 is '\[0, 1, 2\]', no pair of a context and a continuation"),
+    ],
+)
+def test_requests_that_are_no_ids_are_named(request_, message):
+    with pytest.raises(ConfigError, match=message):
+        score(MODELS[RetNet], [request_])

@@ -1,6 +1,7 @@
 """Generation against full forward passes, samplers against their distributions, and the program."""
 
 import functools
+import inspect
 import operator
 import subprocess
 import sys
@@ -16,10 +17,10 @@ from tolerances import assert_close
 from retnet_jax import generate as generated
 from retnet_jax.config import Config, DataConfig, MeshConfig, ModelConfig
 from retnet_jax.data.tokenizers import ByteTokenizer
-from retnet_jax.errors import ConfigError
+from retnet_jax.errors import CheckpointError, ConfigError
 from retnet_jax.generation.decode import Stream, decode, prefill, row_keys
 from retnet_jax.generation.sampling import Sampler, Samplers
-from retnet_jax.model import RetNet, Transformer
+from retnet_jax.model import RetNet, Transformer, for_decoding
 from retnet_jax.parallel.mesh import make_mesh
 from retnet_jax.parallel.sharding import with_shardings
 from retnet_jax.runs.checkpoint import Checkpoints
@@ -222,13 +223,23 @@ BAD_INPUT = [
     ({"max_tokens": 0}, "max_tokens=0 is less than 1"),
     ({"vocab_size": 265}, "vocab_size=265 does not fit a model with 264 ids.*tokenizer"),
     ({"vocab_size": 0}, "vocab_size=0 does not fit"),
+    ({"prompts": [3, 4]}, r"prompts\[0\] is '3', no list of token ids"),
+    ({"prompts": [[3, 4.0]]}, r"prompts\[0\] has .*3.0.* \(float64\); token ids are integers"),
+    ({"prompts": ["text"]}, r"prompts\[0\] is 'text', no list of token ids"),
+    ({"prompts": [[2**40]]}, r"prompts\[0\] has the token id 1099511627776"),
+    ({"max_tokens": 5.0}, "max_tokens=5.0 is not a whole number"),
+    ({"end_id": 264}, "end_id=264 is never generated: ids are from 0 to 263"),
+    ({"end_id": -1}, "end_id=-1 is never generated"),
+    ({"end_id": 260, "vocab_size": 257}, "end_id=260 is never generated: ids are from 0 to 256"),
+    ({"end_id": (3, 300)}, "end_id=300 is never generated"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD_INPUT)
 def test_input_that_does_not_fit_is_refused(arguments, message):
+    unchecked = inspect.unwrap(generated)  # without the annotations that the tests check
     with pytest.raises(ValueError, match=message):
-        generate(build(RetNet), **{"prompts": [[1]], "max_tokens": 5} | arguments)
+        unchecked(build(RetNet), **{"prompts": [[1]], "max_tokens": 5} | arguments)
 
 
 @pytest.fixture
@@ -272,3 +283,57 @@ def test_the_program_names_what_does_not_fit(workdir):
         assert done.returncode == 2
         assert message in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_numbers_of_numpy_are_numbers():
+    prompts = [np.array(prompt, np.uint16) for prompt in PROMPTS]
+    unchecked = inspect.unwrap(generated)
+    found = unchecked(build(RetNet), prompts, np.int64(16), end_id=np.int32(263))
+    assert found == generated(build(RetNet), PROMPTS, 16, end_id=263)
+
+
+def test_any_of_several_ids_ends_a_row():
+    whole = generate(build(RetNet), PROMPTS, 16, WARM, seed=3)
+    ends = (whole[0][9], whole[1][4])
+    found = generate(build(RetNet), PROMPTS, 16, WARM, seed=3, end_id=ends)
+    pieces = list(stream(build(RetNet), PROMPTS, 16, WARM, seed=3, end_id=ends, tokens_at_once=16))
+    for row, tokens in enumerate(whole):
+        length = min([tokens.index(end) for end in ends if end in tokens], default=16)
+        assert found[row] == tokens[:length]
+        rest = pieces[0][row, length:].tolist()
+        assert rest == [*tokens[length : length + 1], *[ends[0]] * (15 - length)]
+
+
+@pytest.mark.parametrize("temperature", [1e-37, 1e-300])
+def test_the_lowest_temperatures_take_the_likeliest(temperature):
+    logits = np.array([[100.0, 99.0, 101.0, 100.99999]], np.float32)
+    draw = jax.jit(lambda samplers, logits: samplers.sample(row_keys(0, 1), logits))
+    samplers = [
+        Sampler(temperature),
+        Sampler(temperature, top_k=3),
+        Sampler(temperature, top_p=0.5),
+    ]
+    for sampler in samplers:
+        assert draw(Samplers.of(sampler, 1), logits).tolist() == [2]
+
+
+def test_progress_that_does_not_fit_is_named():
+    model = for_decoding(build(RetNet))
+    progress = prefill(model, [[3], [4]], 4)
+    with pytest.raises(ConfigError, match=r"progress is of 2 texts .*; there are 3 prompts"):
+        prefill(model, [[3], [4], [5]], 4, progress)
+    late = progress.state._replace(position=np.array([7, 2**31 - 3], np.int32))
+    with pytest.raises(ConfigError, match=r"has 2147483645 tokens, and 5 more would pass position"):
+        prefill(model, [[3], [4]], 4, progress._replace(state=late))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_with_nan_generates_nothing(kind):
+    model = jax.tree.map(lambda x: x, build(kind))
+    model.embedding = nnx.Param(model.embedding[...].at[7, 3].set(jnp.nan))
+    reason = "1 of the 8448 numbers of its parameter embedding are NaN or infinite"
+    for prompts in ([[5, 7, 9]], [[7], [3], [5, 7]]):
+        with pytest.raises(CheckpointError, match=reason):
+            generate(model, prompts, 16)
+        with pytest.raises(CheckpointError, match="the first of them prompt 0, have no finite"):
+            list(stream(model, prompts, 16))

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import inspect
+from fractions import Fraction
 from functools import partial
 
 import jax
@@ -11,9 +13,9 @@ import pytest
 from flax import nnx
 from tolerances import RELATIVE, assert_close
 
-from retnet_jax import ModelConfig, RetNet, Transformer
+from retnet_jax import ModelConfig, RetNet, Transformer, for_decoding
 from retnet_jax.errors import ConfigError
-from retnet_jax.ops.rotation import rotate, rotation
+from retnet_jax.ops.rotation import FLOAT_POSITIONS, rotate, rotation
 
 MODELS = {"retnet": RetNet, "transformer": Transformer}
 SMALL = ModelConfig(vocab_size=61, d_model=32, n_layers=2, n_heads=2, chunk_size=4)
@@ -220,3 +222,93 @@ def test_classes_set_their_mixer_and_check_the_config():
     assert SMALL.mixer == "retention"
     with pytest.raises(ConfigError, match="n_heads=3"):
         RetNet(dataclasses.replace(SMALL, n_heads=3), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("convention", ["rope", "torchscale"])
+def test_angles_are_exact_at_any_position(convention):
+    """Against exact fractions; below `FLOAT_POSITIONS` within the bound that is documented."""
+    places = [0, 1, 300, FLOAT_POSITIONS - 1, FLOAT_POSITIONS, 10**6, 2**24 + 1, 10**9, 2**31 - 1]
+    turn = jax.jit(lambda x: rotation(x, 32, convention))(np.array([places], np.int32))
+    exponents = np.arange(16) / 16 if convention == "rope" else np.linspace(0, 1, 16)
+    whole = Fraction("6.283185307179586476925286766559")
+    for place, cos, sin in zip(places, *(np.asarray(x)[0] for x in turn), strict=True):
+        angle = [float(Fraction(float(f)) * place % whole) for f in 10_000.0**-exponents]
+        if convention == "rope":
+            cos, sin = cos[:16], sin[16:]
+        else:
+            cos, sin = cos[::2], sin[1::2]
+        error = np.abs([cos - np.cos(angle), sin - np.sin(angle)]).max()
+        assert error < (1.2e-7 * place + 1e-7 if place < FLOAT_POSITIONS else 3e-7)
+
+
+def test_a_text_is_rotated_alike_wherever_it_is_cut():
+    """An angle does not depend on whether it is known that all positions are small."""
+    places = np.arange(FLOAT_POSITIONS - 40, FLOAT_POSITIONS, dtype=np.int32)[None]
+    known = jax.jit(lambda x: rotation(x, 32, "rope", longest=FLOAT_POSITIONS))(places)
+    unknown = jax.jit(lambda x: rotation(x, 32, "rope"))(places)
+    assert_close(known, unknown)
+
+
+def test_products_depend_on_the_distance_at_the_last_positions():
+    q, k = jnp.asarray(np.random.default_rng(0).normal(size=(2, 1, 4, 1, 32)), jnp.float32)
+
+    @jax.jit
+    def product(start):
+        turn = rotation(start + jnp.arange(4, dtype=jnp.int32)[None], 32, "rope")
+        return (rotate(q, turn, "rope")[:, 1:] * rotate(k, turn, "rope")[:, :-1]).sum(-1)
+
+    assert_close(product(np.int32(2**31 - 5)), product(np.int32(0)))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("option", "value", "usual"),
+    [
+        ("jax_numpy_rank_promotion", "raise", "allow"),
+        ("jax_numpy_dtype_promotion", "strict", "standard"),
+    ],
+)
+def test_jaxs_strictest_settings_are_kept(name, option, value, usual):
+    changes = {"norm": "rms", "head_norm_scale": True, "mixer_bias": True, "ffn_bias": True}
+    models = [make(name), make(name, ffn_norm="layer", ffn="swiglu", **changes)]
+    if name == "retnet":  # jax's own attention does not keep them in bfloat16
+        models.append(make(name, dtype="bfloat16"))
+
+    def loss(model, ids, segment_ids):
+        logits, state = model(ids, None, segment_ids)
+        return logits.mean() + model(ids[:, :1], state, form="recurrent")[0].mean()
+
+    jax.config.update(option, value)
+    try:
+        for model in models:
+            ids = jnp.asarray(tokens(2, 9))
+            jax.eval_shape(jax.grad(loss), model, ids, jnp.ones_like(ids))
+    finally:
+        jax.config.update(option, usual)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_states_that_do_not_fit_are_named(name):
+    model = make(name)
+    ids = jnp.asarray(tokens(2, 3))
+    call = inspect.unwrap(type(model).hidden)  # without the annotations that the tests check
+    other = {"retnet": "transformer", "transformer": "retnet"}[name]
+    with pytest.raises(ValueError, match=r"state has 3 rows for a batch of 2; `state.take`"):
+        call(model, ids, jax.eval_shape(lambda: model.init_state(3, 8)))
+    with pytest.raises(ValueError, match=r"state is a .*; this model's is a"):
+        call(model, ids, jax.eval_shape(lambda: make(other).init_state(2, 8)))
+    decoding = jax.eval_shape(lambda: for_decoding(make(name)).init_state(2, 8))
+    with pytest.raises(ValueError, match="state is of a model laid out for decoding"):
+        call(model, ids, decoding)
+    with pytest.raises(ValueError, match=r"tokens are float32\[2, 3\]; token ids of rows, int32"):
+        call(model, ids.astype(jnp.float32))
+    with pytest.raises(ValueError, match=r"tokens are int32\[3\]"):
+        call(model, ids[0])
+    with pytest.raises(ValueError, match=r"segment_ids \(2, 2\) do not fit tokens \(2, 3\)"):
+        call(model, ids, None, ids[:, :2])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_mixer_says_what_it_runs_in(name):
+    said = MODELS[name].mixer_type.implementation(SMALL, (2, 256))
+    assert said.endswith("there is no kernel for 'cpu'")

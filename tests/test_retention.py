@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tolerances import assert_close, relative_difference
 
 from retnet_jax.ops.retention import (
+    explain_choice,
     log_decay,
     number_documents,
     positions,
@@ -356,6 +357,8 @@ def test_decay_rules_are_the_papers():
         ({"state": jnp.zeros((2, 3, 6, 4))}, r"state \(2, 3, 6, 4\) does not fit"),
         ({"segment_ids": jnp.ones((2, 20), int)}, r"segment_ids \(2, 20\) does not fit"),
         ({"state": jnp.zeros((2, 3, 4, 6), jnp.bfloat16)}, "state is bfloat16"),
+        ({"q": jnp.ones((2, 21, 3, 4), int)}, "q is int32; float32 or bfloat16 is needed"),
+        ({"v": jnp.ones((2, 21, 3, 6), int)}, "v is int32; float32 or bfloat16 is needed"),
     ],
 )
 def test_bad_arguments_are_named(changes, message):
@@ -363,3 +366,77 @@ def test_bad_arguments_are_named(changes, message):
     unchecked = inspect.unwrap(retention)  # without the annotations that the tests check
     with pytest.raises(ValueError, match=message):
         unchecked(**({"q": q, "k": k, "v": v, "log_decay": decay} | changes))
+
+
+@pytest.mark.parametrize(
+    ("rule", "heads", "decay_range"),
+    [("powers_of_two", 1024, (0.5, 0.5)), ("log_spaced", 4, (1e-2, 1e-40))],
+)
+def test_the_slowest_decays_are_none_to_rounding(rule, heads, decay_range):
+    decay = log_decay(rule, heads, decay_range)
+    places = np.array([[0, 1, 9, 2**31 - 2]])
+    found = np.asarray(row_normalizer(decay, jnp.asarray(places, jnp.int32)))
+    assert np.isfinite(found).all()
+    assert_close(found[0, :3, -1], (places[0, :3] + 1.0) ** -0.5)
+    q = jnp.ones((1, 9, heads, 2))
+    y, state = compiled(q, q, q, decay)
+    assert_close(np.asarray(y)[0, :, -1, 0], 2 * np.arange(1, 10))
+    assert_close(np.asarray(state)[0, -1], np.full((2, 2), 9))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("segments", [None, SEGMENTS["padding inside"]])
+def test_without_memory_a_token_sees_itself_alone(form, segments):
+    """Log gamma of -inf: gamma^0 is 1, all else 0; gradients are those of that function."""
+    (q, k, v), decay, state = inputs()
+    decay = jnp.full_like(decay, -jnp.inf)
+
+    def total(q, k, v, decay, state):
+        y, after = compiled(q, k, v, decay, state, segments, form=form)
+        return (y * v).sum() + after.sum(), (y, after)
+
+    gradients, (y, after) = jax.jit(jax.grad(total, range(5), has_aux=True))(q, k, v, decay, state)
+    ids = np.ones((2, 21), int) if segments is None else segments
+    real = ids[:, :, None, None] != 0
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    weight = real * (q * k).sum(-1, keepdims=True)
+    last = np.array([row.nonzero()[0][-1] for row in ids])
+    k_last, v_last = k[[0, 1], last], v[[0, 1], last]
+    assert_close(y, weight * v)
+    assert_close(after, k_last[..., None] * v_last[..., None, :])
+    square = real * (v * v).sum(-1, keepdims=True)
+    d_k, d_v = square * q, 2 * weight * v
+    for row in range(2):
+        d_k[row, last[row]] += v[row, last[row]].sum(-1, keepdims=True)
+        d_v[row, last[row]] += k[row, last[row]].sum(-1, keepdims=True)
+    assert_close(gradients[:3], (square * k, d_k, d_v))
+    assert not np.asarray(gradients[3]).any()
+    assert not np.asarray(gradients[4]).any()
+
+
+def test_forward_mode_is_for_the_parallel_form():
+    (q, k, v), decay, _ = inputs()
+
+    def along(form):
+        return jax.jvp(lambda q: compiled(q, k, v, decay, form=form)[0], (q,), (q,))
+
+    y, tangent = along("parallel")
+    assert_close(tangent, y)  # linear in q
+    for form in ("chunkwise", "recurrent"):
+        with pytest.raises(TypeError, match="forward-mode"):
+            along(form)
+
+
+def test_what_runs_is_said_with_the_reason(monkeypatch):
+    def said(dtype, t=256, width=64):
+        q = jax.ShapeDtypeStruct((2, t, 2, width), dtype)
+        return explain_choice(q, q, q)
+
+    assert said(jnp.bfloat16) == "retention runs in XLA: there is no kernel for 'cpu'"
+    for module in ("api", "pallas_tpu"):
+        monkeypatch.setattr(f"retnet_jax.ops.retention.{module}.backend", lambda: "tpu")
+    assert said(jnp.float32).endswith("pallas_tpu is chosen for bfloat16, not for float32")
+    assert said(jnp.bfloat16, t=64).endswith("is chosen for rows of 128 tokens or more")
+    assert said(jnp.bfloat16) == "retention runs in the kernel pallas_tpu"
+    reason = r"retention runs in XLA: the kernel pallas_tpu cannot run: 1 heads of 4096/4096, "
+    assert said(jnp.bfloat16, width=4096).startswith(reason)

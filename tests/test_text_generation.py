@@ -104,7 +104,7 @@ def shown(text, stop, size=1):
     """What a row gives for each token of a text, by bytes, and in all."""
     row, ids = _Row(TextStream(BYTES, before=[256]), stop), list(text.encode())
     blocks = [ids[i : i + size] for i in range(0, len(ids), size)]
-    parts = [row.add(block, [0.0] * len(block), BYTES.end_id) for block in blocks]
+    parts = [row.add(block, [0.0] * len(block), BYTES.end_ids) for block in blocks]
     return [*parts, row.rest()], row.continuation
 
 
@@ -132,7 +132,7 @@ def test_text_before_a_stop_string(text, stop, expected, size):
 
 def test_the_end_of_a_text_is_no_text():
     row = _Row(TextStream(BYTES, before=[256]), ["\n\n"])
-    assert row.add([97, 10, 256, 98], [0.0] * 4, 256) + row.rest() == "a\n"
+    assert row.add([97, 10, 256, 98], [0.0] * 4, (256,)) + row.rest() == "a\n"
     assert row.continuation.ended_by == "end"
     assert row.continuation.tokens == [97, 10]
 

@@ -19,8 +19,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from retnet_jax.errors import ConfigError
+from retnet_jax.errors import CheckpointError, ConfigError
 from retnet_jax.model import LanguageModel, State
+from retnet_jax.model.parameters import why_not_finite
+from retnet_jax.model.token_ids import checked_ids
 from retnet_jax.ops.cross_entropy import token_cross_entropy
 from retnet_jax.parallel.sharding import constrain
 from retnet_jax.shapes import Array, Float, Int, power_of_two
@@ -51,7 +53,12 @@ def stateful_nll(
 
     Returns:
       float32 [n] of each.
+
+    Raises:
+      ConfigError: for a document that is empty, or has ids that the model does not know.
+      CheckpointError: for a model whose probabilities are not finite.
     """
+    _check_documents(model, documents)
     lengths = [len(document) - 1 for document in documents]
     nll = [np.zeros(0, np.float32)] * len(documents)
     some = [number for number, length in enumerate(lengths) if length]
@@ -67,7 +74,21 @@ def stateful_nll(
         found = _group_nll(model, [documents[i] for i in group], rows, piece_length, progress)
         for i, losses in zip(group, found, strict=True):
             nll[i] = losses
+    wrong = [number for number in some if not np.isfinite(nll[number]).all()]
+    if wrong:
+        first = np.flatnonzero(~np.isfinite(nll[wrong[0]]))[0]
+        raise CheckpointError(
+            f"{len(wrong)} of {len(documents)} documents have tokens without a finite probability "
+            f"from this model, the first of them token {first + 1} of document {wrong[0]}: "
+            f"{why_not_finite(model)}"
+        )
     return nll
+
+
+def _check_documents(model: LanguageModel, documents: Sequence[np.ndarray]) -> None:
+    for number, document in enumerate(documents):
+        if not len(checked_ids(document, model.config.vocab_size, f"document {number}")):
+            raise ConfigError(f"document {number} is empty; BOS, the first token, is needed")
 
 
 def window_nll(
@@ -94,8 +115,10 @@ def window_nll(
       float32 [n] of each.
 
     Raises:
-      ConfigError: for a stride that is not in 1 ... `window_length`.
+      ConfigError: for a stride that is not in 1 ... `window_length`; and as `stateful_nll`.
+      CheckpointError: as `stateful_nll`.
     """
+    _check_documents(model, documents)
     parts, owners = [], []
     for owner, document in enumerate(documents):
         for window in windows(len(document) - 1, window_length, stride):
@@ -155,6 +178,7 @@ def last_tokens_nll(
       ConfigError: if no document is as long as the longest context, or a context is shorter than
         `scored`.
     """
+    _check_documents(model, documents)
     check_contexts(documents, context_lengths, scored)
     longest = max(context_lengths)
     long = [document[: longest + 1] for document in documents if len(document) > longest]

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from retnet_jax.errors import ConfigError
+from retnet_jax.model.token_ids import checked_ids
 
 # Most tokens of a node; a longer stretch of a trie is a chain of nodes.
 LONGEST_NODE = 512
@@ -125,7 +126,7 @@ def _row(
     number: int, context: Sequence[int], continuation: Sequence[int], max_length: int | None
 ) -> _Row:
     for name, tokens in (("context", context), ("continuation", continuation)):
-        if not len(tokens):
+        if not len(checked_ids(tokens, None, f"the {name} of request {number}")):
             raise ConfigError(f"request {number} has an empty {name}: at least a token is needed")
     if max_length is not None and len(continuation) > max_length:
         raise ConfigError(

@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from retnet_jax.errors import ConfigError
+from retnet_jax.errors import CheckpointError, ConfigError
 from retnet_jax.evaluation.prefix_trie import LONGEST_NODE, Node, PrefixTrie, Request
 from retnet_jax.model import LanguageModel, State
+from retnet_jax.model.parameters import why_not_finite
 from retnet_jax.ops.cross_entropy import logits_at_once
 from retnet_jax.parallel.sharding import constrain
 from retnet_jax.shapes import Array, Bool, Float, Int, power_of_two
@@ -64,7 +65,14 @@ def score(
 
     Raises:
       ConfigError: as `PrefixTrie`, and for an id that the model does not know.
+      CheckpointError: for a model whose probabilities are not finite.
     """
+    for number, request in enumerate(requests):
+        if not isinstance(request, Sequence) or len(request) != 2:
+            raise ConfigError(
+                f"request {number} is {str(request)[:40]!r}, no pair of a context and a "
+                "continuation such as ([256, 72], [101])"
+            )
     trie = PrefixTrie([Request(*request) for request in requests], max_length)
     return score_trie(model, trie, batch_size=batch_size, progress=progress)
 
@@ -102,6 +110,12 @@ def score_trie(
         waiting = batch, answers
     if waiting is not None:
         collect(*waiting)
+    wrong = np.flatnonzero(~np.isfinite(log_likelihood))
+    if len(wrong):
+        raise CheckpointError(
+            f"{len(wrong)} of {trie.requests} requests, the first of them request {wrong[0]}, "
+            f"have no finite log-likelihood from this model: {why_not_finite(model)}"
+        )
     return [
         Score(float(x), bool(greedy)) for x, greedy in zip(log_likelihood, is_greedy, strict=True)
     ]

@@ -140,7 +140,9 @@ class Difference:
         """The mean in standard errors; 0 where the two never differ."""
         if self.mean == 0:
             return 0.0
-        return self.mean / self.standard_error if self.standard_error else math.inf
+        if self.standard_error == 0:
+            return math.copysign(math.inf, self.mean)
+        return self.mean / self.standard_error
 
 
 def paired_difference(one: np.ndarray, other: np.ndarray) -> Difference:

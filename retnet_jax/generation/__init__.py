@@ -1,6 +1,7 @@
 """From prompts to text.
 
 decode.py       token ids: `generate`, all at once, and `Stream`, as they come
+checks.py       prompts, lengths and ends that do not fit; probabilities that are not finite
 sampling.py     how a token is chosen
 texts.py        `Writer`: texts and stop strings
 requests.py     prompts with samplers of their own, from files

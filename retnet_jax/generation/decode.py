@@ -16,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from retnet_jax.errors import ConfigError
+from retnet_jax.generation.checks import check_ends, check_finite, check_lengths, check_prompts
 from retnet_jax.generation.sampling import GREEDY, Sampler, Samplers
 from retnet_jax.model import LanguageModel, State, for_decoding
+from retnet_jax.model.lm import check_state
 from retnet_jax.shapes import Array, Bool, Float, Int, power_of_two
 
 # Tokens of a prompt that are read at once. Longer prompts are read in pieces, so that memory does
@@ -60,7 +62,7 @@ def generate(
     max_tokens: int,
     sampler: Sampler | Sequence[Sampler] = GREEDY,
     seed: int = 0,
-    end_id: int | None = None,
+    end_id: int | Sequence[int] | None = None,
     vocab_size: int | None = None,
 ) -> list[Generated]:
     """Continues prompts of any lengths, all at once.
@@ -75,7 +77,8 @@ def generate(
       sampler: how a token is chosen, one for all or one for each prompt; the default takes the
         likeliest.
       seed: of the random choices.
-      end_id: the token that ends a row, such as the BOS of a next document; None: none does.
+      end_id: the token that ends a row, such as the BOS of a next document, or several of which
+        each does; None: none does.
       vocab_size: ids from here on are never generated: those of a model whose vocabulary is larger
         than its tokenizer's. None: all ids may be.
 
@@ -83,10 +86,13 @@ def generate(
       The new tokens of each prompt, without `end_id`, and their log-probabilities.
 
     Raises:
-      ValueError: if there is no prompt, one is empty, or one has an id the model does not know.
-      ConfigError: for `max_tokens` or `vocab_size` out of range, or not a sampler for each prompt.
+      ConfigError: if there is no prompt, one is empty, or one has an id the model does not know;
+        for `max_tokens`, `end_id` or `vocab_size` out of range, or not a sampler for each prompt.
+      CheckpointError: for a model whose probabilities are not finite.
     """
-    _check_lengths(model, max_tokens, vocab_size)
+    max_tokens = check_lengths(model, max_tokens, vocab_size)
+    ends = check_ends(model, end_id, vocab_size)
+    prompts = check_prompts(prompts, model.config.vocab_size)
     samplers = Samplers.of(sampler, len(prompts))
     model = for_decoding(model)
     # Lengths are compiled as powers of two, so that they are few; what is too much is not computed.
@@ -94,10 +100,14 @@ def generate(
     progress = prefill(model, prompts, room)
     keys = row_keys(seed, len(prompts))
     new, _ = complete(
-        model, progress, keys, jnp.int32(max_tokens), room, samplers, end_id, vocab_size
+        model, progress, keys, jnp.int32(max_tokens), room, samplers, ends, vocab_size
     )
     tokens, log_p = (np.asarray(x)[:, :max_tokens].tolist() for x in new)
-    lengths = [row.index(end_id) if end_id in row else len(row) for row in tokens]
+    lengths = [
+        next((place for place, token in enumerate(row) if token in ends), len(row))
+        for row in tokens
+    ]
+    check_finite(model, [each[: n + 1] for each, n in zip(log_p, lengths, strict=True)])
     rows = zip(tokens, log_p, lengths, strict=True)
     return [Generated(ids[:length], each[:length]) for ids, each, length in rows]
 
@@ -137,13 +147,16 @@ class Stream:
         max_tokens: int,
         sampler: Sampler | Sequence[Sampler] = GREEDY,
         seed: int = 0,
-        end_id: int | None = None,
+        end_id: int | Sequence[int] | None = None,
         vocab_size: int | None = None,
         tokens_at_once: int = 16,
         progress: Progress | None = None,
     ):
-        _check_lengths(model, max_tokens, vocab_size, least=0)
+        max_tokens = check_lengths(model, max_tokens, vocab_size, least=0)
+        if tokens_at_once < 1:
+            raise ConfigError(f"tokens_at_once={tokens_at_once} is less than 1")
         self._samplers = Samplers.of(sampler, len(prompts))
+        self._ends = check_ends(model, end_id, vocab_size)
         self._model = for_decoding(model)
         # All pieces are of one length, so that one loop is compiled; what is too much is cut off.
         self._starts = range(0, max_tokens, tokens_at_once)
@@ -156,16 +169,20 @@ class Stream:
             keys=row_keys(seed, len(prompts)),
             length=tokens_at_once,
             samplers=self._samplers,
-            end_id=end_id,
+            end_id=self._ends,
             vocab_size=vocab_size,
         )
 
     def __iter__(self) -> Iterator[NewTokens]:
         for start in self._starts:
-            if np.asarray(self.progress.ended).all():
+            ended = np.asarray(self.progress.ended)
+            if ended.all():
                 return
             new, self.progress = self._decode(self.progress)
-            yield NewTokens(*(np.asarray(x)[:, : self._max_tokens - start] for x in new))
+            new = NewTokens(*(np.asarray(x)[:, : self._max_tokens - start] for x in new))
+            log_p = [[] if over else row for over, row in zip(ended, new[1], strict=True)]
+            check_finite(self._model, log_p)
+            yield new
 
     def stop(self, rows: Sequence[bool]) -> None:
         """Ends rows: what they would still generate is not needed."""
@@ -179,7 +196,7 @@ def row_keys(seed: int, batch_size: int) -> Array:
 
 def prefill(
     model: LanguageModel,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int] | np.ndarray],
     room: int,
     progress: Progress | None = None,
 ) -> Progress:
@@ -193,9 +210,10 @@ def prefill(
         then be empty. None: they begin texts.
 
     Raises:
-      ValueError: if there is no prompt, one is empty, or one has an id the model does not know.
+      ConfigError: if there is no prompt, one is empty, or one has an id the model does not know;
+        for progress of another model or of other texts than there are prompts.
     """
-    _check_prompts(prompts, model.config.vocab_size, may_be_empty=progress is not None)
+    prompts = check_prompts(prompts, model.config.vocab_size, may_be_empty=progress is not None)
     longest = max(map(len, prompts))
     piece = min(LONGEST_PIECE, max(SHORTEST_PIECE, power_of_two(longest)))
     length = -(-longest // piece) * piece
@@ -204,6 +222,8 @@ def prefill(
     for row, prompt in enumerate(prompts):
         tokens[row, length - len(prompt) :] = prompt
         segment_ids[row, length - len(prompt) :] = 1
+    if progress is not None:
+        _check_progress(model, progress, len(prompts), longest + room)
     progress = _room_for(model, progress, len(prompts), length + room)
     for start in range(0, length, piece):
         here = np.s_[:, start : start + piece]
@@ -237,7 +257,7 @@ def decode(
     keys: Array,
     length: int,
     samplers: Samplers | None = None,
-    end_id: int | None = None,
+    end_id: int | tuple[int, ...] | None = None,
     vocab_size: int | None = None,
 ) -> tuple[NewTokens, Progress]:
     """The next `length` tokens of each row, in recurrent form, in one compiled loop.
@@ -249,7 +269,7 @@ def decode(
         drawn does not depend on how the tokens are divided into calls.
       length: tokens to generate.
       samplers: of the rows; None: the likeliest token in all.
-      end_id: a row that has generated it is filled with it.
+      end_id: a row that has generated it, or one of them, is filled with it, or the first.
       vocab_size: ids from here on are never generated.
 
     Returns:
@@ -272,7 +292,7 @@ def complete(
     max_tokens: Int[Array, ""],
     room: int,
     samplers: Samplers | None = None,
-    end_id: int | None = None,
+    end_id: int | tuple[int, ...] | None = None,
     vocab_size: int | None = None,
 ) -> tuple[NewTokens, Progress]:
     """All that `decode` gives until each row has ended or has `max_tokens`, in one compiled loop.
@@ -284,7 +304,7 @@ def complete(
       max_tokens: at most `room`.
       room: places for the tokens of a row; those that are not needed hold `end_id`, or 0.
       samplers: as in `decode`.
-      end_id: a row that has generated it is filled with it.
+      end_id: a row that has generated it, or one of them, is filled with it, or the first.
       vocab_size: ids from here on are never generated.
 
     Returns:
@@ -303,7 +323,7 @@ def complete(
 
     shape = (room, len(keys))
     log_p = jnp.zeros(shape, progress.logits.dtype)
-    rows = NewTokens(jnp.full(shape, end_id or 0, jnp.int32), log_p)
+    rows = NewTokens(jnp.full(shape, (*_tuple(end_id), 0)[0], jnp.int32), log_p)
     _, progress, rows = jax.lax.while_loop(goes_on, next_token, (jnp.int32(0), progress, rows))
     return jax.tree.map(jnp.transpose, rows), progress
 
@@ -319,9 +339,11 @@ def _next_token(model, keys, samplers, end_id, vocab_size, progress) -> tuple[Pr
     tokens = tokens.astype(jnp.int32)
     log_p = jnp.take_along_axis(allowed, tokens[:, None], axis=1)[:, 0]
     log_p -= jax.nn.logsumexp(allowed, axis=1)
-    if end_id is not None:
-        tokens = jnp.where(ended, end_id, tokens)
-        ended |= tokens == end_id
+    ends = _tuple(end_id)
+    if ends:
+        tokens = jnp.where(ended, ends[0], tokens)
+    for end in ends:
+        ended |= tokens == end
     logits, state = model(tokens[:, None], state, form="recurrent")
     return Progress(logits[:, 0], state, ended), NewTokens(tokens, log_p)
 
@@ -336,32 +358,28 @@ def _read(model, progress, tokens, segment_ids) -> Progress:
     return Progress(logits, state, progress.ended & ~read)
 
 
-def _check_lengths(
-    model: LanguageModel, max_tokens: int, vocab_size: int | None, least: int = 1
-) -> None:
-    if max_tokens < least:
-        raise ConfigError(f"max_tokens={max_tokens} is less than {least}")
-    if vocab_size is not None and not 1 <= vocab_size <= model.config.vocab_size:
+def _tuple(end_id: int | tuple[int, ...] | None) -> tuple[int, ...]:
+    if end_id is None:
+        return ()
+    return end_id if isinstance(end_id, tuple) else (end_id,)
+
+
+# Of a token in its document; rotations and normalisers are computed of it in int32.
+_LAST_POSITION = 2**31 - 1
+
+
+def _check_progress(model: LanguageModel, progress: Progress, rows: int, tokens: int) -> None:
+    """That this model can read so many tokens on from here, for each of the rows."""
+    there = progress.logits.shape
+    if there != (rows, model.config.vocab_size):
         raise ConfigError(
-            f"vocab_size={vocab_size} does not fit a model with {model.config.vocab_size} ids; "
-            "is the tokenizer another model's?"
+            f"progress is of {there[0]} texts and {there[1]} ids; there are {rows} prompts, and "
+            f"the model knows {model.config.vocab_size} ids: `Progress.take` gives a row for each"
         )
-
-
-def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, may_be_empty: bool) -> None:
-    if not len(prompts):
-        raise ValueError("there are no prompts; at least one is needed")
-    for number, prompt in enumerate(prompts):
-        if not len(prompt):
-            if may_be_empty:
-                continue
-            raise ValueError(
-                f"prompts[{number}] is empty; a prompt needs a token to begin with, "
-                "such as the tokenizer's bos_id"
-            )
-        for token in (min(prompt), max(prompt)):
-            if not 0 <= token < vocab_size:
-                raise ValueError(
-                    f"prompts[{number}] has the token id {token}, but the model knows ids from 0 "
-                    f"to {vocab_size - 1}; is the tokenizer another model's?"
-                )
+    check_state(model, progress.state, rows)
+    position = int(np.asarray(progress.state.position).max(initial=0))
+    if position + tokens > _LAST_POSITION:
+        raise ConfigError(
+            f"the text has {position} tokens, and {tokens} more would pass position "
+            f"{_LAST_POSITION}, the last that there is; begin a new text"
+        )

@@ -92,7 +92,7 @@ class Samplers:
             drawing = [sampler for sampler in each if sampler.temperature > 0]
             candidates = max(sampler.top_k or all_tokens for sampler in drawing)
         return Samplers(
-            temperature=jnp.array([sampler.temperature for sampler in each], jnp.float32),
+            temperature=jnp.array([_divisor(sampler.temperature) for sampler in each], jnp.float32),
             top_k=jnp.array([min(x.top_k or all_tokens, all_tokens) for x in each], jnp.int32),
             top_p=jnp.array([1.0 if x.top_p is None else x.top_p for x in each], jnp.float32),
             candidates=candidates,
@@ -128,3 +128,11 @@ class Samplers:
             noisy = jnp.where(kept, logits, -jnp.inf) + jnp.take_along_axis(noise, tokens, axis=1)
             drawn = jnp.take_along_axis(tokens, noisy.argmax(-1)[:, None], axis=1)[:, 0]
         return jnp.where(greedy, likeliest, drawn)
+
+
+def _divisor(temperature: float) -> float:
+    """The temperature that logits are divided by in float32, without overflow.
+
+    From 1e-30 down the two closest of different logits are further apart than any noise.
+    """
+    return max(temperature, 1e-30) if temperature else 0.0

@@ -20,6 +20,7 @@ from retnet_jax.files import atomic
 from retnet_jax.generation.decode import Progress
 from retnet_jax.generation.texts import Reading
 from retnet_jax.model import LanguageModel
+from retnet_jax.model.parameters import why_not_finite
 from retnet_jax.trees import named_leaves, with_leaves
 
 _FORMAT = "retnet-jax state 2"
@@ -30,13 +31,19 @@ def save_reading(path: Path, reading: Reading, model: LanguageModel, tokenizer: 
     """Writes what a model has read to a file, which appears when it is complete.
 
     Raises:
-      CheckpointError: if the file exists, or cannot be written.
+      CheckpointError: if the file exists, or cannot be written, or numbers are not finite.
     """
     from safetensors.numpy import save
 
     if path.exists():
         raise CheckpointError(f"{path} exists already: name another file, or delete it")
     arrays = {name: np.asarray(x) for name, x in named_leaves(reading.progress).items()}
+    for name, x in arrays.items():
+        if not np.isfinite(x.astype(np.float32)).all():
+            raise CheckpointError(
+                f"{path} is not written: {name} of what was read is not finite; "
+                f"{why_not_finite(model)}"
+            )
     metadata = {
         "format": _FORMAT,
         "model": model_fingerprint(model, _description(model.config)),

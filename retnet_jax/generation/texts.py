@@ -82,7 +82,7 @@ class Writer:
     ):
         if "" in stop:
             raise ConfigError("a stop string is empty, which would end every text at once")
-        self._end_id = tokenizer.end_id
+        self._end_ids = tokenizer.end_ids
         ids = tokenizer.encode_batch(prompts)
         progress = None
         if after is None:
@@ -105,7 +105,7 @@ class Writer:
             max_tokens,
             sampler,
             seed,
-            end_id=tokenizer.end_id,
+            end_id=tokenizer.end_ids,
             vocab_size=tokenizer.vocab_size,
             tokens_at_once=tokens_at_once,
             progress=progress,
@@ -117,7 +117,7 @@ class Writer:
         for new in self._stream:
             tokens, log_p = (x.tolist() for x in new)
             yield [
-                row.add(*of_row, self._end_id)
+                row.add(*of_row, self._end_ids)
                 for row, *of_row in zip(self._rows, tokens, log_p, strict=True)
             ]
             self._stream.stop([row.done for row in self._rows])
@@ -154,12 +154,13 @@ class _Row:
         self.continuation = Continuation()
         self.done = False
 
-    def add(self, tokens: Sequence[int], log_p: Sequence[float], end_id: int) -> str:
-        """Takes new tokens up to the one that ends the text; gives the text that is certain."""
+    def add(self, tokens: list[int], log_p: list[float], end_ids: Sequence[int]) -> str:
+        """Takes new tokens up to one that ends the text; gives the text that is certain."""
         if self.done:
             return ""
-        ended = end_id in tokens
-        tokens = tokens[: tokens.index(end_id)] if ended else tokens
+        ends = [place for place, token in enumerate(tokens) if token in end_ids]
+        ended = bool(ends)
+        tokens = tokens[: ends[0]] if ended else tokens
         before, held = self._stream.copy(), self._held
         given = self._certain(self._stream.add(list(tokens)))
         if self.done:

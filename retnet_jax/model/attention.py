@@ -129,6 +129,16 @@ class Attention(nnx.Module):
         return self.out(y.reshape(*x.shape[:2], -1)), new
 
     @staticmethod
+    def implementation(
+        config: ModelConfig, shape: tuple[int, int], one_document: bool = False
+    ) -> str:
+        """Which implementation a batch of tokens [b t] is trained with, in a sentence.
+
+        `one_document`: without segment ids. To be called with the mesh set.
+        """
+        return flash_attention.explain_choice(_queries(config, shape), one_document)
+
+    @staticmethod
     def init_state(config: ModelConfig, batch_size: int, capacity: int) -> KVCache:
         """An empty cache with slots for `capacity` tokens a row, in the activations' dtype."""
         shape = (config.n_layers, batch_size, capacity, config.n_heads)
@@ -159,7 +169,11 @@ class Attention(nnx.Module):
             segment_ids = jnp.ones(shape, jnp.int32)
         place, after = positions(segment_ids, state.position)
         turn = rotation(
-            place, config.q_width // config.n_heads, config.rotation, config.state_dtype
+            place,
+            config.q_width // config.n_heads,
+            config.rotation,
+            config.state_dtype,
+            longest=length if fresh else None,
         )
         start = state.length.max()
         # An overflowing write would be moved onto earlier slots in silence.
@@ -173,9 +187,8 @@ class Attention(nnx.Module):
             start,
             axis=1,
         )
-        q = (*shape, config.n_heads, config.q_width // config.n_heads)
-        q = jax.ShapeDtypeStruct(q, config.dtype)
-        kernel = flash_attention.best(q, one_document) if fresh else None
+        queries = _queries(config, shape)
+        kernel = flash_attention.best(queries, one_document) if fresh else None
         if kernel is not None:
             attend = partial(
                 flash_attention.flash_attention,
@@ -194,6 +207,12 @@ class Attention(nnx.Module):
             position=after,
         )
         return context, state.layers
+
+
+def _queries(config: ModelConfig, shape: tuple[int, int]) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of a batch's queries."""
+    width = config.q_width // config.n_heads
+    return jax.ShapeDtypeStruct((*shape, config.n_heads, width), config.dtype)
 
 
 def attend_to_all(
@@ -215,7 +234,8 @@ def _mask(
 ) -> Bool[Array, "b 1 t s"]:
     """What tokens of slots from `start` on see: their document's slots up to their own."""
     places = start + jnp.arange(document.shape[1])
-    seen = (jnp.arange(slot_document.shape[1]) <= places[:, None]) & (
+    slots = jnp.arange(slot_document.shape[1])
+    seen = (slots[None] <= places[:, None])[None] & (
         slot_document[:, None, :] == document[:, :, None]
     )
     return seen[:, None]

@@ -12,6 +12,7 @@ the bytes, on a GPU.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from retnet_jax.errors import ConfigError
@@ -88,7 +89,7 @@ class Rows(nnx.Module):
 
 def _product(x: Float[Array, "... i"], weight: Array) -> Float[Array, "... o"]:
     """The product x W^T in float32, for weights [o i]."""
-    wide = jnp.promote_types(jnp.float32, x.dtype)
+    wide = np.promote_types(np.float32, x.dtype)
 
     def matrix_product(x, weight):
         dimensions = (((x.ndim - 1,), (1,)), ((), ()))
@@ -111,6 +112,8 @@ class DecodingModel(LanguageModel):
     Its state has a tuple of the layers' states, those of a RetNet as [b h v k]: the keys that a
     read-out sums over lie next to each other.
     """
+
+    stacked_state = False
 
     def __init__(self, model: LanguageModel, weights: str | None, state_dtype: str):
         self.config = config = model.config

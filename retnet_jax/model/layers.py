@@ -31,7 +31,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
         y = matrix_product(x, self.kernel[...].astype(x.dtype))
-        return y + self.bias[...].astype(x.dtype) if self.has_bias else y
+        return y + along(y, self.bias).astype(x.dtype) if self.has_bias else y
 
 
 def project(
@@ -48,6 +48,11 @@ def project(
     return [checkpoint_name(getattr(module, name)(x), name) for name in names]
 
 
+def along(x: Float[Array, "... d"], parameter: nnx.Param) -> Float[Array, "... d"]:
+    """A parameter [d] with as many dimensions as x, to be broadcast along the others."""
+    return jnp.expand_dims(parameter[...], tuple(range(x.ndim - 1)))
+
+
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], deviation: float) -> Float[Array, "..."]:
     """Float32 parameters of a normal distribution."""
     return deviation * jax.random.normal(rngs.params(), shape, jnp.float32)
@@ -61,7 +66,7 @@ class RMSNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        return (normalize(x, "rms", self.epsilon) * self.scale[...]).astype(x.dtype)
+        return (normalize(x, "rms", self.epsilon) * along(x, self.scale)).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -74,7 +79,7 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
         x32 = normalize(x, "layer", self.epsilon)
-        return (x32 * self.scale[...] + self.bias[...]).astype(x.dtype)
+        return (x32 * along(x, self.scale) + along(x, self.bias)).astype(x.dtype)
 
 
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}
@@ -82,7 +87,7 @@ NORMS = {"rms": RMSNorm, "layer": LayerNorm}
 
 def normalize(x: Float[Array, "... d"], kind: str, epsilon: float) -> Float[Array, "... d"]:
     """A norm over the last axis without learned parameters, in float32."""
-    x = x.astype(jnp.promote_types(jnp.float32, x.dtype))
+    x = x.astype(np.promote_types(np.float32, x.dtype))
     if kind == "layer":
         x = x - x.mean(-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + epsilon)
@@ -99,14 +104,15 @@ def gelu(x: Float[Array, "... f"]) -> Float[Array, "... f"]:
 
 
 def _gelu_forward(x):
-    wide = x.astype(jnp.promote_types(jnp.float32, x.dtype))
+    wide = x.astype(np.promote_types(np.float32, x.dtype))
     return (wide * _normal_cdf(wide)).astype(x.dtype), x
 
 
 def _gelu_backward(x, d_y):
-    wide = x.astype(jnp.promote_types(jnp.float32, x.dtype))
+    wide = x.astype(np.promote_types(np.float32, x.dtype))
     density = jnp.exp(-0.5 * jnp.square(wide)) * (2 * np.pi) ** -0.5
-    return (((_normal_cdf(wide) + wide * density) * d_y).astype(x.dtype),)
+    slope = _normal_cdf(wide) + wide * density
+    return ((slope * d_y.astype(wide.dtype)).astype(x.dtype),)
 
 
 def _normal_cdf(x):

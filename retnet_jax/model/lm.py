@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -65,8 +66,15 @@ class Block(nnx.Module):
 
 
 class LanguageModel(nnx.Module):
-    """What RetNet and Transformer have in common: all but the mixer."""
+    """What RetNet and Transformer have in common: all but the mixer.
 
+    Gradients are for reverse mode (`jax.grad`, `jax.vjp`): several functions inside have gradients
+    of their own, of which jax refuses forward mode (`jax.jvp`, `jax.jacfwd`, `jax.hessian`).
+    `nnx.tabulate` cannot show a model whose layers are a scan, and leaves the classes broken behind
+    it; `retnet_jax.model.parameters.parameter_shapes` lists its parameters.
+    """
+
+    stacked_state: ClassVar[bool] = True  # the layers of a state are stacked, not a tuple
     mixer: ClassVar[str]
     mixer_type: ClassVar[type]
 
@@ -112,10 +120,14 @@ class LanguageModel(nnx.Module):
         """Logits of the token after each position, and the state after the last.
 
         Args:
-          tokens: token ids.
+          tokens: token ids, int32. Their values are not looked at, which would wait for the device:
+            one that is out of range is read as the nearest id that there is.
           state: what an earlier call returned, or `init_state`; None: nothing was read before.
           segment_ids: documents and padding as in `retention`; None: each row is one document.
           form: of retention: "parallel", "chunkwise" or "recurrent".
+
+        Raises:
+          ValueError: for tokens that are no integers, and a state of another model or batch.
         """
         hidden, state = self.hidden(tokens, state, segment_ids, form)
         return self.logits(hidden), state
@@ -129,6 +141,9 @@ class LanguageModel(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], State]:
         """As a call, but without the output head: the normed activations it is applied to."""
         config = self.config
+        _check_input(tokens, segment_ids)
+        if state is not None:
+            check_state(self, state, tokens.shape[0])
         context, layers = self.mixer_type.prepare(config, state, tokens.shape, segment_ids)
         x, layers = self._run_layers(self._embed(tokens), layers, context, form)
         if not config.post_norm:
@@ -164,7 +179,7 @@ class LanguageModel(nnx.Module):
             "btd,wd->btw",
             hidden,
             self.head_matrix().astype(hidden.dtype),
-            preferred_element_type=jnp.promote_types(jnp.float32, hidden.dtype),
+            preferred_element_type=np.promote_types(np.float32, hidden.dtype),
         )
 
     def head_matrix(self) -> Float[Array, "w d"]:
@@ -205,3 +220,40 @@ def build_model(config: ModelConfig, *, rngs: nnx.Rngs) -> LanguageModel:
     """The model that `config.mixer` names."""
     config.check()
     return {"retention": RetNet, "attention": Transformer}[config.mixer](config, rngs=rngs)
+
+
+def check_state(model: LanguageModel, state: State, rows: int) -> None:
+    """Raises `ValueError` unless a state is one of this model, for so many rows."""
+    expected = RetentionState if model.mixer_type is MultiScaleRetention else KVCache
+    if not isinstance(state, expected):
+        raise ValueError(
+            f"state is a {type(state).__name__}; this model's is a {expected.__name__}"
+        )
+    if state.position.shape[0] != rows:
+        raise ValueError(
+            f"state has {state.position.shape[0]} rows for a batch of {rows}; "
+            "`state.take` gives a row for each"
+        )
+    leaves = jax.tree.leaves(state.layers)
+    if not leaves and expected is KVCache:
+        raise ValueError("state has no layers; `init_state` gives one that nothing was read into")
+    for leaf in leaves:
+        stacked = leaf.ndim == 5
+        if stacked != model.stacked_state:
+            raise ValueError(
+                "state is of the model as it is trained, and this one is laid out for decoding"
+                if stacked
+                else "state is of a model laid out for decoding (`for_decoding`), and this is not"
+            )
+        if leaf.shape[-4] != rows:
+            raise ValueError(f"state has layers of {leaf.shape[-4]} rows for a batch of {rows}")
+
+
+def _check_input(tokens: Array, segment_ids: Array | None) -> None:
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(
+            f"tokens are {tokens.dtype}{list(tokens.shape)}; token ids of rows, int32 [b t], are "
+            "needed"
+        )
+    if segment_ids is not None and segment_ids.shape != tokens.shape:
+        raise ValueError(f"segment_ids {segment_ids.shape} do not fit tokens {tokens.shape}")

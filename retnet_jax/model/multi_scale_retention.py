@@ -12,6 +12,7 @@ from retnet_jax.model.layers import Linear, RMSNorm, project, split_heads
 from retnet_jax.ops.gated_norm import gated_norm
 from retnet_jax.ops.retention import (
     SplitDocuments,
+    explain_choice,
     log_decay,
     positions,
     retention,
@@ -106,6 +107,7 @@ class MultiScaleRetention(nnx.Module):
             context.documents,
             form=form,
             chunk_size=config.chunk_size if form == "chunkwise" else None,
+            finite_decay=True,
         )
         # Named as matrix products have it: to keep [b t h v], a TPU copies it.
         y = checkpoint_name(y.reshape(*x.shape[:2], -1), "retention").reshape(y.shape)
@@ -115,7 +117,8 @@ class MultiScaleRetention(nnx.Module):
         y = gated_norm(y, gate, context.row_scale, kind, config.norm_epsilon)
         y = y.reshape(*x.shape[:2], -1)
         if config.head_norm_scale:
-            y = y * jnp.tile(self.head_norm.scale[...], config.n_heads).astype(y.dtype)
+            scale = jnp.tile(self.head_norm.scale[...], config.n_heads)
+            y = y * scale.astype(y.dtype)[None, None]
         return self.out(y), new_state
 
     def _score_scale(self, q, k, state, context, form) -> Float[Array, "b t h"]:
@@ -135,6 +138,21 @@ class MultiScaleRetention(nnx.Module):
         )
 
     @staticmethod
+    def implementation(
+        config: ModelConfig, shape: tuple[int, int], one_document: bool = False
+    ) -> str:
+        """Which implementation a batch of tokens [b t] is trained with, in a sentence.
+
+        Documents make no difference to retention. To be called with the mesh set.
+        """
+        heads = config.n_heads
+        q, v = (
+            jax.ShapeDtypeStruct((*shape, heads, width // heads), config.dtype)
+            for width in (config.q_width, config.v_width)
+        )
+        return explain_choice(q, q, v, config.chunk_size)
+
+    @staticmethod
     def init_state(config: ModelConfig, batch_size: int, capacity: int) -> RetentionState:
         """The state of a model that has read nothing; it is of one size for any capacity."""
         heads = config.n_heads
@@ -152,17 +170,22 @@ class MultiScaleRetention(nnx.Module):
         segment_ids: Int[Array, "b t"] | None,
     ) -> tuple[RetentionContext, Any]:
         """The context of a batch of tokens [b t], and the state of each layer before them."""
-        if state is None:
+        fresh = state is None
+        if fresh:
             state = RetentionState(layers=None, position=jnp.zeros(shape[0], jnp.int32))
         if segment_ids is None:
-            place = state.position[:, None] + jnp.arange(shape[1], dtype=jnp.int32)
+            place = state.position[:, None] + jnp.arange(shape[1], dtype=jnp.int32)[None]
             after = state.position + shape[1]
         else:
             place, after = positions(segment_ids, state.position)
         decay = log_decay(config.decay, config.n_heads, config.decay_range, config.state_dtype)
         context = RetentionContext(
             turn=rotation(
-                place, config.q_width // config.n_heads, config.rotation, config.state_dtype
+                place,
+                config.q_width // config.n_heads,
+                config.rotation,
+                config.state_dtype,
+                longest=shape[1] if fresh else None,
             ),
             log_decay=decay,
             row_scale=row_normalizer(decay, place) if config.row_normalizer else None,

@@ -5,10 +5,11 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from retnet_jax.config import ModelConfig
-from retnet_jax.model.lm import build_model
+from retnet_jax.model.lm import LanguageModel, build_model
 from retnet_jax.trees import named_leaves
 
 
@@ -27,6 +28,14 @@ def parameter_shape(config: ModelConfig, own: str, layer: int | None) -> tuple[i
     """The shape of a parameter, of one layer where a layer is given."""
     shape = parameter_shapes(config)[own]
     return shape if layer is None else shape[1:]
+
+
+def why_not_finite(model: LanguageModel) -> str:
+    """Why a model's outputs are NaN or infinite: a parameter that is, or else its activations."""
+    for name, leaf in named_leaves(model).items():
+        if count := int((~jnp.isfinite(leaf)).sum()):
+            return f"{count} of the {leaf.size} numbers of its parameter {name} are NaN or infinite"
+    return f"its parameters are finite, so its activations leave the range of {model.config.dtype}"
 
 
 @functools.cache

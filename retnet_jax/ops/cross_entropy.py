@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from retnet_jax.ops.linear import materialized
@@ -136,7 +137,7 @@ def _of_this_device(hidden, head, targets, weights, z_loss, split):
         return (sums, d_head), over_words(jax.lax.psum, d_hidden)
 
     size = _chunk_size(hidden.shape, head.shape[0])
-    start = (jnp.zeros(2, jnp.promote_types(jnp.float32, hidden.dtype)), jnp.zeros_like(head.T))
+    start = (jnp.zeros(2, np.promote_types(np.float32, hidden.dtype)), jnp.zeros_like(head.T))
     inputs = tuple(_chunks(x, size) for x in (hidden, targets, weights))
     (sums, d_head), d_hidden = jax.lax.scan(chunk, start, inputs)
     if split.scattered is not None:
@@ -176,7 +177,7 @@ objective_sum.defvjp(_objective_and_gradients, _scale)
 
 
 def _logits(hidden, head):
-    dtype = jnp.promote_types(jnp.float32, hidden.dtype)
+    dtype = np.promote_types(np.float32, hidden.dtype)
     return jnp.einsum(
         "bcd,wd->bcw", hidden, head.astype(hidden.dtype), preferred_element_type=dtype
     )
@@ -184,7 +185,7 @@ def _logits(hidden, head):
 
 def _target_logits(hidden, head, targets):
     # Computed again, which costs less than picking them out of the logits.
-    dtype = jnp.promote_types(jnp.float32, hidden.dtype)
+    dtype = np.promote_types(np.float32, hidden.dtype)
     rows = head[targets].astype(hidden.dtype).astype(dtype)  # rounded as in the logits
     return (hidden.astype(dtype) * rows).sum(-1)
 

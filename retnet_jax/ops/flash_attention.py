@@ -69,11 +69,28 @@ def flash_attention(
 
 def best(q: Array | jax.ShapeDtypeStruct, one_document: bool) -> str | None:
     """The implementation to choose for queries such as q [b t h k]; None for XLA."""
+    return KERNELS[backend()] if _why_not(q, one_document) is None else None
+
+
+def explain_choice(q: Array | jax.ShapeDtypeStruct, one_document: bool) -> str:
+    """Which implementation `best` chooses, and why not the backend's, in a sentence."""
+    reason = _why_not(q, one_document)
+    if reason is None:
+        return f"attention runs in the kernel {KERNELS[backend()]}"
+    return f"attention runs in XLA, with all scores in memory: {reason}"
+
+
+def _why_not(q: Array | jax.ShapeDtypeStruct, one_document: bool) -> str | None:
+    """Why the backend's implementation is not chosen; None if it is."""
     name = KERNELS.get(backend())
-    # The scores of short rows are small, and float32 is for exact work.
-    if name is None or q.dtype != jnp.bfloat16 or q.shape[1] < SHORTEST_ROW:
-        return None
-    return name if unsupported(name, q, one_document) is None else None
+    if name is None:
+        return f"there is no kernel for {backend()!r}"
+    if q.dtype != jnp.bfloat16:  # float32 is for exact work
+        return f"the kernel {name} is chosen for bfloat16, not for {q.dtype}"
+    if q.shape[1] < SHORTEST_ROW:  # their scores are small
+        return f"the kernel {name} is chosen for rows of {SHORTEST_ROW} tokens or more"
+    reason = unsupported(name, q, one_document)
+    return None if reason is None else f"the kernel {name} cannot run: {reason}"
 
 
 def unsupported(

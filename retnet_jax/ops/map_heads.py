@@ -10,6 +10,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
@@ -35,7 +36,7 @@ def map_heads(function: Callable, like: Array, *arrays: Array | None, outputs: i
     """
     if backend() == "tpu" and like.dtype == jnp.bfloat16 and like.shape[-1] % LANES == 0:
         return on_tpu(function, like, *arrays, outputs=outputs)
-    wide = jnp.promote_types(jnp.float32, like.dtype)
+    wide = np.promote_types(np.float32, like.dtype)
 
     def operand(x):
         if x is None:

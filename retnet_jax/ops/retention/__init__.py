@@ -10,7 +10,7 @@ outputs, final state and gradients. It is linear; scaling, normalisers and gates
 On a mesh that splits positions (`jax.set_mesh`, axis "seq") the chunkwise form runs on all of it.
 """
 
-from retnet_jax.ops.retention.api import FORMS, IMPLEMENTATIONS, retention
+from retnet_jax.ops.retention.api import FORMS, IMPLEMENTATIONS, explain_choice, retention
 from retnet_jax.ops.retention.clamp import score_clamp
 from retnet_jax.ops.retention.decay import log_decay, row_normalizer
 from retnet_jax.ops.retention.document_index import number_documents, positions
@@ -20,6 +20,7 @@ __all__ = [
     "FORMS",
     "IMPLEMENTATIONS",
     "SplitDocuments",
+    "explain_choice",
     "log_decay",
     "number_documents",
     "positions",

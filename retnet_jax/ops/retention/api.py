@@ -2,9 +2,11 @@
 
 from functools import partial
 from importlib import import_module
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from retnet_jax.ops.retention import on_mesh, xla
 from retnet_jax.ops.retention.on_mesh import SplitDocuments, split_documents
@@ -28,6 +30,7 @@ def retention(
     form: str = "chunkwise",
     chunk_size: int | None = None,
     implementation: str | None = None,
+    finite_decay: bool = False,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
     """Retention of each head, and its state after the last token.
 
@@ -35,7 +38,7 @@ def retention(
       q: queries, rotated and scaled. float32 or bfloat16, as k and v.
       k: keys, rotated.
       v: values.
-      log_decay: log gamma of each head, float32, negative.
+      log_decay: log gamma of each head, float32, negative; -inf: nothing is remembered.
       state: S before the first token, float32, of the document that each row opens with; None: 0.
       segment_ids: documents and padding. 0 is padding, which neither writes nor decays the state
         and whose output is 0; a change of id from one real token to the next is a border, where
@@ -46,6 +49,7 @@ def retention(
       implementation: "xla", or the kernels of the chunkwise form "pallas_tpu" and "mosaic_gpu",
         which a CPU interprets, slowly; None: the backend's kernel for bfloat16 rows that it can
         run, else "xla".
+      finite_decay: it is known that log_decay has no -inf, so that nothing is done about it.
 
     Returns:
       y in v's dtype, and the state after each row's last real token, float32.
@@ -53,6 +57,9 @@ def retention(
     Raises:
       ValueError: for arguments whose shapes, dtypes or values do not fit, naming them.
       NotImplementedError: for an implementation by name that cannot run them here, with the reason.
+
+    Its gradient is for reverse mode (`jax.grad`, `jax.vjp`). Forward mode (`jax.jvp`,
+    `jax.jacfwd`, `jax.hessian`) has form="parallel" alone; jax refuses it for the others.
     """
     _check(q, k, v, log_decay, state, segment_ids)
     if form not in FORMS:
@@ -66,6 +73,8 @@ def retention(
     split = segment_ids
     if split is not None and not isinstance(split, SplitDocuments):
         split = split_documents(split)
+    if not finite_decay:
+        log_decay = jnp.maximum(log_decay, _FORGETS)
     chosen = _choose(implementation, form, q, k, v, chunk_size)
     if chosen is xla and q.shape[1] == 1 and split is None:
         form = "recurrent"  # one pass over the state
@@ -81,28 +90,65 @@ def retention(
     return local(q, k, v, log_decay, state, None if split is None else split.documents)
 
 
+def explain_choice(q, k, v, chunk_size: int | None = None) -> str:
+    """Which implementation the chunkwise form runs, and why not the backend's kernel: a sentence.
+
+    Args:
+      q: queries [b t h k] or their shape and dtype, as `jax.ShapeDtypeStruct`; of whole batches,
+        with the mesh set.
+      k: keys, likewise.
+      v: values, likewise.
+      chunk_size: as of `retention`.
+    """
+    name, reason = _automatic("chunkwise", q, k, v, chunk_size)
+    if reason is None:
+        return f"retention runs in the kernel {name}"
+    return f"retention runs in XLA: {reason}"
+
+
 def _choose(implementation: str | None, form: str, q, k, v, chunk_size: int | None):
     """The module whose `chunkwise` runs."""
     name = implementation
     if name is None:
-        name = KERNELS.get(backend(), "xla")
-        # A short row has no chunks, and float32 is for exact work.
-        if form != "chunkwise" or q.dtype != jnp.bfloat16 or q.shape[1] < SHORTEST_ROW:
-            name = "xla"
-    if name == "xla":
-        return xla
+        name, _ = _automatic(form, q, k, v, chunk_size)
+    elif name != "xla":
+        if form != "chunkwise":
+            raise NotImplementedError(
+                f"implementation={name!r} has form='chunkwise', not form={form!r}; 'xla' has"
+            )
+        if reason := _unsupported(name, q, k, v, chunk_size):
+            raise NotImplementedError(f"implementation={name!r} cannot run here: {reason}")
+    return xla if name == "xla" else _kernel(name)
+
+
+def _automatic(form: str, q, k, v, chunk_size: int | None) -> tuple[str, str | None]:
+    """The implementation where none is named, and why it is "xla", if it is."""
+    name = KERNELS.get(backend())
+    if name is None:
+        return "xla", f"there is no kernel for {backend()!r}"
     if form != "chunkwise":
-        raise NotImplementedError(
-            f"implementation={name!r} has form='chunkwise', not form={form!r}; 'xla' has"
-        )
-    kernel = import_module(f"{__package__}.{name}")
+        return "xla", f"the kernel {name} has form='chunkwise', not form={form!r}"
+    if q.dtype != jnp.bfloat16:  # float32 is for exact work
+        return "xla", f"the kernel {name} is chosen for bfloat16, not for {q.dtype}"
+    if q.shape[1] < SHORTEST_ROW:  # a short row has no chunks
+        return "xla", f"the kernel {name} is chosen for rows of {SHORTEST_ROW} tokens or more"
+    if reason := _unsupported(name, q, k, v, chunk_size):
+        return "xla", f"the kernel {name} cannot run: {reason}"
+    return name, None
+
+
+def _unsupported(name: str, q, k, v, chunk_size: int | None) -> str | None:
     shapes = (jax.ShapeDtypeStruct(local_shape("bth.", x.shape), x.dtype) for x in (q, k, v))
-    reason = kernel.unsupported(*shapes, chunk_size)
-    if reason is None:
-        return kernel
-    if implementation is None:
-        return xla
-    raise NotImplementedError(f"implementation={name!r} cannot run here: {reason}")
+    return _kernel(name).unsupported(*shapes, chunk_size)
+
+
+def _kernel(name: str) -> ModuleType:
+    return import_module(f"{__package__}.{name}")
+
+
+# Log gamma in place of -inf: gamma^n is 0 for the same n, in float64 too, and gamma^0 is 1, where
+# exp(0 * -inf) is NaN.
+_FORGETS = -1e4
 
 
 def _check(q, k, v, log_decay, state, segment_ids) -> None:
@@ -125,6 +171,9 @@ def _check(q, k, v, log_decay, state, segment_ids) -> None:
     for name, (array, shape) in expected.items():
         if array is not None and array.shape != shape:
             raise ValueError(f"{name} {array.shape} does not fit q {q.shape}: {shape} would")
+    for name, array in (("q", q), ("k", k), ("v", v)):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{name} is {array.dtype}; float32 or bfloat16 is needed")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(
             f"q, k and v have the dtypes {q.dtype}, {k.dtype}, {v.dtype}; one is needed"
@@ -138,4 +187,4 @@ def _check(q, k, v, log_decay, state, segment_ids) -> None:
 
 def _state_dtype(q):
     """float32 for all but float64 inputs, which stand for reference computations."""
-    return jnp.promote_types(jnp.float32, q.dtype)
+    return np.promote_types(np.float32, q.dtype)

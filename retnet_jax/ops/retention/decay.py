@@ -19,6 +19,9 @@ def log_decay(
       n_heads: number of heads.
       decay_range: first and last 1 - gamma of "log_spaced".
       dtype: of the result.
+
+    Log gamma is at most -2^-100. Nearer to 0 float32 has no normal numbers, and 0 is no decay of
+    which `row_normalizer` can be computed; gamma is 1 to rounding either way.
     """
     if rule == "log_spaced":
         first, last = np.log(decay_range)
@@ -27,13 +30,13 @@ def log_decay(
         complement = 2.0 ** (-5.0 - np.arange(n_heads))
     else:
         raise ValueError(f"decay rule {rule!r} is not one of 'log_spaced', 'powers_of_two'")
-    return jnp.asarray(np.log1p(-complement), dtype)
+    return jnp.asarray(np.minimum(np.log1p(-complement), -(2.0**-100)), dtype)
 
 
 def power_of_decay(log_decay, exponent, where=None):
     """gamma^exponent [b h ...] for exponents [b ...], 0 outside the mask `where`."""
     heads = log_decay.reshape(1, -1, *[1] * (exponent.ndim - 1))
-    log_power = heads * jnp.expand_dims(exponent, 1)
+    log_power = heads * jnp.expand_dims(exponent, 1).astype(heads.dtype)
     if where is not None:
         log_power = jnp.where(jnp.expand_dims(where, 1), log_power, -jnp.inf)
     return jnp.exp(log_power)
@@ -50,7 +53,8 @@ def row_normalizer(
     """
     lengths = (positions + 1)[..., None].astype(log_decay.dtype)
     # (1 - gamma^length) / (1 - gamma), without the cancellation as gamma nears 1.
-    return jnp.sqrt(jnp.expm1(log_decay) / jnp.expm1(lengths * log_decay))
+    one = jnp.expm1(log_decay)[None, None]
+    return jnp.sqrt(one / jnp.expm1(lengths * log_decay[None, None]))
 
 
 def decay_gradient(

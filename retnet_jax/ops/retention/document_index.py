@@ -113,12 +113,12 @@ def positions(
       start: position of the first token of the document each row opens with.
     """
     real = segment_ids != 0
-    before = _running(jax.lax.cumsum, real.astype(jnp.int32)) - real
+    before = _running(jax.lax.cumsum, real.astype(jnp.int32)) - real.astype(jnp.int32)
     # Counted from `start` less the real tokens in front of the newest border.
     at_border = jnp.where(_is_border(segment_ids, real), -before, _FIRST_DOCUMENT)
     newest = _running(jax.lax.cummin, at_border)
     position = before + jnp.where(newest == _FIRST_DOCUMENT, start[:, None], newest)
-    return position, position[:, -1] + real[:, -1]
+    return position, position[:, -1] + real[:, -1].astype(jnp.int32)
 
 
 _FIRST_DOCUMENT = jnp.iinfo(jnp.int32).max

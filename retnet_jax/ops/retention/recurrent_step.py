@@ -22,7 +22,7 @@ def step(
     # S - (1 - gamma) S: a float32 gamma near 1 is off by up to 3e-8, which 100,000 steps raise to
     # 3e-3, while 1 - gamma is good to 6e-8 of itself. Added to the small k^T v first, so that its
     # effect is rounded once and without bias.
-    shrink = jnp.expm1(log_decay)[:, None, None]
+    shrink = jnp.expm1(log_decay)[None, :, None, None]
     q, k, v = (x.astype(state.dtype) for x in (q, k, v))
     state = state + (shrink * state + k[..., :, None] * v[..., None, :])
     if backend() == "cpu":  # where the sum, fused with the update, takes 25 times as long

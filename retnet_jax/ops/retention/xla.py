@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from retnet_jax.ops.retention.decay import decay_gradient, power_of_decay
 from retnet_jax.ops.retention.document_index import Chunks, Documents, number_documents
@@ -28,7 +29,7 @@ State = Float[Array, "b h k v"]
 def zero_state(q: Float[Array, "b t h k"], v: Float[Array, "b t h v"]) -> State:
     """The state before the first token: float32, or float64 for such inputs."""
     b, _, h, k = q.shape
-    return jnp.zeros((b, h, k, v.shape[3]), jnp.promote_types(jnp.float32, q.dtype))
+    return jnp.zeros((b, h, k, v.shape[3]), np.promote_types(np.float32, q.dtype))
 
 
 def parallel(
@@ -289,7 +290,7 @@ class _Decays(NamedTuple):
 def _decays(log_decay: Float[Array, " h"], length: int) -> _Decays:
     """One document, no padding."""
     places = jnp.arange(length)
-    distance = places[:, None] - places
+    distance = places[:, None] - places[None]
     power = partial(power_of_decay, log_decay)
     return _Decays(
         within=power(distance[None, None], distance[None, None] >= 0),
@@ -305,7 +306,7 @@ def _document_decays(log_decay: Float[Array, " h"], chunks: Chunks) -> _Decays:
     places = jnp.arange(count.shape[-1])
     power = partial(power_of_decay, log_decay)
     sees = (
-        (places[:, None] >= places)
+        (places[:, None] >= places[None])[None, None]
         & (index[..., :, None] == index[..., None, :])
         & (real[..., :, None] & real[..., None, :])
     )
@@ -327,7 +328,7 @@ def _outputs(
 ) -> tuple[Float[Array, "b h n l v"], State]:
     """Outputs of a span and the state after it: products in the inputs' dtype, float32 sums."""
     product = partial(jnp.einsum, preferred_element_type=state.dtype)
-    writes = product("bhnlk,bhnlv->bhnkv", (k * decays.to_end).astype(k.dtype), v)
+    writes = product("bhnlk,bhnlv->bhnkv", _scaled(k, decays.to_end), v)
     before, state = _running(decays.across, writes, state)
     scores = product("bhnlk,bhnmk->bhnlm", q, k) * decays.within
     y = product("bhnlm,bhnmv->bhnlv", scores.astype(v.dtype), v)
@@ -351,8 +352,8 @@ def _gradients(
     """
     dtype = q.dtype
     product = partial(jnp.einsum, preferred_element_type=state.dtype)
-    to_state = (k * decays.to_end).astype(dtype)
-    from_state = (q * decays.from_start).astype(dtype)
+    to_state = _scaled(k, decays.to_end)
+    from_state = _scaled(q, decays.from_start)
     writes = product("bhnlk,bhnlv->bhnkv", to_state, v)
     before, _ = _running(decays.across, writes, state)
     reads = product("bhnlk,bhnlv->bhnkv", from_state, d_y)
@@ -368,6 +369,13 @@ def _gradients(
     d_v = product("bhnlm,bhnlv->bhnmv", scores, d_y)
     d_v += product("bhnlk,bhnkv->bhnlv", to_state, d_after)
     return d_q, d_k, d_v, d_state
+
+
+def _scaled(
+    x: Float[Array, "b h n l k"], decay: Float[Array, "#b h #n l 1"]
+) -> Float[Array, "b h n l k"]:
+    """The product in float32, in the inputs' dtype."""
+    return (x.astype(decay.dtype) * decay).astype(x.dtype)
 
 
 def _running(
