@@ -42,7 +42,7 @@ def main() -> None:
         log = MetricsLog(Path(directory), 0, 10**9)
         with contextlib.closing(checkpoints), contextlib.closing(log):
             step = make_step(config, state_shape)
-            run = Run(config, mesh, stores, step, checkpoints, log)
+            run = Run(config, Path(directory), mesh, stores, step, checkpoints, log)
             state, progress, _ = start_or_restore(
                 config, mesh, state_shape, checkpoints, Path(directory)
             )

@@ -50,7 +50,7 @@ def read_config(path: Path) -> Config:
     return config
 
 
-def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+def config_differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """The old and the new value of each option in which two configs differ, by its name."""
     old_values, new_values = flatten(old), flatten(new)
     return {
@@ -129,6 +129,8 @@ def _typed(value: Any, expected: Any, where: str) -> Any:
             types = typing.get_args(choice)
             if types[-1] is Ellipsis:
                 types = types[:1] * len(value)
+            if len(types) != len(value):
+                raise ConfigError(f"{where}={value!r}: {len(types)} values are needed")
             return tuple(_typed(v, t, where) for v, t in zip(value, types, strict=True))
         if choice is float and type(value) in (int, float):
             return float(value)

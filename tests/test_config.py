@@ -9,7 +9,7 @@ from flax import nnx
 
 from retnet_jax import Config, ModelConfig
 from retnet_jax.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
-from retnet_jax.config_json import config_from_json, differences, to_json
+from retnet_jax.config_json import config_differences, config_from_json, to_json
 from retnet_jax.errors import ConfigError
 from retnet_jax.interop import presets
 from retnet_jax.model import build_model
@@ -128,12 +128,12 @@ def test_warm_up_must_leave_steps():
 def test_json_reads_back_the_same():
     config = Config(model=ModelConfig(key_dim=48, decay_range=(0.25, 0.125)))
     assert config_from_json(to_json(config)) == config
-    assert differences(config, config_from_json(to_json(config))) == {}
+    assert config_differences(config, config_from_json(to_json(config))) == {}
 
 
 def test_differences_name_the_fields():
     old, new = Config(), Config(model=ModelConfig(d_model=64), train=TrainConfig(seed=3))
-    assert differences(old, new) == {"model.d_model": (512, 64), "train.seed": (0, 3)}
+    assert config_differences(old, new) == {"model.d_model": (512, 64), "train.seed": (0, 3)}
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_what_a_full_disk_does_not_take_is_written_later(tmp_path):
         lines.append(record(5))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    lines.close()
+    lines.flush()
     assert path.read_bytes().endswith(line(4) + line(5))
 
 

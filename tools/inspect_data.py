@@ -12,7 +12,6 @@ from collections.abc import Iterator
 
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 
 from retnet_jax.config import Config
 from retnet_jax.data import BatchStream, Split, Tokenizer, open_store, open_stores
@@ -31,7 +30,6 @@ flags.DEFINE_integer("sequence_length", 2048, "tokens in a window, without --con
 flags.DEFINE_integer("step", 0, "whose batch is shown", 0)
 flags.DEFINE_integer("rows", 4, "of that batch", 0)
 flags.DEFINE_string("plot", None, "file for a plot of the lengths of documents")
-config_flags.DEFINE_config_file("config", None, "experiment file, whose stores and batch are shown")
 
 
 def main() -> None:
@@ -163,4 +161,5 @@ def plot(stores: list[TokenStore], split: str, path: str) -> None:
 
 
 if __name__ == "__main__":
+    command_line.define_config(required=False)
     command_line.run(main)

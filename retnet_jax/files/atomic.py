@@ -13,6 +13,8 @@ from typing import TypeVar
 
 from etils import epath
 
+from retnet_jax.files.paths import is_remote
+
 P = TypeVar("P", Path, epath.Path)
 
 
@@ -23,6 +25,9 @@ def write_text(path: Path | epath.Path, text: str) -> None:
 
 def write_bytes(path: Path | epath.Path, contents: bytes) -> None:
     """Writes a file. An older one with the same name is replaced."""
+    if is_remote(path):
+        path.write_bytes(contents)
+        return
     unfinished = _unfinished(path)
     try:
         unfinished.write_bytes(contents)

@@ -59,7 +59,7 @@ class Layout:
 
     Attributes:
       name: for people and the command line.
-      rules: the table. Rules for parameters that a model does not have are passed over.
+      rules: the table. Rules for parameters that a model does not have are skipped.
       read_config: the checkpoint's config, and the names of its tensors -> description. Raises
         `ConfigError` for features that this project does not have.
       write_config: description -> the checkpoint's config. Raises `ConfigError` that gives the

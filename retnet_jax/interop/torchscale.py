@@ -1,7 +1,7 @@
 """microsoft/torchscale, since October 2023 and before.
 
 The two differ in norms and biases, so one table serves them: rules for parameters that a model does
-not have are passed over.
+not have are skipped.
 """
 
 from collections.abc import Mapping

@@ -2,7 +2,7 @@
 
     model = RetNet(config, rngs=nnx.Rngs(0))
     logits, state = model(tokens)                # i32[b t] -> f32[b t w]
-    logits, state = model(next_tokens, state)    # goes on where it stopped
+    logits, state = model(next_tokens, state)    # continues where it stopped
 
 Modules are plain pytrees: `jax.jit`, `jax.grad` and `jax.eval_shape` take them as they are. The
 layers are one Block with stacked parameters [n ...], run by `jax.lax.scan`.

@@ -197,24 +197,42 @@ class StopRequest:
         return bool(self.name)
 
 
+SECONDS_TO_REPEAT = 1.0
+
+
 @contextlib.contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Takes SIGINT and SIGTERM as requests to stop. The second one acts as usual.
+    """Takes SIGINT and SIGTERM as requests to stop, and says so. The next one acts as usual.
 
-    Only the main thread gets signals; in another one nothing requests a stop.
+    One within `SECONDS_TO_REPEAT` does not count: a key that is held, and a terminal and a
+    scheduler that both tell the process, mean one request. Only the main thread gets signals; in
+    another one nothing requests a stop.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
     together = jax.process_count() > 1  # then JAX itself waits for SIGTERM, and tells the others
+    first = None  # when a request came
 
     def handle(number, _):
-        signal.signal(number, before[number])
+        nonlocal first
+        name, now = signal.Signals(number).name, time.monotonic()
+        if first is not None and now - first < SECONDS_TO_REPEAT:
+            return
+        if first is not None:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
+            return
+        first = now
+        # Not by print: the signal may have come while something is printed.
+        message = f"{name}: saving; once more ends at once\n"
+        with contextlib.suppress(OSError):
+            os.write(2, message.encode())
         if together:
             signal.raise_signal(signal.SIGTERM)
         else:
-            request.name = signal.Signals(number).name
+            request.name = name
 
     numbers = [signal.SIGINT] if together else [signal.SIGINT, signal.SIGTERM]
     before = {number: signal.signal(number, handle) for number in numbers}

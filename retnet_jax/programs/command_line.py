@@ -10,44 +10,28 @@ import sys
 from collections.abc import Callable, Sequence
 from logging import CRITICAL, getLogger
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 import retnet_jax.configs
 from retnet_jax.config import Config
-from retnet_jax.config_json import check_option
 from retnet_jax.errors import CheckpointError, ConfigError
+from retnet_jax.programs import overrides
+from retnet_jax.programs.output import forgiving_output
 
 
-class SharesParser(flags.ArgumentParser):
-    """Reads shares of a mixture: data/pile:0.6,data/c4:0.4."""
-
-    def parse(self, argument):
-        if isinstance(argument, dict):
-            return argument
-        shares = {}
-        for part in argument.split(",") if argument else []:
-            name, _, share = part.rpartition(":")
-            try:
-                shares[name] = float(share)
-            except ValueError:
-                name = ""
-            if not name:
-                raise ValueError(f"{part!r} is no store and share, such as data/pile:0.6")
-        return shares
-
-    def flag_type(self):
-        return "shares"
-
-
-def define_config() -> None:
-    """The flag --config=FILE[:ARGUMENT] and its overrides --config.SECTION.FIELD=VALUE."""
-    config_flags.register_flag_parser_for_type(dict[str, float], SharesParser())
+def define_config(required: bool = True) -> None:
+    """The flag --config=FILE[:ARGUMENT]; `overrides` are --config.SECTION.FIELD=VALUE."""
     config_flags.DEFINE_config_file(
-        "config", None, f"experiment: a file, or one of {', '.join(_packaged_configs())}"
+        "config",
+        None,
+        f"experiment: a file, or one of {', '.join(_packaged_configs())}",
+        sys_argv=[""],  # overrides are read here and not there
     )
-    flags.mark_flag_as_required("config")
+    if required:
+        flags.mark_flag_as_required("config")
 
 
 def define_processes() -> None:
@@ -73,15 +57,24 @@ def given_dtype() -> dict[str, str]:
     return {} if flags.FLAGS.dtype is None else {"dtype": flags.FLAGS.dtype}
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Parses the command line, calls `main` and exits with the status it returns."""
-    app.run(lambda _: _reporting(main), flags_parser=lambda argv: _reporting(_parse, argv))
+def run(
+    main: Callable[[], int | None], when_output_ends: Callable[[], object] = lambda: None
+) -> None:
+    """Parses the command line, calls `main` and exits with the status it returns.
+
+    Args:
+      main: the program.
+      when_output_ends: called when nobody reads what the program prints any more, as after
+        `| head`; what it prints is dropped then.
+    """
+    with forgiving_output(when_output_ends):
+        app.run(lambda _: _reporting(main), flags_parser=lambda argv: _reporting(_parse, argv))
 
 
 def prepare_command() -> str:
     """The command that prepares the store of this program's config: its config flags are kept."""
     options, taken = [], False
-    for argument in sys.argv[1:]:
+    for argument in flags.FLAGS.read_flags_from_files(sys.argv[1:], force_gnu=False):
         if argument.startswith("-"):
             taken = argument.lstrip("-").startswith("config")
         if taken:  # "--config=FILE", or "--config" and "FILE"
@@ -107,13 +100,11 @@ def given_config() -> Config:
 
 
 def _parse(arguments: Sequence[str]) -> list[str]:
-    # Configs import what they share, as `configs.paper_settings`; a program in tools/ has only its
-    # own directory to import from.
-    sys.path.append(os.getcwd())
-    for argument in arguments[1:]:
-        if argument.startswith(("--config.", "-config.")):
-            check_option(argument.split("=")[0].lstrip("-").removeprefix("config."))
-    arguments = [arguments[0], *map(_with_underscores, arguments[1:])]
+    expanded = flags.FLAGS.read_flags_from_files(list(arguments[1:]), force_gnu=False)
+    given: list[tuple[str, Any]] = []
+    if "config" in flags.FLAGS:
+        expanded, given = overrides.taken_out(expanded)
+    arguments = [arguments[0], *map(_with_underscores, expanded)]
     for place, argument in enumerate(arguments):
         if argument.startswith("--config="):
             arguments[place] = "--config=" + _config_file(argument.removeprefix("--config="))
@@ -127,17 +118,26 @@ def _parse(arguments: Sequence[str]) -> list[str]:
         getLogger("asyncio").setLevel(CRITICAL)
     if len(rest) > 1:
         raise ConfigError(f"{rest[1]!r} is not a flag; options are given as --name=value")
+    if given and flags.FLAGS.config is None:
+        raise ConfigError(f"--config.{given[0][0]} changes a config: give --config=FILE as well")
+    if given and isinstance(flags.FLAGS.config, Config):  # else `given_config` says what it is
+        overrides.apply(flags.FLAGS.config, given)
     return rest
 
 
 def _config_file(value: str) -> str:
     """What --config names as a file: "quickstart:transformer" is in the package.
 
+    A file may import what is beside it or, as `configs.shared`, what is beside its directory; a
+    program in tools/ has only its own directory to import from.
+
     Raises:
       ConfigError: for a name that is no config of the package.
     """
     name, colon, argument = value.partition(":")
     if not name or name.endswith(".py") or os.sep in name:
+        beside = Path(name).absolute().parent
+        sys.path += [os.getcwd(), str(beside), str(beside.parent)]
         return value
     configs = _packaged_configs()
     if name not in configs:
@@ -170,3 +170,6 @@ def _reporting(function: Callable, *arguments):
     except (flags.Error, ConfigError, CheckpointError) as error:
         print(f"{sys.argv[0]}: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{sys.argv[0]}: interrupted", file=sys.stderr)
+        sys.exit(130)  # as a shell reports SIGINT

@@ -226,6 +226,6 @@ def print_evaluation(
     )
     if not processes.is_first():
         return
-    print(*evaluation.tables, sep="\n\n")
     if output is not None:
         write_report(output, evaluation.record, evaluation.tables)
+    print(*evaluation.tables, sep="\n\n")

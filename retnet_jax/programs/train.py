@@ -13,6 +13,7 @@ Many processes train one model: TPU pods, SLURM and MPI are recognised; elsewher
     --coordinator_address=HOST:PORT --num_processes=N --process_id=I
 """
 
+import signal
 from pathlib import Path
 
 from absl import flags
@@ -26,7 +27,8 @@ from retnet_jax.training.loop import train
 def main() -> None:
     """The program."""
     define_flags()
-    command_line.run(_main)
+    # Who has seen enough of a run ends it as with Ctrl-C, and it is saved.
+    command_line.run(_main, when_output_ends=lambda: signal.raise_signal(signal.SIGINT))
 
 
 def define_flags() -> None:

@@ -24,6 +24,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from retnet_jax.errors import CheckpointError, DamagedCheckpointError
 from retnet_jax.files.digests import sha256_of_file
+from retnet_jax.files.paths import is_remote
 from retnet_jax.parallel import processes
 from retnet_jax.trees import named_leaves, nested, with_leaves
 
@@ -53,7 +54,7 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(kept),
                 async_options=ocp.options.AsyncOptions(
-                    timeout_secs=600, post_finalization_callback=self._list_files
+                    timeout_secs=3600, post_finalization_callback=self._list_files
                 ),
             ),
         )
@@ -117,7 +118,7 @@ class Checkpoints:
           CheckpointError: if they hold other arrays.
         """
         path, trees = self._directory / str(step), _present(items)
-        processes.once(lambda: _verify(path))
+        processes.once(lambda: _verify(path, *trees, "progress"))
         found = _read(self._manager, path, **trees)
         restored = {
             name: with_leaves(tree, named_leaves(found[name])) for name, tree in trees.items()
@@ -125,7 +126,7 @@ class Checkpoints:
         return dict.fromkeys(items) | restored, found.progress
 
     def set_aside(self, step: int) -> None:
-        """Gives a damaged checkpoint a name under which it is not looked for."""
+        """Renames a damaged checkpoint so that it is ignored."""
         path = self._directory / str(step)
         processes.once(lambda: path.rename(path.with_name(f"{step}.damaged-{time.time_ns()}")))
         self._manager.reload()
@@ -136,10 +137,10 @@ class Checkpoints:
         # It gets its name next; on object stores, which cannot rename, a marker inside instead.
         path = self._directory / f"{self._begun}.orbax-checkpoint-tmp"
         path = path if path.exists() else self._directory / str(self._begun)
-        (path / _FILES).write_text(json.dumps(_digests(path), indent=0))
+        (path / _FILES).write_text(json.dumps(_digests(path, _files_under(path)), indent=0))
 
     def _check_room(self, needed: int) -> None:
-        if "://" in str(self._directory):
+        if is_remote(self._directory):
             return
         free = shutil.disk_usage(self._directory).free
         if free < needed:
@@ -175,9 +176,8 @@ def _files_under(path: epath.Path, prefix: str = "") -> list[str]:
     return sorted(found)
 
 
-def _digests(path: epath.Path) -> dict[str, dict[str, Any]]:
-    """The size and the SHA-256 of each file of a checkpoint, by its path in it."""
-    names = _files_under(path)
+def _digests(path: epath.Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    """The size and the SHA-256 of files of a checkpoint, by their paths in it."""
     with concurrent.futures.ThreadPoolExecutor(8) as threads:
         found = threads.map(lambda name: sha256_of_file(path / name), names)
         return {
@@ -186,25 +186,31 @@ def _digests(path: epath.Path) -> dict[str, dict[str, Any]]:
         }
 
 
-def _verify(path: epath.Path) -> None:
-    """Compares the files of a checkpoint with `files.json`.
+def _verify(path: epath.Path, *items: str) -> None:
+    """Compares the files of some items of a checkpoint with `files.json`.
 
     Checkpoints of before 2026-11-25 have sizes alone there, and the oldest have no such file.
 
     Raises:
       DamagedCheckpointError: naming a file that is missing or not what was written.
+      CheckpointError: if a file cannot be read, for a reason that may pass.
     """
     path = epath.Path(path)
     if not (path / _FILES).exists():
         return
     try:
-        expected = json.loads((path / _FILES).read_text())
-        sizes_alone = all(type(about) is int for about in expected.values())
-        found = dict.fromkeys(_files_under(path)) if sizes_alone else _digests(path)
-        if sizes_alone:
-            found = {name: (path / name).stat().length for name in found}
-    except (OSError, ValueError, AttributeError) as error:
+        listed = json.loads((path / _FILES).read_text())
+        inside = tuple(f"{item}/" for item in items)
+        expected = {name: x for name, x in listed.items() if name.startswith(inside)}
+        names = [name for name in _files_under(path) if name.startswith(inside)]
+        if all(type(about) is int for about in listed.values()):
+            found = {name: (path / name).stat().length for name in names}
+        else:
+            found = _digests(path, names)
+    except (FileNotFoundError, ValueError, AttributeError) as error:
         raise DamagedCheckpointError(f"checkpoint {path} is damaged: {_brief(error)}") from error
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {_brief(error)}") from error
     for name in sorted(expected | found):
         if found.get(name) != expected.get(name):
             what = "is not what was written"
@@ -213,6 +219,11 @@ def _verify(path: epath.Path) -> None:
             elif name not in expected:
                 what = f"is not listed in {_FILES}"
             raise DamagedCheckpointError(f"checkpoint {path} is damaged: {name} {what}")
+
+
+def _has_digests(path: epath.Path) -> bool:
+    listed = json.loads((path / _FILES).read_text()) if (path / _FILES).exists() else {}
+    return any(type(about) is dict for about in listed.values())
 
 
 def restore_model(directory: Path, model: Any) -> tuple[Any, int]:
@@ -287,7 +298,7 @@ def _of_newest(directory: Path, read: Callable[[ocp.CheckpointManager, int], T])
                 raise CheckpointError(f"{directory} holds no complete checkpoint")
             path = epath.Path(directory) / str(step)
             try:
-                _verify(path)
+                _verify(path, "model", "progress")
                 return read(manager, step)
             except Exception as error:  # whatever Orbax meets in what is being deleted
                 if not path.exists():
@@ -309,9 +320,11 @@ def _read(manager: ocp.CheckpointManager, path: Path, **trees: Any) -> Any:
             int(path.name),
             args=ocp.args.Composite(**arguments, progress=ocp.args.JsonRestore()),
         )
-    except (CheckpointError, jax.errors.JaxRuntimeError):  # the latter has no room for the arrays
+    except (CheckpointError, jax.errors.JaxRuntimeError, MemoryError):  # no room for the arrays
         raise
     except Exception as error:  # Orbax raises of every kind for what is damaged
+        if _has_digests(epath.Path(path)):  # they were compared, so it is something else
+            raise CheckpointError(f"checkpoint {path} cannot be read: {_brief(error)}") from error
         raise DamagedCheckpointError(f"checkpoint {path} is damaged: {_brief(error)}") from error
 
 
@@ -345,7 +358,7 @@ def _present(items: dict[str, Any]) -> dict[str, Any]:
 
 
 def _absolute(path: epath.PathLike) -> epath.Path:
-    return epath.Path(path if "://" in str(path) else Path(path).absolute())
+    return epath.Path(path if is_remote(path) else Path(path).absolute())
 
 
 def _named(tree: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ class JsonLines:
     """Appends records to a file, without ever losing one.
 
     What cannot be written, because the disk is full, is kept in memory and written later. On object
-    stores the file is written at most once a minute, and when it is closed.
+    stores the file is written at most once a minute, and when it is flushed.
 
     Args:
       path: of the file.
@@ -49,7 +49,7 @@ class JsonLines:
         if not is_remote(self._path) or time.monotonic() - self._written_at > _REMOTE_SECONDS:
             self._write()
 
-    def close(self) -> None:
+    def flush(self) -> None:
         """Writes what is not written yet."""
         if self._waiting:
             self._write()
@@ -83,6 +83,12 @@ class JsonLines:
             return
         self._waiting.clear()
         self._written_at, self._failing = time.monotonic(), False
+
+
+def records_in(path: epath.Path) -> list[dict[str, Any]]:
+    """The records of steps in a file, none if it does not exist; other lines are left out."""
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    return [json.loads(line) for line in lines if _step_of(line) is not None]
 
 
 def _append(path: epath.Path, contents: bytes) -> None:

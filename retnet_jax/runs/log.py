@@ -75,9 +75,13 @@ class MetricsLog:
         else:
             print(message, file=sys.stderr, flush=True)
 
+    def flush(self) -> None:
+        """Writes what waits to be written: a checkpoint that follows resumes after these steps."""
+        self._lines.flush()
+        self._starts.flush()
+
     def close(self) -> None:
-        self._lines.close()
-        self._starts.close()
+        self.flush()
         self._events.close()
         if self._wandb is not None:
             self._wandb.finish()
@@ -114,6 +118,9 @@ class NoLog:
         pass
 
     def say(self, message: str) -> None:
+        pass
+
+    def flush(self) -> None:
         pass
 
     def close(self) -> None:

@@ -14,12 +14,13 @@ wandb_id            under which Weights & Biases knows the run
 
 import contextlib
 import json
+import time
 from collections.abc import Iterator, Sequence
 
 from etils import epath
 
 from retnet_jax.config import TOKENIZERS, Config
-from retnet_jax.config_json import differences, marked, read_config, to_json
+from retnet_jax.config_json import config_differences, marked, read_config, to_json
 from retnet_jax.data.token_store import TokenStore
 from retnet_jax.data.tokenizers import (
     SAVED_FILES,
@@ -28,8 +29,9 @@ from retnet_jax.data.tokenizers import (
     Tokenizer,
     load_tokenizer,
 )
-from retnet_jax.errors import ConfigError
+from retnet_jax.errors import CheckpointError, ConfigError
 from retnet_jax.files import atomic, lock
+from retnet_jax.runs.json_lines import records_in
 
 STORES = "stores.json"
 
@@ -71,7 +73,13 @@ def locked(workdir: epath.Path) -> Iterator[None]:
             yield
         finally:
             if new and not (workdir / "config.json").exists():
-                workdir.rmtree(missing_ok=True)
+                _remove_empty(workdir)
+
+
+def _remove_empty(workdir: epath.Path) -> None:
+    """Deletes a workdir that holds the lock and nothing else."""
+    if workdir.is_dir() and {path.name for path in workdir.iterdir()} <= {lock.FILE_NAME}:
+        workdir.rmtree()
 
 
 def recorded_config(workdir: epath.Path) -> Config | None:
@@ -110,7 +118,7 @@ def record_start(
     if recorded is None:
         _record(workdir, config, tokenizer, stores)
         return []
-    changes = differences(recorded, config)
+    changes = config_differences(recorded, config)
     lines = {name: f"{name}: {old!r} -> {new!r}" for name, (old, new) in changes.items()}
     refused = [line for name, line in lines.items() if name not in marked("changeable")]
     if refused:
@@ -138,10 +146,19 @@ def record_start(
 def restore_if_gone(
     workdir: epath.Path, config: Config, tokenizer: Tokenizer, stores: Sequence[TokenStore]
 ) -> bool:
-    """Records a run again whose workdir was moved or deleted while it lasts; whether it was."""
-    if (workdir / "config.json").exists():
-        return False
-    _record(workdir, config, tokenizer, stores)
+    """Records a run again whose workdir was moved or deleted while it lasts; whether it was.
+
+    Raises:
+      CheckpointError: if it cannot be written.
+    """
+    try:
+        if (workdir / "config.json").exists():
+            return False
+        _record(workdir, config, tokenizer, stores)
+    except OSError as error:
+        raise CheckpointError(
+            f"{workdir} is not there any more and cannot be written again: {error}"
+        ) from error
     return True
 
 
@@ -215,12 +232,16 @@ def progress_of_old_checkpoint(workdir: epath.Path, step: int) -> dict[str, floa
 
     Then the start of the run stood in starts.jsonl, and the seconds of its steps in metrics.jsonl.
     """
-    starts, metrics = (
-        [json.loads(line) for line in (workdir / name).read_text().splitlines()]
-        for name in ("starts.jsonl", "metrics.jsonl")
-    )
-    seconds = [x.get("training_seconds", 0.0) for x in metrics if x["step"] <= step]
-    return {"run_began": starts[0]["time"], "training_seconds": max(seconds, default=0.0)}
+    seconds = [
+        record.get("training_seconds", 0.0)
+        for record in records_in(workdir / "metrics.jsonl")
+        if record["step"] <= step
+    ]
+    starts = [x["time"] for x in records_in(workdir / "starts.jsonl") if "time" in x]
+    return {
+        "run_began": min(starts, default=time.time()),
+        "training_seconds": max(seconds, default=0.0),
+    }
 
 
 def _recorded_tokenizer(workdir: epath.Path) -> Tokenizer:

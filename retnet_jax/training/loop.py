@@ -120,9 +120,8 @@ def train(
         stack.enter_context(contextlib.closing(checkpoints))
         state, progress, damage = start_or_restore(config, mesh, state_shape, checkpoints, workdir)
         check_finite(state, config, workdir)
-        log: MetricsLog | NoLog = NoLog()
-        if processes.is_first():
-            log = MetricsLog(workdir, int(state.step), config.train.steps, config.train.wandb)
+        of_log = workdir, int(state.step), config.train.steps, config.train.wandb
+        log = processes.once(lambda: MetricsLog(*of_log)) or NoLog()
         stack.enter_context(contextlib.closing(log))
         log.begin(processes.facts())
         for change in changes or ():
@@ -135,13 +134,11 @@ def train(
             Evaluator("held-out loss", config.train.eval_every, held_out),
             *evaluators,
         )
-        run = Run(config, mesh, stores, compiled, checkpoints, log, evaluators, on_log)
-        run.trace_directory = workdir / "profile"
-        run.restore_workdir = partial(restore_if_gone, workdir, config, *of_run)
+        run = Run(config, workdir, mesh, stores, compiled, checkpoints, log, evaluators, on_log)
         return run.run(state, progress, stop)
 
 
-class Progress(NamedTuple):
+class RunProgress(NamedTuple):
     """How far a run is: what a checkpoint holds beside the arrays of the state."""
 
     next_batch: int = 0  # number of the batch that comes next
@@ -155,7 +152,7 @@ def start_or_restore(
     state_shape: TrainState,
     checkpoints: Checkpoints,
     workdir: epath.Path,
-) -> tuple[TrainState, Progress, list[str]]:
+) -> tuple[TrainState, RunProgress, list[str]]:
     """The state of the newest intact checkpoint, or a fresh one.
 
     Returns:
@@ -175,12 +172,12 @@ def start_or_restore(
             continue
         if "run_began" not in found:
             found |= progress_of_old_checkpoint(workdir, step)
-        progress = Progress(**{name: found[name] for name in Progress._fields})
+        progress = RunProgress(**{name: found[name] for name in RunProgress._fields})
         count = jax.device_put(np.int32(step), shardings.step)
         return TrainState(step=count, **items), progress, problems
     if problems:
         raise CheckpointError("\n".join([*problems, "there is no other checkpoint"]))
-    progress = Progress(run_began=time.time())
+    progress = RunProgress(run_began=time.time())
     if config.init_from:
         model, _ = load_checkpoint(epath.Path(config.init_from), mesh, **run_options(config.model))
         begin = jax.jit(partial(state_of, config), out_shardings=shardings, donate_argnums=0)
@@ -239,6 +236,7 @@ class Run:
 
     Args:
       config: what is trained.
+      workdir: of the run.
       mesh: the devices; it is to be set while the run lasts.
       stores: the data.
       step: the compiled step.
@@ -246,15 +244,12 @@ class Run:
       log: of the run.
       evaluators: what is computed of the model along the way.
       on_log: as of `train`.
-
-    Attributes:
-      trace_directory: where a trace goes that `config.profile` asks for.
-      restore_workdir: records the run again if its workdir is gone; returns whether it was.
     """
 
     def __init__(
         self,
         config: Config,
+        workdir: epath.Path,
         mesh: jax.sharding.Mesh,
         stores: Stores,
         step: Step,
@@ -264,13 +259,13 @@ class Run:
         on_log: Callable[[dict[str, Any]], object] | None = None,
     ):
         self.config = config
+        self.workdir = workdir
+        self.stores = stores
         self.step = step
         self.checkpoints = checkpoints
         self.log = log
         self.evaluators = tuple(evaluators)
         self.on_log = on_log
-        self.trace_directory: epath.Path | None = None
-        self.restore_workdir: Callable[[], bool] = lambda: False
         self.batches = PlacedBatches(
             mesh,
             [store.train for store in stores.stores.values()],
@@ -290,7 +285,7 @@ class Run:
         self.skipped_batches: list[int] = []  # of the latest steps, if these were skipped
 
     def run(
-        self, state: TrainState, progress: Progress, stop: processes.StopRequest
+        self, state: TrainState, progress: RunProgress, stop: processes.StopRequest
     ) -> TrainResult:
         """Trains from a state to the last step, or until a stop is requested; saves; says so."""
         self.begin(state, progress)
@@ -307,7 +302,7 @@ class Run:
         self.log.say("the run is finished" if finished else "the same command resumes from here")
         return self.result("finished" if finished else "stopped")
 
-    def begin(self, state: TrainState, progress: Progress) -> None:
+    def begin(self, state: TrainState, progress: RunProgress) -> None:
         """Takes over a state."""
         self.state = state
         self.done = self.saved = int(state.step)
@@ -318,6 +313,9 @@ class Run:
 
     def advance(self, last: int, stop: processes.StopRequest) -> None:
         """Takes steps up to `last`, or until a stop is requested, with all that is due after each.
+
+        A checkpoint is saved before the evaluation of the same step, which may fail for want of
+        memory; a run that is killed between the two is resumed without that evaluation.
 
         Raises:
           DivergedError: after too many consecutive skipped steps, naming their documents.
@@ -330,7 +328,7 @@ class Run:
             self.clock.start()
             while self.done < last and not stop.seen(self.done):
                 if profile.steps and self.done + 1 == profile.start:
-                    trace.enter_context(jax.profiler.trace(str(self.trace_directory)))
+                    trace.enter_context(jax.profiler.trace(str(self.workdir / "profile")))
                 self.take_step(batches)
                 traced = profile.steps and self.done + 1 == profile.start + profile.steps
                 due = [x for x in self.evaluators if self.evaluation_is_due(x)]
@@ -418,13 +416,15 @@ class Run:
         """Begins a checkpoint. A failure is reported, and training continues."""
         self.written()  # the one before; its failure should not cost this one
         self.saved_at = time.monotonic()
-        progress = Progress(self.next_batch, self.clock.run_began, self.clock.training_seconds)
-        if processes.once(self.restore_workdir):
-            self.log.say(
-                f"the workdir was moved or deleted while training: it is written again from step "
-                f"{self.done} on"
-            )
+        progress = RunProgress(self.next_batch, self.clock.run_began, self.clock.training_seconds)
+        of_run = self.stores.tokenizer, list(self.stores.stores.values())
+        self.log.flush()
         try:
+            if processes.once(lambda: restore_if_gone(self.workdir, self.config, *of_run)):
+                self.log.say(
+                    "the workdir was moved or deleted while training: it is written again from "
+                    f"step {self.done} on"
+                )
             self.checkpoints.save(self.done, items_of(self.state), progress._asdict())
             self.saved = self.done
         except CheckpointError as error:

@@ -32,7 +32,7 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]  # steps taken
     model: LanguageModel
     optimizer: Any
-    carry: State | None  # what each row goes on with: `config.train.carry_state`
+    carry: State | None  # what each row continues with: `config.train.carry_state`
     usual: UsualStep
 
 
@@ -161,7 +161,7 @@ def train_step(config: Config, state: TrainState, batch: Batch) -> tuple[TrainSt
     model, optimizer_state = jax.tree.map(
         partial(jnp.where, good), (model, optimizer_state), (state.model, state.optimizer)
     )
-    # What a row goes on with after a step that went wrong may be wrong as well.
+    # After a step that went wrong, the state of a row may be wrong as well.
     carry = jax.tree.map(lambda x: jnp.where(good, x, jnp.zeros_like(x)), sums.carry)
     return TrainState(state.step + 1, model, optimizer_state, carry, usual), metrics
 
