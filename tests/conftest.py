@@ -39,6 +39,19 @@ settings.register_profile("jax", deadline=None, derandomize=True, print_blob=Tru
 settings.load_profile("jax")
 
 
+@pytest.fixture
+def no_compilation_cache():
+    """For programs that are saved: XLA for CPUs cannot write again what it read from the cache."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m selects by marks
 def pytest_collection_modifyitems(items):
     for item in items:

@@ -164,6 +164,7 @@ def saved(path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_compilation_cache")
 def test_a_saved_step_trains_alike(config, uninterrupted, tmp_path, monkeypatch):
     step = compile_step(config)
     save(step, tmp_path / "step")

@@ -109,6 +109,7 @@ def test_batches_begin_with_the_largest_that_memory_holds(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.compiles(100, reason="each case of the benchmarks is a program or two")
 def test_all_sections_on_tiny_shapes(tmp_path):
     """One test, so that one process measures once."""
     path = tmp_path / "accelerator.json"

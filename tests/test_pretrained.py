@@ -110,6 +110,7 @@ def losses(workdir):
 
 
 @pytest.mark.slow
+@pytest.mark.compiles(90, reason="Orbax, and models loaded and placed leaf by leaf")
 def test_continued_training(directory, corpus, tmp_path):
     begin = tmp_path / "begin"
     shutil.copytree(directory, begin)
@@ -119,7 +120,7 @@ def test_continued_training(directory, corpus, tmp_path):
     # The first loss is the foreign model's, on the batch that comes first.
     store = open_store(tmp_path / "store")
     stream = BatchStream([store.train], [1.0], sequence_length=16, batch_size=8, bos_id=1, seed=0)
-    _, sums = loss_sum(interop.load(begin), jax.tree.map(jax.numpy.asarray, stream[0]))
+    _, sums = jax.jit(loss_sum)(interop.load(begin), stream[0])
     found = losses(tmp_path / "run")
     assert found[0] == pytest.approx(float(sums.loss / sums.weight), rel=1e-5)
     assert len(found) == 8
