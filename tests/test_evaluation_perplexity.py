@@ -282,7 +282,7 @@ def test_table_and_json_of_a_run(workdir, tmp_path, capsys):
     record, markdown = json.loads(output.read_text()), output.with_suffix(".md").read_text()
 
     names = open_store(workdir.parent / "store").held_out.names
-    texts = [Path(name).read_text(encoding="utf-8") for name in names]
+    texts = [(workdir.parent / name).read_text(encoding="utf-8") for name in names]
     documents = [np.array([ByteTokenizer.bos_id, *text.encode()]) for text in texts]
     nll = stateful_nll(RetNet(TINY, rngs=nnx.Rngs(0)), documents, batch_size=4)
     expected = dataclasses.asdict(perplexity_report(nll, texts))
