@@ -53,7 +53,7 @@ def preparing(scratch: Path) -> dict:
     os.sched_setaffinity(0, {0})
     source = DataConfig(held_out=0.02)
     texts = [document.text for document in read_documents(source, Skipped())]
-    bpe = train_tokenizer([source], 4096)
+    bpe = train_tokenizer([source], 4096, Skipped())
     (scratch / "tokenizer").mkdir(parents=True, exist_ok=True)
     bpe.save(scratch / "tokenizer")
     alone = hugging_face().Tokenizer.from_file(str(scratch / "tokenizer/tokenizer.json"))

@@ -28,6 +28,7 @@ from retnet_jax.errors import ConfigError
 from retnet_jax.files import lock
 
 ROOT = Path(__file__).parent.parent
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}  # the package, from any directory
 
 
 @pytest.fixture
@@ -333,7 +334,8 @@ def test_the_processes_of_a_build_end_with_it(number, tmp_path):
         "if __name__ == '__main__':\n"
         "    for_each_shard(task, [(0, None), (1, None)], [1, 1], 2, 'reading')\n"
     )
-    process = subprocess.Popen([sys.executable, str(program), str(tmp_path)])
+    command = [sys.executable, str(program), str(tmp_path)]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
     wait_for(lambda: len(list(tmp_path.glob("*.pid"))) == 2 or process.poll() is not None)
     workers = [int(path.stem) for path in tmp_path.glob("*.pid")]
     assert len(workers) == 2
@@ -367,6 +369,7 @@ def test_preparation_from_anywhere_ends_at_sigterm_with_a_line(config, tmp_path)
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "tools/prepare_data.py"), *arguments],
             cwd=tmp_path,
+            env=ENVIRONMENT,
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from retnet_jax.config import TOKENIZERS, DataConfig
+from retnet_jax.config import DataConfig
 from retnet_jax.data.build import DEFAULT_COMMAND, build_or_wait, is_to_be_built
 from retnet_jax.data.store_options import differences, pretrained_tokenizer, stored_options
 from retnet_jax.data.token_store import TokenStore, open_store
-from retnet_jax.data.tokenizers import Tokenizer
+from retnet_jax.data.tokenizers import ByteTokenizer, Tokenizer
 from retnet_jax.errors import ConfigError
 from retnet_jax.files import paths as files
 
@@ -91,17 +91,19 @@ def open_or_build(
 
 
 def check_tokenizer(config: DataConfig, vocab_size: int) -> None:
-    """Raises `ConfigError` if a store is to be built in more tokens than the model knows.
+    """Checks the tokenizer of a store that is not complete, before it is built.
 
     Args:
       config: the data options, checked.
       vocab_size: `model.vocab_size`.
+
+    Raises:
+      ConfigError: if there is none, or documents can have tokens that the model does not know.
     """
-    store, directory = files.expanded(config.store), files.expanded(config.tokenizer)
-    if files.exists(f"{store}/manifest.json") or not files.exists(directory):
+    if files.exists(files.expanded(f"{config.store}/manifest.json")) or config.tokenizer == "bpe":
         return
-    if config.tokenizer not in TOKENIZERS:
-        _check_fits(pretrained_tokenizer(config), f"data.tokenizer={directory!r}", vocab_size)
+    tokenizer = ByteTokenizer() if config.tokenizer == "byte" else pretrained_tokenizer(config)
+    _check_fits(tokenizer, f"data.tokenizer={config.tokenizer!r}", vocab_size)
 
 
 def _check_vocabulary(store: TokenStore, vocab_size: int) -> None:

@@ -89,6 +89,11 @@ class HuggingFaceTokenizer(Tokenizer):
         return [token for token in tokens if token is not None and token not in special]
 
     @functools.cached_property
+    def _special_ids(self) -> set[int]:
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {number for number, token in added.items() if token.special}
+
+    @functools.cached_property
     def unknown_id(self) -> int | None:
         model = json.loads(self.files[FILE_NAME])["model"]
         token = model.get("unk_token")
@@ -96,8 +101,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def token(self, number: int) -> str | None:
         token = self._tokenizer.id_to_token(number)
-        added = self._tokenizer.get_added_tokens_decoder().get(number)
-        if number in (self.bos_id, self.end_id) or added is None or not added.special:
+        if number in (self.bos_id, self.end_id) or number not in self._special_ids:
             return token
         # Special tokens are not looked for in texts, but a vocabulary may have them as words.
         return token if number in self.encode(token) else None
