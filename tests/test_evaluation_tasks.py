@@ -274,7 +274,8 @@ HARNESS = """
 import json, sys
 from lm_eval.api.instance import Instance
 from retnet_jax.evaluation.harness import RetNetLM
-lm = RetNetLM({run!r}, batch_size=2, max_length={length})
+options = dict(dtype="auto", trust_remote_code=True, add_bos_token=True, device="cuda")
+lm = RetNetLM({run!r}, batch_size=2, max_length={length}, **options)
 make = lambda kind, *args: Instance(kind, {{}}, args, 0)
 texts = {texts!r}
 rolling = lm.loglikelihood_rolling([make("loglikelihood_rolling", text) for text in texts])
@@ -284,6 +285,15 @@ try:
     lm.generate_until([make("generate_until", "a", {{"num_beams": 3}})])
 except ValueError as error:
     said = str(error)
+for refused in (
+    lambda: RetNetLM({run!r}, add_bos_token="False"),
+    lambda: lm.chat_template(True),
+    lambda: lm.loglikelihood([make("loglikelihood", "the end of a context", "")]),
+):
+    try:
+        refused()
+    except ValueError as error:
+        said += " | " + str(error)
 json.dump([rolling, generated, said], open({output!r}, "w"))
 """
 
@@ -310,6 +320,9 @@ def test_the_harness_reads_whole_texts_and_generates(runs, tmp_path, length):
     assert generated == [found.text for found in writer.continuations]
     assert not any("e" in text for text in generated)
     assert "generation arguments ['num_beams'] are none of" in said
+    assert "add_bos_token=False: here every text begins with BOS" in said
+    assert "--apply_chat_template: no model here has the template" in said
+    assert "continuation '' is no token of its own after a context that ends in 'the end" in said
 
 
 def test_recall_of_a_model_that_knows_nothing_is_chance():

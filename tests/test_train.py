@@ -660,6 +660,16 @@ def test_a_trace_and_weights_and_biases(config, tmp_path, monkeypatch):
         train(changed, tmp_path / "other")
 
 
+def test_a_trace_of_steps_that_are_done_is_said_not_to_come(
+    config, uninterrupted, tmp_path, capsys
+):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    late = dataclasses.replace(config, profile=ProfileConfig(start=STEPS, steps=2))
+    assert train(late, tmp_path / "run").status == "finished"
+    said = f"nothing is traced: step profile.start={STEPS} is done already; give one after {STEPS}"
+    assert said in capsys.readouterr().err
+
+
 def test_another_tokenizer_is_refused(config, uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path / "run")
     (tmp_path / "run" / "tokenizer.json").write_text(

@@ -44,11 +44,16 @@ class RetNetLM(TemplateLM):
       max_length: most tokens that are read for a log-likelihood, cut at their beginning, and the
         length of the windows of `loglikelihood_rolling`. None: nothing is cut, and rolling carries
         the state through the whole text, which a RetNet can. Prompts to generate from are not cut.
-      dtype: of activations.
+      dtype: of activations; None or "auto": that of the run.
       max_gen_toks: tokens to generate where a task does not say.
       seed: of random choices in generation.
+      add_bos_token: whether BOS opens every text, which it does here: False is refused.
       device: taken because the harness passes it; jax chooses the device.
       max_batch_size: taken likewise.
+      trust_remote_code: taken likewise; no code is loaded.
+
+    Raises:
+      ConfigError, CheckpointError: for a directory or an argument that does not fit.
     """
 
     def __init__(
@@ -61,11 +66,17 @@ class RetNetLM(TemplateLM):
         seed: int | str = 0,
         device: str | None = None,
         max_batch_size: int | None = None,
+        trust_remote_code: bool | None = None,
+        add_bos_token: bool | None = None,
     ):
         super().__init__()
         directory = epath.Path(pretrained)
         _, self.tokenizer = read_pretrained(directory)
-        changes = {} if dtype is None else {"dtype": dtype}
+        if str(add_bos_token).lower() == "false":
+            raise ConfigError(
+                "add_bos_token=False: here every text begins with BOS, as in training; leave it out"
+            )
+        changes = {} if dtype in (None, "auto") else {"dtype": dtype}
         self.model, self.step = load_checkpoint(directory, first_device(), **changes)
         self.batch_size = 32 if str(batch_size).startswith("auto") else int(batch_size)
         if self.batch_size < 1:
@@ -93,9 +104,29 @@ class RetNetLM(TemplateLM):
         """The ids of a text; BOS is put before contexts where they are scored."""
         return self.tokenizer.encode(string)
 
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template of a conversation, which no model of this project has.
+
+        Raises:
+          ConfigError: if one is asked for.
+        """
+        if chat_template:
+            raise ConfigError(
+                "--apply_chat_template: no model here has the template of a conversation; run "
+                "without it, with texts as the tasks have them"
+            )
+        return None
+
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log p of continuations, and whether each is greedy, by `score`."""
         pairs = encode_pairs(self.tokenizer, [request.args for request in requests])
+        for request, pair in zip(requests, pairs, strict=True):
+            if not pair.continuation:
+                context, continuation = request.args
+                raise ConfigError(
+                    f"the continuation {continuation!r} is no token of its own after a context "
+                    f"that ends in {context[-40:]!r}: one token spans both, or it becomes none"
+                )
         return self._loglikelihood_tokens(
             [
                 (request.args, pair.context, pair.continuation)

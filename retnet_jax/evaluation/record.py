@@ -19,6 +19,7 @@ from retnet_jax.evaluation.results import Differences, Results, TokensRead
 from retnet_jax.evaluation.statistics import Difference
 from retnet_jax.evaluation.tables import Table
 from retnet_jax.evaluation.task_requests import TaskResult
+from retnet_jax.files.paths import is_remote
 from retnet_jax.provenance import versions
 
 
@@ -82,8 +83,9 @@ def model_record(
       tokenizer: the model's.
       results: the model's.
     """
+    place = checkpoint if checkpoint is None or is_remote(checkpoint) else checkpoint.absolute()
     return {
-        "checkpoint": None if checkpoint is None else str(checkpoint.absolute()),
+        "checkpoint": None if place is None else str(place),
         "checkpoint_sha256": sha256,
         "step": step,
         "model": dataclasses.asdict(config),

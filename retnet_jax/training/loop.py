@@ -129,6 +129,11 @@ def train(
         for problem in damage:
             log.say(problem)
         log.say(describe(config, stores, state, mesh))
+        if config.profile.steps and config.profile.start <= int(state.step):
+            log.say(
+                f"nothing is traced: step profile.start={config.profile.start} is done already; "
+                f"give one after {int(state.step)}"
+            )
         held_out = HeldOutLoss(config, mesh, stores)
         evaluators = (
             Evaluator("held-out loss", config.train.eval_every, held_out),
