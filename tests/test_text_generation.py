@@ -193,6 +193,15 @@ def test_after_its_end_a_text_needs_a_prompt():
     assert written(build(RetNet), BYTES, ["next"], 3, after=reading).continuations[0].tokens
 
 
+def test_a_state_with_nan_is_not_saved(tmp_path):
+    model = jax.tree.map(lambda x: x, build(RetNet))
+    model.embedding = nnx.Param(model.embedding[...].at[ord("x")].set(np.nan))
+    reading = Writer(model, BYTES, ["x"], 0).reading
+    with pytest.raises(CheckpointError, match=r"is not written: .* not finite; 32 of the 8448"):
+        save_reading(tmp_path / "text.state", reading, model, BYTES)
+    assert not list(tmp_path.iterdir())
+
+
 def test_states_that_cannot_be_used_are_refused(tmp_path):
     model, path = build(RetNet), tmp_path / "text.state"
     save_reading(path, written(model, BYTES, ["x"], 3, tokens_at_once=1).reading, model, BYTES)
