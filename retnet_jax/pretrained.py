@@ -4,7 +4,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from etils import epath
 from jax.sharding import Mesh
 
 from retnet_jax import interop
@@ -12,6 +11,7 @@ from retnet_jax.config import Config, DataConfig, ModelConfig
 from retnet_jax.config_json import marked, read_config
 from retnet_jax.data.tokenizers import Tokenizer, has_tokenizer, load_tokenizer
 from retnet_jax.errors import CheckpointError, ConfigError
+from retnet_jax.files.paths import place
 from retnet_jax.interop import check_has_model, models_below
 from retnet_jax.interop.parameter_source import changed
 from retnet_jax.interop.safetensors_reader import AnyPath
@@ -41,7 +41,7 @@ def load_pretrained(
         that do not fit.
       CheckpointError: for weights that are missing, damaged or not the config's.
     """
-    return load_checkpoint(epath.Path(directory), mesh, **changes)[0]
+    return load_checkpoint(place(directory), mesh, **changes)[0]
 
 
 def load_checkpoint(
@@ -78,11 +78,7 @@ def read_pretrained(directory: AnyPath) -> tuple[Config, Tokenizer]:
         tokenizer = load_tokenizer(directory)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"the tokenizer in {directory} has {tokenizer.vocab_size} ids, the model knows "
-            f"{config.model.vocab_size}: it is another model's"
-        )
+    tokenizer.check_fits(f"the tokenizer in {directory}", config.model.vocab_size)
     return config, tokenizer
 
 
@@ -111,7 +107,7 @@ def with_initial_model(config: Config, recorded: Config | None = None) -> Config
     """
     if not config.init_from:
         return config
-    directory = epath.Path(config.init_from)
+    directory = place(config.init_from)
     if recorded is not None and recorded.init_from == config.init_from:
         return _begun_from(config, recorded)
     if is_run(directory):

@@ -30,6 +30,8 @@ def main() -> None:
     heavy = {"orbax.checkpoint", "grain", "jax"} & set(sys.modules)
     assert not heavy, f"`import retnet_jax` imports {heavy}"
 
+    prepared = run("retnet-prepare", "--config=quickstart")
+    assert "bytes/token" in prepared, prepared
     run("retnet-train", "--config=quickstart", "--workdir=run", *STEPS)
     run("retnet-eval", "--workdir=run", "--protocol=window", "--output=result.json")
     text = run("retnet-generate", "--workdir=run", "--prompt=def main(", "--max_tokens=8")

@@ -103,22 +103,11 @@ def check_tokenizer(config: DataConfig, vocab_size: int) -> None:
     if files.exists(files.expanded(f"{config.store}/manifest.json")) or config.tokenizer == "bpe":
         return
     tokenizer = ByteTokenizer() if config.tokenizer == "byte" else pretrained_tokenizer(config)
-    _check_fits(tokenizer, f"data.tokenizer={config.tokenizer!r}", vocab_size)
+    tokenizer.check_fits(f"data.tokenizer={config.tokenizer!r}", vocab_size)
 
 
 def _check_vocabulary(store: TokenStore, vocab_size: int) -> None:
-    _check_fits(store.tokenizer, f"the tokenizer in {store.directory}", vocab_size)
-
-
-def _check_fits(tokenizer: Tokenizer, name: str, vocab_size: int) -> None:
-    surplus = tokenizer.surplus(vocab_size)
-    if surplus:
-        shown = ", ".join(f"{i} {token!r}" for i, token in list(surplus.items())[:5])
-        raise ConfigError(
-            f"model.vocab_size={vocab_size} is less than the {tokenizer.vocab_size} tokens of "
-            f"{name}: documents can have {len(surplus)} that the model does not know, such as "
-            f"{shown}"
-        )
+    store.tokenizer.check_fits(f"the tokenizer in {store.directory}", vocab_size)
 
 
 def _name(directory: str) -> str:

@@ -11,7 +11,6 @@ is the harness's own command with the model registered; in Python import this mo
 from collections import defaultdict
 
 import jax
-from etils import epath
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -24,6 +23,7 @@ from retnet_jax.evaluation.prefix_trie import PrefixTrie, Request
 from retnet_jax.evaluation.scoring import score_trie
 from retnet_jax.evaluation.statistics import sums
 from retnet_jax.evaluation.task_requests import encode_pairs
+from retnet_jax.files.paths import place
 from retnet_jax.generation.sampling import Sampler
 from retnet_jax.generation.texts import Writer
 from retnet_jax.model import for_decoding
@@ -70,7 +70,7 @@ class RetNetLM(TemplateLM):
         add_bos_token: bool | None = None,
     ):
         super().__init__()
-        directory = epath.Path(pretrained)
+        directory = place(pretrained)
         _, self.tokenizer = read_pretrained(directory)
         if str(add_bos_token).lower() == "false":
             raise ConfigError(

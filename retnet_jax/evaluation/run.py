@@ -27,6 +27,7 @@ from retnet_jax.evaluation.plan import Plan, make_plan
 from retnet_jax.evaluation.record import evaluation_record, model_record
 from retnet_jax.evaluation.results import Results, differences
 from retnet_jax.evaluation.tables import Table, result_tables
+from retnet_jax.files.paths import place
 from retnet_jax.model import LanguageModel
 from retnet_jax.parallel import processes
 from retnet_jax.parallel.mesh import make_mesh
@@ -121,15 +122,11 @@ def subject(source: LanguageModel | str | Path, tokenizer: Tokenizer | None = No
     if not isinstance(source, LanguageModel):
         if tokenizer is not None:
             raise ConfigError(f"{source} has a tokenizer of its own: leave out `tokenizer`")
-        directory = epath.Path(source)
+        directory = place(source)
         return Subject(directory, *read_pretrained(directory))
     if tokenizer is None:
         raise ConfigError("a model in memory needs its tokenizer: give `tokenizer`")
-    if tokenizer.vocab_size > source.config.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the model knows "
-            f"{source.config.vocab_size}: it is another model's"
-        )
+    tokenizer.check_fits("the tokenizer", source.config.vocab_size)
     return Subject(source, Config(model=source.config), tokenizer)
 
 

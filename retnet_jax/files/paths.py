@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 from retnet_jax.errors import ConfigError
 
@@ -20,6 +21,11 @@ def is_remote(path: AnyPath) -> bool:
 def expanded(path: AnyPath) -> str:
     """A path as a person types it, with `~` and `~user` replaced; a URL stays as it is."""
     return str(path) if is_remote(path) else os.path.expanduser(path)
+
+
+def place(path: AnyPath) -> epath.Path:
+    """A directory or file as a person types it, local or remote, with `~` replaced."""
+    return epath.Path(expanded(path))
 
 
 def local(path: AnyPath) -> Path:

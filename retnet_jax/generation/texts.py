@@ -106,7 +106,7 @@ class Writer:
             sampler,
             seed,
             end_id=tokenizer.end_ids,
-            vocab_size=tokenizer.vocab_size,
+            vocab_size=min(tokenizer.vocab_size, model.config.vocab_size),
             tokens_at_once=tokens_at_once,
             progress=progress,
         )

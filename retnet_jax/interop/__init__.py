@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from retnet_jax.config import ModelConfig
 from retnet_jax.data.tokenizers import has_tokenizer, load_tokenizer
 from retnet_jax.errors import CheckpointError, ConfigError
+from retnet_jax.files.paths import place
 from retnet_jax.interop import fla, syncdoth, torchscale
 from retnet_jax.interop.own import RunSource, config_of, own_layout
 from retnet_jax.interop.parameter_source import (
@@ -82,7 +83,7 @@ def load(directory: str | Path, mesh: Mesh | None = None, **changes: Any) -> Lan
       ConfigError: for a config that this project cannot compute, and changes that do not fit.
       CheckpointError: for weights that are missing, damaged or not the config's.
     """
-    return load_model(open_source(epath.Path(directory)), mesh, **changes)
+    return load_model(open_source(place(directory)), mesh, **changes)
 
 
 def save(model: LanguageModel, directory: str | Path, layout: str, **options: Any) -> None:
@@ -123,7 +124,7 @@ def convert(
       ConfigError: if the layout cannot say what the model computes, with the reasons.
       CheckpointError: as `load` and `save`.
     """
-    source = epath.Path(source)
+    source = place(source)
     parameters = open_source(source)
     if fold_head_norm:
         parameters = HeadNormFolded(parameters)

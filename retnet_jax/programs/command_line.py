@@ -79,7 +79,9 @@ def prepare_command() -> str:
             taken = argument.lstrip("-").startswith("config")
         if taken:  # "--config=FILE", or "--config" and "FILE"
             options.append(argument)
-    return shlex.join(["python", "tools/prepare_data.py", *options])
+    installed = Path(sys.argv[0]).name.startswith("retnet-")
+    program = ["retnet-prepare"] if installed else ["python", "tools/prepare_data.py"]
+    return shlex.join([*program, *options])
 
 
 def given_config() -> Config:

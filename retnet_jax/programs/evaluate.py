@@ -22,6 +22,7 @@ from retnet_jax.evaluation.run import evaluate_models, subject
 from retnet_jax.evaluation.task_requests import SHOT_MODES
 from retnet_jax.evaluation.task_rows import HUBS
 from retnet_jax.evaluation.tasks import TASKS, VARIANTS
+from retnet_jax.files.paths import local
 from retnet_jax.parallel import processes
 from retnet_jax.programs import command_line
 
@@ -49,7 +50,7 @@ def _main() -> None:
             dtype=given.dtype,
             fsdp=given.fsdp,
             compressors=given.compressors,
-            output=None if given.output is None else Path(given.output),
+            output=None if given.output is None else local(given.output),
             **options,
         )
 
@@ -183,7 +184,7 @@ def numbers(flag: str, values: Sequence[str], least: int) -> tuple[int, ...]:
 
 def divided(data: Sequence[str]) -> tuple[str | None, str | None]:
     """--data as the glob of text files and the place of the tasks' rows."""
-    places = [value for value in data if value in HUBS or Path(value).is_dir()]
+    places = [value for value in data if value in HUBS or local(value).is_dir()]
     globs = [value for value in data if value not in places]
     for values, meaning in ((places, "for tasks"), (globs, "of text files")):
         if len(values) > 1:

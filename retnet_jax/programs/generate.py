@@ -16,13 +16,12 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from absl import flags
-from etils import epath
 
 from retnet_jax.errors import ConfigError
+from retnet_jax.files.paths import local, place
 from retnet_jax.generation.requests import (
     Request,
     read_prompt,
@@ -95,20 +94,20 @@ def generate(args) -> None:
     """
     requests = given_requests(args)
     prompts = [request.prompt for request in requests]
-    output = None if args.output is None else Path(args.output)
+    output = None if args.output is None else local(args.output)
     for name in ("output", "save_state"):
         path = getattr(args, name)
-        if path is not None and Path(path).exists():
+        if path is not None and local(path).exists():
             raise ConfigError(f"--{name}={path} exists already: name another file, or delete it")
     if args.save_state is not None and len(prompts) > 1:
         raise ConfigError(f"--save_state keeps one text; there are {len(prompts)} prompts")
-    directory = epath.Path(args.workdir or args.checkpoint)
+    directory = place(args.workdir or args.checkpoint)
     _, tokenizer = read_pretrained(directory)
     model = load_pretrained(directory, **command_line.given_dtype())
     model = for_decoding(model, weights=args.weights, state_dtype=args.state_dtype)
     after = None
     if args.load_state is not None:
-        after = load_reading(Path(args.load_state), model, tokenizer)
+        after = load_reading(local(args.load_state), model, tokenizer)
     writer = Writer(
         model,
         tokenizer,
@@ -142,7 +141,7 @@ def generate(args) -> None:
                 record = {**request.others, "prompt": request.prompt, **dataclasses.asdict(found)}
                 file.write(_as_json(record) + "\n")
     if args.save_state is not None:
-        save_reading(Path(args.save_state), writer.reading, model, tokenizer)
+        save_reading(local(args.save_state), writer.reading, model, tokenizer)
 
 
 def _as_json(record: dict[str, Any]) -> str:
@@ -163,7 +162,7 @@ def given_requests(args) -> list[Request]:
     if prompts and args.requests is None:
         return requests_of_prompts(prompts, defaults, may_be_empty=after_text)
     if args.requests is not None and not prompts:
-        return read_requests(Path(args.requests), defaults, may_be_empty=after_text)
+        return read_requests(local(args.requests), defaults, may_be_empty=after_text)
     if not prompts and after_text:
         return requests_of_prompts([""], defaults, may_be_empty=True)
     raise ConfigError(

@@ -218,7 +218,7 @@ def read_workdir(workdir: epath.Path) -> tuple[Config, Tokenizer]:
     kind = {ByteTokenizer: "byte", BPETokenizer: "bpe"}.get(type(tokenizer))
     expected = config.data.tokenizer if config.data.tokenizer in TOKENIZERS else None
     pretrained = expected is None  # then it may be of any kind
-    if not (pretrained or kind == expected) or tokenizer.vocab_size > config.model.vocab_size:
+    if not (pretrained or kind == expected) or tokenizer.surplus(config.model.vocab_size):
         raise ConfigError(
             f"the tokenizer in {workdir} ({kind}, {tokenizer.vocab_size} ids) does not fit "
             f"data.tokenizer={config.data.tokenizer!r} and model.vocab_size="

@@ -22,6 +22,7 @@ from retnet_jax.data import Batch, Stores, open_stores
 from retnet_jax.data.batches import PlacedBatches
 from retnet_jax.data.build import DEFAULT_COMMAND
 from retnet_jax.errors import CheckpointError, DamagedCheckpointError, DivergedError
+from retnet_jax.files.paths import place
 from retnet_jax.model import LanguageModel
 from retnet_jax.parallel import processes
 from retnet_jax.parallel.mesh import make_mesh
@@ -93,7 +94,7 @@ def train(
       ConfigError, CheckpointError: before anything is changed, for input that does not fit.
     """
     config.check()
-    workdir = epath.Path(workdir)
+    workdir = place(workdir)
     with contextlib.ExitStack() as stack:
         processes.once(lambda: stack.enter_context(locked(workdir)))
         recorded = recorded_config(workdir)
@@ -184,7 +185,7 @@ def start_or_restore(
         raise CheckpointError("\n".join([*problems, "there is no other checkpoint"]))
     progress = RunProgress(run_began=time.time())
     if config.init_from:
-        model, _ = load_checkpoint(epath.Path(config.init_from), mesh, **run_options(config.model))
+        model, _ = load_checkpoint(place(config.init_from), mesh, **run_options(config.model))
         begin = jax.jit(partial(state_of, config), out_shardings=shardings, donate_argnums=0)
         return begin(model), progress, []
     return jax.jit(partial(initial_state, config), out_shardings=shardings)(), progress, []

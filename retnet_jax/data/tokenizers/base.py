@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
+from retnet_jax.errors import ConfigError
 from retnet_jax.files.digests import sha256_of
 
 FILE_NAME = "tokenizer.json"
@@ -54,6 +55,17 @@ class Tokenizer(Protocol):
         """The tokens, by id, that a document can have and a model of so many ids does not know."""
         tokens = {i: self.token(i) for i in range(vocab_size, self.vocab_size)}
         return {i: token for i, token in tokens.items() if token is not None}
+
+    def check_fits(self, name: str, vocab_size: int) -> None:
+        """Raises `ConfigError` if documents can have ids that a model of so many does not know."""
+        surplus = self.surplus(vocab_size)
+        if surplus:
+            shown = ", ".join(f"{i} {token!r}" for i, token in list(surplus.items())[:5])
+            raise ConfigError(
+                f"model.vocab_size={vocab_size} is less than the {self.vocab_size} tokens of "
+                f"{name}: documents can have {len(surplus)} that the model does not know, such as "
+                f"{shown}"
+            )
 
     def save(self, directory: Path) -> None:
         """Writes the files from which `load_tokenizer` makes the same tokenizer."""

@@ -1,0 +1,74 @@
+r"""Builds the token store of a config ahead of training, and prints what it holds.
+
+    python tools/prepare_data.py --config=configs/FILE.py --config.data.source=jsonl \
+        --config.data.path='pile/*.jsonl.zst' --config.data.store=data/pile [--processes=8]
+
+Stopped at any point, by Ctrl-C, SIGTERM or kill -9, the same command does what is left to do. A
+store that is complete is checked against the config and against the hashes of its files, and
+printed.
+"""
+
+import signal
+import sys
+
+from absl import flags
+
+from retnet_jax.data.build import build_or_wait
+from retnet_jax.data.round_trip import describe_round_trip
+from retnet_jax.data.stores import check_tokenizer, open_or_build
+from retnet_jax.data.token_store import TokenStore, check_files
+from retnet_jax.files import paths as files
+from retnet_jax.pretrained import with_initial_model
+from retnet_jax.programs import command_line
+
+
+def main() -> None:
+    """The program."""
+    flags.DEFINE_integer("processes", None, "that work in parallel; else one for each core", 1)
+    command_line.define_config()
+    command_line.run(_interruptible)
+
+
+def _interruptible() -> int | None:
+    """As `_main`; Ctrl-C or SIGTERM ends it with a line on what to do."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        _main()
+    except KeyboardInterrupt:
+        print("stopped; the same command does what is left to do", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return None
+
+
+def _main() -> None:
+    """Builds, finishes or opens the store that the config names."""
+    config = with_initial_model(command_line.given_config())
+    store = files.expanded(config.data.store)
+    manifest, plan = (f"{store}/{name}.json" for name in ("manifest", "plan"))
+    complete = files.exists(manifest) and not files.exists(plan)
+    command = command_line.prepare_command()
+    if not complete:
+        check_tokenizer(config.data, config.model.vocab_size)
+        build_or_wait(config.data, config.model.vocab_size, flags.FLAGS.processes, command)
+    store = open_or_build(config.data, config.model.vocab_size, command)
+    if complete:
+        check_files(store)
+    print(files.printable(table(store)))
+
+
+def table(store: TokenStore) -> str:
+    """Counts of each split, and what was left out."""
+    rows = [("", "documents", "tokens", "bytes", "bytes/token")]
+    for name, counts in store.manifest["splits"].items():
+        numbers = [f"{counts[key]:,}" for key in ("documents", "tokens", "bytes")]
+        rows.append((name, *numbers, f"{counts['bytes'] / counts['tokens']:.2f}"))
+    lines = [f"{row[0]:<10}" + "".join(f"{cell:>15}" for cell in row[1:]) for row in rows]
+    skipped = store.manifest["skipped"]
+    lines.append(f"{store.manifest['duplicates']:,} duplicates, {skipped['count']:,} skipped")
+    lines += [f"  {count:,} {reason}" for reason, count in skipped["reasons"].items()]
+    lines += [f"    {line}" for line in skipped["first"][:5]]
+    lost = describe_round_trip(store.manifest.get("round_trip"))
+    lines += [f"in a sample {lost}"] if lost else []
+    return "\n".join([store.directory, *lines])
