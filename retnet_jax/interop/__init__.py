@@ -18,7 +18,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from retnet_jax.config import ModelConfig
-from retnet_jax.data.tokenizers import has_tokenizer, load_tokenizer
+from retnet_jax.data.tokenizers import Tokenizer, has_tokenizer, load_tokenizer
 from retnet_jax.errors import CheckpointError, ConfigError
 from retnet_jax.files.paths import place
 from retnet_jax.interop import fla, syncdoth, torchscale
@@ -129,15 +129,32 @@ def convert(
     if fold_head_norm:
         parameters = HeadNormFolded(parameters)
     description = parameters.description
-    if description.bos_id is None and has_tokenizer(source):
-        tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
+    if description.bos_id is None and tokenizer is not None:
+        ends = list(tokenizer.end_ids)
         description = dataclasses.replace(
-            description, bos_id=tokenizer.bos_id, eos_id=tokenizer.end_id
+            description, bos_id=tokenizer.bos_id, eos_id=ends if len(ends) > 1 else ends[0]
         )
     _layout(layout, description.model).write(parameters, target, description=description, **options)
     for path in source.iterdir():
         if any(fnmatch(path.name, pattern) for pattern in BESIDE_WEIGHTS) and path.is_file():
             (Path(target) / path.name).write_bytes(path.read_bytes())
+    # What only the source's config.json said of the ends of texts has to stand somewhere.
+    if tokenizer is not None and not _same_tokenizer(tokenizer, Path(target)):
+        tokenizer.save(Path(target))
+
+
+def _same_tokenizer(tokenizer: Tokenizer, directory: Path) -> bool:
+    """Whether a directory's files give a tokenizer with the same ids, bos and ends."""
+    try:
+        found = load_tokenizer(directory)
+    except ValueError:
+        return False
+    return (found.vocab_size, found.bos_id, found.end_ids) == (
+        tokenizer.vocab_size,
+        tokenizer.bos_id,
+        tokenizer.end_ids,
+    )
 
 
 def open_source(directory: AnyPath) -> Source:

@@ -25,7 +25,7 @@ class Description:
     model: ModelConfig
     context_length: int = 2048  # tokens it was trained on at once
     bos_id: int | None = None
-    eos_id: int | None = None
+    eos_id: int | list[int] | None = None
 
 
 class Source(Protocol):

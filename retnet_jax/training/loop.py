@@ -224,11 +224,13 @@ def describe(config: Config, stores: Stores, state: TrainState, mesh: jax.shardi
     axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
     shares = stores.weights / stores.weights.sum()
     several = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    rows = config.train.batch_size // config.train.micro_batches
+    runs = state.model.mixer_type.implementation(config.model, (rows, config.data.sequence_length))
     return (
         f"{type(state.model).__name__} of {config.model.parameter_count():,} parameters, "
         f"{jax.devices()[0].device_kind} mesh {axes}{several}\n"
         f"steps {state.step} to {config.train.steps} of {tokens:,} tokens in "
-        f"{config.data.windows} windows"
+        f"{config.data.windows} windows; {runs}"
         + "".join(
             f"\n{share:7.1%} of {store.directory}: {store.train.token_count:,} tokens in "
             f"{len(store.train):,} documents"
