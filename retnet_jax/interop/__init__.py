@@ -14,7 +14,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from etils import epath
 from jax.sharding import Mesh
 
 from retnet_jax.config import ModelConfig
