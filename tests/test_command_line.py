@@ -93,7 +93,7 @@ def test_the_forms_in_which_options_are_given():
     assert config.data.extensions == ("py", "c", "h")
     for arguments, message in (
         (["--config.train.steps"], "--config.train.steps needs a value"),
-        (["--noconfig.train.steps"], "only an option that is true or false has a no"),
+        (["--noconfig.train.steps"], "only an option that is true or false can be negated"),
         (["--config.train.step=5"], "config.train.step: no such field; did you mean train.steps"),
         (["--config.data.skip_steps=5:8"], "its name is now config.data.skip_batches"),
     ):

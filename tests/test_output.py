@@ -77,6 +77,15 @@ def test_a_run_whose_output_is_read_no_more_is_saved(config_file, tmp_path):
     assert latest_step(tmp_path / "run") >= 5
 
 
+@pytest.fixture
+def as_in_the_foreground():
+    """A shell has its background processes ignore SIGINT, and Python leaves that as it is."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("as_in_the_foreground")
 def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch, capfd):
     monkeypatch.setattr(processes, "SECONDS_TO_REPEAT", 1e9)
     with processes.stop_signals() as stop:

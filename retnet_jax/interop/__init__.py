@@ -128,7 +128,7 @@ def convert(
     if fold_head_norm:
         parameters = HeadNormFolded(parameters)
     description = parameters.description
-    tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
+    tokenizer = _tokenizer_in(source)
     if description.bos_id is None and tokenizer is not None:
         ends = list(tokenizer.end_ids)
         description = dataclasses.replace(
@@ -139,21 +139,19 @@ def convert(
         if any(fnmatch(path.name, pattern) for pattern in BESIDE_WEIGHTS) and path.is_file():
             (Path(target) / path.name).write_bytes(path.read_bytes())
     # What only the source's config.json said of the ends of texts has to stand somewhere.
-    if tokenizer is not None and not _same_tokenizer(tokenizer, Path(target)):
+    copy = _tokenizer_in(Path(target))
+    if tokenizer is not None and (copy is None or copy.end_ids != tokenizer.end_ids):
         tokenizer.save(Path(target))
 
 
-def _same_tokenizer(tokenizer: Tokenizer, directory: Path) -> bool:
-    """Whether a directory's files give a tokenizer with the same ids, bos and ends."""
+def _tokenizer_in(directory: AnyPath) -> Tokenizer | None:
+    """The tokenizer in a directory; None if there is none, or none that can be used by itself."""
+    if not has_tokenizer(directory):
+        return None
     try:
-        found = load_tokenizer(directory)
+        return load_tokenizer(directory)
     except ValueError:
-        return False
-    return (found.vocab_size, found.bos_id, found.end_ids) == (
-        tokenizer.vocab_size,
-        tokenizer.bos_id,
-        tokenizer.end_ids,
-    )
+        return None
 
 
 def open_source(directory: AnyPath) -> Source:
