@@ -189,7 +189,9 @@ with processes.ending_with_the_others("Advice."):
 """
 
 
+@pytest.mark.slow
 def test_an_error_of_one_process_is_its_own(tmp_path):
+    """The other one waits for HEARTBEAT_SECONDS."""
     program = tmp_path / "program.py"
     program.write_text(OUT_OF_MEMORY)
     (first, _, gone), (second, _, own) = Group(str(program), 2).ends()

@@ -570,8 +570,14 @@ def test_a_workdir_that_is_moved_while_training_loses_nothing(
     config, uninterrupted, tmp_path, monkeypatch, capfd
 ):
     """Where it was there is a whole workdir again, with the state from the next save on."""
+
+    def move():
+        while not (tmp_path / "run" / "checkpoints" / "4").exists():
+            time.sleep(0.01)
+        shutil.move(tmp_path / "run", tmp_path / "moved")
+
     with monkeypatch.context() as patch:
-        at_step(patch, 5, lambda: shutil.move(tmp_path / "run", tmp_path / "moved"))
+        at_step(patch, 5, move)
         assert train(config, tmp_path / "run").status == "finished"
     said = capfd.readouterr().err
     assert "the workdir was moved or deleted while training: it is written again from" in said

@@ -86,6 +86,9 @@ class Checkpoints:
         """
         with self._reporting():
             self._manager.wait_until_finished()
+            if not self._directory.exists():  # moved or deleted meanwhile
+                self._directory.mkdir(parents=True, exist_ok=True)
+                self._manager.reload()
             trees = _present(items)
             self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(trees)))
             self._begun = step
