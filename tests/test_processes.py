@@ -195,7 +195,9 @@ def test_an_error_of_one_process_is_its_own(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(OUT_OF_MEMORY)
     (first, _, gone), (second, _, own) = Group(str(program), 2).ends()
-    assert (first, second) == (1, 1), (gone, own)
+    # JAX may end the other from within (-6), before it sees that an operation has failed.
+    assert first in (1, -signal.SIGABRT), gone
+    assert second == 1, own
     assert "Traceback" in own
     assert "process 1 of 2 ends after an error of its own, and the others with it. Advice." in own
     assert "because another" not in own

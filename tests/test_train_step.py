@@ -199,6 +199,7 @@ def test_micro_batches_weigh_tokens_not_parts(micro_batches):
 
 
 @pytest.mark.slow
+@pytest.mark.compiles(200, reason="a model, its states and gradients outside of jit")
 def test_halves_of_windows_with_their_state_carried_are_the_whole():
     """A document that goes on, one that begins anew, and one that ends in padding."""
     model = initial_model()
