@@ -304,19 +304,19 @@ def test_home_is_expanded(config, tmp_path, monkeypatch):
 def test_stores_and_tokenizers_on_remote_storage(config, tmp_path):
     system = pytest.importorskip("fsspec").filesystem("memory")
     word_tokenizer(tmp_path / "words", ["Document", "says", *map(str, range(40))])
-    system.put(str(tmp_path / "words"), "/bucket/words", recursive=True)
-    system.put(str(tmp_path / "corpus"), "/bucket/corpus", recursive=True)
-    config.tokenizer = "memory://bucket/words"
+    system.put(str(tmp_path / "words"), "/builds/words", recursive=True)
+    system.put(str(tmp_path / "corpus"), "/builds/corpus", recursive=True)
+    config.tokenizer = "memory://builds/words"
     local = build_store(config, 0)
-    config.path, config.store = "memory://bucket/corpus/*.txt", config.store + "_again"
+    config.path, config.store = "memory://builds/corpus/*.txt", config.store + "_again"
     remote_text = build_store(config, 0)
     assert remote_text.train.names == local.train.names
-    system.put(remote_text.directory, "/bucket/store", recursive=True)
-    config.store = "memory://bucket/store"
+    system.put(remote_text.directory, "/builds/store", recursive=True)
+    config.store = "memory://builds/store"
     remote = open_or_build(config, 50)
     np.testing.assert_array_equal(remote.train.read(0, 10**6), local.train.read(0, 10**6))
-    system.put(remote_text.directory, "/bucket/other", recursive=True)
-    config.mixture = {"memory://bucket/store": 0.5, "memory://bucket/other/": 0.5}
+    system.put(remote_text.directory, "/builds/other", recursive=True)
+    config.mixture = {"memory://builds/store": 0.5, "memory://builds/other/": 0.5}
     stores = open_stores(config, 50)
     assert list(stores.stores) == ["store", "other"]
     assert stores.tokenizer.fingerprint == local.tokenizer.fingerprint
