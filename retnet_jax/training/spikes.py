@@ -14,10 +14,10 @@ from retnet_jax.shapes import Array, Bool, Float, Int
 
 _KEPT = 0.98  # of a running mean with each step: about the last 50 count
 _FIRST_JUDGED = 50  # steps that are taken whatever they are, as long as they are finite
-# Least deviations: of the loss in nats, of the norm's logarithm. Gradient norms have a long tail at
-# ordinary losses: with 0.1 for the norm a step of the quickstart was skipped at a loss of 3.74 and a
-# norm of 3.9. Clipping bounds such steps; with 0.5 only a norm of 150 times its mean (10 deviations)
-# is skipped, and no step of the quickstart is (1,900 steps, one seed).
+# Least deviations: of the loss in nats, of the norm's logarithm. Large gradient norms occur at
+# ordinary losses: with 0.1 for the norm a step of the quickstart was skipped at a loss of 3.74 and
+# a norm of 3.9. Clipping bounds such steps; with 0.5 only a norm of 150 times its mean, which is 10
+# deviations, is skipped, and no step of the quickstart is (1,900 steps, one seed).
 _LEAST_DEVIATION = (0.02, 0.5)
 
 
