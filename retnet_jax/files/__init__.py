@@ -3,5 +3,5 @@
 paths.py    files by path or URL
 atomic.py   files and directories that appear complete or not at all
 lock.py     a directory that one process works in
-digests.py  SHA-256
+digests.py  XXH3 against damage, SHA-256 as a name
 """
