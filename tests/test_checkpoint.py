@@ -19,8 +19,9 @@ from test_train_step import CONFIG
 from retnet_jax.config import MeshConfig
 from retnet_jax.errors import CheckpointError, DamagedCheckpointError
 from retnet_jax.parallel.mesh import make_mesh
-from retnet_jax.runs import checkpoint
+from retnet_jax.runs import checkpoint, checkpoint_files
 from retnet_jax.runs.checkpoint import Checkpoints, ParameterReader, restore_model
+from retnet_jax.runs.checkpoint_files import problems
 from retnet_jax.training.step import abstract_state, initial_state
 
 
@@ -76,7 +77,7 @@ def test_restore_is_exact_on_another_mesh(tmp_path):
     checkpoints.close()
     expected = state_at(5)
     assert_equal(items, items_of(expected))
-    assert progress == {"step": 5, "next_batch": 5}
+    assert progress == {"step": 5, "format": 2, "next_batch": 5}
     kernel = model.layers.mixer.q.kernel[...]
     assert kernel.sharding.is_equivalent_to(other.model.layers.mixer.q.kernel.sharding, 3)
 
@@ -126,9 +127,8 @@ def test_every_file_of_a_checkpoint_is_needed(tmp_path, shape, harm):
     save(tmp_path, [1, 2])
     files = sorted(path for path in (tmp_path / "2").rglob("*") if path.is_file())
     names = [str(path.relative_to(tmp_path / "2")) for path in files]
-    written_last = ("files.json", "_CHECKPOINT_METADATA", "commit_success.txt")
-    names = [name for name in names if Path(name).name not in written_last]
-    assert sorted(json.loads((tmp_path / "2" / "files.json").read_text())) == names
+    names.remove("files.json")
+    assert list(json.loads((tmp_path / "2" / "files.json").read_text())["files"]) == names
     for name in names:
         path = tmp_path / "2" / name
         content = path.read_bytes()
@@ -148,24 +148,85 @@ def test_no_flipped_bit_goes_through(tmp_path, shape):
     """Of most flips Orbax makes other numbers, of the rest errors of every kind."""
     save(tmp_path, [1, 2])
     rng = np.random.default_rng(0)
-    files = [path for path in (tmp_path / "2").rglob("*") if path.is_file()]
-    listed = json.loads((tmp_path / "2" / "files.json").read_text())
-    checked = [path for path in files if str(path.relative_to(tmp_path / "2")) in listed]
-    for path in [*checked, tmp_path / "2" / "files.json"]:
+    newest = tmp_path / "2"
+    readers = {
+        "": [
+            lambda: restore(tmp_path, 2, shape),
+            lambda: restore_model(tmp_path, shape.model),
+            lambda: ParameterReader(tmp_path, shape.model),
+        ],
+        "optimizer": [lambda: restore(tmp_path, 2, shape)],
+    }
+    for path in sorted(path for path in newest.rglob("*") if path.is_file()):
         content = path.read_bytes()
+        item = path.relative_to(newest).parts[0]
         for _ in range(3 if content else 0):
             damaged = bytearray(content)
             damaged[rng.integers(len(content))] ^= 1 << rng.integers(8)
             path.write_bytes(damaged)
-            with pytest.raises(DamagedCheckpointError, match="2 is damaged: "):
-                restore(tmp_path, 2, shape)
-            if "/model/" in str(path):
+            for read in readers.get(item, readers[""]):
                 with pytest.raises(DamagedCheckpointError, match="2 is damaged: "):
-                    restore_model(tmp_path, shape.model)
-                with pytest.raises(DamagedCheckpointError, match="2 is damaged: "):
-                    ParameterReader(tmp_path, shape.model)
+                    read()
+            assert problems(newest)
         path.write_bytes(content)
+    assert problems(newest) == []
     assert restore_model(tmp_path, shape.model)[1] == 2
+
+
+def test_a_checkpoint_without_the_list_it_was_written_with_is_damaged(tmp_path, shape):
+    save(tmp_path, [1])
+    (tmp_path / "1" / "files.json").unlink()
+    with pytest.raises(DamagedCheckpointError, match=r"1 is damaged: .*files\.json is missing"):
+        restore_model(tmp_path, shape.model)
+
+
+def test_a_checkpoint_of_before_there_were_digests_loads_and_this_is_said(tmp_path, shape):
+    save(tmp_path, [1])
+    of_then(tmp_path / "1")
+    with pytest.warns(UserWarning, match="1 was written without digests"):
+        model, _ = restore_model(tmp_path, shape.model)
+    assert_equal(model, state_at(1).model)
+    (tmp_path / "1" / "files.json").unlink()
+    with pytest.warns(UserWarning, match="1 was written without digests"):
+        restore_model(tmp_path, shape.model)
+
+
+def of_then(path):
+    """Makes a checkpoint one of before there were digests, when sizes alone were listed."""
+    listed = json.loads((path / "files.json").read_text())["files"]
+    sizes = {name: about["bytes"] for name, about in listed.items() if "/" in name}
+    (path / "files.json").write_text(json.dumps(sizes))
+    progress = path / "progress" / "metadata"
+    without = {k: v for k, v in json.loads(progress.read_text()).items() if k != "format"}
+    progress.write_text(json.dumps(without))
+    (path / "files.json").write_text(
+        json.dumps(sizes | {"progress/metadata": progress.stat().st_size})
+    )
+
+
+def test_a_checkpoint_has_no_name_until_its_files_are_listed(tmp_path, monkeypatch):
+    seen = []
+
+    def listing(path):
+        seen.append((path.name, checkpoints.steps()))
+        write_list(path)
+
+    write_list = checkpoint_files.write_list
+    monkeypatch.setattr(checkpoint_files, "write_list", listing)
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    checkpoints.save(4, items_of(state_at(4)), {"next_batch": 4})
+    checkpoints.wait()
+    checkpoints.close()
+    assert seen == [("4.unfinished", [])]
+    assert checkpoints.steps() == [4]
+
+
+def test_what_a_killed_run_left_is_deleted(tmp_path):
+    save(tmp_path, [1])
+    for name in ("2.unfinished", "2.unfinished.orbax-checkpoint-tmp", "0.deleted.unfinished"):
+        shutil.copytree(tmp_path / "1", tmp_path / name)
+    Checkpoints(tmp_path, keep=3).close()
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
 
 DAMAGED = """
@@ -204,9 +265,7 @@ def test_damage_is_one_line_without_digests_too(tmp_path):
     In a process of its own, in which Orbax leaves reads behind that still go on.
     """
     save(tmp_path, [1, 2])
-    path = tmp_path / "2" / "files.json"
-    sizes = {name: about["bytes"] for name, about in json.loads(path.read_text()).items()}
-    path.write_text(json.dumps(sizes))
+    of_then(tmp_path / "2")
     done = subprocess.run(
         [sys.executable, "-c", DAMAGED, tmp_path],
         capture_output=True,
@@ -227,11 +286,12 @@ def test_a_checkpoint_deleted_while_it_is_loaded_gives_way_to_the_newest(
     save(tmp_path, [1, 2])
     seen = []
 
-    def deleting(path, *items):
+    def deleting(path, items):
         seen.append(path.name)
         if path.name == "2":  # the run saves step 3 and deletes step 2
             shutil.move(tmp_path / "1", tmp_path / "3")
             shutil.rmtree(tmp_path / "2")
+        return True
 
     monkeypatch.setattr(checkpoint, "_verify", deleting)
     model, step = restore_model(tmp_path, shape.model)

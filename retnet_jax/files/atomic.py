@@ -17,6 +17,8 @@ from retnet_jax.files.paths import is_remote
 
 P = TypeVar("P", Path, epath.Path)
 
+ENDING = ".unfinished"  # of the names that are not theirs yet
+
 
 def write_text(path: Path | epath.Path, text: str) -> None:
     """Writes a text file as UTF-8."""
@@ -56,12 +58,9 @@ def directory(path: Path) -> Iterator[Path]:
 
 def is_unfinished(path: Path | epath.Path) -> bool:
     """Whether a path is what a process that was killed has left of a write."""
-    return path.name.endswith(_ENDING)
-
-
-_ENDING = ".unfinished"
+    return path.name.endswith(ENDING)
 
 
 def _unfinished(path: P) -> P:
     # Two processes may write the same file: each has a name of its own.
-    return path.with_name(f".{path.name}.{os.getpid()}{_ENDING}")
+    return path.with_name(f".{path.name}.{os.getpid()}{ENDING}")

@@ -180,18 +180,28 @@ def once(action: Callable[[], T]) -> T | None:
     Raises:
       ConfigError, CheckpointError: as the action did.
     """
+    return together(action if is_first() else lambda: None)
+
+
+def together(action: Callable[[], T]) -> T:
+    """Does something in every process; all wait for all, and all have the error of any.
+
+    Raises:
+      ConfigError, CheckpointError: as the action did here, or else in the first where it did.
+    """
     result, failure = None, None
-    if is_first():
-        try:
-            result = action()
-        except _SHARED as error:
-            failure = error
-    kind, _, message = gather_texts(f"{type(failure).__name__}\n{failure}")[0].partition("\n")
+    try:
+        result = action()
+    except _SHARED as error:
+        failure = error
+    said = gather_texts(f"{type(failure).__name__}\n{failure}")
     if failure is not None:
         raise failure
-    for error in _SHARED:
-        if kind == error.__name__:
-            raise error(message)
+    for text in said:
+        kind, _, message = text.partition("\n")
+        for error in _SHARED:
+            if kind == error.__name__:
+                raise error(message)
     return result
 
 

@@ -1,17 +1,18 @@
 """Checkpoints of training states: the one file that knows Orbax.
 
 A checkpoint is a directory named by its step: `model` and `optimizer` hold arrays under names such
-as `layers/mixer/q/kernel`, `progress` how far the run is, `files.json` the size and SHA-256 of
-every file. It is written under another name and renamed when complete, so what carries a step's
-name was whole once; `files.json` tells whether it still is. Every reader compares it first, because
-Orbax reads most flipped bits without complaint.
+as `layers/mixer/q/kernel`, `progress` how far the run is, `files.json` a digest of every file. It
+is written under another name and gets its own when its files are listed; on object stores, which
+have no renaming, the list comes last. So what carries a step's name was whole once; `files.json`
+tells whether it still is. Every reader compares it first, because Orbax reads most flipped bits
+without complaint.
 """
 
 import concurrent.futures
 import contextlib
-import json
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,15 +21,17 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint import checkpoint_managers
 
 from retnet_jax.errors import CheckpointError, DamagedCheckpointError
-from retnet_jax.files.digests import sha256_of_file
+from retnet_jax.files.atomic import ENDING
 from retnet_jax.files.paths import is_remote
 from retnet_jax.parallel import processes
+from retnet_jax.runs import checkpoint_files
 from retnet_jax.trees import named_leaves, nested, with_leaves
 
 T = TypeVar("T")
+
+_MOST_SECONDS = 3600  # of writing
 
 
 class Checkpoints:
@@ -41,35 +44,33 @@ class Checkpoints:
     """
 
     def __init__(self, directory: epath.PathLike, keep: int, keep_every: int = 0):
-        self._directory = epath.Path(directory)
-        # What a killed run left unfinished. Orbax can do this too, but in the background, where it
-        # can meet the next save to the same step.
-        processes.once(self._delete_unfinished)
-        kept = [checkpoint_managers.LatestN(keep)]
-        if keep_every:
-            kept.append(checkpoint_managers.EveryNSteps(keep_every))
-        self._begun: int | None = None
-        self._manager = ocp.CheckpointManager(
-            _absolute(self._directory),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy(kept),
-                async_options=ocp.options.AsyncOptions(
-                    timeout_secs=3600, post_finalization_callback=self._list_files
-                ),
-            ),
+        self._directory = _absolute(directory)
+        self._keep, self._keep_every = keep, keep_every
+        self._saves = 0  # begun by this process
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._finishing: concurrent.futures.Future | None = None
+        self._writer = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(),
+            async_options=ocp.options.AsyncOptions(timeout_secs=_MOST_SECONDS),
         )
+        processes.once(self._prepare)
 
-    def _delete_unfinished(self) -> None:
-        for unfinished in self._directory.glob("*.orbax-checkpoint-tmp"):
-            unfinished.rmtree()
+    def _prepare(self) -> None:
+        """Makes the directory, and deletes what a killed run left unfinished."""
+        with self._reporting():
+            self._directory.mkdir(parents=True, exist_ok=True)
+            for entry in self._directory.iterdir():
+                unnamed = ENDING in entry.name or ".orbax-checkpoint-tmp" in entry.name
+                if unnamed or (entry.name.isdecimal() and not _is_complete(entry)):
+                    entry.rmtree()
 
     def steps(self) -> list[int]:
         """The steps of complete checkpoints, the newest first."""
-        return sorted(self._manager.all_steps(), reverse=True)
+        return _steps(self._directory)
 
     def latest_step(self) -> int | None:
         """The step of the newest complete checkpoint."""
-        return self._manager.latest_step()
+        return next(iter(self.steps()), None)
 
     def save(self, step: int, items: dict[str, Any], progress: dict[str, Any]) -> None:
         """Copies trees of arrays and begins to write them, all processes together.
@@ -84,21 +85,52 @@ class Checkpoints:
           CheckpointError: if the disk has no room for it, or the save before this one failed and
             nobody waited for it; older checkpoints stay good.
         """
+        self.wait()
         with self._reporting():
-            self._manager.wait_until_finished()
-            if not self._directory.exists():  # moved or deleted meanwhile
-                self._directory.mkdir(parents=True, exist_ok=True)
-                self._manager.reload()
+            self._directory.mkdir(parents=True, exist_ok=True)  # it may be moved or deleted
             trees = _present(items)
             self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(trees)))
-            self._begun = step
-            self._manager.save(
-                step,
+            path = self._directory / str(step)
+            if path.exists():
+                raise OSError(f"{path} exists already")
+            if not is_remote(self._directory):
+                path = path.with_name(path.name + ENDING)
+            self._writer.save(
+                path,
                 args=ocp.args.Composite(
                     **{name: ocp.args.StandardSave(_named(tree)) for name, tree in trees.items()},
-                    progress=ocp.args.JsonSave({"step": step, **progress}),
+                    progress=ocp.args.JsonSave(
+                        {"step": step, "format": checkpoint_files.FORMAT, **progress}
+                    ),
                 ),
             )
+            self._saves += 1
+            self._finishing = self._thread.submit(self._finish, path, step, self._saves)
+
+    def _finish(self, path: epath.Path, step: int, save: int) -> None:
+        """Waits until Orbax has written a checkpoint, lists its files and gives it its name.
+
+        Runs in a thread, of each process.
+        """
+        self._writer.wait_until_finished()
+        barrier = ocp.multihost.get_barrier_sync_fn()
+        if jax.process_count() > 1:
+            checkpoint_files.hash_own(path, jax.process_index())
+        barrier(key=f"checkpoint {save} is hashed", timeout_ms=1000 * _MOST_SECONDS)
+        if processes.is_first():
+            checkpoint_files.write_list(path)
+            if not is_remote(path):
+                path.rename(self._directory / str(step))
+            self._delete_old()
+        barrier(key=f"checkpoint {save} is complete", timeout_ms=1000 * _MOST_SECONDS)
+
+    def _delete_old(self) -> None:
+        for step in self.steps()[self._keep :]:
+            if not self._keep_every or step % self._keep_every:
+                path = self._directory / str(step)
+                if not is_remote(path):  # half deleted it must not look damaged
+                    path = path.rename(path.with_name(f"{step}.deleted{ENDING}"))
+                path.rmtree()
 
     def wait(self) -> None:
         """Returns when nothing is being written any more.
@@ -106,8 +138,10 @@ class Checkpoints:
         Raises:
           CheckpointError: if the last save failed.
         """
-        with self._reporting():
-            self._manager.wait_until_finished()
+        finishing, self._finishing = self._finishing, None
+        if finishing is not None:
+            with self._reporting():
+                finishing.result()
 
     def restore(self, step: int, items: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Trees of arrays, and the progress that was saved with them.
@@ -121,8 +155,8 @@ class Checkpoints:
           CheckpointError: if they hold other arrays.
         """
         path, trees = self._directory / str(step), _present(items)
-        processes.once(lambda: _verify(path, *trees, "progress"))
-        found = _read(self._manager, path, **trees)
+        _verify(path, [*trees, "progress"])
+        found = _read(path, **trees)
         restored = {
             name: with_leaves(tree, named_leaves(found[name])) for name, tree in trees.items()
         }
@@ -132,15 +166,6 @@ class Checkpoints:
         """Renames a damaged checkpoint so that it is ignored."""
         path = self._directory / str(step)
         processes.once(lambda: path.rename(path.with_name(f"{step}.damaged-{time.time_ns()}")))
-        self._manager.reload()
-
-    def _list_files(self) -> None:
-        if not processes.is_first():
-            return
-        # It gets its name next; on object stores, which cannot rename, a marker inside instead.
-        path = self._directory / f"{self._begun}.orbax-checkpoint-tmp"
-        path = path if path.exists() else self._directory / str(self._begun)
-        (path / _FILES).write_text(json.dumps(_digests(path, _files_under(path)), indent=0))
 
     def _check_room(self, needed: int) -> None:
         if is_remote(self._directory):
@@ -151,8 +176,11 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for the last save and ends its threads."""
-        with self._reporting():
-            self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._writer.close()
 
     @contextlib.contextmanager
     def _reporting(self) -> Iterator[None]:
@@ -161,72 +189,29 @@ class Checkpoints:
         except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"a checkpoint could not be written to {self._directory} ({_brief(error)}); "
-                f"the newest good one is of step {self._manager.latest_step()}"
+                f"the newest good one is of step {self.latest_step()}"
             ) from error
 
 
-_FILES = "files.json"
+def _is_complete(path: epath.Path) -> bool:
+    """Whether what is named by a step was written to its end: on a disk always."""
+    if not is_remote(path):
+        return True
+    return (path / "commit_success.txt").exists() and checkpoint_files.is_listed(path)
 
 
-def _files_under(path: epath.Path, prefix: str = "") -> list[str]:
-    """The files below a directory by their paths in it, but for what Orbax writes last."""
-    found: list[str] = []
-    for entry in path.iterdir():
-        if entry.is_dir():
-            found += _files_under(entry, f"{prefix}{entry.name}/")
-        elif entry.name not in (_FILES, "_CHECKPOINT_METADATA", "commit_success.txt"):
-            found.append(prefix + entry.name)
-    return sorted(found)
+def _steps(directory: epath.Path) -> list[int]:
+    """The steps of complete checkpoints in a directory, the newest first."""
+    if not directory.exists():
+        return []
+    found = (entry for entry in directory.iterdir() if entry.name.isdecimal())
+    return sorted((int(entry.name) for entry in found if _is_complete(entry)), reverse=True)
 
 
-def _digests(path: epath.Path, names: list[str]) -> dict[str, dict[str, Any]]:
-    """The size and the SHA-256 of files of a checkpoint, by their paths in it."""
-    with concurrent.futures.ThreadPoolExecutor(8) as threads:
-        found = threads.map(lambda name: sha256_of_file(path / name), names)
-        return {
-            name: {"bytes": (path / name).stat().length, "sha256": sha256}
-            for name, sha256 in zip(names, found, strict=True)
-        }
-
-
-def _verify(path: epath.Path, *items: str) -> None:
-    """Compares the files of some items of a checkpoint with `files.json`.
-
-    Checkpoints of before 2026-11-25 have sizes alone there, and the oldest have no such file.
-
-    Raises:
-      DamagedCheckpointError: naming a file that is missing or not what was written.
-      CheckpointError: if a file cannot be read, for a reason that may pass.
-    """
-    path = epath.Path(path)
-    if not (path / _FILES).exists():
-        return
-    try:
-        listed = json.loads((path / _FILES).read_text())
-        inside = tuple(f"{item}/" for item in items)
-        expected = {name: x for name, x in listed.items() if name.startswith(inside)}
-        names = [name for name in _files_under(path) if name.startswith(inside)]
-        if all(type(about) is int for about in listed.values()):
-            found = {name: (path / name).stat().length for name in names}
-        else:
-            found = _digests(path, names)
-    except (FileNotFoundError, ValueError, AttributeError) as error:
-        raise DamagedCheckpointError(f"checkpoint {path} is damaged: {_brief(error)}") from error
-    except OSError as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read: {_brief(error)}") from error
-    for name in sorted(expected | found):
-        if found.get(name) != expected.get(name):
-            what = "is not what was written"
-            if name not in found:
-                what = "is missing"
-            elif name not in expected:
-                what = f"is not listed in {_FILES}"
-            raise DamagedCheckpointError(f"checkpoint {path} is damaged: {name} {what}")
-
-
-def _has_digests(path: epath.Path) -> bool:
-    listed = json.loads((path / _FILES).read_text()) if (path / _FILES).exists() else {}
-    return any(type(about) is dict for about in listed.values())
+def _verify(path: epath.Path, items: list[str]) -> bool:
+    """As `checkpoint_files.verify`, all processes together: each compares a share of the files."""
+    share = jax.process_index(), jax.process_count()
+    return processes.together(lambda: checkpoint_files.verify(path, items, share))
 
 
 def restore_model(directory: Path, model: Any) -> tuple[Any, int]:
@@ -240,9 +225,8 @@ def restore_model(directory: Path, model: Any) -> tuple[Any, int]:
       CheckpointError: if there is none, files are missing or damaged, or hold other arrays.
     """
 
-    def read(manager: ocp.CheckpointManager, step: int) -> tuple[Any, int]:
-        found = _read(manager, directory / str(step), model=model)
-        return _unnamed(model, found.model), step
+    def read(path: epath.Path) -> tuple[Any, int]:
+        return _unnamed(model, _read(path, model=model).model), int(path.name)
 
     return _of_newest(directory, read)
 
@@ -259,9 +243,9 @@ class ParameterReader:
     """
 
     def __init__(self, directory: Path, model: Any):
-        def open_model(_, step: int) -> Path:
-            _check_arrays(directory / str(step), "model", model)
-            return directory / str(step) / "model"
+        def open_model(path: epath.Path) -> epath.Path:
+            _check_arrays(path, "model", model)
+            return path / "model"
 
         self._path = _of_newest(directory, open_model)
 
@@ -286,47 +270,63 @@ class ParameterReader:
         return found
 
 
-def _of_newest(directory: Path, read: Callable[[ocp.CheckpointManager, int], T]) -> T:
-    """What is read of the newest checkpoint, by manager and step, in a directory.
+def _of_newest(directory: Path, read: Callable[[epath.Path], T]) -> T:
+    """What is read of the newest checkpoint in a directory, after its files were compared.
 
     A run that is still training may delete it meanwhile, for a newer one: then that is read.
     """
     if not directory.is_dir():
         raise CheckpointError(f"{directory} does not exist: there is no checkpoint to load")
     while True:
-        options = ocp.CheckpointManagerOptions(create=False)
-        with ocp.CheckpointManager(_absolute(directory), options=options) as manager:
-            step = manager.latest_step()
-            if step is None:
-                raise CheckpointError(f"{directory} holds no complete checkpoint")
-            path = epath.Path(directory) / str(step)
-            try:
-                _verify(path, "model", "progress")
-                return read(manager, step)
-            except Exception as error:  # whatever Orbax meets in what is being deleted
-                if not path.exists():
-                    continue
-                if not isinstance(error, DamagedCheckpointError):
-                    raise
-                raise DamagedCheckpointError(
-                    f"{error}; delete or move that directory to use the checkpoint before it"
-                ) from error
+        path = _newest(_absolute(directory))
+        try:
+            if not _verify(path, ["model", "progress"]):
+                warnings.warn(
+                    f"checkpoint {path} was written without digests: that its numbers are still "
+                    "those that were written cannot be checked",
+                    stacklevel=2,
+                )
+        except CheckpointError as error:  # in all processes
+            if processes.any_of_us(not path.exists()):
+                continue
+            raise _with_advice(error) from error
+        try:
+            return read(path)
+        except Exception as error:  # whatever Orbax meets in what is being deleted
+            if jax.process_count() > 1 or path.exists():
+                raise _with_advice(error) from error
 
 
-def _read(manager: ocp.CheckpointManager, path: Path, **trees: Any) -> Any:
+def _with_advice(error: Exception) -> Exception:
+    if not isinstance(error, DamagedCheckpointError):
+        return error
+    return DamagedCheckpointError(
+        f"{error}; delete or move that directory to use the checkpoint before it"
+    )
+
+
+def _newest(directory: epath.Path) -> epath.Path:
+    """The newest complete checkpoint in a directory, the same for all processes."""
+    (step, *_) = processes.gather_texts(str(next(iter(_steps(directory)), "")))
+    if not step:
+        raise CheckpointError(f"{directory} holds no complete checkpoint")
+    return directory / step
+
+
+def _read(path: epath.Path, **trees: Any) -> Any:
     """The named items of a checkpoint, each with the shapes and shardings of a tree."""
     arguments = {name: ocp.args.StandardRestore(_named(tree)) for name, tree in trees.items()}
     try:
         for name, tree in trees.items():
             _check_arrays(path, name, tree)
-        return manager.restore(
-            int(path.name),
-            args=ocp.args.Composite(**arguments, progress=ocp.args.JsonRestore()),
-        )
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+            return reader.restore(
+                path, args=ocp.args.Composite(**arguments, progress=ocp.args.JsonRestore())
+            )
     except (CheckpointError, jax.errors.JaxRuntimeError, MemoryError):  # no room for the arrays
         raise
     except Exception as error:  # Orbax raises of every kind for what is damaged
-        if _has_digests(epath.Path(path)):  # they were compared, so it is something else
+        if checkpoint_files.has_digests(path):  # they were compared, so it is something else
             raise CheckpointError(f"checkpoint {path} cannot be read: {_brief(error)}") from error
         raise DamagedCheckpointError(f"checkpoint {path} is damaged: {_brief(error)}") from error
 

@@ -28,6 +28,7 @@ from retnet_jax.parallel import processes
 from retnet_jax.parallel.mesh import make_mesh
 from retnet_jax.parallel.sharding import check_fit
 from retnet_jax.pretrained import load_checkpoint, run_options, with_initial_model
+from retnet_jax.runs import checkpoint_files
 from retnet_jax.runs.checkpoint import Checkpoints
 from retnet_jax.runs.log import MetricsLog, NoLog
 from retnet_jax.runs.workdir import (
@@ -162,7 +163,7 @@ def start_or_restore(
     """The state of the newest intact checkpoint, or a fresh one.
 
     Returns:
-      The state, the progress, and one line for each damaged checkpoint that was found.
+      The state, the progress, and one line for each checkpoint that is damaged or unchecked.
 
     Raises:
       CheckpointError: if there are checkpoints but none is intact.
@@ -176,6 +177,11 @@ def start_or_restore(
             problems.append(f"{error}; it is set aside, and the one before is used")
             checkpoints.set_aside(step)
             continue
+        if found.get("format", 1) < checkpoint_files.FORMAT:
+            problems.append(
+                f"checkpoint {step} was written without digests: that its numbers are still those "
+                "that were written cannot be checked"
+            )
         if "run_began" not in found:
             found |= progress_of_old_checkpoint(workdir, step)
         progress = RunProgress(**{name: found[name] for name in RunProgress._fields})
