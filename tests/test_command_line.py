@@ -4,7 +4,7 @@ import programs
 import pytest
 
 from retnet_jax.config import Config
-from retnet_jax.config_json import config_from_json
+from retnet_jax.config_json import config_from_json, options
 from retnet_jax.errors import ConfigError
 from retnet_jax.programs.overrides import apply, option_from_text, shares_from_text, taken_out
 
@@ -141,3 +141,38 @@ def test_a_config_imports_what_is_beside_it_from_anywhere(tmp_path):
     done = programs.run("tools/prepare_data.py", f"--config={directory / 'run.py'}")
     assert done.returncode == 2, done.stderr
     assert "train.steps=0 is less than 1" in done.stderr
+
+
+def test_help_lists_every_option_with_its_default():
+    done = programs.run("train.py", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("Trains a language model.")
+    lines = [line.split(" = ")[0].strip() for line in done.stdout.splitlines() if " = " in line]
+    assert lines == list(options())
+    assert "  train.steps = 25000\n      Steps of the run\n" in done.stdout
+    assert "Several processes:\n  --coordinator_address=TEXT\n" in done.stdout
+    assert "may differ when a run is resumed" in done.stdout
+
+
+def test_help_shows_the_values_of_a_config_and_of_what_changes_it():
+    given = ("--config=quickstart:transformer", "--config.train.steps=7", "--help")
+    done = programs.run("train.py", *given)
+    assert "  train.steps = 7  (default 25000)\n" in done.stdout
+    assert "  model.mixer = attention  (default retention)\n" in done.stdout
+    assert "  train.seed = 0\n" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("program", "group", "flag"),
+    [
+        ("eval.py", "Perplexity", "  --protocol=A,B,... (default window,stateful)\n"),
+        ("generate.py", "What is written", "  --temperature=X (default 0.0)\n"),
+        ("tools/inspect_data.py", "Flags", "  --split=train|held_out (default train)\n"),
+    ],
+)
+def test_help_groups_the_flags(program, group, flag):
+    done = programs.run(program, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert flag in done.stdout.split(f"\n{group}:\n")[1]
+    assert "--helpfull" not in done.stdout
+    assert done.stdout.count(f"python {program} ") >= 2

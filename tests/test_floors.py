@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     "config": 0,
     "config_json": 0,
+    "config_text": 0,
     "errors": 0,
     "shapes": 0,
     "trees": 0,

@@ -4,10 +4,12 @@ A program defines its flags with absl and calls `run(main)`. An error that names
 the input ends it with its message and exit status 2; all else is a bug and keeps its traceback.
 """
 
+import itertools
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from logging import CRITICAL, getLogger
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,16 @@ import retnet_jax.configs
 from retnet_jax.config import Config
 from retnet_jax.errors import CheckpointError, ConfigError
 from retnet_jax.programs import overrides
+from retnet_jax.programs.help_text import help_text
 from retnet_jax.programs.output import forgiving_output
+
+
+def group(title: str) -> None:
+    """Begins a group of flags in `--help`: those that are defined from here on."""
+    _groups.append((title, len(flags.FLAGS)))
+
+
+_groups: list[tuple[str, int]] = []  # titles, and the number of flags before
 
 
 def define_config(required: bool = True) -> None:
@@ -36,6 +47,7 @@ def define_config(required: bool = True) -> None:
 
 def define_processes() -> None:
     """The flags of a program that runs in several processes, where nothing else says how many."""
+    group("Several processes")
     flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, for all processes")
     flags.DEFINE_integer("num_processes", None, "processes that work together", 1)
     flags.DEFINE_integer("process_id", None, "number of this one, from 0", 0)
@@ -58,7 +70,9 @@ def given_dtype() -> dict[str, str]:
 
 
 def run(
-    main: Callable[[], int | None], when_output_ends: Callable[[], object] = lambda: None
+    main: Callable[[], int | None],
+    when_output_ends: Callable[[], object] = lambda: None,
+    positional: Sequence[str] = (),
 ) -> None:
     """Parses the command line, calls `main` and exits with the status it returns.
 
@@ -66,9 +80,25 @@ def run(
       main: the program.
       when_output_ends: called when nobody reads what the program prints any more, as after
         `| head`; what it prints is dropped then.
+      positional: the flags that arguments without a name set, in this order.
     """
-    with forgiving_output(when_output_ends):
-        app.run(lambda _: _reporting(main), flags_parser=lambda argv: _reporting(_parse, argv))
+    show, warnings.formatwarning = warnings.formatwarning, _one_line
+    try:
+        with forgiving_output(when_output_ends):
+            app.run(
+                lambda _: _reporting(main),
+                flags_parser=lambda argv: _reporting(_parse, argv, positional, main.__module__),
+            )
+    finally:
+        warnings.formatwarning = show
+        _groups.clear()
+
+
+def _one_line(message: Warning | str, category: type[Warning], *where: object) -> str:
+    """A warning of ours as a line of the program; others say where they come from."""
+    if category is UserWarning:
+        return f"{sys.argv[0]}: {message}\n"
+    return f"{where[0]}:{where[1]}: {category.__name__}: {message}\n"
 
 
 def prepare_command() -> str:
@@ -101,7 +131,7 @@ def given_config() -> Config:
     return config
 
 
-def _parse(arguments: Sequence[str]) -> list[str]:
+def _parse(arguments: Sequence[str], positional: Sequence[str], module: str) -> list[str]:
     expanded = flags.FLAGS.read_flags_from_files(list(arguments[1:]), force_gnu=False)
     given: list[tuple[str, Any]] = []
     if "config" in flags.FLAGS:
@@ -112,19 +142,55 @@ def _parse(arguments: Sequence[str]) -> list[str]:
             arguments[place] = "--config=" + _config_file(argument.removeprefix("--config="))
         elif argument == "--config" and place + 1 < len(arguments):
             arguments[place + 1] = _config_file(arguments[place + 1])
+    if {"--help", "-h", "-help", "--helpfull", "--helpshort"} & set(arguments):
+        _print_help(arguments, given, sys.modules[module].__doc__ or "")
+        sys.exit(0)
     rest = flags.FLAGS(arguments)
     if not flags.FLAGS["verbosity"].present:
         # Orbax tells of every array it writes, and where one cannot be written logs a stack trace
         # for each. What matters reaches us as one exception.
         logging.set_verbosity(logging.FATAL)
         getLogger("asyncio").setLevel(CRITICAL)
-    if len(rest) > 1:
-        raise ConfigError(f"{rest[1]!r} is not a flag; options are given as --name=value")
+    if len(rest) > 1 + len(positional):
+        surplus = rest[1 + len(positional)]
+        raise ConfigError(f"{surplus!r} is not a flag; options are given as --name=value")
+    for name, value in zip(positional, rest[1:], strict=False):
+        if flags.FLAGS[name].present:
+            raise ConfigError(f"{value!r} and --{name}={flags.FLAGS[name].value!r}: give one")
+        flags.FLAGS[name].parse(value)
     if given and flags.FLAGS.config is None:
         raise ConfigError(f"--config.{given[0][0]} changes a config: give --config=FILE as well")
     if given and isinstance(flags.FLAGS.config, Config):  # else `given_config` says what it is
         overrides.apply(flags.FLAGS.config, given)
     return rest
+
+
+def _print_help(
+    arguments: Sequence[str], given: Sequence[tuple[str, Any]], description: str
+) -> None:
+    """Prints the text of `--help`, with the values of a config if --config is there too."""
+    config = None
+    for argument, following in itertools.pairwise([*arguments, ""]):
+        name, _, value = argument.partition("=")
+        if name == "--config":
+            flags.FLAGS["config"].parse(value or following)
+            config = flags.FLAGS["config"].value
+    if config is not None:
+        overrides.apply(config, given)
+    print(help_text(description, _grouped_flags(), config))
+
+
+def _grouped_flags() -> Iterator[tuple[str, list[str]]]:
+    """The title and the flags of each group; first those of a program that has no groups."""
+    names = list(flags.FLAGS)
+    for (title, start), (_, end) in itertools.pairwise([("Flags", 0), *_groups, ("", len(names))]):
+        ours = [
+            name
+            for name in names[start:end]
+            if flags.FLAGS.find_module_defining_flag(name).startswith(("retnet_jax", sys.argv[0]))
+        ]
+        if ours:
+            yield title, ours
 
 
 def _config_file(value: str) -> str:

@@ -57,10 +57,13 @@ def _main() -> None:
 
 def define_flags() -> None:
     """Not at import, so that a process can import this program along with others."""
+    command_line.group("Models")
     flags.DEFINE_string("workdir", None, "training run, evaluated on what it held out, or --data")
     flags.DEFINE_string("checkpoint", None, "directory of a trained model, evaluated on --data")
     flags.mark_flags_as_mutual_exclusive(["workdir", "checkpoint"], required=True)
     flags.DEFINE_string("against", None, "another run or checkpoint, to compare with")
+    command_line.define_dtype()
+    command_line.group("Text and suites")
     flags.DEFINE_multi_string(
         "data",
         None,
@@ -73,6 +76,7 @@ def define_flags() -> None:
         list(Plan.parts),
         f"of {', '.join(PARTS)}; paper: perplexity, tasks at 0 and 4 shots",
     )
+    command_line.group("Perplexity")
     flags.DEFINE_list(
         "protocol",
         list(Plan.protocols),
@@ -84,6 +88,8 @@ def define_flags() -> None:
     flags.DEFINE_list(
         "context_lengths", [], "also the perplexity of the same 128 tokens after these contexts"
     )
+    flags.DEFINE_bool("compressors", False, "also compress the text, with gzip -9 and xz -9")
+    command_line.group("Tasks and recall")
     flags.DEFINE_list("tasks", list(TASKS), "names of tasks")
     flags.DEFINE_list("shots", None, "examples before a question; if not given 0, for paper 0,4")
     flags.DEFINE_enum(
@@ -96,7 +102,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("max_length", None, "tokens of a request, cut at its beginning", 1)
     flags.DEFINE_list("distances", list(map(str, Plan.distances)), "of the recall probes")
     flags.DEFINE_integer("trials", Plan.trials, "of each recall probe and distance", 2)
-    command_line.define_dtype()
+    command_line.group("How it is run")
     flags.DEFINE_integer(
         "batch_size",
         Plan.batch_size,
@@ -105,9 +111,8 @@ def define_flags() -> None:
         1,
     )
     flags.DEFINE_bool("fsdp", False, "split the parameters over these devices too")
-    command_line.define_processes()
-    flags.DEFINE_bool("compressors", False, "also compress the text, with gzip -9 and xz -9")
     flags.DEFINE_string("output", None, "JSON file to write, and Markdown beside it: new ones")
+    command_line.define_processes()
 
 
 def given_options(given, task_data: str | None) -> dict[str, Any]:

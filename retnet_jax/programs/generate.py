@@ -43,9 +43,14 @@ def main() -> None:
 
 def define_flags() -> None:
     """Not at import, so that a process can import this program along with others."""
+    command_line.group("The model")
     flags.DEFINE_string("workdir", None, "directory of a training run")
     flags.DEFINE_string("checkpoint", None, "directory of a trained model, own or foreign")
     flags.mark_flags_as_mutual_exclusive(["workdir", "checkpoint"], required=True)
+    command_line.define_dtype()
+    flags.DEFINE_enum("weights", None, ["int8"], "of the matrices; if not given in --dtype")
+    flags.DEFINE_enum("state_dtype", None, ["float32", "bfloat16"], "of a RetNet's state")
+    command_line.group("What is read")
     flags.DEFINE_multi_string("prompt", None, "text to continue; may be given several times")
     flags.DEFINE_multi_string(
         "prompt_file",
@@ -58,6 +63,8 @@ def define_flags() -> None:
         "JSON lines with a prompt each, and perhaps its own temperature, top_k and top_p; other "
         "fields, such as an id, are given along to --output",
     )
+    flags.DEFINE_string("load_state", None, "file of --save_state: prompts continue it")
+    command_line.group("What is written")
     flags.DEFINE_integer("max_tokens", 256, "most tokens to add to each prompt", lower_bound=0)
     flags.DEFINE_float("temperature", 0.0, "0: the likeliest token; else: draw at this temperature")
     flags.DEFINE_integer("top_k", None, "draw among this many likeliest tokens")
@@ -65,11 +72,7 @@ def define_flags() -> None:
     flags.DEFINE_multi_string(
         "stop", [], "a text ends before this string; may be given several times"
     )
-    command_line.define_dtype()
-    flags.DEFINE_enum("weights", None, ["int8"], "of the matrices; if not given in --dtype")
-    flags.DEFINE_enum("state_dtype", None, ["float32", "bfloat16"], "of a RetNet's state")
     flags.DEFINE_integer("seed", 0, "of the draws", lower_bound=0, upper_bound=2**32 - 1)
-    flags.DEFINE_string("load_state", None, "file of --save_state: prompts continue it")
     flags.DEFINE_string("save_state", None, "file to keep what was read and written; one prompt")
     flags.DEFINE_string(
         "output", None, "JSON lines to write: texts, tokens, their log-probabilities"

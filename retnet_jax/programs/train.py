@@ -33,11 +33,12 @@ def main() -> None:
 
 def define_flags() -> None:
     """Not at import, so that a process can import this program along with others."""
+    command_line.group("The run")
+    command_line.define_config()
     flags.DEFINE_string("workdir", None, "directory of the run, made if it does not exist")
     flags.mark_flag_as_required("workdir")
     flags.DEFINE_string("compiled", None, "step that tools/compile_ahead.py --save wrote")
     command_line.define_processes()
-    command_line.define_config()
 
 
 def _main() -> int:

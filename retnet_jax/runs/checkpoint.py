@@ -66,7 +66,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps of complete checkpoints, the newest first."""
-        return _steps(self._directory)
+        return steps_in(self._directory)
 
     def latest_step(self) -> int | None:
         """The step of the newest complete checkpoint."""
@@ -200,7 +200,7 @@ def _is_complete(path: epath.Path) -> bool:
     return (path / "commit_success.txt").exists() and checkpoint_files.is_listed(path)
 
 
-def _steps(directory: epath.Path) -> list[int]:
+def steps_in(directory: epath.Path) -> list[int]:
     """The steps of complete checkpoints in a directory, the newest first."""
     if not directory.exists():
         return []
@@ -307,7 +307,7 @@ def _with_advice(error: Exception) -> Exception:
 
 def _newest(directory: epath.Path) -> epath.Path:
     """The newest complete checkpoint in a directory, the same for all processes."""
-    (step, *_) = processes.gather_texts(str(next(iter(_steps(directory)), "")))
+    (step, *_) = processes.gather_texts(str(next(iter(steps_in(directory)), "")))
     if not step:
         raise CheckpointError(f"{directory} holds no complete checkpoint")
     return directory / step
