@@ -29,7 +29,7 @@ from retnet_jax.data.block_digests import write_block_digests
 from retnet_jax.data.bpe_sample import Sample
 from retnet_jax.data.build_plan import begin_or_resume, discard_plan, has_only_a_lock, is_written
 from retnet_jax.data.round_trip import check_round_trip, describe_round_trip, measure_round_trip
-from retnet_jax.data.shard_writer import OLD_RECORD, completed_shard, write_shard
+from retnet_jax.data.shard_writer import OLD_RECORD, completed_shard, shard_record, write_shard
 from retnet_jax.data.sources import Document, Piece, Skipped, file_of, list_pieces, read_piece
 from retnet_jax.data.split import split_of
 from retnet_jax.data.store_options import differences, pretrained_tokenizer, stored_options
@@ -301,9 +301,9 @@ def _write_shard(job: _Job, shard: int, pieces: list[Piece], directory: Path) ->
             f"{pieces[0].path} or a file after it has changed since the build began; delete "
             f"{job.directory} and build it anew"
         )
-    digests_of_blocks = write_block_digests(directory, os.listdir(directory))
-    name, content = job.shard_path(shard).name, survey["content"]
-    return {"name": name, "splits": splits, "content": content, **digests_of_blocks}
+    digests_of_files = write_block_digests(directory, os.listdir(directory))
+    name = job.shard_path(shard).name
+    return shard_record(name, splits, digests_of_files, survey["content"])
 
 
 def _finish(job: _Job, plan: dict[str, Any], surveys: list[dict], kept: dict[str, int]) -> None:

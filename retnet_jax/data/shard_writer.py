@@ -56,9 +56,25 @@ def completed_shard(directory: Path) -> dict[str, Any] | None:
     try:
         record = json.loads((directory / OLD_RECORD).read_text())
         found = write_block_digests(directory, record["files"])
+        intact = found["files"] == record["files"]
+        record = shard_record(record["name"], record["splits"], found, record["content"])
     except (OSError, ValueError, LookupError, TypeError):
         return None
-    return record | found if found["files"] == record["files"] else None
+    return record if intact else None
+
+
+def shard_record(
+    name: str, splits: dict[str, dict[str, int]], digests: dict[str, Any], content: str
+) -> dict[str, Any]:
+    """What the manifest says of a shard.
+
+    Args:
+      name: of its directory.
+      splits: from `write_shard`.
+      digests: from `write_block_digests`.
+      content: a digest of its documents.
+    """
+    return {"name": name, "splits": splits, **digests, "content": content}
 
 
 class _Part(NamedTuple):

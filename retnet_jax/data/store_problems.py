@@ -75,10 +75,14 @@ def _problems(directory: str) -> Iterator[tuple[str, str]]:
 
 
 def _tokenizer_problems(directory: str, manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    try:
-        verified_tokenizer(directory, manifest)
-    except (OSError, ValueError) as error:
-        yield "tokenizer.json", f"cannot be loaded: {error}"
+    digests = manifest.get("tokenizer", {})
+    found = {name: _problem_of_bytes(f"{directory}/{name}", x) for name, x in digests.items()}
+    yield from ((name, problem) for name, problem in found.items() if problem)
+    if not any(found.values()):
+        try:
+            verified_tokenizer(directory, manifest)
+        except (OSError, ValueError) as error:
+            yield next(iter(digests), "tokenizer.json"), f"cannot be loaded: {error}"
 
 
 def _shard_problems(directory: str, about: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -98,20 +102,30 @@ def _problem_of_file(shard: ShardFiles, name: str, expected: dict[str, Any]) -> 
         if size != expected["bytes"]:
             return f"has {size} bytes, not {expected['bytes']}"
         if name == FILE_NAME:
-            return "" if xxh3_of_file(path) == expected["xxh3"] else _NOT_WRITTEN
+            return _problem_of_bytes(path, expected["xxh3"])
         found = digests_of_file(path)
-    except FileNotFoundError:
-        return "is missing"
     except OSError as error:
-        return f"cannot be read: {error}"
+        return _unreadable(error)
     try:
         blocks = shard.digests(name)
     except (DamagedBlockError, OSError, ValueError):  # a line of its own
         blocks = None
     places = [] if blocks is None else np.flatnonzero(found.blocks != blocks)
-    if len(places):
+    if len(places) and len(found.blocks) > 1:
         return (
             f"{_NOT_WRITTEN} in {len(places)} of its {len(found.blocks)} blocks of 64 KiB, the "
             f"first at byte {places[0] * BLOCK_BYTES:,}"
         )
     return "" if found.sha256 == expected["sha256"] else _NOT_WRITTEN
+
+
+def _problem_of_bytes(path: str, xxh3: str) -> str:
+    """What is wrong with a file of which there is one digest, or ""."""
+    try:
+        return "" if xxh3_of_file(path) == xxh3 else _NOT_WRITTEN
+    except OSError as error:
+        return _unreadable(error)
+
+
+def _unreadable(error: OSError) -> str:
+    return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
