@@ -3,10 +3,13 @@
     python -m benchmarks.data --directory=SCRATCH [--tokens=550_000_000]
 
 Preparing is measured on one core (`taskset`), in turn with the `tokenizers` package alone on the
-same text. Serving is one thread that makes batches of windows of 2048 tokens. Starting is a fresh
-process that opens a store of over 1 GB and makes its first batch, at step 0 and in its middle.
+same text. Serving is one thread that makes batches of windows of 2048 tokens. Verifying is an epoch
+of such batches and the same epoch again, from a store that was just opened, in turn with one that
+is read as if it had no digests of blocks. Starting is a fresh process that opens a store of over
+1 GB and makes its first batch, at step 0 and in its middle.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,6 +18,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 from absl import app, flags
 
@@ -24,7 +28,7 @@ from benchmarks.measure import write_results
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from retnet_jax.config import DataConfig
-from retnet_jax.data import BatchStream, build_store, open_store
+from retnet_jax.data import BatchStream, block_digests, build_store, number_of_windows, open_store
 from retnet_jax.data.bpe_sample import train_tokenizer
 from retnet_jax.data.sources import Skipped, read_documents
 from retnet_jax.data.tokenizers.base import hugging_face
@@ -118,6 +122,54 @@ def large_store(scratch: Path, tokens: int) -> dict:
 
 def serving(directory: Path, policy: str) -> float:
     """Tokens a second of one thread, borders and all."""
+    stream, _ = _stream(directory, policy)
+    rates = []
+    for start in range(100, 600, 100):
+        begin = time.perf_counter()
+        for step in range(start, start + 100):
+            stream[step]
+        rates.append(100 * 32 * 2048 / (time.perf_counter() - begin))
+    return statistics.median(rates)
+
+
+def verifying(directory: Path, policy: str, rounds: int = 3) -> dict:
+    """Tokens a second of one thread while blocks are verified, once they are, and without that.
+
+    Cold are the digests, not the files: the first round, which is not kept, reads them all. The
+    first 100 steps of an epoch are given too, when most windows are in blocks not yet verified.
+    """
+    rates: dict[str, list[float]] = {}
+    for number in range(rounds + 1):
+        for name in ("verified", "unverified"):
+            as_of_format_3 = mock.patch.object(block_digests.ShardFiles, "digests", _no_digests)
+            with contextlib.nullcontext() if name == "verified" else as_of_format_3:
+                stream, steps = _stream(directory, policy)
+                for at in ("cold", "warm"):
+                    begin = time.perf_counter()
+                    for step in range(steps):
+                        stream[step]
+                        if step + 1 == min(100, steps):
+                            first = (step + 1) / (time.perf_counter() - begin)
+                    whole = steps / (time.perf_counter() - begin)
+                    for part, rate in ((at, whole), (f"{at} in the first steps", first)):
+                        kept = rates.setdefault(f"{name}, {part}", [])
+                        kept += [32 * 2048 * rate] if number else []
+    shares = {
+        at: statistics.median(
+            a / b for a, b in zip(rates[f"verified, {at}"], rates[f"unverified, {at}"], strict=True)
+        )
+        for at in ("cold in the first steps", "cold", "warm")
+    }
+    middle = {name: statistics.median(found) for name, found in rates.items()}
+    return {"tokens_per_second": middle, "verified_share_of_unverified": shares, "rounds": rates}
+
+
+def _no_digests(shard: block_digests.ShardFiles, name: str) -> None:
+    """In the place of `ShardFiles.digests`."""
+
+
+def _stream(directory: Path, policy: str) -> tuple[BatchStream, int]:
+    """Batches of a store that is opened now, and how many an epoch has."""
     store = open_store(directory)
     stream = BatchStream(
         [store.train],
@@ -128,13 +180,7 @@ def serving(directory: Path, policy: str) -> float:
         seed=0,
         policy=policy,
     )
-    rates = []
-    for start in range(100, 600, 100):
-        begin = time.perf_counter()
-        for step in range(start, start + 100):
-            stream[step]
-        rates.append(100 * 32 * 2048 / (time.perf_counter() - begin))
-    return statistics.median(rates)
+    return stream, max(1, number_of_windows(store.train, 2048) // 32)
 
 
 def starting(directory: Path, policy: str, step: int) -> dict:
@@ -160,6 +206,7 @@ def main(_) -> None:
     for policy in ("packed", "contiguous"):
         results[policy] = {
             "tokens_per_second": serving(scratch / "large", policy),
+            "verifying": verifying(scratch / "large", policy),
             "at_step_0": starting(scratch / "large", policy, 0),
             "in_the_middle": starting(scratch / "large", policy, middle),
             "small_store": starting(small, policy, 0),

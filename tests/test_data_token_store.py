@@ -16,8 +16,9 @@ from retnet_jax.data.bpe_sample import Sample
 from retnet_jax.data.build import build_store
 from retnet_jax.data.sources import Document
 from retnet_jax.data.split import is_held_out
+from retnet_jax.data.store_problems import check_files
 from retnet_jax.data.stores import open_or_build
-from retnet_jax.data.token_store import check_files, open_store
+from retnet_jax.data.token_store import open_store
 from retnet_jax.data.tokenizers import ByteTokenizer, train_bpe
 from retnet_jax.errors import ConfigError
 from retnet_jax.files import atomic
@@ -344,8 +345,8 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(config, tokenizer, monkeypatc
             patch.setattr(store_builder.np, "save", dying(np.save))
             patch.setattr(Path, "rename", dying(Path.rename))
             patch.setattr(Path, "unlink", dying(Path.unlink))
-            try:
-                build_store(config, 280, processes=1)
+            try:  # as `build_store`, also when only what is left of the build has to go
+                store_builder.build_or_wait(config, 280, processes=1)
                 finished = True
             except Killed:
                 if not (Path(config.store) / "manifest.json").exists():

@@ -65,6 +65,8 @@ def describe(store: TokenStore, split: str, sequence_length: int) -> Iterator[st
         ratio = counts["bytes"] / counts["tokens"]
         cells = f"{counts['documents']:>14,}{counts['tokens']:>18,}{counts['bytes']:>18,}"
         yield f"  {name:<9}{cells}{ratio:>13.2f}"
+    if not store.has_block_digests:
+        yield "  no digests of blocks: what is read is not verified; building it again adds them"
     skipped = manifest["skipped"]
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped["reasons"].items())
     yield f"  {manifest['duplicates']:,} duplicates and {skipped['count']:,} others left out"

@@ -3,9 +3,10 @@
 sources.py        the documents of a corpus; corpus_files.py finds files, formats.py reads them
 tokenizers/       text to token ids and back
 split.py          which documents are held out
-token_store.py    a directory with all tokens of a corpus, in two splits
-build.py          builds it, with survey.py, bpe_sample.py, round_trip.py, shard_writer.py,
-                  workers.py and store_options.py
+token_store.py    a directory with all tokens of a corpus, in two splits; block_digests.py verifies
+                  what is read of it, store_problems.py all of it
+build.py          builds it, with build_plan.py, survey.py, bpe_sample.py, round_trip.py,
+                  shard_writer.py, workers.py and store_options.py
 stores.py         the stores of a run: opened, or built where they are not there
 windows.py        how a store is cut into windows, and in which order they come
 batches.py        batches of windows addressed by (seed, step), on the host or on a mesh

@@ -6,7 +6,7 @@ it is complete. The store is the same, byte for byte, however often the build is
 many processes work on it.
 
     plan.json            options and shards: written first, deleted when the store is complete
-    work/                what the survey found: deleted too
+    work/                what the survey found, and what each shard holds: deleted too
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from typing import Any
 import numpy as np
 
 from retnet_jax.config import DataConfig
+from retnet_jax.data.block_digests import write_block_digests
 from retnet_jax.data.bpe_sample import Sample
+from retnet_jax.data.build_plan import begin_or_resume, discard_plan, has_only_a_lock, is_written
 from retnet_jax.data.round_trip import check_round_trip, describe_round_trip, measure_round_trip
-from retnet_jax.data.shard_writer import write_shard
+from retnet_jax.data.shard_writer import OLD_RECORD, completed_shard, shard_record, write_shard
 from retnet_jax.data.sources import Document, Piece, Skipped, file_of, list_pieces, read_piece
 from retnet_jax.data.split import split_of
 from retnet_jax.data.store_options import differences, pretrained_tokenizer, stored_options
@@ -39,7 +41,13 @@ from retnet_jax.data.survey import (
     skipped_of,
     texts_to_try,
 )
-from retnet_jax.data.token_store import FORMAT, SPLITS, TokenStore, open_store
+from retnet_jax.data.token_store import (
+    FORMAT,
+    SPLITS,
+    TokenStore,
+    manifest_text,
+    open_store,
+)
 from retnet_jax.data.tokenizers import (
     ByteTokenizer,
     Tokenizer,
@@ -51,7 +59,7 @@ from retnet_jax.data.workers import for_each_shard, say
 from retnet_jax.errors import ConfigError
 from retnet_jax.files import atomic, lock
 from retnet_jax.files import paths as files
-from retnet_jax.files.digests import sha256_of, sha256_of_file
+from retnet_jax.files.digests import sha256_of, sha256_of_file, xxh3_of
 from retnet_jax.provenance import code_fingerprint, versions
 
 DEFAULT_COMMAND = "build_store(config.data, vocab_size)"
@@ -105,7 +113,7 @@ def build_or_wait(
             try:
                 _build(config, vocab_size, processes, directory, command)
             except ConfigError:
-                if _has_only_a_lock(directory):
+                if has_only_a_lock(directory):
                     shutil.rmtree(directory)
                 raise
         else:
@@ -122,10 +130,10 @@ def is_to_be_built(config: DataConfig, vocab_size: int) -> bool:
         return True
     if not directory.is_dir() or (directory / "manifest.json").exists():
         return False
-    if lock.holder(directory) is not None or _has_only_a_lock(directory):
+    if lock.holder(directory) is not None or has_only_a_lock(directory):
         return True
     plan = directory / "plan.json"
-    if not plan.exists() or _is_written(directory):
+    if not plan.exists() or is_written(directory):
         return False
     found = json.loads(plan.read_text())["options"]
     return bool(differences(found, stored_options(config, vocab_size)))
@@ -134,7 +142,7 @@ def is_to_be_built(config: DataConfig, vocab_size: int) -> bool:
 def _build(
     config: DataConfig, vocab_size: int, processes: int | None, directory: Path, command: str
 ) -> None:
-    plan = _begin(config, vocab_size, directory, command)
+    plan = begin_or_resume(directory, _plan(config, vocab_size, command))
     shards = [[Piece(**piece) for piece in pieces] for pieces in plan["shards"]]
     job = _Job(config, str(directory))
     for name in ("work", "shards"):
@@ -155,8 +163,8 @@ def _build(
             round_trip = measure_round_trip(tokenizer, texts_to_try(surveys))
             check_round_trip(round_trip, config.tokenizer)
     except ConfigError:  # of this plan there will be no store
-        if not _is_written(directory):
-            _discard_plan(directory)
+        if not is_written(directory):
+            discard_plan(directory)
         raise
 
     if not has_tokenizer(directory):
@@ -164,7 +172,7 @@ def _build(
             tokenizer.save(Path(scratch))
             for path in sorted(Path(scratch).iterdir(), reverse=True):  # tokenizer.json last
                 path.rename(directory / path.name)
-    undone = [(i, pieces) for i, pieces in enumerate(shards) if not job.shard_path(i).exists()]
+    undone = [(i, pieces) for i, pieces in enumerate(shards) if not job.is_encoded(i)]
     task = functools.partial(_encode, job)
     for_each_shard(task, undone, sizes, processes, f"building {directory}")
     _finish(job, plan, surveys, kept)
@@ -186,67 +194,26 @@ class _Job:
     def kept_path(self, shard: int) -> Path:
         return Path(self.directory) / "work" / f"{shard:05}.kept.npy"
 
+    def record_path(self, shard: int) -> Path:
+        return Path(self.directory) / "work" / f"{shard:05}.record.json"
+
     def shard_path(self, shard: int) -> Path:
         return Path(self.directory) / "shards" / f"{shard:05}"
 
+    def is_encoded(self, shard: int) -> bool:
+        directory = self.shard_path(shard)
+        return directory.exists() and not (directory / OLD_RECORD).exists()
 
-def _begin(config: DataConfig, vocab_size: int, directory: Path, command: str) -> dict[str, Any]:
-    """The plan of a build, new or resumed.
 
-    Raises:
-      ConfigError: if a plan is there that has other options or files.
-    """
+def _plan(config: DataConfig, vocab_size: int, command: str) -> dict[str, Any]:
+    """What a new build begins with."""
     pieces = list_pieces(config)
-    plan = {
+    return {
         "format": FORMAT,
         "command": command,
         "options": stored_options(config, vocab_size),
         "shards": [[dataclasses.asdict(p) for p in group] for group in _grouped(pieces)],
     }
-    path = directory / "plan.json"
-    found = json.loads(path.read_text()) if path.exists() else None
-    if found is not None and not _is_written(directory):
-        changes = differences(found["options"], plan["options"])
-        if changes or any(found[key] != plan[key] for key in ("format", "shards")):
-            _discard_plan(directory)
-            found = None
-    if found is not None:
-        changes = differences(found["options"], plan["options"])
-        if found["format"] != FORMAT or changes:
-            raise ConfigError(
-                f"data.store={config.store!r} was begun with other options:{changes}\n"
-                "name another directory in data.store, or delete this one"
-            )
-        if found["shards"] != plan["shards"]:
-            raise ConfigError(
-                f"data.store={config.store!r} was begun with other files, or they have changed; "
-                "name another directory in data.store, or delete this one"
-            )
-        for unfinished in [*directory.glob("shards/.*"), *directory.glob("work/tmp*")]:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        return found
-    if not _has_only_a_lock(directory):
-        raise ConfigError(
-            f"data.store={config.store!r} has files in it and no plan.json; name a new directory"
-        )
-    atomic.write_text(path, json.dumps(plan, indent=1) + "\n")
-    return plan
-
-
-def _has_only_a_lock(directory: Path) -> bool:
-    return all(path.name == lock.FILE_NAME for path in directory.iterdir())
-
-
-def _is_written(directory: Path) -> bool:
-    """Whether anything in an unfinished store depends on more than the plan."""
-    return has_tokenizer(directory) or any(directory.glob("shards/[0-9]*"))
-
-
-def _discard_plan(directory: Path) -> None:
-    """Deletes the plan of a store of which nothing is written, and what was found for it."""
-    for name in ("work", "shards"):
-        shutil.rmtree(directory / name, ignore_errors=True)
-    (directory / "plan.json").unlink()
 
 
 def _survey(job: _Job, task: tuple[int, list[Piece]]) -> int:
@@ -285,21 +252,38 @@ def _survey(job: _Job, task: tuple[int, list[Piece]]) -> int:
 
 
 def _encode(job: _Job, task: tuple[int, list[Piece]]) -> int:
-    """Writes the directory of a shard."""
+    """Writes the directory of a shard, and before that its record."""
     shard, pieces = task
     target = job.shard_path(shard)
+    if (target / OLD_RECORD).exists() and _completed(job, shard):
+        return shard
     try:
         with atomic.directory(target) as unfinished:
-            _write_shard(job, shard, pieces, unfinished)
+            record = _write_shard(job, shard, pieces, unfinished)
+            atomic.write_text(job.record_path(shard), json.dumps(record))
     except OSError:
         # What an earlier start left running may have written the same shard meanwhile.
-        if not (target / "shard.json").exists():
+        if not job.is_encoded(shard):
             raise
     return shard
 
 
-def _write_shard(job: _Job, shard: int, pieces: list[Piece], directory: Path) -> None:
-    """Encodes the documents of a shard into an empty directory."""
+def _completed(job: _Job, shard: int) -> bool:
+    """Whether a shard of format 3 is now one of this format. If it is damaged, it is deleted."""
+    directory = job.shard_path(shard)
+    record = completed_shard(directory)
+    if record is None:
+        say(f"{directory} is damaged: it is written again")
+        directory = directory.rename(directory.with_name(f".{directory.name}.damaged"))
+        shutil.rmtree(directory)
+        return False
+    atomic.write_text(job.record_path(shard), json.dumps(record))
+    (directory / OLD_RECORD).unlink()
+    return True
+
+
+def _write_shard(job: _Job, shard: int, pieces: list[Piece], directory: Path) -> dict[str, Any]:
+    """Encodes the documents of a shard into an empty directory; returns the manifest's record."""
     config, tokenizer = job.config, load_tokenizer(Path(job.directory))
     survey = json.loads(job.survey_path(shard).read_text())
     kept = np.load(job.kept_path(shard))
@@ -317,21 +301,15 @@ def _write_shard(job: _Job, shard: int, pieces: list[Piece], directory: Path) ->
             f"{pieces[0].path} or a file after it has changed since the build began; delete "
             f"{job.directory} and build it anew"
         )
-    written = {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
-        for path in sorted(directory.iterdir())
-    }
-    record = {"name": job.shard_path(shard).name, "splits": splits, "files": written}
-    record["content"] = survey["content"]
-    (directory / "shard.json").write_text(json.dumps(record), encoding="utf-8")
+    digests_of_files = write_block_digests(directory, os.listdir(directory))
+    name = job.shard_path(shard).name
+    return shard_record(name, splits, digests_of_files, survey["content"])
 
 
 def _finish(job: _Job, plan: dict[str, Any], surveys: list[dict], kept: dict[str, int]) -> None:
     """Writes the manifest of a store whose shards are complete."""
     directory = Path(job.directory)
-    shards = [
-        json.loads((job.shard_path(i) / "shard.json").read_text()) for i in range(len(surveys))
-    ]
+    shards = [json.loads(job.record_path(i).read_text()) for i in range(len(surveys))]
     skipped, documents = skipped_of(surveys), sum(documents_of(surveys).values())
     tokenizer = load_tokenizer(directory)
     round_trip = measure_round_trip(tokenizer, texts_to_try(surveys))
@@ -344,6 +322,7 @@ def _finish(job: _Job, plan: dict[str, Any], surveys: list[dict], kept: dict[str
         "command": plan["command"],
         "options": plan["options"],
         "fingerprint": tokenizer.fingerprint,
+        "tokenizer": {name: xxh3_of(contents) for name, contents in tokenizer.files.items()},
         "versions": versions("retnet-jax", "tokenizers", "tiktoken", "sentencepiece")
         | {"retnet_jax/data": code_fingerprint("data")},
         "splits": {
@@ -362,7 +341,7 @@ def _finish(job: _Job, plan: dict[str, Any], surveys: list[dict], kept: dict[str
         ],
         "shards": shards,
     }
-    atomic.write_text(directory / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    atomic.write_text(directory / "manifest.json", manifest_text(manifest))
     _tidy(directory)
     if skipped.count:
         say(f"skipped {skipped.count}: {skipped}")

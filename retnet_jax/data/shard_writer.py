@@ -10,13 +10,16 @@ import json
 from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from retnet_jax.data.block_digests import write_block_digests
 from retnet_jax.data.sources import Document
-from retnet_jax.data.token_store import SPLITS
+from retnet_jax.data.token_store import SPLITS, token_dtype
 from retnet_jax.data.tokenizers import Tokenizer, text_parts
+
+OLD_RECORD = "shard.json"  # in a shard of format 3: what the manifest is to say of it
 
 _BATCH_CHARACTERS = 2_000_000  # encoded at once: enough for all threads, little in memory
 _PART_CHARACTERS = 1_000_000  # of a document; `tokenizers` takes 90 times as much memory as text
@@ -42,6 +45,36 @@ def write_shard(
         for split, writer in writers.items():
             writer.append([x for x in encoded if x[0].split == split])
     return {split: writer.finish() for split, writer in writers.items()}
+
+
+def completed_shard(directory: Path) -> dict[str, Any] | None:
+    """Adds the digests of blocks to a shard that was written in format 3.
+
+    Returns:
+      What the manifest is to say of it; None: its files are not what was written.
+    """
+    try:
+        record = json.loads((directory / OLD_RECORD).read_text())
+        found = write_block_digests(directory, record["files"])
+        intact = found["files"] == record["files"]
+        record = shard_record(record["name"], record["splits"], found, record["content"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return record if intact else None
+
+
+def shard_record(
+    name: str, splits: dict[str, dict[str, int]], digests: dict[str, Any], content: str
+) -> dict[str, Any]:
+    """What the manifest says of a shard.
+
+    Args:
+      name: of its directory.
+      splits: from `write_shard`.
+      digests: from `write_block_digests`.
+      content: a digest of its documents.
+    """
+    return {"name": name, "splits": splits, **digests, "content": content}
 
 
 class _Part(NamedTuple):
@@ -78,7 +111,7 @@ class _SplitWriter:
         self._directory = directory
         self._split = split
         self._bos_id = tokenizer.bos_id
-        self._dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+        self._dtype = token_dtype(tokenizer.vocab_size)
         self._offsets = array("q", [0])
         self._byte_counts = array("q")
         self._write_header("wb")

@@ -6,12 +6,20 @@
     shards/00000/{split}.offsets.npy  int64 [documents + 1]: where each document begins, and the end
     shards/00000/{split}.bytes.npy    int64 [documents]: bytes of each document's UTF-8
     shards/00000/{split}.names.jsonl  a JSON string a line: the name of each document
+    shards/00000/blocks.npy           uint64: a digest of every 64 KiB of the files above it
 
 The splits are "train" and "held_out"; a split is its shards end to end. The arrays are .npy because
 numpy alone reads them by memory map: opening a store costs no time or memory, whatever its size,
 and any position is read at once. On gs:// and the like the same files are read by byte ranges.
 
-`build.py` writes stores.
+Nothing is returned that was not verified. Tokens are compared with the digests of their blocks when
+they are first read (`block_digests.py`), the other files as a whole when they are first needed. The
+manifest has digests of blocks.npy, of the tokenizer's files and of itself. It also has the SHA-256
+of every file: these name the contents, and the store's fingerprint is made of them.
+
+Stores of format 3 have no digests of blocks or of the manifest; of these, sizes are checked.
+
+`build.py` writes stores; `store_problems.py` verifies a whole one.
 """
 
 from __future__ import annotations
@@ -24,13 +32,15 @@ from typing import Any
 
 import numpy as np
 
+from retnet_jax.data.block_digests import FILE_NAME, DamagedBlockError, ShardFiles
 from retnet_jax.data.tokenizers import Tokenizer, load_tokenizer
 from retnet_jax.errors import ConfigError
 from retnet_jax.files import lock
 from retnet_jax.files import paths as files
-from retnet_jax.files.digests import sha256_of, sha256_of_file
+from retnet_jax.files.digests import sha256_of, xxh3_of
 
-FORMAT = 3
+FORMAT = 4  # what is written
+FORMATS = (3, FORMAT)  # what is read
 SPLITS = ("train", "held_out")
 KINDS = ("tokens", "offsets", "bytes")
 
@@ -55,20 +65,36 @@ class TokenStore:
         ]
         return sha256_of("\n".join([self.tokenizer.fingerprint, *digests]).encode())
 
+    @property
+    def has_block_digests(self) -> bool:
+        """Whether what is read is verified; a store of format 3 would have to be built again."""
+        return self.manifest["format"] > 3
+
 
 class Split:
     """The documents of one split; the tokens of its shards are one stream, end to end.
 
     Args:
       name: "train" or "held_out".
-      shards: the directory of each shard, and its counts of documents, tokens and bytes.
+      shards: the files of each shard, and its counts of documents, tokens and bytes.
       vocab_size: the ids are less; what is read is compared with it.
+      command: what builds the store again, for error messages.
+
+    All that reads raises `ConfigError` for data that is not what was written, naming the file, the
+    bytes and the documents whose tokens they are.
     """
 
-    def __init__(self, name: str, shards: list[tuple[str, dict[str, int]]], vocab_size: int):
+    def __init__(
+        self,
+        name: str,
+        shards: list[tuple[ShardFiles, dict[str, int]]],
+        vocab_size: int,
+        command: str = "",
+    ):
         self._name = name
         self._shards = shards
         self._vocab_size = vocab_size
+        self._command = command
         self._arrays: dict[tuple[int, str], Any] = {}
         self._names: dict[int, list[str]] = {}
         self._token_starts = _starts([counts["tokens"] for _, counts in shards])
@@ -93,15 +119,15 @@ class Split:
         """The tokens of the stream at the positions [start, stop), up to its end.
 
         Raises:
-          ConfigError: for ids that the tokenizer does not have, naming the documents.
+          ConfigError: for data that is not what was written, and for ids that the tokenizer does
+            not have, naming the documents.
         """
         parts = [
-            self._array(shard, "tokens")[first:last]
-            for shard, first, last in self._pieces(start, stop)
+            self._tokens(shard, first, last) for shard, first, last in self._pieces(start, stop)
         ]
         tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
         if tokens.max(initial=0) >= self._vocab_size:
-            raise ConfigError(self._damage(tokens, start))
+            raise ConfigError(self._foreign_ids(tokens, start))
         return tokens
 
     def borders(self, start: int, stop: int) -> np.ndarray:
@@ -151,17 +177,6 @@ class Split:
         offsets = (self._array(i, "offsets") for i in range(len(self._shards)))
         return np.concatenate([np.diff(x) for x in offsets])
 
-    def _damage(self, tokens: np.ndarray, start: int) -> str:
-        """What is wrong with tokens that begin at a position of the stream."""
-        places = np.flatnonzero(tokens >= self._vocab_size)
-        names = dict.fromkeys(self.name(self.document_at(start + int(x))) for x in places)
-        return (
-            f"the token store {self._shards[0][0].rsplit('/', 2)[0]!r} is damaged: {len(places)} "
-            f"token ids, the first {tokens[places[0]]}, are none of its tokenizer, whose ids are "
-            f"less than {self._vocab_size}; they are in {', '.join(map(repr, list(names)[:5]))} of "
-            f"{self._name}; tools/prepare_data.py finds all files that are damaged"
-        )
-
     def _place(self, index: int) -> tuple[int, int]:
         """The shard of a document, and its number there."""
         if not 0 <= index < len(self):
@@ -180,28 +195,90 @@ class Split:
             begin, end = self._token_starts[shard : shard + 2]
             yield shard, 0, int(min(stop, end) - begin)
 
-    def _array(self, shard: int, kind: str):
+    def _tokens(self, shard: int, first: int, last: int) -> np.ndarray:
+        """Tokens of one shard."""
+        array = self._array(shard, "tokens")
+        try:
+            return array[first:last]
+        except DamagedBlockError as error:
+            raise ConfigError(self._damaged_block(shard, error)) from None
+
+    def _array(self, shard: int, kind: str) -> Any:
+        """An array of one shard, to be sliced; all but the tokens are verified as a whole."""
         if (shard, kind) not in self._arrays:
-            path = f"{self._shards[shard][0]}/{self._name}.{kind}.npy"
-            array = files.open_array(path)
-            if kind == "offsets":
-                if files.is_remote(path):  # searched in, so it has to be here
+            files_of_shard, counts = self._shards[shard]
+            name = f"{self._name}.{kind}.npy"
+            try:
+                array = files_of_shard.array(name)
+                if kind != "tokens":
                     array = array[:]
-                if array[-1] != self._shards[shard][1]["tokens"] or (np.diff(array) < 1).any():
-                    raise ConfigError(f"{path} is damaged; tools/prepare_data.py finds all that is")
+            except DamagedBlockError as error:
+                raise ConfigError(self._damaged_block(shard, error)) from None
+            if kind == "offsets" and (array[-1] != counts["tokens"] or (np.diff(array) < 1).any()):
+                path = f"{files_of_shard.directory}/{name}"
+                raise ConfigError(f"{path} is damaged; tools/prepare_data.py finds all that is")
             self._arrays[shard, kind] = array
         return self._arrays[shard, kind]
 
     def _names_of(self, shard: int) -> list[str]:
         if shard not in self._names:
-            data = files.read_bytes(f"{self._shards[shard][0]}/{self._name}.names.jsonl")
+            try:
+                data = self._shards[shard][0].read(f"{self._name}.names.jsonl")
+            except DamagedBlockError as error:
+                raise ConfigError(self._damaged_block(shard, error)) from None
             # Not splitlines, to which more than "\n" ends a line.
             self._names[shard] = [json.loads(line) for line in data.decode().split("\n")[:-1]]
         return self._names[shard]
 
+    def _damaged_block(self, shard: int, error: DamagedBlockError) -> str:
+        """The message for a block of a shard that is not what was written."""
+        directory = self._shards[shard][0].directory
+        documents = ""
+        if error.name == f"{self._name}.tokens.npy":
+            documents = self._documents_in(shard, error.first, error.last)
+        command = f" with: {self._command}" if self._command else ""
+        return (
+            f"{directory}/{error.name} is damaged: its bytes {error.first:,} to {error.last - 1:,} "
+            f"are not what was written{documents}; tools/prepare_data.py finds all files that are "
+            f"damaged; copy the token store {directory.rsplit('/', 2)[0]!r} again, or delete it "
+            f"and build it again{command}"
+        )
+
+    def _documents_in(self, shard: int, first: int, last: int) -> str:
+        """Whose tokens are in the bytes [first, last) of a shard's tokens."""
+        files_of_shard, counts = self._shards[shard]
+        width = token_dtype(self._vocab_size).itemsize
+        header = files_of_shard.size(f"{self._name}.tokens.npy") - width * counts["tokens"]
+        begin, end = (max(0, x - header) // width for x in (first, last - 1))
+        if begin >= counts["tokens"]:
+            return ""
+        try:
+            place = int(self._token_starts[shard])
+            documents = range(self.document_at(place + begin), self.document_at(place + end) + 1)
+            names = [repr(self.name(x)) for x in documents[:5]]
+        except ConfigError:
+            return ", nor are the names of the documents whose tokens they hold"
+        more = f" and {len(documents) - 5:,} more" if len(documents) > 5 else ""
+        return f"; they hold tokens of {', '.join(names)}{more} of {self._name}"
+
+    def _foreign_ids(self, tokens: np.ndarray, start: int) -> str:
+        """What is wrong with tokens that begin at a position of the stream."""
+        places = np.flatnonzero(tokens >= self._vocab_size)
+        names = dict.fromkeys(self.name(self.document_at(start + int(x))) for x in places)
+        store = self._shards[0][0].directory.rsplit("/", 2)[0]
+        return (
+            f"the token store {store!r} is damaged: {len(places)} "
+            f"token ids, the first {tokens[places[0]]}, are none of its tokenizer, whose ids are "
+            f"less than {self._vocab_size}; they are in {', '.join(map(repr, list(names)[:5]))} of "
+            f"{self._name}; tools/prepare_data.py finds all files that are damaged"
+        )
+
 
 def open_store(directory: str | Path) -> TokenStore:
-    """Opens a complete store. Its files are checked to be there and to have their sizes.
+    """Opens a complete store.
+
+    The manifest and the tokenizer are verified; the other files are checked to be there and to have
+    their sizes, and are verified as they are read.
 
     Raises:
       ConfigError: if it is unfinished, with the command that finishes it; if a file is missing or
@@ -209,31 +286,28 @@ def open_store(directory: str | Path) -> TokenStore:
     """
     directory = files.expanded(directory).rstrip("/")
     command = ""
-    manifest_path, plan_path = f"{directory}/manifest.json", f"{directory}/plan.json"
-    if not files.exists(manifest_path) and files.exists(plan_path):
+    if is_unfinished(directory):
         raise ConfigError(unfinished_message(directory))
     try:
-        manifest = json.loads(files.read_bytes(manifest_path))
-        if manifest["format"] != FORMAT:
-            raise ValueError(f"its format is {manifest['format']}, this program reads {FORMAT}")
+        manifest = read_manifest(directory)
         command = f" with: {manifest['command']}"
-        tokenizer = load_tokenizer(directory)
-        if tokenizer.fingerprint != manifest["fingerprint"]:
-            raise ValueError("tokenizer.json is not the one that it was built with")
+        tokenizer = verified_tokenizer(directory, manifest)
         found = files.sizes(f"{directory}/shards")
         for shard in manifest["shards"]:
-            for name, about in shard["files"].items():
+            for name, about in files_of(shard).items():
                 path = f"{shard['name']}/{name}"
                 if found[path] != about["bytes"]:
                     raise ValueError(f"{path} has {found[path]} bytes, not {about['bytes']}")
+        shard_files = [ShardFiles(f"{directory}/shards/{x['name']}", x) for x in manifest["shards"]]
         train, held_out = (
             Split(
                 split,
                 [
-                    (f"{directory}/shards/{x['name']}", x["splits"][split])
-                    for x in manifest["shards"]
+                    (of_shard, shard["splits"][split])
+                    for of_shard, shard in zip(shard_files, manifest["shards"], strict=True)
                 ],
                 tokenizer.vocab_size,
+                manifest["command"],
             )
             for split in SPLITS
         )
@@ -254,25 +328,46 @@ def open_store(directory: str | Path) -> TokenStore:
     return TokenStore(directory, manifest, tokenizer, train, held_out)
 
 
-def check_files(store: TokenStore) -> None:
-    """Verifies the hash of every file of a store.
+def manifest_text(manifest: dict[str, Any]) -> str:
+    """The JSON of a manifest, with a digest of it at the end."""
+    digest = xxh3_of(json.dumps(manifest).encode())
+    return json.dumps(manifest | {"digest": digest}, indent=1) + "\n"
+
+
+def read_manifest(directory: str) -> dict[str, Any]:
+    """The manifest of a store, without its digest.
 
     Raises:
-      ConfigError: naming the files that are not what was written.
+      OSError: if there is none.
+      ValueError, LookupError, TypeError, AttributeError: if it is not what was written, or has
+        another format.
     """
-    damaged = [
-        path
-        for shard in store.manifest["shards"]
-        for name, about in shard["files"].items()
-        if sha256_of_file(path := f"{store.directory}/shards/{shard['name']}/{name}")
-        != about["sha256"]
-    ]
-    if damaged:
-        raise ConfigError(
-            f"the token store {store.directory!r} is damaged: {len(damaged)} files are not what "
-            f"was written, the first {damaged[0]}; delete it and build it again with: "
-            f"{store.manifest['command']}"
-        )
+    text = files.read_bytes(f"{directory}/manifest.json").decode()
+    manifest = json.loads(text)
+    if manifest["format"] not in FORMATS:
+        known = " and ".join(map(str, FORMATS))
+        raise ValueError(f"its format is {manifest['format']}, this program reads {known}")
+    digest = manifest.pop("digest", None)
+    # Every byte is compared, also those that mean nothing in JSON.
+    if (digest is not None or manifest["format"] > 3) and manifest_text(manifest) != text:
+        raise ValueError("manifest.json is not what was written")
+    return manifest
+
+
+def files_of(shard: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """All files of a shard by name, as the manifest describes it."""
+    return shard["files"] | ({FILE_NAME: shard["blocks"]} if "blocks" in shard else {})
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Of the tokens of a store."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
+def is_unfinished(directory: str) -> bool:
+    """Whether a store was begun and is not complete."""
+    manifest, plan = (f"{directory}/{name}.json" for name in ("manifest", "plan"))
+    return not files.exists(manifest) and files.exists(plan)
 
 
 def unfinished_message(directory: str) -> str:
@@ -291,6 +386,17 @@ def unfinished_message(directory: str) -> str:
         f"the token store {directory!r} is unfinished: {done} of {shards} shards are there; "
         f"{advice}"
     )
+
+
+def verified_tokenizer(directory: str, manifest: dict[str, Any]) -> Tokenizer:
+    """The tokenizer of a store; a ValueError says if it is not what was written."""
+    for name, digest in manifest.get("tokenizer", {}).items():
+        if xxh3_of(files.read_bytes(f"{directory}/{name}")) != digest:
+            raise ValueError(f"{name} is not what was written")
+    tokenizer = load_tokenizer(directory)
+    if tokenizer.fingerprint != manifest["fingerprint"]:
+        raise ValueError("tokenizer.json is not the one that it was built with")
+    return tokenizer
 
 
 def _starts(counts: list[int]) -> np.ndarray:

@@ -89,35 +89,22 @@ def matches(pattern: str) -> list[str]:
     return [system.unstrip_protocol(path) for path in system.glob(inner) if system.isfile(path)]
 
 
-def open_array(path: str) -> np.ndarray | RemoteArray:
-    """A one-dimensional .npy file: mapped to memory, or read by byte ranges."""
-    return RemoteArray(path) if is_remote(path) else np.load(path, mmap_mode="r")
+def open_bytes(path: str) -> np.ndarray | RemoteBytes:
+    """The bytes of a file, to be sliced: mapped to memory, or read by byte ranges."""
+    # A plain array of the map: slices of a np.memmap itself take several times as long.
+    return RemoteBytes(path) if is_remote(path) else np.asarray(np.memmap(path, np.uint8, "r"))
 
 
-class RemoteArray:
-    """A one-dimensional .npy file on remote storage; each slice is one request."""
+class RemoteBytes:
+    """The bytes of a file on remote storage; each slice is one request."""
 
     def __init__(self, path: str):
         self._system, self._path = _remote(path)
-        with self._system.open(self._path, "rb") as file:
-            version = np.lib.format.read_magic(file)
-            if version != (1, 0):
-                raise ValueError(f"{path} is .npy of version {version}, not 1.0")
-            self.shape, _, self.dtype = np.lib.format.read_array_header_1_0(file)
-            self._data_start = file.tell()
-
-    def __len__(self) -> int:
-        return self.shape[0]
 
     def __getitem__(self, index: slice) -> np.ndarray:
-        start, stop, step = index.indices(len(self))
-        if step != 1:
-            raise ValueError(f"a slice with the step {step}; only 1 is read at once")
-        first, last = (
-            self._data_start + i * self.dtype.itemsize for i in (start, max(start, stop))
-        )
-        data = self._system.cat_file(self._path, first, last) if last > first else b""
-        return np.frombuffer(data, self.dtype)
+        """The bytes from one position to another, which may be behind the file's end."""
+        data = self._system.cat_file(self._path, index.start, index.stop)
+        return np.frombuffer(data, np.uint8)
 
 
 def _remote(path: AnyPath):

@@ -15,8 +15,9 @@ from absl import flags
 
 from retnet_jax.data.build import build_or_wait
 from retnet_jax.data.round_trip import describe_round_trip
+from retnet_jax.data.store_problems import check_files
 from retnet_jax.data.stores import check_tokenizer, open_or_build
-from retnet_jax.data.token_store import TokenStore, check_files
+from retnet_jax.data.token_store import TokenStore
 from retnet_jax.files import paths as files
 from retnet_jax.pretrained import with_initial_model
 from retnet_jax.programs import command_line

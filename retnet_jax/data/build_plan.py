@@ -1,0 +1,80 @@
+"""The plan of a build: `plan.json`, which a build that was killed is resumed from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from retnet_jax.data.store_options import differences
+from retnet_jax.data.token_store import FORMAT, FORMATS
+from retnet_jax.data.tokenizers import has_tokenizer
+from retnet_jax.errors import ConfigError
+from retnet_jax.files import atomic, lock
+
+
+def begin_or_resume(directory: Path, plan: dict[str, Any]) -> dict[str, Any]:
+    """Writes the plan of a new build, or reads that of one to be resumed.
+
+    Args:
+      directory: of the store.
+      plan: what a new build begins with.
+
+    Raises:
+      ConfigError: if a plan is there that has other options or files.
+    """
+    path = directory / "plan.json"
+    found = json.loads(path.read_text()) if path.exists() else None
+    if found is not None and not is_written(directory):
+        changes = differences(found["options"], plan["options"])
+        if changes or found["format"] not in FORMATS or found["shards"] != plan["shards"]:
+            discard_plan(directory)
+            found = None
+    if found is not None:
+        changes = differences(found["options"], plan["options"])
+        if found["format"] not in FORMATS:
+            raise ConfigError(
+                f"data.store={str(directory)!r} was begun by another version, in the format "
+                f"{found['format']}; this one writes {FORMAT}: finish it with that version, or "
+                "name another directory in data.store, or delete this one"
+            )
+        if changes:
+            raise ConfigError(
+                f"data.store={str(directory)!r} was begun with other options:{changes}\n"
+                "name another directory in data.store, or delete this one"
+            )
+        if found["shards"] != plan["shards"]:
+            raise ConfigError(
+                f"data.store={str(directory)!r} was begun with other files, or they have changed; "
+                "name another directory in data.store, or delete this one"
+            )
+        for unfinished in [*directory.glob("shards/.*"), *directory.glob("work/tmp*")]:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        if found["format"] != FORMAT:  # `_encode` completes the shards that are there
+            found["format"] = FORMAT
+            atomic.write_text(path, json.dumps(found, indent=1) + "\n")
+        return found
+    if not has_only_a_lock(directory):
+        raise ConfigError(
+            f"data.store={str(directory)!r} has files in it and no plan.json; name a new directory"
+        )
+    atomic.write_text(path, json.dumps(plan, indent=1) + "\n")
+    return plan
+
+
+def has_only_a_lock(directory: Path) -> bool:
+    """Whether a directory is that of a store of which nothing is there."""
+    return all(path.name == lock.FILE_NAME for path in directory.iterdir())
+
+
+def is_written(directory: Path) -> bool:
+    """Whether anything in an unfinished store depends on more than the plan."""
+    return has_tokenizer(directory) or any(directory.glob("shards/[0-9]*"))
+
+
+def discard_plan(directory: Path) -> None:
+    """Deletes the plan of a store of which nothing is written, and what was found for it."""
+    for name in ("work", "shards"):
+        shutil.rmtree(directory / name, ignore_errors=True)
+    (directory / "plan.json").unlink()
