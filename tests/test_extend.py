@@ -20,7 +20,7 @@ from retnet_jax.config_json import read_config
 from retnet_jax.data import BatchStream, build_store, number_of_windows, open_store
 from retnet_jax.data.batches import LossWeights
 from retnet_jax.errors import ConfigError
-from retnet_jax.model import build_model
+from retnet_jax.model import RetNet, Transformer, build_model
 from retnet_jax.parallel.mesh import make_mesh
 from retnet_jax.training.optim import make_optimizer
 from retnet_jax.training.step import abstract_state, loss_sum
@@ -269,11 +269,14 @@ def test_what_an_evaluator_returns_is_logged(directory, ran):
 # --- What cannot be used -----------------------------------------------------------------------
 
 WRONG = """
-import optax
+from retnet_jax.model.attention import Attention
 from retnet_jax.model.mixer import Mixer
+from retnet_jax.model.multi_scale_retention import MultiScaleRetention
 from retnet_jax.data.sources import Document
 
 class NoMixer: pass
+class SubMultiScaleRetention(MultiScaleRetention): pass
+class SubAttention(Attention): pass
 class Stateless(Mixer):
     def __init__(self, config, *, rngs, value_scale, out_scale): pass
     def __call__(self, x, state, context, form): return x, None
@@ -381,3 +384,19 @@ def test_a_mixer_without_a_state_reads_whole_rows_alone(wrong):
     ):
         with pytest.raises(ConfigError, match=r"keeps no state.* cannot generate"):
             use()
+
+
+@pytest.mark.parametrize("built_in", [RetNet, Transformer])
+def test_a_subclass_of_a_built_in_mixer_is_one(wrong, built_in):
+    shape = {"vocab_size": 9, "d_model": 8, "n_layers": 1, "n_heads": 2}
+    shape |= {"value_dim": 8, "ffn_dim": 16}
+    name = f"wrong:Sub{built_in.mixer_type.__name__}"
+    tokens = np.arange(8, dtype="i4").reshape(2, 4)
+
+    @jax.jit
+    def read(tokens):
+        own = build_model(ModelConfig(mixer=name, **shape), rngs=nnx.Rngs(0))
+        theirs = built_in(ModelConfig(**shape), rngs=nnx.Rngs(0))
+        return [model(tokens, model(tokens)[1].with_room(4))[0] for model in (own, theirs)]
+
+    np.testing.assert_array_equal(*read(tokens))
