@@ -10,7 +10,9 @@ either: ml_collections reads the types of fields from them to parse overrides.
 """
 
 import dataclasses
+import importlib
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,27 +70,63 @@ def option(
     return field(default=default, metadata={"help": text} | marks)
 
 
+def is_own(name: str) -> bool:
+    """Whether an option names an object of the user's own, "module:object" (docs/extend.md)."""
+    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", name) is not None
+
+
+def own_object(option: str, name: str) -> Any:
+    """The object that "module:object" names. Its module is imported, so its code runs.
+
+    Args:
+      option: whose value it is, such as "model.mixer", for messages.
+      name: the value.
+
+    Raises:
+      ConfigError: if there is no such module or object, and for `__main__`.
+    """
+    module, _, attributes = name.partition(":")
+    if module == "__main__":
+        raise ConfigError(
+            f"{option}={name!r}: what a run records has to be found by other programs too; put it "
+            "in a module of its own"
+        )
+    try:
+        found = importlib.import_module(module)
+        for attribute in attributes.split("."):
+            found = getattr(found, attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"{option}={name!r} is not found: {error}; it names code that is no part of "
+            "retnet_jax: put its directory on PYTHONPATH"
+        ) from error
+    return found
+
+
 # Not frozen, because command-line overrides set fields one by one. A model keeps a copy of its own,
 # and hashes it as part of its tree structure.
 @dataclass(kw_only=True, unsafe_hash=True)
 class ModelConfig:
     """The shape of one language model, RetNet or Transformer."""
 
-    mixer: str = option("retention", "'retention' (RetNet) or 'attention' (Transformer)")
+    mixer: str = option(
+        "retention",
+        "'retention' (RetNet), 'attention' (Transformer), or a `Mixer` of your own, 'module:class'",
+    )
     vocab_size: int = option(32_000, "Number of token ids")
     d_model: int = option(512, "Width of the residual stream")
     n_layers: int = option(6, "Number of layers")
     n_heads: int = option(4, "Number of heads")
     key_dim: int | None = option(None, "Width of q and k over all heads; None: d_model")
     value_dim: int | None = option(
-        None, "Width of v over all heads; None: 2 d_model, for attention d_model"
+        None, "Width of v over all heads; None: 2 d_model for retention, else d_model"
     )
     ffn: str = option(
         "gelu",
         "'relu', 'gelu', 'swish': act(x W1) W2; 'reglu', 'geglu', 'swiglu': (act(x W1) * x W3) W2",
     )
     ffn_dim: int | None = option(
-        None, "Inner width of the feed-forward layer; None: 2 d_model, for attention 4 d_model"
+        None, "Inner width of the feed-forward layer; None: 2 d_model for retention, else 4 d_model"
     )
     norm: str = option("layer", "'layer' (scale and bias) or 'rms' (scale)")
     norm_epsilon: float = option(1e-6, "Added to the variance or mean square in every norm")
@@ -184,7 +222,7 @@ class ModelConfig:
     def check(self) -> None:
         """Raises `ConfigError` for a value that is no choice, or sizes that do not fit together."""
         _check_finite("model", self)
-        _check_choice("model.mixer", self.mixer, MIXERS)
+        _check_choice("model.mixer", self.mixer, MIXERS, own=True)
         _check_choice("model.ffn", self.ffn, FEED_FORWARDS)
         _check_choice("model.norm", self.norm, NORMS)
         _check_choice("model.rotation", self.rotation, ROTATIONS)
@@ -272,17 +310,22 @@ class ModelConfig:
 
         6 for each weight of a matrix product (the embedding look-up is none), and for the mixer
         what the algorithm itself needs: causal attention multiplies with half the positions of the
-        sequence on average; retention reads and writes a k by v state for each head.
+        sequence on average; retention reads and writes a k by v state for each head; a mixer of
+        one's own says so itself (`Mixer.flops_per_token`).
         """
         layers = self.n_layers * (self._mixer_parameters() + self._ffn_parameters())
         if self.mixer == "attention":
             core = 2 * (self.q_width + self.v_width) * (sequence_length + 1) / 2
+        elif is_own(self.mixer):
+            core = own_object("model.mixer", self.mixer).flops_per_token(self, sequence_length)
         else:
             core = 4 * self.q_width * self.v_width / self.n_heads
         return 6 * (layers + self.vocab_size * self.d_model) + 3 * self.n_layers * core
 
     def _mixer_parameters(self) -> int:
-        """Of the matrices."""
+        """Of the matrices; of a mixer of one's own all."""
+        if is_own(self.mixer):
+            return own_object("model.mixer", self.mixer).parameter_count(self)
         if self.mixer == "attention":
             return 2 * self.d_model * (self.q_width + self.v_width)
         return self.d_model * (2 * self.q_width + 3 * self.v_width)
@@ -295,7 +338,7 @@ class ModelConfig:
         """Scales and biases of one layer."""
         count = 2 * _norm_parameters(self.norm, self.d_model)
         retains = self.mixer == "retention"
-        if self.mixer_bias:
+        if self.mixer_bias and not is_own(self.mixer):
             count += 2 * self.q_width + (2 if retains else 1) * self.v_width + self.d_model
         if self.head_norm_scale and retains:
             count += self.v_width // self.n_heads
@@ -317,7 +360,8 @@ class DataConfig:
     source: str = option(
         "stdlib",
         "'stdlib' (Python's own library), 'text' (a document a file), 'jsonl' (a document a line, "
-        "also .gz and .zst), 'parquet' (a document a row), or a data set of 'tfds' or 'hf'",
+        "also .gz and .zst), 'parquet' (a document a row), a data set of 'tfds' or 'hf', or a "
+        "source of your own, 'module:class'",
         in_store=True,
     )
     path: str = option(
@@ -377,19 +421,26 @@ class DataConfig:
         "'packed': windows begin at documents where they can, in random order; 'contiguous': each "
         "row of the batch continues where its last window ended",
     )
+    loss_weights: str = option(
+        "",
+        "'module:function' of your own that gives the weight of each token of a document in the "
+        "loss; empty: 1",
+    )
     skip_batches: tuple[int, ...] = option((), "Numbers of batches to skip", changeable=True)
 
     def check(self) -> None:
         """Raises `ConfigError` for a value that is no choice or out of range."""
         _check_finite("data", self)
-        _check_choice("data.source", self.source, SOURCES)
+        _check_choice("data.source", self.source, SOURCES, own=True)
+        if self.loss_weights:
+            _check_choice("data.loss_weights", self.loss_weights, ("",), own=True)
         if not self.tokenizer:
             raise ConfigError(
                 f"data.tokenizer is empty: one of {', '.join(map(repr, TOKENIZERS))}, or a "
                 "directory with a tokenizer"
             )
         _check_at_least("data.sequence_length", self.sequence_length, 1)
-        if self.source != "stdlib" and not self.path:
+        if self.source in SOURCES and self.source != "stdlib" and not self.path:
             raise ConfigError(
                 f"data.path is empty, but data.source={self.source!r} reads what it names: "
                 "give a glob such as 'corpus/**/*.txt', or a data set such as 'c4/en:train'"
@@ -412,7 +463,9 @@ class OptimizerConfig:
     """Optimiser, schedule and clipping."""
 
     name: str = option(
-        "adamw", "'adamw', or 'muon': muon for the matrices of layers and Adam for the rest"
+        "adamw",
+        "'adamw'; 'muon': muon for the matrices of layers, Adam for the rest; or an optimiser of "
+        "your own, 'module:function'",
     )
     learning_rate: float = option(6e-4, "Peak learning rate")
     muon_learning_rate: float = option(0.02, "Peak learning rate of the matrices under muon")
@@ -433,7 +486,12 @@ class OptimizerConfig:
     def check(self) -> None:
         """Raises `ConfigError` for a value that is no choice or out of range."""
         _check_finite("optimizer", self)
-        _check_choice("optimizer.name", self.name, OPTIMIZERS)
+        _check_choice("optimizer.name", self.name, OPTIMIZERS, own=True)
+        if is_own(self.name) and self.moment_dtype != "float32":
+            raise ConfigError(
+                f"optimizer.moment_dtype={self.moment_dtype!r} is for "
+                f"{' and '.join(map(repr, OPTIMIZERS))}; {self.name!r} chooses its own dtypes"
+            )
         _check_choice("optimizer.schedule", self.schedule, SCHEDULES)
         _check_choice("optimizer.moment_dtype", self.moment_dtype, MOMENT_DTYPES)
         for name in ("learning_rate", "muon_learning_rate", "epsilon", "clip_norm"):
@@ -594,9 +652,13 @@ def _check_finite(section: str, values: Any) -> None:
                 raise ConfigError(f"{name}={number} is not a finite number")
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
+def _check_choice(name: str, value: str, choices: tuple[str, ...], own: bool = False) -> None:
+    """With `own`, "module:object" may be given too."""
+    if value not in choices and not (own and is_own(value)):
+        raise ConfigError(
+            f"{name}={value!r} is not one of {', '.join(map(repr, choices))}"
+            + (", and no 'module:object' of your own" if own else "")
+        )
 
 
 def _check_at_least(name: str, value: float, least: int) -> None:

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from retnet_jax.config import own_object
 from retnet_jax.data.token_store import Split
 from retnet_jax.data.windows import ContiguousSchedule, Span, packed_starts
+from retnet_jax.errors import ConfigError
 
 if TYPE_CHECKING:
     import jax  # not otherwise: the processes that build a store need none
 
 _MOST_STEPS = 2**40
+_TRIED_DOCUMENTS = 1000  # for one of which any token counts
 
 
 class Batch(NamedTuple):
@@ -29,7 +32,7 @@ class Batch(NamedTuple):
     targets: np.ndarray  # int32 [b t]: the next token of the stream; after a document BOS
     segment_ids: np.ndarray | None  # int32 [b t]: 1, 2, ... count a window's documents; 0 is
     # padding; None, which no stream has: a window is one document
-    weights: np.ndarray  # float32 [b t]: 1, and 0 on padding
+    weights: np.ndarray  # float32 [b t]: of the targets; 1 or as `LossWeights`, 0 on padding
     continues: np.ndarray  # bool [b]: the row goes on with the document its last window ended in
 
 
@@ -48,6 +51,7 @@ class BatchStream:
       bos_id: the tokenizer's.
       seed: of the order of the windows, 0 to 2^32 - 1.
       policy: "packed" or "contiguous", see `windows.py`.
+      loss_weights: as `config.data.loss_weights`.
       rows: of each batch that are read, such as those of this process's devices; None: all.
     """
 
@@ -61,6 +65,7 @@ class BatchStream:
         bos_id: int,
         seed: int,
         policy: str = "packed",
+        loss_weights: str = "",
         rows: Sequence[int] | None = None,
     ):
         import grain
@@ -68,6 +73,11 @@ class BatchStream:
         self._splits = splits
         self._sequence_length = sequence_length
         self._bos_id = bos_id
+        self._loss_weights = None
+        if loss_weights:
+            self._loss_weights = LossWeights(loss_weights)
+            for split in splits:
+                self._loss_weights.check(split)
         if policy == "packed":
             spans = grain.MapDataset.mix(
                 [_packed(i, s, sequence_length, seed) for i, s in enumerate(splits)], list(weights)
@@ -143,7 +153,52 @@ class BatchStream:
             segments[borders] = 1
             np.cumsum(segments, out=segments)
             batch.weights[row, :count] = 1
+            if self._loss_weights is not None:
+                batch.weights[row, :count] = self._loss_weights(split, span.start, span.stop)
         return batch
+
+
+class LossWeights:
+    """The weights that a function of the user's own gives the tokens of a split (docs/extend.md).
+
+    The function gets a whole document, so that a token has the same weight in every window.
+
+    Args:
+      name: "module:function", `config.data.loss_weights`.
+    """
+
+    def __init__(self, name: str):
+        self._name = name
+        self._function: Callable[[np.ndarray], np.ndarray] = own_object("data.loss_weights", name)
+
+    def __call__(self, split: Split, start: int, stop: int) -> np.ndarray:
+        """Those of the tokens that follow the positions [start, stop) of the stream, float32."""
+        first, last = split.document_at(start), split.document_at(stop - 1)
+        weights = np.concatenate([self._of_document(split, i) for i in range(first, last + 1)])
+        # The first document has at most all its other tokens in front of `start`.
+        earliest = max(0, start + 1 - len(split.document(first)))
+        begin = start - int(split.borders(earliest, start + 1)[-1])
+        return weights[begin : begin + stop - start]
+
+    def check(self, split: Split) -> None:
+        """Raises `ConfigError` if no token counts, which would train nothing."""
+        tried = range(min(len(split), _TRIED_DOCUMENTS))
+        if not any(self._of_document(split, i).any() for i in tried):
+            raise ConfigError(
+                f"data.loss_weights={self._name!r} is 0 for all tokens of the first {len(tried)} "
+                f"documents, such as {split.name(0)!r}: nothing would be trained"
+            )
+
+    def _of_document(self, split: Split, index: int) -> np.ndarray:
+        tokens = split.document(index)
+        weights = np.asarray(self._function(tokens), np.float32)
+        if weights.shape != tokens.shape or not (np.isfinite(weights) & (weights >= 0)).all():
+            raise ConfigError(
+                f"data.loss_weights={self._name!r}: for the {len(tokens)} tokens of "
+                f"{split.name(index)!r} it gave {weights.dtype}{list(weights.shape)}, {weights}; a "
+                "finite number for each is needed, none less than 0"
+            )
+        return weights
 
 
 class PlacedBatches:

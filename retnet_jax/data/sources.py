@@ -7,15 +7,16 @@ depend only on the files. A document that cannot be used is skipped, counted and
 from __future__ import annotations
 
 import functools
+import os
 import re
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from retnet_jax.config import SOURCES, DataConfig
+from retnet_jax.config import SOURCES, DataConfig, is_own, own_object
 from retnet_jax.data import formats
 from retnet_jax.data.corpus_files import corpus_files
 from retnet_jax.data.formats import BYTE_ORDER_MARK, Record, UnreadableError, UnreadableValue
@@ -38,13 +39,28 @@ class Document:
         return len(self.text.encode("utf-8"))
 
 
+class Source(Protocol):
+    """What `data.source` may name as "module:class": documents of the user's own (docs/extend.md).
+
+    The pieces of a path and the documents of a piece are the same whenever they are asked for.
+    """
+
+    @staticmethod
+    def pieces(path: str) -> Iterable[str]:
+        """The parts of the corpus that `data.path` names, such as its files."""
+
+    @staticmethod
+    def read(piece: str) -> Iterable[Document]:
+        """The documents of one piece, in their order."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """A part of a corpus.
 
     Attributes:
       path: a file or URL; the name of a data set.
-      name: what the names of its documents begin with.
+      name: what the names of its documents begin with; "" in a source of one's own.
       start: its first byte, row group, example or shard.
       stop: the end of it; None: the end of the file.
       first: number of its first line, row or example in the file.
@@ -105,13 +121,16 @@ def list_pieces(config: DataConfig, piece_bytes: int = _PIECE_BYTES) -> list[Pie
       config: the source. "stdlib" is the source code of the running Python's standard library;
         "text" one document a file; "jsonl" one a line, of .jsonl and .json files; both may be
         compressed with gzip, bzip2, xz or zstandard; "parquet" one a row; "tfds" and "hf" one an
-        example of the data set "name:split" or "name:config:split".
+        example of the data set "name:split" or "name:config:split"; "module:class" what a
+        `Source` gives.
       piece_bytes: about how much a piece of a large file is.
 
     Raises:
       ConfigError: if `data.path` matches no file, or a package is missing that is needed.
     """
     path = config.path
+    if is_own(config.source):
+        return _own_pieces(config)
     if config.source == "stdlib":
         root = _stdlib_root()
         return [
@@ -165,7 +184,9 @@ def read_piece(config: DataConfig, piece: Piece, skipped: Skipped) -> Iterator[D
                 return
             document = _document(config, piece, record)
         except (UnusableError, UnreadableError) as error:
-            name = piece.path + (record.place if isinstance(error, UnusableError) else "")
+            name = piece.path
+            if isinstance(error, UnusableError):
+                name += record.place if piece.name else f":{record.place}"
             if config.strict and not str(error.args[0]).startswith("filtered"):
                 raise ConfigError(f"{name}: {': '.join(error.args)} (data.strict)") from None
             skipped.add(name, *error.args)
@@ -175,6 +196,8 @@ def read_piece(config: DataConfig, piece: Piece, skipped: Skipped) -> Iterator[D
 
 def file_of(config: DataConfig, piece: Piece) -> str | None:
     """The file that a piece is of; None for a part of a data set."""
+    if is_own(config.source):
+        return piece.path if os.path.isfile(piece.path) else None
     if config.source in ("tfds", "hf"):
         return None
     return str(_stdlib_root() / piece.path) if config.source == "stdlib" else piece.path
@@ -186,7 +209,42 @@ def read_documents(config: DataConfig, skipped: Skipped) -> Iterator[Document]:
         yield from read_piece(config, piece, skipped)
 
 
+def _own_source(config: DataConfig) -> type[Source]:
+    found = own_object("data.source", config.source)
+    if not all(callable(getattr(found, name, None)) for name in ("pieces", "read")):
+        raise ConfigError(
+            f"data.source={config.source!r} is {found!r}, which has not both pieces(path) and "
+            "read(piece)"
+        )
+    return found
+
+
+def _own_pieces(config: DataConfig) -> list[Piece]:
+    pieces = list(_own_source(config).pieces(config.path))
+    wrong = [piece for piece in pieces if not isinstance(piece, str)]
+    if wrong or len(set(pieces)) < len(pieces) or not pieces:
+        raise ConfigError(
+            f"data.source={config.source!r}: pieces({config.path!r}) gave {len(pieces)} pieces, "
+            f"{len(set(pieces))} of them different, such as {(wrong or pieces)[:1]}; different "
+            "strings are needed"
+        )
+    sizes = (os.path.getsize(piece) if os.path.isfile(piece) else 1 for piece in pieces)
+    return [Piece(piece, "", bytes=size) for piece, size in zip(pieces, sizes, strict=True)]
+
+
+def _own_records(config: DataConfig, piece: Piece) -> Iterator[Record]:
+    for document in _own_source(config).read(piece.path):
+        if not isinstance(document, Document):
+            raise ConfigError(
+                f"data.source={config.source!r}: read({piece.path!r}) gave a "
+                f"{type(document).__name__}, not a retnet_jax.data.sources.Document"
+            )
+        yield Record(document.name, document.text)
+
+
 def _records(config: DataConfig, piece: Piece) -> Iterator[Record]:
+    if is_own(config.source):
+        return _own_records(config, piece)
     if config.source in ("stdlib", "text"):
         return formats.whole_file(file_of(config, piece), config.max_document_bytes)
     span = (piece.path, piece.start, piece.stop, piece.first)

@@ -342,7 +342,8 @@ def check_exact(
     """
     config.check()
     if config.mixer != "retention":
-        raise ConfigError(f"{layout} holds RetNets; this is a Transformer (model.mixer)")
+        kind = "a Transformer" if config.mixer == "attention" else config.mixer
+        raise ConfigError(f"{layout} holds RetNets; this is {kind} (model.mixer)")
     wrong = [
         f"model.{name} is {getattr(config, name)!r}, {layout} has {value!r}"
         + (f": {reasons[name]}" if name in reasons else "")

@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from retnet_jax.config import ModelConfig
 from retnet_jax.model.layers import Linear, project, split_heads
+from retnet_jax.model.mixer import Mixer
 from retnet_jax.ops import flash_attention
 from retnet_jax.ops.retention import number_documents, positions
 from retnet_jax.ops.rotation import Rotation, rotate, rotation
@@ -88,7 +89,7 @@ class AttentionContext(NamedTuple):
         return KVCache(layers, self.visible, self.length, self.position)
 
 
-class Attention(nnx.Module):
+class Attention(Mixer):
     """Softmax attention with its projections."""
 
     inputs = ("q", "k", "v")  # the Linears that are applied to the input

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from retnet_jax.config import is_own
 from retnet_jax.errors import ConfigError
 from retnet_jax.model.layers import Linear
 from retnet_jax.model.lm import LanguageModel, State
@@ -52,11 +53,11 @@ def for_decoding(
     if state_dtype is not None:
         if state_dtype not in STATE_DTYPES:
             raise ConfigError(f"state_dtype={state_dtype!r} is not 'float32' or 'bfloat16'")
-        if model.mixer_type is not MultiScaleRetention:
-            raise ConfigError(
-                f"state_dtype={state_dtype!r} is for a RetNet; a Transformer's cache has the dtype "
-                f"of its activations, {model.config.dtype}"
-            )
+        if not issubclass(model.mixer_type, MultiScaleRetention):
+            kept = "a Transformer's cache has the dtype of its activations, " + model.config.dtype
+            if is_own(model.config.mixer):
+                kept = f"model.mixer={model.config.mixer!r} keeps its own as it computes it"
+            raise ConfigError(f"state_dtype={state_dtype!r} is for a RetNet; {kept}")
     return _laid_out(model, weights, state_dtype or model.config.state_dtype)
 
 
@@ -145,7 +146,7 @@ class DecodingModel(LanguageModel):
 
     @property
     def _retains(self) -> bool:
-        return self.mixer_type is MultiScaleRetention
+        return issubclass(self.mixer_type, MultiScaleRetention)
 
     def _stored(self, layer_state, position: Int[Array, " b"], number: int):
         """The state of a layer [b h k v] as it is kept [b h v k]; a Transformer's is kept as is."""
@@ -191,6 +192,8 @@ def _with_rows(block, dtype: str):
         for name, part in list(vars(module).items()):
             if isinstance(part, Linear) and name not in module.inputs:
                 setattr(module, name, _rows([part], dtype))
+        if not module.inputs:  # of a mixer of one's own
+            continue
         parts = [getattr(module, name) for name in module.inputs]
         for name in module.inputs:
             delattr(module, name)

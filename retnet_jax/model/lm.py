@@ -1,4 +1,4 @@
-"""RetNet and Transformer: one language model, two mixers.
+"""RetNet and Transformer: one language model, two mixers, or one of your own.
 
     model = RetNet(config, rngs=nnx.Rngs(0))
     logits, state = model(tokens)                # i32[b t] -> f32[b t w]
@@ -17,11 +17,12 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from retnet_jax.config import ModelConfig
+from retnet_jax.config import ModelConfig, is_own, own_object
 from retnet_jax.errors import ConfigError
 from retnet_jax.model.attention import Attention, KVCache
 from retnet_jax.model.layers import NORMS, FeedForward, normal
-from retnet_jax.model.multi_scale_retention import MultiScaleRetention, RetentionState
+from retnet_jax.model.mixer import Mixer, RetentionState
+from retnet_jax.model.multi_scale_retention import MultiScaleRetention
 from retnet_jax.model.remat import remat_policy
 from retnet_jax.ops.embedding import look_up
 from retnet_jax.parallel.sharding import constrain
@@ -75,8 +76,8 @@ class LanguageModel(nnx.Module):
     """
 
     stacked_state: ClassVar[bool] = True  # the layers of a state are stacked, not a tuple
-    mixer: ClassVar[str]
-    mixer_type: ClassVar[type]
+    mixer: str
+    mixer_type: type[Mixer]
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         """Draws the parameters.
@@ -216,15 +217,35 @@ class Transformer(LanguageModel):
     mixer_type = Attention
 
 
+class OwnMixerModel(LanguageModel):
+    """The same language model with the `Mixer` that `config.mixer` names, "module:class".
+
+    Raises:
+      ConfigError: if that is not found or is no subclass of `Mixer`, and as `LanguageModel`.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        found = own_object("model.mixer", config.mixer)
+        if not (isinstance(found, type) and issubclass(found, Mixer)):
+            raise ConfigError(
+                f"model.mixer={config.mixer!r} is {found!r}, no subclass of "
+                "retnet_jax.model.mixer.Mixer"
+            )
+        self.mixer, self.mixer_type = config.mixer, found
+        super().__init__(config, rngs=rngs)
+
+
 def build_model(config: ModelConfig, *, rngs: nnx.Rngs) -> LanguageModel:
     """The model that `config.mixer` names."""
     config.check()
+    if is_own(config.mixer):
+        return OwnMixerModel(config, rngs=rngs)
     return {"retention": RetNet, "attention": Transformer}[config.mixer](config, rngs=rngs)
 
 
 def check_state(model: LanguageModel, state: State, rows: int) -> None:
     """Raises `ValueError` unless a state is one of this model, for so many rows."""
-    expected = RetentionState if model.mixer_type is MultiScaleRetention else KVCache
+    expected = KVCache if issubclass(model.mixer_type, Attention) else RetentionState
     if not isinstance(state, expected):
         raise ValueError(
             f"state is a {type(state).__name__}; this model's is a {expected.__name__}"

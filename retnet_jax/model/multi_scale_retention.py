@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from retnet_jax.config import ModelConfig
 from retnet_jax.model.layers import Linear, RMSNorm, project, split_heads
+from retnet_jax.model.mixer import Mixer, RetentionState
 from retnet_jax.ops.gated_norm import gated_norm
 from retnet_jax.ops.retention import (
     SplitDocuments,
@@ -22,34 +23,6 @@ from retnet_jax.ops.retention import (
 )
 from retnet_jax.ops.rotation import Rotation, rotate, rotation
 from retnet_jax.shapes import Array, Float, Int
-
-
-class RetentionState(NamedTuple):
-    """What a RetNet remembers: as many numbers after ten tokens as after a million."""
-
-    # S of each layer; None: nothing read yet; a tuple: of a model for decoding
-    layers: Float[Array, "n b h k v"] | tuple[Float[Array, "b h v k"], ...] | None
-    position: Int[Array, " b"]  # of the next token in its document
-
-    def take(self, rows: Int[Array, " r"]) -> "RetentionState":
-        """The states of some rows; one may be taken several times."""
-        layers = jax.tree.map(lambda x: x[..., rows, :, :, :], self.layers)
-        return RetentionState(layers, self.position[rows])
-
-    def put(self, rows: Int[Array, " r"], state: "RetentionState") -> "RetentionState":
-        """With another state's rows at places `rows`."""
-        layers = jax.tree.map(
-            lambda x, new: x.at[..., rows, :, :, :].set(new), self.layers, state.layers
-        )
-        return RetentionState(layers, self.position.at[rows].set(state.position))
-
-    def with_room(self, tokens: int) -> "RetentionState":
-        """A cache would get slots for so many more tokens; this state has one size."""
-        return self
-
-    def with_capacity(self, tokens: int) -> "RetentionState":
-        """A cache would get slots for so many tokens in all."""
-        return self
 
 
 class RetentionContext(NamedTuple):
@@ -66,7 +39,7 @@ class RetentionContext(NamedTuple):
         return RetentionState(layers, self.position)
 
 
-class MultiScaleRetention(nnx.Module):
+class MultiScaleRetention(Mixer):
     """Retention with its projections, normalisers and gate."""
 
     inputs = ("q", "k", "v", "gate")  # the Linears that are applied to the input

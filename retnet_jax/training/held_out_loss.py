@@ -43,6 +43,7 @@ class HeldOutLoss:
                 batch_size=self._rows,
                 bos_id=stores.tokenizer.bos_id,
                 seed=config.train.seed,
+                loss_weights=config.data.loss_weights,
             )
             for name, split in self._splits.items()
         }

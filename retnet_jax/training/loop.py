@@ -289,6 +289,7 @@ class Run:
             bos_id=stores.tokenizer.bos_id,
             seed=config.train.seed,
             policy=config.data.windows,
+            loss_weights=config.data.loss_weights,
         )
         self.clock = Clock(
             tokens_per_step=config.train.batch_size * config.data.sequence_length,

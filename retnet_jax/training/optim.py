@@ -1,9 +1,10 @@
-"""The optimiser: AdamW, or muon for the layers' matrices and Adam for all else."""
+"""The optimiser: AdamW, muon for the layers' matrices and Adam for all else, or one's own."""
 
 import jax
 import optax
 
-from retnet_jax.config import OptimizerConfig
+from retnet_jax.config import OptimizerConfig, is_own, own_object
+from retnet_jax.errors import ConfigError
 from retnet_jax.shapes import Array, Int
 
 
@@ -30,10 +31,14 @@ def learning_rate_factor(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW or muon with the schedule.
+    """Global-norm clipping, then AdamW, muon or one's own, with the schedule.
 
     Weight decay falls on matrices alone. Muon orthogonalises the update of every matrix inside the
-    layers, each [i o] of a stack [n i o] by itself; embedding, head and norms take Adam.
+    layers, each [i o] of a stack [n i o] by itself; embedding, head and norms take Adam. What
+    "module:function" names is called with the config and the learning rate's schedule.
+
+    Raises:
+      ConfigError: if that is not found or returns no optimiser.
     """
     factor = learning_rate_factor(config, steps)
 
@@ -47,8 +52,15 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             b2=config.beta2,
             eps=config.epsilon,
             weight_decay=config.weight_decay,
-            mask=_is_matrix,
+            mask=is_matrix,
         )
+    elif is_own(config.name):
+        optimizer = own_object("optimizer.name", config.name)(config, rate(config.learning_rate))
+        if not isinstance(optimizer, optax.GradientTransformation):
+            raise ConfigError(
+                f"optimizer.name={config.name!r} returned {optimizer!r}, not an "
+                "optax.GradientTransformation"
+            )
     else:
         optimizer = optax.contrib.muon(
             rate(config.muon_learning_rate),
@@ -99,7 +111,7 @@ def _moments_kept_in(
     return optax.GradientTransformation(init, update)
 
 
-def _is_matrix(model):
+def is_matrix(model):
     """True for kernels, embedding and head; False for the scales and biases of norms."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: not {"scale", "bias"} & set(_names(path)), model
