@@ -1,0 +1,54 @@
+"""Says whether a run or a token store still is what was written: every file, to its last byte.
+
+    python tools/verify.py runs/quickstart
+    python tools/verify.py data/stdlib_bpe4096
+
+Of a run the config, the tokenizer, the log and every checkpoint are read, and its token stores.
+Everything that is wrong is named; the exit status is then 1.
+"""
+
+import sys
+
+from absl import flags
+
+from retnet_jax.data.store_problems import store_problems
+from retnet_jax.errors import ConfigError
+from retnet_jax.files.paths import exists, place
+from retnet_jax.programs import command_line
+from retnet_jax.runs.verification import run_problems, stores_of, unchecked
+
+flags.DEFINE_string("path", None, "directory of a run or of a token store")
+
+
+def main() -> int:
+    """Prints what is wrong; 1 if anything is."""
+    if flags.FLAGS.path is None:
+        raise ConfigError("name a run or a token store: python tools/verify.py RUN_OR_STORE")
+    path = place(flags.FLAGS.path)
+    if any(exists(path / name) for name in ("manifest.json", "plan.json")):
+        return report({str(path): store_problems(str(path))})
+    if not (path / "config.json").exists():
+        raise ConfigError(
+            f"{path} is no run (it has no config.json) and no token store (no manifest.json)"
+        )
+    found = {str(path): list(run_problems(path)), **dict(stores_of(path))}
+    for line in unchecked(path):
+        print(line)
+    return report(found)
+
+
+def report(found: dict[str, list[str]]) -> int:
+    """Prints for each directory what is wrong in it; 1 if anything is."""
+    for directory, problems in found.items():
+        for problem in problems:
+            print(problem, file=sys.stderr)
+        print(f"{directory}: {_verdict(len(problems))}")
+    return int(any(found.values()))
+
+
+def _verdict(count: int) -> str:
+    return {0: "intact", 1: "1 problem"}.get(count, f"{count} problems")
+
+
+if __name__ == "__main__":
+    command_line.run(main, positional=("path",))
