@@ -42,8 +42,8 @@ HELD_OUT_LOSS = "held-out loss"  # the name of the evaluator that every run has
 class Evaluator(NamedTuple):
     """What is computed of the model while it is trained, and logged.
 
-    Its record in metrics.jsonl has its name. By that a run that was killed before an evaluation
-    makes it when it is resumed (`Run.make_missing_evaluations`).
+    Its records in metrics.jsonl have its name: so a run that is resumed knows which evaluations
+    are missing (`Run.make_missing_evaluations`).
     """
 
     name: str  # each evaluator has its own
@@ -250,32 +250,32 @@ class Run:
         self.unread: tuple[int, int, StepMetrics] | None = None  # step, batch and its metrics
 
     def make_missing_evaluations(self) -> None:
-        """Makes what is due after the step resumed from and has no record in metrics.jsonl.
+        """Evaluates what is due after the step resumed from and has no record in metrics.jsonl.
 
         A checkpoint is saved before the evaluations of its step, and a run may be killed between
         the two. With this its records are those of a run that was not killed, in the same order.
 
-        Due is what this start says: a new evaluator, or one with another `every`, is made up for
-        as well, but for this step alone. An evaluation that raises does so again here, until it is
-        left out or gets the memory that it needs (the held-out loss: `train.micro_batches`).
+        What is due depends on this start alone: a new evaluator, or one with another `every`,
+        evaluates this step as well, but none before it. An evaluation that raised an error does so
+        again here, until it is left out or has the memory that it needs (for the held-out loss,
+        more `train.micro_batches`).
         """
         if not self.done:
             return
-        made = self.log.evaluators_at(self.done)  # the first process knows
+        made = self.log.evaluators_at(self.done)  # known in the first process
         due = [x for x in self.evaluators if self.evaluation_is_due(x)]
-        missing = [
-            x for x in due if processes.any_of_us(processes.is_first() and x.name not in made)
-        ]
+        first = processes.is_first()
+        missing = [x for x in due if processes.any_of_us(first and x.name not in made)]
         if not missing:
             return
         if processes.any_of_us(None in made):
             self.log.say(
                 f"metrics.jsonl has an evaluation of step {self.done} that does not name its "
-                "evaluator, as older versions wrote them: nothing is evaluated again"
+                "evaluator, as older versions wrote them: that step is not evaluated again"
             )
             return
         names = ", ".join(x.name for x in missing)
-        self.log.say(f"the evaluation of step {self.done} is missing, and is made now: {names}")
+        self.log.say(f"step {self.done} was not evaluated by {names}: that comes first")
         self.evaluate(missing)
 
     def advance(self, last: int, stop: processes.StopRequest) -> None:
