@@ -22,7 +22,8 @@ from retnet_jax.parallel.processes import StopRequest
 from retnet_jax.programs import command_line
 from retnet_jax.runs.checkpoint import Checkpoints
 from retnet_jax.runs.log import MetricsLog
-from retnet_jax.training.loop import Run, start_or_restore
+from retnet_jax.training.loop import Run
+from retnet_jax.training.start import start_or_restore
 from retnet_jax.training.step import abstract_state, make_step
 
 flags.DEFINE_integer("segments", 6, "timed segments of each loop")

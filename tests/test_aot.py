@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,15 @@ from jax.sharding import PartitionSpec as P
 from test_train import config, metrics, uninterrupted
 from test_train_step import CONFIG
 
-from retnet_jax.aot import topologies
-from retnet_jax.aot.compile_step import DoesNotFitError, compile_step, load, save
+from retnet_jax.aot import evaluation, topologies
+from retnet_jax.aot import fit as search
+from retnet_jax.aot.compile_step import (
+    DoesNotFitError,
+    compile_step,
+    device_bytes,
+    load,
+    save,
+)
 from retnet_jax.aot.fit import arrangements, fit, ranking
 from retnet_jax.aot.flops import flops_of
 from retnet_jax.aot.hlo import Computations, Program, _group
@@ -22,11 +30,12 @@ from retnet_jax.aot.report import report
 from retnet_jax.config import MeshConfig, ModelConfig
 from retnet_jax.errors import ConfigError
 from retnet_jax.model import build_model
-from retnet_jax.parallel.chips import chip
+from retnet_jax.parallel import chips
+from retnet_jax.parallel.chips import Chip, chip
 from retnet_jax.parallel.mesh import make_mesh
-from retnet_jax.training import loop
+from retnet_jax.training import held_out_loss, loop
 from retnet_jax.training.loop import train
-from retnet_jax.training.step import make_step
+from retnet_jax.training.step import abstract_state, make_step
 
 __all__ = ["config", "uninterrupted"]  # fixtures
 
@@ -139,11 +148,29 @@ def test_recomputation_is_counted():
     assert once <= flops("q,k,v,gate,retention,out,up") < 1.1 * once
 
 
-def test_it_compiles_the_step_that_train_runs(config, tmp_path, monkeypatch):
-    model = dataclasses.replace(config.model, vocab_size=258)
-    config = dataclasses.replace(config, model=model, mesh=MeshConfig(data=2, seq=2, tensor=2))
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=3))
-    lowered = []
+@pytest.fixture(scope="module")
+def split(config):
+    """A step in two micro-batches, split over eight devices."""
+    return compile_step(
+        dataclasses.replace(
+            config,
+            model=dataclasses.replace(config.model, vocab_size=258),
+            mesh=MeshConfig(data=2, seq=2, tensor=2),
+            train=dataclasses.replace(config.train, steps=3, micro_batches=2),
+        )
+    )
+
+
+@pytest.mark.compiles(80, reason="a whole run, saved from eight devices")
+def test_it_compiles_what_train_runs(split, tmp_path, monkeypatch):
+    """The step, and the evaluation beside it."""
+    lowered, evaluations, first_rows_loss = [], set(), held_out_loss.first_rows_loss
+
+    def look_at_evaluation(*arguments):
+        evaluations.add(first_rows_loss.lower(*arguments).as_text())
+        return first_rows_loss(*arguments)
+
+    monkeypatch.setattr(held_out_loss, "first_rows_loss", look_at_evaluation)
 
     def looking(config, mesh, state_shape):
         step = make_step(config, state_shape)
@@ -154,8 +181,76 @@ def test_it_compiles_the_step_that_train_runs(config, tmp_path, monkeypatch):
 
         return look
 
-    assert train(config, tmp_path / "run", step=looking).status == "finished"
-    assert lowered == 3 * [compile_step(config).lowered.as_text()]
+    assert train(split.config, tmp_path / "run", step=looking).status == "finished"
+    assert lowered == 3 * [split.lowered.as_text()]
+    beside = evaluation.lower_evaluation(split.config, split.mesh, split.state)
+    assert evaluations == {beside.as_text()}
+
+
+def test_the_memory_of_the_evaluation_is_reported(split):
+    """It has the whole state beside it, and less to keep than a step."""
+    found = report(split)
+    tokens = found.rows * split.config.data.sequence_length // 2  # of a micro-batch on a device
+    assert found.evaluation_temporary_bytes > 4 * tokens * split.config.model.d_model
+    assert found.evaluation_temporary_bytes < found.temporary_bytes
+    state = found.parameter_bytes + found.optimizer_bytes
+    assert found.evaluation_peak_bytes > state + found.evaluation_temporary_bytes
+    assert found.evaluation_peak_bytes < found.peak_bytes == found.needed_bytes
+    larger = dataclasses.replace(found, evaluation_peak_bytes=3 * 2**30, memory_bytes=2**32)
+    assert larger.needed_bytes == 3 * 2**30
+    assert re.search(r"an evaluation, at most +3\.00\n  the larger is 75% of 4\.0\n", larger.text())
+    written = json.loads(json.dumps(found.as_dict()))
+    for name in ("evaluation_peak_bytes", "evaluation_temporary_bytes", "needed_bytes"):
+        assert written[name] == getattr(found, name)
+    # A state that is carried from step to step stays on the device as well.
+    carrying = dataclasses.replace(split.config.train, carry_state=True)
+    state = abstract_state(dataclasses.replace(split.config, train=carrying), split.mesh)
+    grown = evaluation.evaluation_memory(split._replace(state=state))
+    assert grown.peak_bytes - found.evaluation_peak_bytes == device_bytes(state.carry) > 0
+
+
+@pytest.fixture
+def small_memory(monkeypatch):
+    """A CPU that has 8 GiB by a data sheet, and an evaluation that takes 6 a row of the batch."""
+
+    @jax.jit
+    def hungry(model, batch, rows):
+        numbers = jnp.arange(6 * 2**28, dtype=jnp.float32) * batch.weights[:, :1]
+        return jnp.sort(numbers * rows, axis=1).sum()
+
+    monkeypatch.setattr(chips, "CHIPS", (Chip("cpu", 1e12, 8 * 2**30, 1e11, 1e10, 1e9),))
+    monkeypatch.setattr(evaluation, "first_rows_loss", hungry)
+
+
+@pytest.mark.usefixtures("small_memory")
+def test_an_evaluation_that_does_not_fit_is_refused_with_numbers(split):
+    """Each device has two rows of it."""
+    with pytest.raises(
+        DoesNotFitError,
+        match=r"the evaluation inside training does not fit a cpu, of whose memory it needs 12.0 "
+        r"GiB of 8.0 GiB. Less is needed with train.micro_batches=4 ",
+    ):
+        report(split)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_memory")
+def test_an_arrangement_whose_evaluation_does_not_fit_is_left_out(monkeypatch):
+    """Of one row and of two, whose step fits."""
+    monkeypatch.setattr(search, "REMATS", search.REMATS[:1])
+    config = dataclasses.replace(
+        CONFIG,
+        train=dataclasses.replace(CONFIG.train, batch_size=2),
+        data=dataclasses.replace(CONFIG.data, sequence_length=16),
+    )
+    device = jax.devices()[:1]
+    both = [x.config for x in arrangements(config, device)]
+    assert {x.train.micro_batches for x in both} == {1, 2}
+    for each in both:
+        compile_step(each, device)
+    (found,) = fit(config, device, most=2)
+    assert (found.rows, found.evaluation_peak_bytes // 2**30) == (1, 6)
+    assert f" {found.evaluation_peak_bytes / 2**30:.1f} " in ranking([found])
 
 
 def saved(path):
@@ -201,6 +296,8 @@ def test_a_step_for_tpus(tpus):
     assert found.optimizer_bytes == pytest.approx(2 * found.parameter_bytes, rel=0.01)
     memory = step.compiled.memory_analysis()
     assert found.peak_bytes >= memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    state = found.parameter_bytes + found.optimizer_bytes
+    assert state < found.evaluation_peak_bytes < found.peak_bytes
     assert found.estimated_seconds > found.compute_seconds > 0
     assert 0 < found.mfu < 1
     assert {"fsdp", "data"} <= {axis for x in found.messages for axis in x.axes}

@@ -64,6 +64,22 @@ def test_what_a_full_disk_does_not_take_is_written_later(tmp_path):
     assert path.read_bytes().endswith(line(4) + line(5))
 
 
+def test_evaluations_are_known_by_their_evaluators(tmp_path):
+    """Those of one step; None is one that names no evaluator."""
+    log = MetricsLog(tmp_path, 0, 5)
+    assert log.evaluators_at(2) == set()
+    log.write(2, {"loss": 2.0})
+    assert log.evaluators_at(2) == set()
+    values = {"loss": 1.0, "other": float("inf")}
+    found = log.write_evaluation(2, "held-out", values)
+    assert found == {"step": 2, "evaluator": "held-out", "loss": 1.0, "other": None}
+    log.write(4, {"held_out_loss": 1.0})
+    log.close()
+    resumed = MetricsLog(tmp_path, 4, 5)
+    assert [resumed.evaluators_at(step) for step in (1, 2, 4)] == [set(), {"held-out"}, {None}]
+    resumed.close()
+
+
 @pytest.fixture
 def wandb(monkeypatch):
     """A stand-in that notes its calls, and fails at those that `failing` names."""

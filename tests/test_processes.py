@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -125,6 +126,23 @@ def test_when_one_is_killed_the_others_end_and_fewer_go_on(
     assert latest_step(tmp_path / "run") in (4, 8)
     assert train(config, tmp_path / "run").status == "finished"  # one process, as many devices
     assert_losses_of(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.slow
+def test_processes_agree_on_the_evaluation_that_is_missing(config_file, uninterrupted, tmp_path):
+    """The first reads in metrics.jsonl what was made, and all evaluate."""
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    *others, last = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(others))
+    for _ in range(2):
+        ends = training(2, config_file, tmp_path / "run").ends()
+        assert [status for status, *_ in ends] == [0, 0], ends
+        assert path.read_text().startswith("".join(others))
+        (found,) = path.read_text().splitlines()[len(others) :]
+        found, expected = json.loads(found), json.loads(last)
+        assert found.pop("evaluator") == expected.pop("evaluator")
+        assert found == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.slow

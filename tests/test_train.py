@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -45,7 +46,7 @@ from retnet_jax.runs.log import MetricsLog
 from retnet_jax.runs.workdir import locked
 from retnet_jax.training.held_out_loss import HeldOutLoss
 from retnet_jax.training.loop import Evaluator, train
-from retnet_jax.training.step import loss_sum, make_step
+from retnet_jax.training.step import StepMetrics, loss_sum, make_step
 
 ROOT = Path(__file__).parent.parent
 STEPS = 10
@@ -104,6 +105,21 @@ def assert_same_losses(workdir, expected):
     for step in actual:
         for name in ("loss", "gradient_norm", "learning_rate"):
             assert actual[step][name] == expected[step][name], (step, name)
+
+
+def without_times(workdir):
+    """The records of metrics.jsonl, in their order, without what the clock gave."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    computed = {"step", *StepMetrics._fields}
+    return [
+        line if "evaluator" in line else {name: line[name] for name in line if name in computed}
+        for line in lines
+    ]
+
+
+def evaluations(workdir):
+    """The steps and evaluators of the records that have one."""
+    return [(x["step"], x["evaluator"]) for x in without_times(workdir) if "evaluator" in x]
 
 
 def at_step(monkeypatch, step, action):
@@ -286,8 +302,11 @@ def test_killed_and_started_again_the_losses_are_the_same_bit_for_bit(
 
 @pytest.mark.slow
 def test_killed_at_random_moments_again_and_again(config, tmp_path):
-    """300 steps with a kill -9 wherever it falls: in steps, saves, start-up and evaluation."""
-    steps = 300
+    """300 steps with a kill -9 wherever it falls: in steps, saves, start-up and evaluation.
+
+    After one kill in three a bit of the newest checkpoint is flipped, if there is one before it.
+    """
+    steps, flipped = 300, 0
     soak = dataclasses.replace(
         config,
         train=dataclasses.replace(config.train, steps=steps, checkpoint_every=7, eval_every=40),
@@ -309,13 +328,27 @@ def test_killed_at_random_moments_again_and_again(config, tmp_path):
         if run.wait() == 0:
             break
         assert run.returncode == -signal.SIGKILL, (tmp_path / "said").read_text()
+        if random.random() < 1 / 3:
+            flipped += flip_a_bit_of_the_newest(tmp_path / "run" / "checkpoints", random)
     assert start >= 5
+    assert flipped == len(list((tmp_path / "run" / "checkpoints").glob("*.damaged-*"))) > 0
     subprocess.run([*command, f"--workdir={tmp_path}/whole"], cwd=ROOT, check=True)
-    found, expected = metrics(tmp_path / "run"), metrics(tmp_path / "whole")
-    assert list(found) == list(range(1, steps + 1))
-    for step in found:
-        for name in ("loss", "gradient_norm"):
-            assert found[step][name] == expected[step][name], (step, name)
+    assert list(metrics(tmp_path / "run")) == list(range(1, steps + 1))
+    assert without_times(tmp_path / "run") == without_times(tmp_path / "whole")
+
+
+def flip_a_bit_of_the_newest(checkpoints, random):
+    """Flips a random bit in a random file of the newest of several checkpoints; whether it did."""
+    steps = sorted(int(x.name) for x in checkpoints.glob("*") if x.name.isdecimal())
+    if len(steps) < 2:
+        return False
+    newest = checkpoints / str(steps[-1])
+    files = sorted(x for x in newest.rglob("*") if x.is_file() and x.stat().st_size)
+    path = files[random.integers(len(files))]
+    contents = bytearray(path.read_bytes())
+    contents[random.integers(len(contents))] ^= 1 << random.integers(8)
+    path.write_bytes(contents)
+    return True
 
 
 FULL_DISK = """
@@ -447,15 +480,138 @@ def test_held_out_loss_is_the_mean_over_windows_for_every_batch_size(config, uni
         assert found["held_out_loss"] == pytest.approx(expected, rel=1e-6), batch_size
 
 
-def test_an_evaluation_that_fails_costs_no_checkpoint(config, tmp_path):
+@pytest.mark.parametrize("step", [4, pytest.param(STEPS, marks=pytest.mark.slow)])
+def test_an_evaluation_that_fails_costs_no_checkpoint(config, tmp_path, step):
     """It comes after the save of the same step, so a restart does not run into it unsaved."""
 
     def fail(model):
         raise MemoryError("out of memory")
 
-    with pytest.raises(MemoryError):
-        train(config, tmp_path / "run", evaluators=[Evaluator("large", 4, fail)])
-    assert latest_step(tmp_path / "run") == 4
+    large = Evaluator("large", step, fail)
+    for _ in range(2):
+        with pytest.raises(MemoryError):
+            train(config, tmp_path / "run", evaluators=[large])
+        assert latest_step(tmp_path / "run") == step
+    # Without it the run is finished, with nothing evaluated twice.
+    assert train(config, tmp_path / "run").status == "finished"
+    assert evaluations(tmp_path / "run") == [(5, "held-out loss"), (10, "held-out loss")]
+
+
+def norm(model):
+    return {"norm": float(np.linalg.norm(model.final_norm.scale[...]))}
+
+
+def mean(model):
+    return {"mean": float(np.mean(model.embedding[...]))}
+
+
+def train_until_killed(config, workdir, step):
+    """Ends this process with kill -9, in the second of three evaluators after a step is saved."""
+    steps = iter((4, 8, STEPS))
+
+    def norm_or_death(model):
+        if next(steps) == step:
+            while not (workdir / "checkpoints" / str(step)).exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return norm(model)
+
+    evaluators = [Evaluator("norm", 4, norm_or_death), Evaluator("mean", 4, mean)]
+    train(config, workdir, evaluators=evaluators)
+
+
+@pytest.mark.parametrize(
+    ("step", "every", "minutes"),
+    [
+        (4, 4, 0.0),
+        pytest.param(8, 1000, 1e-9, marks=pytest.mark.slow),
+        pytest.param(STEPS, 1000, 0.0, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_killed_in_an_evaluation_makes_it_when_it_is_resumed(
+    config, tmp_path, step, every, minutes, capfd
+):
+    """Once, so that metrics.jsonl is that of the run that was not killed; and before any step."""
+    changes = {"eval_every": 4, "checkpoint_every": every, "checkpoint_minutes": minutes}
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
+    arguments = config, tmp_path / "run", step
+    process = multiprocessing.get_context("spawn").Process(
+        target=train_until_killed, args=arguments
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert evaluations(tmp_path / "run")[-1] == (step, "held-out loss")
+    assert latest_step(tmp_path / "run") == step
+    evaluators = [Evaluator("norm", 4, norm), Evaluator("mean", 4, mean)]
+    capfd.readouterr()
+    assert train(config, tmp_path / "run", evaluators=evaluators).status == "finished"
+    said = capfd.readouterr().err
+    assert f"step {step} was not evaluated by norm, mean: that comes first" in said
+    assert train(config, tmp_path / "whole", evaluators=evaluators).status == "finished"
+    assert without_times(tmp_path / "run") == without_times(tmp_path / "whole")
+    names = ("held-out loss", "norm", "mean")
+    assert evaluations(tmp_path / "run") == [(x, name) for x in (4, 8, STEPS) for name in names]
+    again = train(config, tmp_path / "run", evaluators=evaluators)
+    assert (again.status, again.metrics) == ("finished", [])
+    assert without_times(tmp_path / "run") == without_times(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("left", ["nothing", "a part"])
+def test_a_finished_run_without_its_last_evaluation_makes_it_once(
+    config, uninterrupted, tmp_path, left
+):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    whole = path.read_bytes()
+    *_, last = whole.splitlines(keepends=True)
+    path.write_bytes(whole[: -len(last) + (20 if left == "a part" else 0)])
+    result = train(config, tmp_path / "run")
+    assert (result.status, result.metrics) == ("finished", [json.loads(last)])
+    assert path.read_bytes() == whole
+    assert train(config, tmp_path / "run").metrics == []
+    assert path.read_bytes() == whole
+
+
+def test_what_is_made_up_for_is_what_the_new_start_asks_for(config, uninterrupted, tmp_path):
+    """A new evaluator and another `eval_every`, at the step that is resumed from and no other."""
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / str(STEPS))
+    changed = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_every=4))
+    evaluators = [Evaluator("norm", 2, norm), Evaluator("mean", 5, mean)]
+    assert train(changed, tmp_path / "run", evaluators=evaluators).status == "finished"
+    assert evaluations(tmp_path / "run") == [
+        (5, "held-out loss"),
+        *((8, name) for name in ("held-out loss", "norm")),
+        *((10, name) for name in ("held-out loss", "norm", "mean")),
+    ]
+
+
+def test_evaluations_of_older_versions_name_no_evaluator_and_are_not_repeated(
+    config, uninterrupted, tmp_path, capfd
+):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    old = path.read_text().replace('"evaluator": "held-out loss", ', "")
+    path.write_text(old)
+    result = train(config, tmp_path / "run", evaluators=[Evaluator("norm", 5, norm)])
+    assert (result.status, result.metrics) == ("finished", [])
+    said = capfd.readouterr().err
+    assert "has an evaluation of step 10 that does not name its evaluator" in said
+    assert path.read_text() == old
+
+
+def test_names_that_records_could_not_tell_apart_are_refused(config, uninterrupted, tmp_path):
+    for name in ("held-out loss", "norm"):
+        twice = [Evaluator(name, 5, norm), Evaluator("norm", 7, norm)]
+        with pytest.raises(ConfigError, match=f"2 evaluators have the name '{name}', by which"):
+            train(config, tmp_path / "new", evaluators=twice)
+    assert not (tmp_path / "new").exists()
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    bad = Evaluator("size", 5, lambda model: {"step": 1.0})
+    with pytest.raises(ConfigError, match="evaluator 'size' has a value of the name 'step', which"):
+        train(config, tmp_path / "run", evaluators=[bad])
+    assert train(config, tmp_path / "run").metrics == []
 
 
 def test_weights_that_are_not_finite_are_refused(config, tmp_path):

@@ -7,14 +7,16 @@
 
 Without --topology and --gpu it compiles for the devices of this machine. The step is the one that
 train.py runs: memory is the compiler's, and with --save=FILE train.py --compiled=FILE starts with
-the program itself. TPUs need libtpu, GPUs the packages that the error message names.
+the program itself. The evaluation on held-out windows, beside the state that training keeps, is
+compiled for its memory too. TPUs need libtpu, GPUs the packages that the error message names.
 
 Times are lower bounds from data sheets: FLOPs over the peak, received bytes over the links. On TPUs
 the compiler has an estimate of its own of all but the messages. The best MFU takes the larger of
 computation and messages, as if all messages were hidden behind it.
 
 --fit=N compiles the N most promising ways to run the config: meshes, micro-batches and what the
-backward pass computes again. It ranks them by tokens per second.
+backward pass computes again. It ranks those of which a step and the evaluation fit by tokens per
+second; `memory` is the larger of the two.
 """
 
 import json

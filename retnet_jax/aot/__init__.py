@@ -4,6 +4,7 @@
     print(report(step).text())
 
 compile_step.py  the step that train.py runs, compiled for any devices; saved and loaded
+evaluation.py    the memory of the evaluation inside training
 topologies.py    devices that this machine does not have
 fit.py           the search for the mesh, micro-batches and recomputation that train fastest
 report.py        what a step costs, from flops.py (matrix products) and hlo.py (memory, messages)

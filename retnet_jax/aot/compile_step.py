@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from retnet_jax.training.step import TrainState, abstract_batch, abstract_state,
 
 
 class DoesNotFitError(ConfigError):
-    """A step that needs more memory than a device has."""
+    """A step, or the evaluation beside it, that needs more memory than a device has."""
 
 
 class CompiledStep(NamedTuple):
@@ -62,12 +63,7 @@ def compile_step(
         lowered = traced.lower()
         lower_seconds = time.perf_counter() - begin
         begin = time.perf_counter()
-        try:
-            compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise DoesNotFitError(_does_not_fit(config, mesh, _overflow(str(error)))) from error
+        compiled = compile_if_it_fits(lowered, "step", config, mesh)
     step = CompiledStep(
         config,
         mesh,
@@ -78,19 +74,39 @@ def compile_step(
         lower_seconds,
         time.perf_counter() - begin,
     )
-    _check_memory(step)
+    memory = compiled.memory_analysis()
+    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    check_memory(needed, "step", config, mesh)
     return step
 
 
-def _check_memory(step: CompiledStep) -> None:
-    """Where the compiler does not look at the device's memory itself."""
-    device, memory = chip(step.mesh.devices.flat[0].device_kind), step.compiled.memory_analysis()
-    if device is None:
-        return
-    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    if needed > device.memory:
+def compile_if_it_fits(
+    lowered: jax.stages.Lowered, what: str, config: Config, mesh: Mesh
+) -> jax.stages.Compiled:
+    """Compiles; raises `DoesNotFitError` where the compiler looks at the device's memory itself."""
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        numbers = _overflow(str(error))
+        raise DoesNotFitError(_does_not_fit(what, config, mesh, numbers)) from error
+
+
+def check_memory(needed: int, what: str, config: Config, mesh: Mesh) -> None:
+    """Raises `DoesNotFitError` if a device is known to have fewer bytes than are needed."""
+    device = chip(mesh.devices.flat[0].device_kind)
+    if device is not None and needed > device.memory:
         numbers = f"{needed / 2**30:.1f} GiB of {device.memory / 2**30:.1f} GiB"
-        raise DoesNotFitError(_does_not_fit(step.config, step.mesh, numbers))
+        raise DoesNotFitError(_does_not_fit(what, config, mesh, numbers))
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of the parts of arrays that one device holds."""
+    return sum(
+        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
+        for leaf in jax.tree.leaves(tree)
+    )
 
 
 def _overflow(message: str) -> str:
@@ -101,13 +117,13 @@ def _overflow(message: str) -> str:
     return f"{needed} GiB of {there} GiB"
 
 
-def _does_not_fit(config: Config, mesh: Mesh, numbers: str) -> str:
+def _does_not_fit(what: str, config: Config, mesh: Mesh, numbers: str) -> str:
     rows = config.train.batch_size // config.train.micro_batches
     rows //= mesh.shape["data"] * mesh.shape["fsdp"]
     ways = []
     if rows > 1:
         ways.append(f"train.micro_batches={config.train.micro_batches * rows} (one row at a time)")
-    if config.model.remat != "full":
+    if what == "step" and config.model.remat != "full":
         ways.append("model.remat='full'")
     if mesh.shape["data"] > 1:
         ways.append(f"mesh.fsdp={mesh.shape['fsdp'] * mesh.shape['data']} with mesh.data=1")
@@ -116,7 +132,7 @@ def _does_not_fit(config: Config, mesh: Mesh, numbers: str) -> str:
     ways.append("more devices, a mesh.tensor or mesh.seq over them")
     kind = mesh.devices.flat[0].device_kind
     return (
-        f"the step does not fit a {kind}, of whose memory it needs {numbers}. "
+        f"the {what} does not fit a {kind}, of whose memory it needs {numbers}. "
         f"Less is needed with {'; or '.join(ways)}"
     )
 

@@ -56,7 +56,7 @@ def fit(config: Config, devices: Sequence[jax.Device] | None, most: int) -> list
       most: arrangements to compile.
 
     Returns:
-      Those that fit, the fastest first.
+      Those of which a step and the evaluation fit, the fastest first.
 
     Raises:
       ConfigError: if none does.
@@ -111,7 +111,7 @@ def ranking(reports: Sequence[Report]) -> str:
         compute = x.estimated_seconds or x.compute_seconds
         lines.append(
             f"{axes['data']:4} {axes['fsdp']:4} {axes['seq']:4} {axes['tensor']:6} {x.rows:5}  "
-            f"{x.remat:<24} {x.peak_bytes / 2**30:8.1f} {compute:8.3f} {x.message_seconds:8.3f} "
+            f"{x.remat:<24} {x.needed_bytes / 2**30:8.1f} {compute:8.3f} {x.message_seconds:8.3f} "
             f"{x.step_seconds:7.3f} {x.mfu:6.1%} {x.tokens / x.step_seconds:11,.0f}"
         )
     return "\n".join(lines)

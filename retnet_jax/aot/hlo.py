@@ -11,7 +11,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -39,11 +39,8 @@ class Program:
 
     @property
     def peak_bytes(self) -> int:
-        """Most memory of a device at once: arguments, results that are none, and all between."""
-        memory = self.memory
-        results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-        code = memory.generated_code_size_in_bytes
-        return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes + code
+        """Most memory of a device at once."""
+        return peak_bytes(self.memory)
 
     @cached_property
     def messages(self) -> list[Messages]:
@@ -66,6 +63,13 @@ class Program:
             for instruction, times in self._computations.instructions()
             if (match := re.search(r'"estimated_cycles":"(\d+)"', instruction.text))
         )
+
+
+def peak_bytes(memory: Any) -> int:
+    """Arguments, results that are no arguments, all between and code, of `memory_analysis()`."""
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    code = memory.generated_code_size_in_bytes
+    return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes + code
 
 
 class Instruction(NamedTuple):

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import jax
-
-from retnet_jax.aot.compile_step import CompiledStep
+from retnet_jax.aot.compile_step import CompiledStep, device_bytes
+from retnet_jax.aot.evaluation import evaluation_memory
 from retnet_jax.aot.flops import Kernel, costs
 from retnet_jax.aot.hlo import Messages, Program
 from retnet_jax.parallel.chips import Chip, chip
@@ -25,7 +24,9 @@ class Report:
     parameter_bytes: int
     optimizer_bytes: int
     temporary_bytes: int  # activations, gradients, buffers
-    peak_bytes: int
+    peak_bytes: int  # of a step
+    evaluation_temporary_bytes: int  # activations and buffers of the held-out loss
+    evaluation_peak_bytes: int  # of the held-out loss, with the state that training has
     memory_bytes: float | None  # that it has; None: no data sheet
     model_flops: float  # all devices: `ModelConfig.training_flops_per_token`
     flops: float  # all devices: matrix products as they are run, recomputation included
@@ -37,6 +38,11 @@ class Report:
     lower_seconds: float
     compile_seconds: float
     peak_flops: float | None
+
+    @property
+    def needed_bytes(self) -> int:
+        """Most memory at once in a run, which takes steps and evaluates."""
+        return max(self.peak_bytes, self.evaluation_peak_bytes)
 
     @property
     def step_seconds(self) -> float | None:
@@ -58,6 +64,7 @@ class Report:
         messages = [message._asdict() for message in self.messages]
         return asdict(self) | {
             "messages": messages,
+            "needed_bytes": self.needed_bytes,
             "step_seconds": self.step_seconds,
             "mfu": self.mfu,
         }
@@ -77,13 +84,14 @@ class Report:
                     ("parameters", self.parameter_bytes),
                     ("optimiser", self.optimizer_bytes),
                     ("activations, gradients, buffers", self.temporary_bytes),
-                    ("at most", self.peak_bytes),
+                    ("a step, at most", self.peak_bytes),
+                    ("an evaluation, at most", self.evaluation_peak_bytes),
                 )
             ),
         ]
         if self.memory_bytes is not None:
-            share = self.peak_bytes / self.memory_bytes
-            lines.append(f"  of {self.memory_bytes / 2**30:.1f}: {share:.0%}")
+            share = self.needed_bytes / self.memory_bytes
+            lines.append(f"  the larger is {share:.0%} of {self.memory_bytes / 2**30:.1f}")
         lines += [
             "",
             f"FLOPs of a step: model {self.model_flops:.3e}, as computed {self.flops:.3e} "
@@ -116,11 +124,16 @@ class Report:
 
 
 def report(step: CompiledStep) -> Report:
-    """Reads a compiled step."""
+    """Reads a compiled step, and compiles the evaluation beside it for the memory that it needs.
+
+    Raises:
+      DoesNotFitError: if the evaluation needs more than a device has.
+    """
     config, mesh = step.config, step.mesh
     device = mesh.devices.flat[0]
     known = chip(device.device_kind)
     program = Program(step.compiled, mesh)
+    evaluation = evaluation_memory(step)
     flops, kernels = costs(step.jaxpr, mesh.size)
     tokens = config.train.batch_size * config.data.sequence_length
     rows = config.train.batch_size // config.train.micro_batches
@@ -135,10 +148,12 @@ def report(step: CompiledStep) -> Report:
         remat=config.model.remat,
         rows=rows // (mesh.shape["data"] * mesh.shape["fsdp"]),
         tokens=tokens,
-        parameter_bytes=_device_bytes(step.state.model),
-        optimizer_bytes=_device_bytes(step.state.optimizer),
+        parameter_bytes=device_bytes(step.state.model),
+        optimizer_bytes=device_bytes(step.state.optimizer),
         temporary_bytes=program.memory.temp_size_in_bytes,
         peak_bytes=program.peak_bytes,
+        evaluation_temporary_bytes=evaluation.temporary_bytes,
+        evaluation_peak_bytes=evaluation.peak_bytes,
         memory_bytes=None if known is None else known.memory,
         model_flops=tokens * config.model.training_flops_per_token(config.data.sequence_length),
         flops=flops,
@@ -150,13 +165,6 @@ def report(step: CompiledStep) -> Report:
         lower_seconds=step.lower_seconds,
         compile_seconds=step.compile_seconds,
         peak_flops=None if known is None else known.flops,
-    )
-
-
-def _device_bytes(tree: Any) -> int:
-    return sum(
-        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
-        for leaf in jax.tree.leaves(tree)
     )
 
 

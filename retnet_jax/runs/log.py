@@ -11,7 +11,7 @@ from etils import epath
 
 from retnet_jax.errors import ConfigError, brief
 from retnet_jax.files import atomic
-from retnet_jax.runs.json_lines import JsonLines
+from retnet_jax.runs.json_lines import JsonLines, records_in
 
 
 class MetricsLog:
@@ -35,7 +35,8 @@ class MetricsLog:
         workdir = epath.Path(workdir)
         self._bar = None
         self._wandb = _WeightsAndBiases(wandb, workdir, self.say) if wandb else None
-        self._lines = JsonLines(workdir / "metrics.jsonl", self.say, first_step)
+        self._path = workdir / "metrics.jsonl"
+        self._lines = JsonLines(self._path, self.say, first_step)
         self._starts = JsonLines(workdir / "starts.jsonl", self.say)
         self._events = SummaryWriter(str(workdir), purge_step=first_step + 1)
         if sys.stderr.isatty():
@@ -47,6 +48,14 @@ class MetricsLog:
         """Records a start in starts.jsonl."""
         self._starts.append({"time": time.time(), "step": self._session[0], **facts})
 
+    def evaluators_at(self, step: int) -> set[str | None]:
+        """The names of the evaluators that metrics.jsonl has a record of, of one step.
+
+        None stands for an evaluation without a name: older versions wrote none.
+        """
+        records = [x for x in records_in(self._path) if x["step"] == step]
+        return {x.get("evaluator") for x in records if "evaluator" in x or "loss" not in x}
+
     def advance(self, step: int) -> None:
         """Moves the bar to a step that is done."""
         if self._bar is not None:
@@ -54,8 +63,17 @@ class MetricsLog:
 
     def write(self, step: int, values: Mapping[str, float]) -> dict[str, Any] | None:
         """Records the values of one step, and returns the record: None for what is not finite."""
-        finite = {name: x if math.isfinite(x) else None for name, x in values.items()}
-        record = {"step": step, **finite}
+        return self._write({"step": step}, values)
+
+    def write_evaluation(
+        self, step: int, evaluator: str, values: Mapping[str, float]
+    ) -> dict[str, Any] | None:
+        """As `write`, of the values that an evaluator gave; the record has its name."""
+        return self._write({"step": step, "evaluator": evaluator}, values)
+
+    def _write(self, about: dict[str, Any], values: Mapping[str, float]) -> dict[str, Any]:
+        step = about["step"]
+        record = about | {name: x if math.isfinite(x) else None for name, x in values.items()}
         self._lines.append(record)
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
@@ -111,10 +129,18 @@ class NoLog:
     def begin(self, facts: dict[str, Any]) -> None:
         pass
 
+    def evaluators_at(self, step: int) -> set[str | None]:
+        return set()
+
     def advance(self, step: int) -> None:
         pass
 
     def write(self, step: int, values: Mapping[str, float]) -> dict[str, Any] | None:
+        pass
+
+    def write_evaluation(
+        self, step: int, evaluator: str, values: Mapping[str, float]
+    ) -> dict[str, Any] | None:
         pass
 
     def say(self, message: str) -> None:

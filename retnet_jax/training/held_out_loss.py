@@ -67,11 +67,13 @@ class HeldOutLoss:
             number_of_windows(self._splits[name], self._length),
             self._config.eval_batches * self._config.batch_size,
         )
-        # What would be read of the next epoch in the last part has no weight.
-        found = [
-            first_rows_loss(model, self._batches[name][number], windows - number * self._rows)
-            for number in range(math.ceil(windows / self._rows))
-        ]
+        found: list[Sums] = []
+        for number in range(math.ceil(windows / self._rows)):
+            # What would be read of the next epoch in the last part has no weight.
+            rows = windows - number * self._rows
+            found.append(first_rows_loss(model, self._batches[name][number], rows))
+            # No more than two batches are on the devices: one that runs, and the next.
+            jax.block_until_ready(found[-2:-1])
         return sum(float(x.loss) for x in found) / sum(float(x.weight) for x in found)
 
 

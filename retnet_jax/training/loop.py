@@ -8,54 +8,46 @@ along the way is an `Evaluator`; the held-out loss (`held_out_loss.py`) is one.
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from etils import epath
 
 from retnet_jax.config import Config
+from retnet_jax.config_text import summary
 from retnet_jax.data import Batch, Stores, open_stores
 from retnet_jax.data.batches import PlacedBatches
 from retnet_jax.data.build import DEFAULT_COMMAND
-from retnet_jax.errors import CheckpointError, DamagedCheckpointError, DivergedError
+from retnet_jax.errors import CheckpointError, ConfigError, DivergedError
 from retnet_jax.files.paths import place
 from retnet_jax.model import LanguageModel
 from retnet_jax.parallel import processes
 from retnet_jax.parallel.mesh import make_mesh
 from retnet_jax.parallel.sharding import check_fit
-from retnet_jax.pretrained import load_checkpoint, run_options, with_initial_model
-from retnet_jax.runs import checkpoint_files
+from retnet_jax.pretrained import with_initial_model
 from retnet_jax.runs.checkpoint import Checkpoints
 from retnet_jax.runs.log import MetricsLog, NoLog
-from retnet_jax.runs.workdir import (
-    locked,
-    progress_of_old_checkpoint,
-    record_start,
-    recorded_config,
-    restore_if_gone,
-)
+from retnet_jax.runs.workdir import locked, record_start, recorded_config, restore_if_gone
 from retnet_jax.training.clock import Clock, peak_flops
 from retnet_jax.training.held_out_loss import HeldOutLoss
-from retnet_jax.training.step import (
-    StepMetrics,
-    TrainState,
-    abstract_state,
-    initial_state,
-    make_step,
-    state_of,
-)
+from retnet_jax.training.start import RunProgress, check_finite, items_of, start_or_restore
+from retnet_jax.training.step import StepMetrics, TrainState, abstract_state, make_step
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
+HELD_OUT_LOSS = "held-out loss"  # the name of the evaluator that every run has
+
 
 class Evaluator(NamedTuple):
-    """What is computed of the model while it is trained, and logged."""
+    """What is computed of the model while it is trained, and logged.
 
-    name: str  # for messages
+    Its records in metrics.jsonl have its name: so a run that is resumed knows which evaluations
+    are missing (`Run.make_missing_evaluations`).
+    """
+
+    name: str  # each evaluator has its own
     every: int  # steps between evaluations; there is one after the last step too
     function: Callable[[LanguageModel], Mapping[str, float]]  # values by the names they log under
 
@@ -87,7 +79,8 @@ def train(
       config: what to train.
       workdir: directory of the run, new or begun.
       step: makes the compiled step of config, mesh and shapes of the state; None: `make_step`.
-      evaluators: beside the held-out loss.
+      evaluators: beside the held-out loss; what is due after the step that is resumed from, and
+        not in metrics.jsonl, is evaluated first.
       on_log: called with each record of metrics.jsonl, in the first process.
       command: what builds the store of `config.data` by itself, for messages and its manifest.
 
@@ -95,6 +88,8 @@ def train(
       ConfigError, CheckpointError: before anything is changed, for input that does not fit.
     """
     config.check()
+    evaluators = tuple(evaluators)
+    check_names(evaluators)
     workdir = place(workdir)
     with contextlib.ExitStack() as stack:
         processes.once(lambda: stack.enter_context(locked(workdir)))
@@ -130,6 +125,7 @@ def train(
             log.say(f"resumed with another {change}")
         for problem in damage:
             log.say(problem)
+        log.say(summary(config))
         log.say(describe(config, stores, state, mesh))
         if config.profile.steps and config.profile.start <= int(state.step):
             log.say(
@@ -137,91 +133,20 @@ def train(
                 f"give one after {int(state.step)}"
             )
         held_out = HeldOutLoss(config, mesh, stores)
-        evaluators = (
-            Evaluator("held-out loss", config.train.eval_every, held_out),
-            *evaluators,
-        )
+        evaluators = (Evaluator(HELD_OUT_LOSS, config.train.eval_every, held_out), *evaluators)
         run = Run(config, workdir, mesh, stores, compiled, checkpoints, log, evaluators, on_log)
         return run.run(state, progress, stop)
 
 
-class RunProgress(NamedTuple):
-    """How far a run is: what a checkpoint holds beside the arrays of the state."""
-
-    next_batch: int = 0  # number of the batch that comes next
-    run_began: float = 0.0  # when the run was first started, seconds since 1970
-    training_seconds: float = 0.0  # that its steps took, those not counted that were lost
-
-
-def start_or_restore(
-    config: Config,
-    mesh: jax.sharding.Mesh,
-    state_shape: TrainState,
-    checkpoints: Checkpoints,
-    workdir: epath.Path,
-) -> tuple[TrainState, RunProgress, list[str]]:
-    """The state of the newest intact checkpoint, or a fresh one.
-
-    Returns:
-      The state, the progress, and one line for each checkpoint that is damaged or unchecked.
-
-    Raises:
-      CheckpointError: if there are checkpoints but none is intact.
-    """
-    shardings = jax.tree.map(lambda x: x.sharding, state_shape)
-    problems: list[str] = []
-    for step in checkpoints.steps():
-        try:
-            items, found = checkpoints.restore(step, items_of(state_shape))
-        except DamagedCheckpointError as error:
-            problems.append(f"{error}; it is set aside, and the one before is used")
-            checkpoints.set_aside(step)
-            continue
-        if found.get("format", 1) < checkpoint_files.FORMAT:
-            problems.append(
-                f"checkpoint {step} was written without digests: that its numbers are still those "
-                "that were written cannot be checked"
+def check_names(evaluators: Iterable[Evaluator]) -> None:
+    """Raises `ConfigError` if two evaluators share a name; the held-out loss is one of them."""
+    counts = Counter([HELD_OUT_LOSS, *(evaluator.name for evaluator in evaluators)])
+    for name, count in counts.items():
+        if count > 1:
+            raise ConfigError(
+                f"{count} evaluators have the name {name!r}, by which metrics.jsonl tells whose a "
+                "record is: give each a name of its own"
             )
-        if "run_began" not in found:
-            found |= progress_of_old_checkpoint(workdir, step)
-        progress = RunProgress(**{name: found[name] for name in RunProgress._fields})
-        count = jax.device_put(np.int32(step), shardings.step)
-        return TrainState(step=count, **items), progress, problems
-    if problems:
-        raise CheckpointError("\n".join([*problems, "there is no other checkpoint"]))
-    progress = RunProgress(run_began=time.time())
-    if config.init_from:
-        model, _ = load_checkpoint(place(config.init_from), mesh, **run_options(config.model))
-        begin = jax.jit(partial(state_of, config), out_shardings=shardings, donate_argnums=0)
-        return begin(model), progress, []
-    return jax.jit(partial(initial_state, config), out_shardings=shardings)(), progress, []
-
-
-def check_finite(state: TrainState, config: Config, workdir: epath.Path) -> None:
-    """Raises `CheckpointError` if a state to begin with has numbers that are not finite.
-
-    A step never makes any (`training/step.py`), so none is ever saved.
-    """
-    if not bool(_is_finite(items_of(state))):
-        origin = f"checkpoint {workdir / 'checkpoints' / str(int(state.step))}"
-        if config.init_from and not int(state.step):
-            origin = f"init_from={config.init_from}"
-        raise CheckpointError(
-            f"{origin} has parameters or moments that are NaN or infinite: it cannot be trained "
-            "further; begin with another checkpoint"
-        )
-
-
-@jax.jit
-def _is_finite(tree: Any) -> jax.Array:
-    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
-
-
-def items_of(state: TrainState) -> dict[str, Any]:
-    """The parts of a state that a checkpoint holds, by name; its step is the checkpoint's own."""
-    items = state._asdict()
-    del items["step"]
-    return items
 
 
 def describe(config: Config, stores: Stores, state: TrainState, mesh: jax.sharding.Mesh) -> str:
@@ -239,10 +164,16 @@ def describe(config: Config, stores: Stores, state: TrainState, mesh: jax.shardi
         f"{config.data.windows} windows; {runs}"
         + "".join(
             f"\n{share:7.1%} of {store.directory}: {store.train.token_count:,} tokens in "
-            f"{len(store.train):,} documents"
+            f"{len(store.train):,} documents{'' if store.has_block_digests else _UNVERIFIED}"
             for share, store in zip(shares, stores.stores.values(), strict=True)
         )
     )
+
+
+_UNVERIFIED = (
+    "; it was built without digests, so damaged tokens would not be noticed: build it again to "
+    "have them"
+)
 
 
 class Run:
@@ -304,11 +235,18 @@ class Run:
     ) -> TrainResult:
         """Trains from a state to the last step, or until a stop is requested; saves; says so."""
         self.begin(state, progress)
+        self.make_missing_evaluations()
         try:
             self.advance(self.config.train.steps, stop)
         except DivergedError as error:
             self.log.say(str(error))
             return self.result("diverged")
+        except ConfigError:  # a batch cannot be read
+            if jax.process_count() == 1:  # else the others are in the next step
+                with contextlib.suppress(DivergedError):
+                    self.read()
+                    self.save_last()
+            raise
         finished = self.done == self.config.train.steps
         if not finished:
             self.log.say(f"{stop.name}: stopping after step {self.done}")
@@ -326,11 +264,40 @@ class Run:
         self.clock.restore(progress.run_began, progress.training_seconds)
         self.unread: tuple[int, int, StepMetrics] | None = None  # step, batch and its metrics
 
+    def make_missing_evaluations(self) -> None:
+        """Evaluates what is due after the step resumed from and has no record in metrics.jsonl.
+
+        A checkpoint is saved before the evaluations of its step, and a run may be killed between
+        the two. With this its records are those of a run that was not killed, in the same order.
+
+        What is due depends on this start alone: a new evaluator, or one with another `every`,
+        evaluates this step as well, but none before it. An evaluation that raised an error does so
+        again here, until it is left out or has the memory that it needs (for the held-out loss,
+        more `train.micro_batches`).
+        """
+        if not self.done:
+            return
+        made = self.log.evaluators_at(self.done)  # known in the first process
+        due = [x for x in self.evaluators if self.evaluation_is_due(x)]
+        first = processes.is_first()
+        missing = [x for x in due if processes.any_of_us(first and x.name not in made)]
+        if not missing:
+            return
+        if processes.any_of_us(None in made):
+            self.log.say(
+                f"metrics.jsonl has an evaluation of step {self.done} that does not name its "
+                "evaluator, as older versions wrote them: that step is not evaluated again"
+            )
+            return
+        names = ", ".join(x.name for x in missing)
+        self.log.say(f"step {self.done} was not evaluated by {names}: that comes first")
+        self.evaluate(missing)
+
     def advance(self, last: int, stop: processes.StopRequest) -> None:
         """Takes steps up to `last`, or until a stop is requested, with all that is due after each.
 
         A checkpoint is saved before the evaluation of the same step, which may fail for want of
-        memory; a run that is killed between the two is resumed without that evaluation.
+        memory; a run that is killed between the two evaluates first when it is resumed.
 
         Raises:
           DivergedError: after too many consecutive skipped steps, naming their documents.
@@ -391,7 +358,7 @@ class Run:
         if skipped >= self.config.train.max_skipped:
             raise DivergedError(self._divergence(step))
         if step % self.config.train.log_every == 0 or step == self.config.train.steps:
-            self.record(step, values | self.clock.lap())
+            self.record(self.log.write(step, values | self.clock.lap()))
 
     def _divergence(self, step: int) -> str:
         documents = {
@@ -406,21 +373,20 @@ class Run:
             "newest checkpoint without them; if the same happens then, it is not the data"
         )
 
-    def record(self, step: int, values: Mapping[str, float]) -> None:
-        """Logs the values of a step."""
-        found = self.log.write(step, values)
-        if found is not None:
-            self.metrics.append(found)
+    def record(self, logged: dict[str, Any] | None) -> None:
+        """Keeps and passes on what was logged; None: this is not the process that logs."""
+        if logged is not None:
+            self.metrics.append(logged)
             if self.on_log is not None:
-                self.on_log(found)
+                self.on_log(logged)
 
     def save_is_due(self) -> bool:
-        """Whether it is a step to save at, or `checkpoint_minutes` have passed.
+        """Whether it is a step to save at, the last one, or `checkpoint_minutes` have passed.
 
         The first process tells the time, at logged steps.
         """
         config = self.config.train
-        if self.done % config.checkpoint_every == 0:
+        if self.done % config.checkpoint_every == 0 or self.done == config.steps:
             return True
         if not config.checkpoint_minutes or self.done % config.log_every:
             return False
@@ -459,9 +425,20 @@ class Run:
         return self.done % evaluator.every == 0 or self.done == self.config.train.steps
 
     def evaluate(self, evaluators: Iterable[Evaluator]) -> None:
-        """Logs what evaluators compute of the model."""
+        """Logs what evaluators compute of the model.
+
+        Raises:
+          ConfigError: if one gives a value a name that each record has already.
+        """
         for evaluator in evaluators:
-            self.record(self.done, evaluator.function(self.state.model))
+            values = evaluator.function(self.state.model)
+            for name in ("step", "evaluator"):
+                if name in values:
+                    raise ConfigError(
+                        f"the evaluator {evaluator.name!r} has a value of the name {name!r}, which "
+                        "each record in metrics.jsonl has already: give it another name"
+                    )
+            self.record(self.log.write_evaluation(self.done, evaluator.name, values))
 
     def save_last(self) -> bool:
         """Saves the last step if it is not yet saved; whether it is written."""
