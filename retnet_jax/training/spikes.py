@@ -1,8 +1,9 @@
-"""Steps that are skipped: not finite, or with a loss or a gradient far above what is usual.
+"""Decides which steps are skipped: those that are not finite, and those that are spikes.
 
-A bad batch, or an update that was too large, shows as a loss or a gradient norm many deviations
-above its recent mean. Such a step is skipped: parameters, optimiser and statistics stay as they
-were. The statistics are part of the training state, so that a resumed run judges alike.
+A spike is a loss or a gradient norm many standard deviations above its recent mean: the sign of a
+bad batch, or of an update that was too large. A skipped step leaves parameters, optimiser and
+statistics as they were. The statistics are part of the training state, so a resumed run skips the
+same steps.
 """
 
 from typing import NamedTuple
@@ -12,22 +13,23 @@ import jax.numpy as jnp
 
 from retnet_jax.shapes import Array, Bool, Float, Int
 
-_KEPT = 0.98  # of a running mean with each step: about the last 50 count
-_FIRST_JUDGED = 50  # steps that are taken whatever they are, as long as they are finite
-# Least deviations: of the loss in nats, of the norm's logarithm. Large gradient norms occur at
-# ordinary losses: with 0.1 for the norm a step of the quickstart was skipped at a loss of 3.74 and
-# a norm of 3.9. Clipping bounds such steps; with 0.5 only a norm of 150 times its mean, which is 10
-# deviations, is skipped, and no step of the quickstart is (1,900 steps, one seed).
+_KEPT = 0.98  # decay of the running means: about the last 50 steps count
+_FIRST_JUDGED = 50  # spikes are skipped only after this many steps
+# The smallest standard deviations used, of the loss in nats and of the logarithm of the gradient
+# norm. Large gradient norms occur at ordinary losses: with 0.1 for the norm a step of the
+# quickstart was skipped at a loss of 3.74 and a norm of 3.9. Clipping bounds such steps. With 0.5
+# only a norm of 150 times its mean, which is 10 deviations, is skipped; no step of the quickstart
+# is (1,900 steps, one seed).
 _LEAST_DEVIATION = (0.02, 0.5)
 
 
 class UsualStep(NamedTuple):
     """Running statistics of the loss and of the logarithm of the gradient norm."""
 
-    count: Int[Array, ""]  # steps they were taken from
+    count: Int[Array, ""]  # number of steps in the statistics
     mean: Float[Array, " 2"]
     variance: Float[Array, " 2"]
-    skipped: Int[Array, ""]  # steps skipped since the last one taken
+    skipped: Int[Array, ""]  # consecutive steps skipped up to now
 
 
 def nothing_yet() -> UsualStep:
@@ -43,15 +45,18 @@ def judge(
     deviations: float,
     finite: Bool[Array, ""],
 ) -> tuple[Bool[Array, ""], UsualStep]:
-    """Whether a step is to be taken, and the statistics after it.
+    """Decides whether a step is taken, and updates the statistics.
 
     Args:
-      usual: statistics of the steps before.
-      loss: of this one.
-      norm: of its gradient.
-      deviations: skip the step if either exceeds its mean by this many standard deviations; 0: only
-        one that is not finite.
-      finite: whether the parameters after it are.
+      usual: Statistics of the previous steps.
+      loss: Loss of this step.
+      norm: Norm of its gradient.
+      deviations: Number of standard deviations by which loss or norm must exceed its mean for the
+        step to be skipped; 0: only a step that is not finite is skipped.
+      finite: Whether the parameters after the step are finite.
+
+    Returns:
+      True if the step is taken, and the statistics after it.
     """
     seen = jnp.stack([loss, jnp.log(norm)]).astype(jnp.float32)
     good = finite & jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -59,7 +64,7 @@ def judge(
         deviation = jnp.maximum(jnp.sqrt(usual.variance), jnp.array(_LEAST_DEVIATION))
         high = (seen > usual.mean + deviations * deviation).any()
         good &= ~(high & (usual.count >= _FIRST_JUDGED))
-    # In the beginning the mean of all; the variance is around the mean before.
+    # A plain mean at the beginning. Distances are from the mean before this step.
     share = jnp.maximum(1 - _KEPT, 1 / (usual.count + 1))
     distance = jnp.where(jnp.isfinite(seen), seen - usual.mean, 0.0)
     taken = UsualStep(
