@@ -30,8 +30,8 @@ def test_records_of_later_steps_and_a_torn_line_are_deleted_and_all_else_stays(t
     lines = JsonLines(path, said.append, last_step=3)
     assert path.read_bytes() == line(1) + b"".join(foreign) + line(2) + line(3)
     assert said == [
-        *(f"{path}, line {n} is no record of a step; it stays" for n in (2, 3, 4)),
-        f"{path}: its last line was cut off in the middle, and is deleted",
+        *(f"{path}, line {n} is not a record of a step; it is kept" for n in (2, 3, 4)),
+        f"{path}: the last line was cut off and is deleted",
     ]
     lines.append(record(4))
     assert path.read_bytes().endswith(line(3) + line(4))
