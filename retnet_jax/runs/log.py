@@ -17,8 +17,8 @@ from retnet_jax.runs.json_lines import JsonLines, records_in
 class MetricsLog:
     """Appends to metrics.jsonl and the TensorBoard events, and shows progress on stderr.
 
-    A terminal shows a progress bar with loss, tokens/s, MFU and the time left. Elsewhere each logged
-    step is a plain line.
+    A terminal shows a progress bar with loss, tokens/s, MFU and the time left. Elsewhere each
+    logged step is a plain line.
 
     Args:
       workdir: Directory of the run. Records of steps after `first_step`, left by a run that was cut

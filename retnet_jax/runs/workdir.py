@@ -54,7 +54,7 @@ def locked(workdir: epath.Path) -> Iterator[None]:
     names = {path.name for path in found if not atomic.is_unfinished(path)}
     if "config.json" not in names and names - ours:
         raise ConfigError(
-            f"--workdir={workdir} has files in it but no config.json, so it is not a run to resume; "
+            f"--workdir={workdir} has files in it but no config.json, so it is not a run; "
             "give a new or an empty directory"
         )
     with contextlib.ExitStack() as stack:
