@@ -10,7 +10,8 @@ either: ml_collections reads the types of fields from them to parse overrides.
 """
 
 import dataclasses
-import math
+import types
+import typing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +45,11 @@ ACTIVATIONS = (
     "linear",
 )
 MOMENT_DTYPES = ("float32", "bfloat16")
+
+# What numbers become on the device.
+_FLOAT32_MOST = (2 - 2**-23) * 2.0**127
+_FLOAT32_LEAST = 2.0**-126  # of those that are computed with: smaller ones are flushed to 0
+_INT32_MOST = 2**31 - 1
 
 
 def option(
@@ -183,7 +189,7 @@ class ModelConfig:
 
     def check(self) -> None:
         """Raises `ConfigError` for a value that is no choice, or sizes that do not fit together."""
-        _check_finite("model", self)
+        _check_values("model", self)
         _check_choice("model.mixer", self.mixer, MIXERS)
         _check_choice("model.ffn", self.ffn, FEED_FORWARDS)
         _check_choice("model.norm", self.norm, NORMS)
@@ -381,7 +387,7 @@ class DataConfig:
 
     def check(self) -> None:
         """Raises `ConfigError` for a value that is no choice or out of range."""
-        _check_finite("data", self)
+        _check_values("data", self)
         _check_choice("data.source", self.source, SOURCES)
         if not self.tokenizer:
             raise ConfigError(
@@ -432,7 +438,7 @@ class OptimizerConfig:
 
     def check(self) -> None:
         """Raises `ConfigError` for a value that is no choice or out of range."""
-        _check_finite("optimizer", self)
+        _check_values("optimizer", self)
         _check_choice("optimizer.name", self.name, OPTIMIZERS)
         _check_choice("optimizer.schedule", self.schedule, SCHEDULES)
         _check_choice("optimizer.moment_dtype", self.moment_dtype, MOMENT_DTYPES)
@@ -441,10 +447,22 @@ class OptimizerConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optimizer.{name}={getattr(self, name)} is not in [0, 1)")
+            if getattr(self, name) >= 1 - 2**-25:
+                raise ConfigError(
+                    f"optimizer.{name}={getattr(self, name)} is 1 in float32, and Adam "
+                    f"divides by 1 - {name}"
+                )
         _check_at_least("optimizer.weight_decay", self.weight_decay, 0)
         _check_at_least("optimizer.warmup_steps", self.warmup_steps, 0)
         if not 0 < self.decay_share <= 1:
             raise ConfigError(f"optimizer.decay_share={self.decay_share} is not in (0, 1]")
+        decaying = "muon_learning_rate" if self.name == "muon" else "learning_rate"
+        if getattr(self, decaying) * self.weight_decay > 1:
+            raise ConfigError(
+                f"optimizer.weight_decay={self.weight_decay} times optimizer.{decaying}="
+                f"{getattr(self, decaying)} is more than 1: each step would turn the signs of the "
+                "matrices around; lower one of them"
+            )
 
 
 @dataclass(kw_only=True)
@@ -489,13 +507,16 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raises `ConfigError` for a count that is too small or a batch that does not split."""
-        _check_finite("train", self)
+        _check_values("train", self)
         for name in ("seed", "z_loss", "spike_deviations", "checkpoint_minutes", "keep_every"):
             _check_at_least(f"train.{name}", getattr(self, name), 0)
         for name in ("steps", "batch_size", "micro_batches", "max_skipped", "log_every"):
             _check_at_least(f"train.{name}", getattr(self, name), 1)
         for name in ("eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints"):
             _check_at_least(f"train.{name}", getattr(self, name), 1)
+        # Steps are counted in int32, and of longer seeds jax would take the lower bits.
+        for name in ("steps", "seed"):
+            _check_at_most(f"train.{name}", getattr(self, name), _INT32_MOST)
         if self.batch_size % self.micro_batches:
             raise ConfigError(
                 f"train.batch_size={self.batch_size} is not divisible by "
@@ -519,7 +540,7 @@ class MeshConfig:
 
     def check(self) -> None:
         """Raises `ConfigError` for an axis of no devices or more than one -1."""
-        _check_finite("mesh", self)
+        _check_values("mesh", self)
         sizes = dataclasses.asdict(self)
         for name, size in sizes.items():
             if size != -1:
@@ -539,7 +560,7 @@ class ProfileConfig:
 
     def check(self) -> None:
         """Raises `ConfigError` for a negative number."""
-        _check_finite("profile", self)
+        _check_values("profile", self)
         _check_at_least("profile.start", self.start, 1)
         _check_at_least("profile.steps", self.steps, 0)
 
@@ -562,9 +583,11 @@ class Config:
 
     def check(self) -> None:
         """Raises `ConfigError` naming the field, its value and what would do."""
-        sections = (self.model, self.data, self.optimizer, self.train, self.mesh, self.profile)
-        for section in sections:
-            section.check()
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
+            _check_value(each.name, value, each.type)
+            if dataclasses.is_dataclass(each.type):
+                value.check()
         if self.train.carry_state and self.data.windows != "contiguous":
             raise ConfigError(
                 f"train.carry_state=True needs data.windows='contiguous', not {self.data.windows!r}"
@@ -580,18 +603,44 @@ class Config:
             )
 
 
-def _check_finite(section: str, values: Any) -> None:
-    """Raises `ConfigError` for an option that is nan or infinite, or has such a number in it."""
+def _check_values(section: str, values: Any) -> None:
+    """Raises `ConfigError` for an option that is not of its type, or no finite number.
+
+    So no later check, and nothing that computes, meets a nan, an infinite number or a text.
+    """
     for each in dataclasses.fields(values):
-        value = getattr(values, each.name)
-        numbers = {f"{section}.{each.name}": value}
-        if isinstance(value, tuple | list):
-            numbers = {f"{section}.{each.name}[{i}]": x for i, x in enumerate(value)}
-        elif isinstance(value, dict):
-            numbers = {f"{section}.{each.name}[{key!r}]": x for key, x in value.items()}
-        for name, number in numbers.items():
-            if isinstance(number, float) and not math.isfinite(number):
-                raise ConfigError(f"{name}={number} is not a finite number")
+        _check_value(f"{section}.{each.name}", getattr(values, each.name), each.type)
+
+
+def _check_value(name: str, value: Any, kind: Any) -> None:
+    parts = typing.get_args(kind)
+    if isinstance(value, int) and value.bit_length() > 63:
+        raise ConfigError(f"{name} is an integer of {value.bit_length()} bits, more than 63")
+    elif typing.get_origin(kind) is tuple and isinstance(value, tuple):
+        for place, part in enumerate(value):
+            _check_value(f"{name}[{place}]", part, parts[0])
+    elif typing.get_origin(kind) is dict and isinstance(value, dict):
+        for key, part in value.items():
+            _check_value(f"a name in {name}", key, parts[0])
+            _check_value(f"{name}[{key!r}]", part, parts[1])
+    elif not any(_is_of_type(value, each) for each in _alternatives(kind)):
+        shown = kind.__name__ if isinstance(kind, type) else kind
+        raise ConfigError(f"{name}={value!r} is not of type {shown}, but of {type(value).__name__}")
+    elif isinstance(value, float) and not abs(value) <= _FLOAT32_MOST:
+        raise ConfigError(f"{name}={value} is not a finite number in float32")
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    return typing.get_args(kind) if typing.get_origin(kind) is types.UnionType else (kind,)
+
+
+def _is_of_type(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type; integers are numbers, but True is not 1."""
+    if typing.get_origin(kind) is not None:  # a tuple or dict, which the value is not
+        return False
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float if kind is float else kind)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -604,9 +653,16 @@ def _check_at_least(name: str, value: float, least: int) -> None:
         raise ConfigError(f"{name}={value} is less than {least}")
 
 
+def _check_at_most(name: str, value: int, most: int) -> None:
+    if value > most:
+        raise ConfigError(f"{name}={value} is more than {most}")
+
+
 def _check_positive(name: str, value: float) -> None:
     if not value > 0:
         raise ConfigError(f"{name}={value} is not greater than 0")
+    if value < _FLOAT32_LEAST:
+        raise ConfigError(f"{name}={value} is 0 in float32, whose least number is 1.2e-38")
 
 
 def _nearest_multiples(value: int, factor: int) -> str:

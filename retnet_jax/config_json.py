@@ -30,7 +30,10 @@ def config_from_json(text: str, origin: str | Path = "config") -> Config:
     """
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # numbers of 4,301 digits, 1,000 brackets in each other
         raise ConfigError(f"{origin} is not valid JSON: {error}") from None
     return _from_dict(Config, values, path="", origin=str(origin))
 
@@ -45,7 +48,11 @@ def read_config(path: Path) -> Config:
         raise ConfigError(
             f"{path} does not exist: {path.parent} is not the --workdir of a training run"
         )
-    config = config_from_json(path.read_text(), origin=path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is damaged: {error}") from None
+    config = config_from_json(text, origin=path)
     config.check()
     return config
 
@@ -133,7 +140,10 @@ def _typed(value: Any, expected: Any, where: str) -> Any:
                 raise ConfigError(f"{where}={value!r}: {len(types)} values are needed")
             return tuple(_typed(v, t, where) for v, t in zip(value, types, strict=True))
         if choice is float and type(value) in (int, float):
-            return float(value)
+            try:
+                return float(value)
+            except OverflowError:
+                raise ConfigError(f"{where} is an integer of {value.bit_length()} bits") from None
         if type(value) is choice:
             return value
     shown = expected.__name__ if isinstance(expected, type) else expected
