@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import stat
+import time
 from typing import NamedTuple
 
 import jax
@@ -30,6 +31,7 @@ from retnet_jax.generation.saved_state import load_reading, save_reading
 from retnet_jax.generation.texts import Writer, _Row
 from retnet_jax.programs.overrides import apply, option_from_text
 from retnet_jax.runs.json_lines import JsonLines, records_in
+from retnet_jax.training.clock import Clock, peak_flops
 from retnet_jax.training.optim import learning_rate_factor, make_optimizer
 
 
@@ -198,6 +200,28 @@ def test_accepted_options_give_finite_rates_and_updates(most):
                     assert np.isfinite(np.asarray(leaf, "f4")).all(), size
 
     assert min(seen.values()) > most / 8
+
+
+@sizes(50, 2000)
+def test_shares_of_the_time_are_shares_however_clocks_are_set(most):
+    """And there is no share of a peak that no data sheet names, as that of CPUs."""
+    assert peak_flops(jax.devices()) is None
+
+    @holds_for(
+        most, before=st.floats(-1e9, 1e9), trained=st.floats(0, 1e9), steps=st.integers(1, 3)
+    )
+    def shares(before, trained, steps):
+        clock = Clock(100, 1e6, peak_flops(jax.devices()))
+        clock.restore(time.time() - before, trained)
+        with clock.waiting("evaluation"):
+            pass
+        for _ in range(steps):
+            clock.step()
+        lap = clock.lap()
+        assert "mfu" not in lap
+        assert 0 < lap["goodput"] <= 1
+        assert all(0 <= x <= 1 for name, x in lap.items() if name.endswith("_wait"))
+        assert lap["training_seconds"] >= trained
 
 
 # Files of a corpus
@@ -464,7 +488,7 @@ def written_lines(path, count):
     return records
 
 
-@sizes(150, 10_000)
+@sizes(150, 3000)
 def test_a_damaged_end_of_a_log_costs_no_earlier_record_and_is_said(most, tmp_path):
     """What a crash leaves: a file cut off, or with zeros or old blocks where its end should be."""
     path = epath.Path(tmp_path / "metrics.jsonl")

@@ -16,7 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from retnet_jax.errors import ConfigError
-from retnet_jax.generation.checks import check_ends, check_finite, check_lengths, check_prompts
+from retnet_jax.generation.checks import (
+    check_ends,
+    check_finite,
+    check_lengths,
+    check_prompts,
+    check_seed,
+)
 from retnet_jax.generation.sampling import GREEDY, Sampler, Samplers
 from retnet_jax.model import LanguageModel, State, for_decoding
 from retnet_jax.model.lm import check_state
@@ -87,7 +93,8 @@ def generate(
 
     Raises:
       ConfigError: if there is no prompt, one is empty, or one has an id the model does not know;
-        for `max_tokens`, `end_id` or `vocab_size` out of range, or not a sampler for each prompt.
+        for `max_tokens`, `seed`, `end_id` or `vocab_size` out of range, or not a sampler for each
+        prompt.
       CheckpointError: for a model whose probabilities are not finite.
     """
     max_tokens = check_lengths(model, max_tokens, vocab_size)
@@ -191,7 +198,9 @@ class Stream:
 
 def row_keys(seed: int, batch_size: int) -> Array:
     """The random key of each row [b]."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(batch_size))
+    return jax.vmap(jax.random.fold_in, (None, 0))(
+        jax.random.key(check_seed(seed)), jnp.arange(batch_size)
+    )
 
 
 def prefill(
