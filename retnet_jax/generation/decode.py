@@ -100,12 +100,12 @@ def generate(
     max_tokens = check_lengths(model, max_tokens, vocab_size)
     ends = check_ends(model, end_id, vocab_size)
     prompts = check_prompts(prompts, model.config.vocab_size)
+    keys = row_keys(check_seed(seed), len(prompts))
     samplers = Samplers.of(sampler, len(prompts))
     model = for_decoding(model)
     # Lengths are compiled as powers of two, so that they are few; what is too much is not computed.
     room = max(16, power_of_two(max_tokens))
     progress = prefill(model, prompts, room)
-    keys = row_keys(seed, len(prompts))
     new, _ = complete(
         model, progress, keys, jnp.int32(max_tokens), room, samplers, ends, vocab_size
     )
@@ -164,6 +164,7 @@ class Stream:
             raise ConfigError(f"tokens_at_once={tokens_at_once} is less than 1")
         self._samplers = Samplers.of(sampler, len(prompts))
         self._ends = check_ends(model, end_id, vocab_size)
+        keys = row_keys(check_seed(seed), len(prompts))
         self._model = for_decoding(model)
         # All pieces are of one length, so that one loop is compiled; what is too much is cut off.
         self._starts = range(0, max_tokens, tokens_at_once)
@@ -173,7 +174,7 @@ class Stream:
         self._decode = partial(
             decode,
             self._model,
-            keys=row_keys(seed, len(prompts)),
+            keys=keys,
             length=tokens_at_once,
             samplers=self._samplers,
             end_id=self._ends,
@@ -198,9 +199,7 @@ class Stream:
 
 def row_keys(seed: int, batch_size: int) -> Array:
     """The random key of each row [b]."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(
-        jax.random.key(check_seed(seed)), jnp.arange(batch_size)
-    )
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(batch_size))
 
 
 def prefill(

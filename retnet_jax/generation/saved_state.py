@@ -83,17 +83,19 @@ def load_reading(path: Path, model: LanguageModel, tokenizer: Tokenizer) -> Read
         ) from error
     if metadata.get("format") not in (_FORMAT, *_OLD_FORMATS):
         raise CheckpointError(f"{path} is no saved state of this program; --save_state writes such")
+    old = metadata["format"] in _OLD_FORMATS
     try:
-        intact = metadata["format"] != _FORMAT or _digest(metadata, plain) == metadata["sha256"]
+        if not old and _digest(metadata, plain) != metadata["sha256"]:
+            raise ValueError("another digest")
         arrays = _arrays(plain, json.loads(metadata["dtypes"]), json.loads(metadata["shapes"]))
+        if old and _old_digest(arrays) != metadata["sha256"]:
+            raise ValueError("another digest")
         last_ids = json.loads(metadata["last_ids"])
-        if metadata["format"] != _FORMAT:
-            intact = _old_digest(arrays) == metadata["sha256"]
         written_with = {name: metadata[name] for name in ("model", "tokenizer")}
-    except (KeyError, ValueError, TypeError):
-        intact = False
-    if not intact:
-        raise CheckpointError(f"{path} is damaged: its contents are not those that were written")
+    except (KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged: its contents are not those that were written"
+        ) from error
     describe = _old_description if metadata["format"] == _OLD_FORMATS[-1] else _description
     of_model = model_fingerprint(model, describe(model.config))
     for name, of in (("model", of_model), ("tokenizer", tokenizer.fingerprint)):
