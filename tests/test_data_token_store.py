@@ -184,6 +184,15 @@ def test_a_store_with_other_options_is_not_used(config):
     assert "build it again with: python tools/prepare_data.py" in message
 
 
+@pytest.mark.parametrize(("built", "slip"), [("byte", "bite"), ("bpe", "bep")])
+def test_a_slip_in_the_tokenizers_name_is_not_the_stores(config, built, slip):
+    config.tokenizer = built
+    open_or_build(config, 260)
+    config.tokenizer = slip
+    with pytest.raises(ConfigError, match=rf"data.tokenizer='{slip}' is not one of 'byte', 'bpe'"):
+        open_or_build(config, 260)
+
+
 def test_options_that_are_not_read_make_no_difference(config):
     open_or_build(config, 257)
     config.windows, config.sequence_length = "contiguous", 7

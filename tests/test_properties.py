@@ -172,7 +172,7 @@ ROWS = Parameters(*(np.arange(x.size).reshape(x.shape) % 4 > 1 for x in PARAMETE
 
 
 @pytest.mark.compiles(150, reason="each operation of the optimiser by itself, so that none is new")
-@sizes(60, 3000)
+@sizes(60, 1000)
 def test_accepted_options_give_finite_rates_and_updates(most):
     seen = {True: 0, False: 0}
 
@@ -202,7 +202,7 @@ def test_accepted_options_give_finite_rates_and_updates(most):
     assert min(seen.values()) > most / 8
 
 
-@sizes(50, 2000)
+@sizes(50, 500)
 def test_shares_of_the_time_are_shares_however_clocks_are_set(most):
     """And there is no share of a peak that no data sheet names, as that of CPUs."""
     assert peak_flops(jax.devices()) is None
@@ -341,7 +341,7 @@ def meant(top, pattern):
     return model_of_matches(top, pattern.split("/"))
 
 
-@sizes(250, 20_000)
+@sizes(250, 5000)
 def test_patterns_give_each_real_file_once_however_they_are_typed(most, tmp_path, monkeypatch):
     counter = itertools.count()
     outcomes = {True: 0, False: 0}

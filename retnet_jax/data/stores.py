@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from retnet_jax.config import DataConfig
+from retnet_jax.config import TOKENIZERS, DataConfig
 from retnet_jax.data.build import DEFAULT_COMMAND, build_or_wait, is_to_be_built
 from retnet_jax.data.store_options import differences, pretrained_tokenizer, stored_options
 from retnet_jax.data.token_store import TokenStore, open_store
@@ -78,6 +78,8 @@ def open_or_build(
         store = open_store(config.store)
     built, asked = store.manifest["options"], stored_options(config, vocab_size)
     if asked["data.tokenizer"] is None:  # its directory is gone; what it was is in the store
+        if built.get("data.tokenizer") in TOKENIZERS:  # or it is a slip
+            pretrained_tokenizer(config)
         asked["data.tokenizer"] = built.get("data.tokenizer")
     changes = differences(built, asked)
     if changes:
