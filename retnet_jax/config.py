@@ -447,7 +447,7 @@ class OptimizerConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optimizer.{name}={getattr(self, name)} is not in [0, 1)")
-            if getattr(self, name) >= 1 - 2**-25:
+            if getattr(self, name) >= 1 - 2**-25:  # half the step below 1
                 raise ConfigError(
                     f"optimizer.{name}={getattr(self, name)} is 1 in float32, and Adam "
                     f"divides by 1 - {name}"

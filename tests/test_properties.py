@@ -341,7 +341,7 @@ def meant(top, pattern):
     return model_of_matches(top, pattern.split("/"))
 
 
-@sizes(250, 5000)
+@sizes(250, 3000)
 def test_patterns_give_each_real_file_once_however_they_are_typed(most, tmp_path, monkeypatch):
     counter = itertools.count()
     outcomes = {True: 0, False: 0}
@@ -409,7 +409,7 @@ CUTS = st.one_of(st.lists(st.integers(0, 200), max_size=6), st.just(range(201)))
 
 
 @KINDS
-@sizes(60, 5000)
+@sizes(60, 2000)
 def test_streamed_text_is_the_decoded_text(most, make, tmp_path):
     tokenizer = make(tmp_path)
 
@@ -430,7 +430,7 @@ def texts_and_stops(draw):
 
 
 @KINDS
-@sizes(100, 5000)
+@sizes(100, 2000)
 def test_where_a_text_stops_does_not_depend_on_how_it_comes(most, make, tmp_path):
     """At the stop string that is complete first; of several that end there, at the longest."""
     tokenizer = make(tmp_path)
