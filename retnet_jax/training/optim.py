@@ -3,8 +3,9 @@
 import jax
 import optax
 
-from retnet_jax.config import OptimizerConfig, is_own, own_object
+from retnet_jax.config import OptimizerConfig
 from retnet_jax.errors import ConfigError
+from retnet_jax.own_objects import is_own, own_object
 from retnet_jax.shapes import Array, Int
 
 
