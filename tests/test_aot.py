@@ -198,7 +198,10 @@ def test_the_memory_of_the_evaluation_is_reported(split):
     assert found.evaluation_peak_bytes < found.peak_bytes == found.needed_bytes
     larger = dataclasses.replace(found, evaluation_peak_bytes=3 * 2**30, memory_bytes=2**32)
     assert larger.needed_bytes == 3 * 2**30
-    assert re.search(r"an evaluation, at most +3\.00\n  the larger is 75% of 4\.0\n", larger.text())
+    assert re.search(
+        r"peak of an evaluation +3\.00\n  the larger peak is 75% of the device\'s 4\.0\n",
+        larger.text(),
+    )
     written = json.loads(json.dumps(found.as_dict()))
     for name in ("evaluation_peak_bytes", "evaluation_temporary_bytes", "needed_bytes"):
         assert written[name] == getattr(found, name)
@@ -227,7 +230,7 @@ def test_an_evaluation_that_does_not_fit_is_refused_with_numbers(split):
     """Each device has two rows of it."""
     with pytest.raises(
         DoesNotFitError,
-        match=r"the evaluation inside training does not fit a cpu, of whose memory it needs 12.0 "
+        match=r"the evaluation during training does not fit in the memory of a cpu: it needs 12.0 "
         r"GiB of 8.0 GiB. Less is needed with train.micro_batches=4 ",
     ):
         report(split)
@@ -363,7 +366,7 @@ def test_the_fastest_arrangements_first(tpus):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--topology=v9:2x2"], "--topology=v9:2x2 is none that libtpu knows"),
+        (["--topology=v9:2x2"], "--topology=v9:2x2 is not known to libtpu"),
         (["--topology=v5e:2x2", "--config.mesh.data=3"], "mesh.data=3"),
         (["--topology=v5e:2x2", "--gpu=h200"], "give one of them"),
         (["--gpu=gtx"], "--gpu=gtx is not one of h100, h200"),

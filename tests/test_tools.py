@@ -72,10 +72,13 @@ def test_a_tokenizer_says_what_it_could_not_read_and_where_it_cannot_write(corpo
     config = ["--config=configs/quickstart.py", "--vocab_size=260"]
     config.append(f"--corpus=jsonl:{corpora}/one.jsonl")
     said = run("train_tokenizer", *config, f"--output={tmp_path}/new").stdout
-    assert f"skipped 1: 1 invalid JSON; the first: {corpora}/one.jsonl:81: invalid JSON" in said
+    assert (
+        f"skipped 1 documents: 1 invalid JSON; the first: {corpora}/one.jsonl:81: invalid JSON"
+        in said
+    )
     (tmp_path / "file").write_text("mine")
     done = run("train_tokenizer", *config, f"--output={tmp_path}/file", check=False)
-    assert (done.returncode, f"--output={tmp_path}/file is no directory" in done.stderr) == (
+    assert (done.returncode, f"--output={tmp_path}/file cannot be written to" in done.stderr) == (
         2,
         True,
     )

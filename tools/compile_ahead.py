@@ -1,4 +1,4 @@
-"""Compiles the training step for devices that this machine does not have, and says what it costs.
+"""Compiles the training step for devices that this machine may not have, and reports its costs.
 
     python tools/compile_ahead.py --config=configs/retnet_6p7b.py --topology=v5p:4x4x4
     python tools/compile_ahead.py --config=configs/retnet_6p7b.py --topology=v5p:4x4x4 --slices=2
@@ -6,17 +6,17 @@
     python tools/compile_ahead.py --config=configs/retnet_6p7b.py --topology=v6e:16x16 --fit=8
 
 Without --topology and --gpu it compiles for the devices of this machine. The step is the one that
-train.py runs: memory is the compiler's, and with --save=FILE train.py --compiled=FILE starts with
-the program itself. The evaluation on held-out windows, beside the state that training keeps, is
-compiled for its memory too. TPUs need libtpu, GPUs the packages that the error message names.
+train.py runs. Memory is reported by the compiler, for a step and for the evaluation on held-out
+windows. --save=FILE saves the compiled step, with which train.py --compiled=FILE starts. TPUs need
+libtpu; for GPUs an error message names the packages.
 
-Times are lower bounds from data sheets: FLOPs over the peak, received bytes over the links. On TPUs
-the compiler has an estimate of its own of all but the messages. The best MFU takes the larger of
-computation and messages, as if all messages were hidden behind it.
+Times are lower bounds from data sheets: FLOPs divided by the peak, and received bytes divided by
+the speed of the links. For TPUs there is also the compiler's estimate, which leaves out messages.
+The best MFU assumes that computation and messages overlap fully.
 
---fit=N compiles the N most promising ways to run the config: meshes, micro-batches and what the
-backward pass computes again. It ranks those of which a step and the evaluation fit by tokens per
-second; `memory` is the larger of the two.
+--fit=N compiles the N most promising ways to run the config, which differ in mesh, micro-batches
+and recomputation in the backward pass. Those that fit into memory are ranked by tokens per second;
+the column `memory` is the peak of a step or an evaluation.
 """
 
 import json
@@ -32,21 +32,28 @@ from retnet_jax.errors import ConfigError
 from retnet_jax.programs import command_line
 
 flags.DEFINE_string("topology", None, "TPU generation and shape, such as v5p:4x4x4")
-flags.DEFINE_integer("slices", 1, "TPU slices of that shape", 1)
+flags.DEFINE_integer("slices", 1, "number of TPU slices of that shape", 1)
 flags.DEFINE_string("gpu", None, f"kind of GPU: {', '.join(topologies.GPUS)}")
-flags.DEFINE_integer("gpus", 1, "GPUs of one node", 1)
-flags.DEFINE_integer("fit", 0, "arrangements to compile and rank; 0: only the config's own", 0)
-flags.DEFINE_string("save", None, "file for the compiled program")
-flags.DEFINE_string("output", None, "file for what was found, as JSON")
+flags.DEFINE_integer("gpus", 1, "number of GPUs, all in one node", 1)
+flags.DEFINE_integer(
+    "fit", 0, "number of arrangements to compile and rank; 0: compile the config as it is", 0
+)
+flags.DEFINE_string("save", None, "file to save the compiled step to")
+flags.DEFINE_string("output", None, "file to write the report to, as JSON")
 
 
 def main() -> None:
     """Compiles as the flags say."""
     given = flags.FLAGS
     if given.topology and given.gpu:
-        raise ConfigError(f"--topology={given.topology} and --gpu={given.gpu}: give one of them")
+        raise ConfigError(
+            f"--topology={given.topology} and --gpu={given.gpu}: give only one of them"
+        )
     if given.fit and given.save:
-        raise ConfigError(f"--fit={given.fit} has no one program to --save={given.save}")
+        raise ConfigError(
+            f"--fit={given.fit} compiles several steps, but --save={given.save} saves one: give "
+            "only one of them"
+        )
     if given.topology or given.gpu:
         topologies.prepare()
     config = command_line.given_config()
@@ -65,7 +72,7 @@ def main() -> None:
         results = found.as_dict()
         if given.save:
             save(step, Path(given.save))
-            print(f"written to {given.save}")
+            print(f"saved the compiled step to {given.save}")
     if given.output:
         Path(given.output).write_text(json.dumps(results, indent=2) + "\n")
 

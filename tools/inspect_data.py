@@ -1,11 +1,11 @@
-r"""Shows what a token store holds, and what the trainer makes of it.
+r"""Shows the contents of a token store, and the batches that training reads from it.
 
     python tools/inspect_data.py --store=data/stdlib
     python tools/inspect_data.py --store=data/pile --split=held_out --documents=5
     python tools/inspect_data.py --config=configs/quickstart.py --step=100 --rows=2
     python tools/inspect_data.py --store=data/pile --plot=lengths.png
 
-With --config the batch of a step is shown as the trainer sees it, its documents set apart.
+With --config it also shows the batch of a step, with the parts of documents in each window.
 """
 
 from collections.abc import Iterator
@@ -23,13 +23,13 @@ from retnet_jax.files import paths as files
 from retnet_jax.programs import command_line
 
 flags.DEFINE_string("store", None, "directory or URL of a store")
-flags.DEFINE_enum("split", "train", ["train", "held_out"], "whose documents and lengths are shown")
-flags.DEFINE_integer("documents", 2, "documents that are shown", 0)
-flags.DEFINE_integer("characters", 300, "of a document, or of a document's part in a window", 1)
-flags.DEFINE_integer("sequence_length", 2048, "tokens in a window, without --config", 1)
-flags.DEFINE_integer("step", 0, "whose batch is shown", 0)
-flags.DEFINE_integer("rows", 4, "of that batch", 0)
-flags.DEFINE_string("plot", None, "file for a plot of the lengths of documents")
+flags.DEFINE_enum("split", "train", ["train", "held_out"], "split to show")
+flags.DEFINE_integer("documents", 2, "number of documents to show", 0)
+flags.DEFINE_integer("characters", 300, "characters to show of each text", 1)
+flags.DEFINE_integer("sequence_length", 2048, "tokens in a window; with --config the config's", 1)
+flags.DEFINE_integer("step", 0, "step whose batch to show, from 0, with --config", 0)
+flags.DEFINE_integer("rows", 4, "number of rows of that batch to show", 0)
+flags.DEFINE_string("plot", None, "file to save a plot of document lengths to")
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def describe(store: TokenStore, split: str, sequence_length: int) -> Iterator[str]:
-    """Counts, what was left out, lengths of documents, and how windows fill."""
+    """Options, counts, skipped documents, lengths of documents, and padding of windows."""
     manifest = store.manifest
     yield store.directory
     options = ", ".join(f"{k}={v}" for k, v in manifest["options"].items() if v not in ("", [], 0))
@@ -66,10 +66,10 @@ def describe(store: TokenStore, split: str, sequence_length: int) -> Iterator[st
         cells = f"{counts['documents']:>14,}{counts['tokens']:>18,}{counts['bytes']:>18,}"
         yield f"  {name:<9}{cells}{ratio:>13.2f}"
     if not store.has_block_digests:
-        yield "  no digests of blocks: what is read is not verified; building it again adds them"
+        yield "  no digests of blocks, so tokens are not verified; build it again to add them"
     skipped = manifest["skipped"]
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped["reasons"].items())
-    yield f"  {manifest['duplicates']:,} duplicates and {skipped['count']:,} others left out"
+    yield f"  left out: {manifest['duplicates']:,} duplicates, {skipped['count']:,} skipped"
     if reasons:
         yield f"    {reasons}"
     lost = describe_round_trip(manifest.get("round_trip"))
@@ -79,7 +79,7 @@ def describe(store: TokenStore, split: str, sequence_length: int) -> Iterator[st
     lengths = documents.lengths
     quantiles = np.quantile(lengths, [0, 0.1, 0.5, 0.9, 1]).astype(int)
     shown = ", ".join(f"{x:,}" for x in quantiles)
-    yield f"  tokens in a document of {split}: least, 10%, median, 90%, most: {shown}"
+    yield f"  tokens in a document of {split} (minimum, 10%, median, 90%, maximum): {shown}"
     yield from histogram(lengths)
     windows = len(packed_starts(documents, sequence_length)) - 1
     padding = 1 - documents.token_count / (windows * sequence_length)
@@ -87,7 +87,7 @@ def describe(store: TokenStore, split: str, sequence_length: int) -> Iterator[st
 
 
 def histogram(lengths: np.ndarray) -> Iterator[str]:
-    """A bar for each power of two."""
+    """A bar for each range of lengths between powers of two."""
     powers = np.bincount(np.log2(np.maximum(lengths, 1)).astype(int))
     for power in range(int(np.flatnonzero(powers)[0]), len(powers)):
         bar = "#" * round(50 * powers[power] / powers.max())
@@ -122,8 +122,8 @@ def batch_rows(config: Config, stores, step: int, rows: int, characters: int) ->
         f"{1 - real.mean():.1%} padding"
     )
     for row in range(min(rows, len(batch.tokens))):
-        goes_on = ", goes on from its last window" if batch.continues[row] else ""
-        yield f"  === row {row}: {real[row].sum()} tokens{goes_on}"
+        continued = ", continues its previous window" if batch.continues[row] else ""
+        yield f"  === row {row}: {real[row].sum()} tokens{continued}"
         for segment in range(1, batch.segment_ids[row].max() + 1):
             tokens = batch.tokens[row][batch.segment_ids[row] == segment]
             yield f"  --- part {segment}: {len(tokens):,} tokens"
@@ -131,7 +131,7 @@ def batch_rows(config: Config, stores, step: int, rows: int, characters: int) ->
 
 
 def shortened(tokenizer: Tokenizer, tokens: np.ndarray, characters: int) -> str:
-    """The beginning of a text, and its end if something between is left out."""
+    """A text; if it is too long, its beginning and its end."""
     text = tokenizer.decode(tokens.tolist())
     if len(text) > characters:
         half = characters // 2
@@ -140,7 +140,7 @@ def shortened(tokenizer: Tokenizer, tokens: np.ndarray, characters: int) -> str:
 
 
 def plot(stores: list[TokenStore], split: str, path: str) -> None:
-    """The distribution of documents and of tokens over the lengths of documents."""
+    """Plots the cumulative distributions of documents and of tokens over document length."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -155,11 +155,11 @@ def plot(stores: list[TokenStore], split: str, path: str) -> None:
         axes.plot(lengths, share, "--", color=line.get_color(), label=f"{name}, by tokens")
     axes.set_xscale("log")
     axes.set_xlabel("tokens in a document")
-    axes.set_ylabel("share of documents that are no longer")
+    axes.set_ylabel("share of documents up to this length")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
-    print(f"{path}: the lengths of documents")
+    print(f"saved a plot of document lengths to {path}")
 
 
 if __name__ == "__main__":

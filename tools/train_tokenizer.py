@@ -1,11 +1,11 @@
-r"""Trains a byte-level BPE for one or more corpora, before their stores are built.
+r"""Trains a byte-level BPE on one or more corpora, before their stores are built.
 
     python tools/train_tokenizer.py --config=configs/FILE.py --output=data/tokenizer \
         --vocab_size=32000 --corpus='jsonl:pile/*.jsonl.zst' --corpus='parquet:stack/*.parquet'
 
-The stores are then built with --config.data.tokenizer=data/tokenizer. Each --corpus is read as the
-config's data is, with another source and path; as much text is taken from each. Without --corpus
-the config's own is read.
+Then build the stores with --config.data.tokenizer=data/tokenizer. Each --corpus is read with the
+config's data options, except source and path. The same amount of text is taken from each. Without
+--corpus the config's own corpus is read.
 """
 
 import dataclasses
@@ -18,9 +18,11 @@ from retnet_jax.errors import ConfigError
 from retnet_jax.files import paths as files
 from retnet_jax.programs import command_line
 
-flags.DEFINE_multi_string("corpus", [], "SOURCE:PATH, as data.source and data.path")
+flags.DEFINE_multi_string(
+    "corpus", [], "corpus to read, SOURCE:PATH as in data.source and data.path; may be repeated"
+)
 flags.DEFINE_string("output", None, "directory to write tokenizer.json to", required=True)
-flags.DEFINE_integer("vocab_size", None, "tokens; if not given as model.vocab_size", 257)
+flags.DEFINE_integer("vocab_size", None, "number of tokens; default: model.vocab_size", 257)
 
 
 def main() -> None:
@@ -28,13 +30,13 @@ def main() -> None:
     given, config = flags.FLAGS, command_line.given_config()
     output = files.local(given.output)
     if (output / "tokenizer.json").exists():
-        raise ConfigError(f"--output={output} has a tokenizer.json already; name a new directory")
-    try:  # before the work that would be lost
+        raise ConfigError(f"--output={output} has a tokenizer.json already; give a new directory")
+    try:  # now, so that no work is lost later
         output.mkdir(parents=True, exist_ok=True)
         (output / "tokenizer.json").touch()
         (output / "tokenizer.json").unlink()
     except OSError as error:
-        raise ConfigError(f"--output={output} is no directory to write to: {error}") from error
+        raise ConfigError(f"--output={output} cannot be written to: {error}") from error
     corpora = [config.data]
     if given.corpus:
         corpora = []
@@ -45,9 +47,9 @@ def main() -> None:
     skipped = Skipped()
     tokenizer = train_tokenizer(corpora, given.vocab_size or config.model.vocab_size, skipped)
     tokenizer.save(output)
-    print(f"{output}: {tokenizer.vocab_size:,} tokens, {tokenizer.fingerprint[:12]}")
+    print(f"{output}: {tokenizer.vocab_size:,} tokens, fingerprint {tokenizer.fingerprint[:12]}")
     if skipped.count:
-        print(files.printable(f"skipped {skipped.count}: {skipped}"))
+        print(files.printable(f"skipped {skipped.count} documents: {skipped}"))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Says whether a run or a token store still is what was written: every file, to its last byte.
+"""Verifies every file of a run or a token store.
 
     python tools/verify.py runs/quickstart
     python tools/verify.py data/stdlib_bpe4096
 
-Of a run the config, the tokenizer, the log and every checkpoint are read, and its token stores.
-Everything that is wrong is named; the exit status is then 1.
+For a run it reads the config, the tokenizer, the log, every checkpoint and the token stores. It
+prints every problem, and exits with status 1 if there are any.
 """
 
 import sys
@@ -21,15 +21,15 @@ flags.DEFINE_string("path", None, "directory of a run or of a token store")
 
 
 def main() -> int:
-    """Prints what is wrong; 1 if anything is."""
+    """Prints all problems; returns 1 if there are any."""
     if flags.FLAGS.path is None:
-        raise ConfigError("name a run or a token store: python tools/verify.py RUN_OR_STORE")
+        raise ConfigError("give a run or a token store: python tools/verify.py RUN_OR_STORE")
     path = place(flags.FLAGS.path)
     if any(exists(path / name) for name in ("manifest.json", "plan.json")):
         return report({str(path): store_problems(str(path))})
     if not (path / "config.json").exists():
         raise ConfigError(
-            f"{path} is no run (it has no config.json) and no token store (no manifest.json)"
+            f"{path} is neither a run (it has no config.json) nor a token store (no manifest.json)"
         )
     found = {str(path): list(run_problems(path)), **dict(stores_of(path))}
     for line in unchecked(path):
@@ -38,7 +38,7 @@ def main() -> int:
 
 
 def report(found: dict[str, list[str]]) -> int:
-    """Prints for each directory what is wrong in it; 1 if anything is."""
+    """Prints the problems of each directory; returns 1 if there are any."""
     for directory, problems in found.items():
         for problem in problems:
             print(problem, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The step that train.py runs, lowered and compiled for any devices; and kept in a file."""
+"""Compiles the step that train.py runs for any devices, and saves and loads it."""
 
 import hashlib
 import json
@@ -23,11 +23,11 @@ from retnet_jax.training.step import TrainState, abstract_batch, abstract_state,
 
 
 class DoesNotFitError(ConfigError):
-    """A step, or the evaluation beside it, that needs more memory than a device has."""
+    """The step or the evaluation needs more memory than a device has."""
 
 
 class CompiledStep(NamedTuple):
-    """A training step for some devices, and how long it took to make."""
+    """A compiled training step, and the time it took to lower and compile it."""
 
     config: Config
     mesh: Mesh
@@ -45,13 +45,13 @@ def compile_step(
     """Compiles the training step of a config.
 
     Args:
-      config: as train.py gets it; its mesh has to fit the devices.
-      devices: those of this machine (None), or described ones (`topologies.py`).
-      one_document: as of `abstract_batch`; train.py's step is that of windows with several.
+      config: Config of a run; its mesh must fit the devices.
+      devices: Devices to compile for, such as those of `topologies.py`; None: this machine's.
+      one_document: As in `abstract_batch`. The step of train.py has several documents in a window.
 
     Raises:
-      ConfigError: for a mesh that does not fit.
-      DoesNotFitError: saying by how much, and what would fit.
+      ConfigError: if the mesh does not fit the devices.
+      DoesNotFitError: if the step needs too much memory, saying how much and what would fit.
     """
     mesh = make_mesh(config.mesh, devices)
     check_fit(mesh, config)
@@ -83,7 +83,7 @@ def compile_step(
 def compile_if_it_fits(
     lowered: jax.stages.Lowered, what: str, config: Config, mesh: Mesh
 ) -> jax.stages.Compiled:
-    """Compiles; raises `DoesNotFitError` where the compiler looks at the device's memory itself."""
+    """Compiles; raises `DoesNotFitError` if the compiler finds that the device has no room."""
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -94,15 +94,15 @@ def compile_if_it_fits(
 
 
 def check_memory(needed: int, what: str, config: Config, mesh: Mesh) -> None:
-    """Raises `DoesNotFitError` if a device is known to have fewer bytes than are needed."""
+    """Raises `DoesNotFitError` if a device with a data sheet has less memory than needed."""
     device = chip(mesh.devices.flat[0].device_kind)
     if device is not None and needed > device.memory:
-        numbers = f"{needed / 2**30:.1f} GiB of {device.memory / 2**30:.1f} GiB"
+        numbers = f"{needed / 2**30:.1f} GiB, more than its {device.memory / 2**30:.1f} GiB"
         raise DoesNotFitError(_does_not_fit(what, config, mesh, numbers))
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes of the parts of arrays that one device holds."""
+    """Size in bytes of the parts of arrays that one device holds."""
     return sum(
         leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
         for leaf in jax.tree.leaves(tree)
@@ -114,7 +114,7 @@ def _overflow(message: str) -> str:
     if sizes is None:
         return " ".join(message.split())[:300]
     needed, there = filter(None, sizes.groups())
-    return f"{needed} GiB of {there} GiB"
+    return f"{needed} GiB, more than its {there} GiB"
 
 
 def _does_not_fit(what: str, config: Config, mesh: Mesh, numbers: str) -> str:
@@ -129,11 +129,11 @@ def _does_not_fit(what: str, config: Config, mesh: Mesh, numbers: str) -> str:
         ways.append(f"mesh.fsdp={mesh.shape['fsdp'] * mesh.shape['data']} with mesh.data=1")
     if config.optimizer.moment_dtype == "float32":
         ways.append("optimizer.moment_dtype='bfloat16'")
-    ways.append("more devices, a mesh.tensor or mesh.seq over them")
+    ways.append("more devices, with a larger mesh.tensor or mesh.seq")
     kind = mesh.devices.flat[0].device_kind
     return (
-        f"the {what} does not fit a {kind}, of whose memory it needs {numbers}. "
-        f"Less is needed with {'; or '.join(ways)}"
+        f"the {what} does not fit in the memory of a {kind}: it needs {numbers}. "
+        f"It needs less with {'; or '.join(ways)}"
     )
 
 
@@ -141,26 +141,26 @@ def save(step: CompiledStep, path: Path) -> None:
     """Writes a compiled step to a file for `load`.
 
     Raises:
-      ConfigError: if the compiler has no way to.
+      ConfigError: if the compiler cannot serialise it.
     """
     try:
         program, _, _ = serialize_executable.serialize(step.compiled)
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
         raise ConfigError(
-            f"the program for {step.mesh.devices.flat[0].device_kind} cannot be written: "
+            f"the program for {step.mesh.devices.flat[0].device_kind} cannot be saved: "
             f"{brief(error)}"
         ) from error
     path.write_bytes(json.dumps(_described(step.lowered, step.mesh)).encode() + b"\n" + program)
 
 
 def load(path: Path, config: Config, mesh: Mesh, state: TrainState) -> jax.stages.Compiled:
-    """The step in a file that `save` wrote: (state, batch) -> (state, metrics).
+    """Loads a step that `save` wrote: (state, batch) -> (state, metrics).
 
-    It is lowered again, which takes seconds, to be sure that it is the same.
+    The step is lowered again, which takes seconds, to check that it is the same.
 
     Raises:
-      ConfigError: if there is no such file, if it holds another step than this config's on this
-        mesh, or if this machine's runtime cannot load it.
+      ConfigError: if there is no such file, if it holds the step of another config or mesh, or if
+        this machine's runtime cannot load it.
     """
     if not path.is_file():
         raise ConfigError(
@@ -172,7 +172,7 @@ def load(path: Path, config: Config, mesh: Mesh, state: TrainState) -> jax.stage
     try:
         found = json.loads(header)
     except ValueError:
-        raise ConfigError(f"--compiled={path} is no compiled step") from None
+        raise ConfigError(f"--compiled={path} is not a compiled step") from None
     expected = _described(lowered, mesh)
     if found != expected:
         shown = [
@@ -195,7 +195,7 @@ def load(path: Path, config: Config, mesh: Mesh, state: TrainState) -> jax.stage
 
 
 def _described(lowered: jax.stages.Lowered, mesh: Mesh) -> dict[str, Any]:
-    """What has to be alike for a program to be the same."""
+    """A description that is equal for equal programs."""
     return {
         "jax": jax.__version__,
         "device": mesh.devices.flat[0].device_kind,

@@ -1,4 +1,4 @@
-"""What the evaluation inside training needs: the held-out loss, beside the whole training state."""
+"""The memory of the evaluation during training: of the held-out loss and the training state."""
 
 from dataclasses import replace
 from typing import NamedTuple
@@ -19,31 +19,31 @@ from retnet_jax.training.step import TrainState, abstract_batch
 
 
 class EvaluationMemory(NamedTuple):
-    """Bytes of one device."""
+    """Memory of one device, in bytes."""
 
-    temporary_bytes: int  # activations, buffers
-    peak_bytes: int  # with the optimiser's state and all else that waits for the next step
+    temporary_bytes: int  # activations and buffers
+    peak_bytes: int  # including the whole training state
 
 
 def evaluation_memory(step: CompiledStep) -> EvaluationMemory:
-    """Compiles the program of the held-out loss for the mesh of a step, to see what it needs.
+    """Compiles the held-out loss of one micro-batch for the mesh of a step; returns its memory.
 
-    It runs one micro-batch. An evaluator of `train(evaluators=...)` may need more.
+    Other evaluators (`train(evaluators=...)`) may need more.
 
     Raises:
       DoesNotFitError: as `compile_step`.
     """
-    of_what = "evaluation inside training", step.config, step.mesh
+    of_what = "evaluation during training", step.config, step.mesh
     lowered = lower_evaluation(step.config, step.mesh, step.state)
     memory = compile_if_it_fits(lowered, *of_what).memory_analysis()
-    # The program gets the model alone, and the rest of the state stays where it is.
+    # Only the model is an argument of the program; the rest of the state stays on the device too.
     peak = peak_bytes(memory) + device_bytes(step.state._replace(model=None))
     check_memory(peak, *of_what)
     return EvaluationMemory(memory.temp_size_in_bytes, peak)
 
 
 def lower_evaluation(config: Config, mesh: Mesh, state: TrainState) -> jax.stages.Lowered:
-    """The program that `HeldOutLoss` runs, of shapes and shardings."""
+    """Lowers the program that `HeldOutLoss` runs, from shapes and shardings."""
     rows = config.train.batch_size // config.train.micro_batches
     part = replace(config, train=replace(config.train, batch_size=rows, micro_batches=1))
     with jax.set_mesh(mesh):

@@ -1,8 +1,8 @@
-"""The search for the arrangement of a config that trains fastest on given devices.
+"""Searches for the arrangement of a config that trains fastest on given devices.
 
-An arrangement is a mesh, a number of micro-batches and what the backward pass computes again. A
-rough model of memory and time orders all of them; the most promising are compiled, and what the
-compiler finds ranks them.
+An arrangement is a mesh, a number of micro-batches and a choice of what the backward pass
+recomputes. A rough model of memory and time orders all arrangements. The most promising ones are
+compiled, and ranked by the compiler's numbers.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ from retnet_jax.errors import ConfigError
 from retnet_jax.parallel.chips import Chip, chip
 from retnet_jax.parallel.mesh import number_of_slices
 
-# What the backward pass computes again, from most to least, with two rough figures: bfloat16
-# numbers kept for a token in a layer, in units of d_model, and the share of the layers' forward
-# pass that is run twice.
+# Values of `model.remat`, from most to least recomputation, with two rough numbers: the bfloat16
+# numbers stored per token and layer, in units of d_model; the share of the layers' forward pass
+# that is run twice.
 REMATS = (
     ("full", 1.0, 1.0),
     ("q,k,v,gate", 7.0, 0.5),
@@ -33,12 +33,12 @@ REMATS = (
 )
 _MOST_TENSOR = 8
 _MOST_ROWS = 32
-_USED_WITHOUT_ACTIVATIONS = 2**32  # loss, buffers of gathered parameters
-_FULL = 0.95  # of a device's memory
+_USED_WITHOUT_ACTIVATIONS = 2**32  # bytes for the loss and for gathered parameters
+_FULL = 0.95  # share of a device's memory that may be used
 
 
 class Arrangement(NamedTuple):
-    """A config with one way to run it, and the roughly expected seconds and bytes."""
+    """A config with one way to run it, and rough estimates of its seconds and bytes."""
 
     config: Config
     seconds: float
@@ -48,18 +48,19 @@ class Arrangement(NamedTuple):
 def fit(config: Config, devices: Sequence[jax.Device] | None, most: int) -> list[Report]:
     """Compiles the most promising arrangements, with a progress bar.
 
-    The batch size stays, and with it what is trained. Meshes, micro-batches and `model.remat` vary.
+    Meshes, micro-batches and `model.remat` vary. The batch size does not, so what is trained stays
+    the same.
 
     Args:
-      config: what to train.
-      devices: as of `compile_step`.
-      most: arrangements to compile.
+      config: What to train.
+      devices: As in `compile_step`.
+      most: Number of arrangements to compile.
 
     Returns:
-      Those of which a step and the evaluation fit, the fastest first.
+      Reports of the arrangements that fit into memory, fastest first.
 
     Raises:
-      ConfigError: if none does.
+      ConfigError: if no arrangement fits.
     """
     from tqdm import tqdm
 
@@ -68,7 +69,7 @@ def fit(config: Config, devices: Sequence[jax.Device] | None, most: int) -> list
     if not candidates:
         raise ConfigError(
             f"no arrangement of train.batch_size={config.train.batch_size} on {len(devices)} x "
-            f"{devices[0].device_kind} is expected to fit: more devices, or fewer layers"
+            f"{devices[0].device_kind} is expected to fit: use more devices or fewer layers"
         )
     found, problems = [], []
     with tqdm(candidates[:most], unit="arrangement") as bar:
@@ -90,7 +91,10 @@ def fit(config: Config, devices: Sequence[jax.Device] | None, most: int) -> list
 
 
 def promising(candidates: Iterable[Arrangement]) -> list[Arrangement]:
-    """The fastest of each kind, then the second of each: compilers decide between the kinds."""
+    """The fastest arrangement of each kind, then the second fastest of each, and so on.
+
+    Which kind (remat and mesh.tensor) is the fastest is left to the compiled programs.
+    """
     ranked, seen = [], Counter()
     for arrangement in sorted(candidates, key=lambda x: x.seconds):
         kind = arrangement.config.model.remat, arrangement.config.mesh.tensor
@@ -100,7 +104,7 @@ def promising(candidates: Iterable[Arrangement]) -> list[Arrangement]:
 
 
 def ranking(reports: Sequence[Report]) -> str:
-    """A table of reports, a line each."""
+    """A table with one line for each report."""
     lines = [
         "data fsdp  seq tensor  rows  remat                      memory  compute messages    step"
         "    MFU    tokens/s",
@@ -126,7 +130,7 @@ def arrangements(config: Config, devices: Sequence[jax.Device]) -> Iterator[Arra
     known = chip(devices[0].device_kind)
     if known is None:
         raise ConfigError(
-            f"--fit needs the data sheet of a device, and has none of a "
+            f"--fit needs the data sheet of the device, but there is none for "
             f"{devices[0].device_kind!r}: give --topology or --gpu"
         )
     slices = number_of_slices(devices)
@@ -171,13 +175,14 @@ def _seconds(config: Config, known: Chip, devices: int, again: float) -> float:
     model, mesh, train = config.model, config.mesh, config.train
     tokens = train.batch_size * config.data.sequence_length
     flops = tokens * model.training_flops_per_token(config.data.sequence_length)
-    # Matrix products do not reach the peak, and the narrower they are, the less.
+    # Matrix products do not reach the peak; narrow ones are further from it.
     width = min(model.d_model, model.ffn_width) / mesh.tensor
     compute = flops * (1 + again / 3) / devices / known.flops * (1 + 256 / width) / 0.8
     parameters = 2 * model.parameter_count() / mesh.tensor
-    # Gathered forward and backward, gradients scattered; then summed up over `data`.
+    # Parameters are gathered twice (forward, backward), and gradients scattered over `fsdp`; then
+    # gradients are summed over `data`.
     sharded = 3 * train.micro_batches * parameters * (1 - 1 / mesh.fsdp)
-    # Over more than two of a torus's three dimensions XLA gathers by summing up zeros.
+    # Over more than two dimensions of a three-dimensional torus XLA gathers by summing zero-padded parts.
     if known.kind in ("TPU v4", "TPU v5", "TPU7x") and mesh.fsdp > devices ** (2 / 3) + 1:
         sharded *= 2
     copied = 4 * parameters / mesh.fsdp * (1 - 1 / mesh.data) * train.micro_batches

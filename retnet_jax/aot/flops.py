@@ -1,7 +1,7 @@
-"""FLOPs of a function and the kernels it calls, counted in its jaxpr.
+"""Counts the FLOPs of a function and of its kernels from its jaxpr.
 
-The compiler's `cost_analysis` counts the body of a loop once and a Pallas kernel as nothing; here
-both count as often as they run.
+The compiler's `cost_analysis` counts the body of a loop once and Pallas kernels not at all; here
+both are counted once for each time they run.
 """
 
 import math
@@ -12,26 +12,26 @@ from jax.extend import core
 
 
 class Kernel(NamedTuple):
-    """A Pallas kernel, which the compiler's estimate of time leaves out."""
+    """A Pallas kernel, which the compiler's time estimate does not include."""
 
-    count: int  # calls on one device
-    flops: float  # of a call
-    bytes: int  # of a call: its arguments and results
+    count: int  # number of calls on one device
+    flops: float  # in one call
+    bytes: int  # size of the arguments and results of one call
 
 
 class Costs(NamedTuple):
-    """What a function costs on a mesh."""
+    """The costs of a function on a mesh."""
 
-    flops: float  # of the matrix products of all devices together, recomputation included
+    flops: float  # of matrix products on all devices together, including recomputation
     kernels: list[Kernel]
 
 
 def costs(jaxpr: core.ClosedJaxpr, devices: int) -> Costs:
-    """Counts what a traced function runs.
+    """Counts the FLOPs and kernels of a traced function.
 
     Args:
-      jaxpr: as traced.
-      devices: of the mesh; inside a `shard_map` shapes are of one of them.
+      jaxpr: The traced function.
+      devices: Number of devices of the mesh. Inside a `shard_map`, shapes are those of one device.
     """
     equations = _equations(jaxpr.jaxpr, devices)
     kernels = [
@@ -43,16 +43,16 @@ def costs(jaxpr: core.ClosedJaxpr, devices: int) -> Costs:
 
 
 def flops_of(function, *arguments) -> float:
-    """FLOPs of the matrix products of a function, loops as often as they run.
+    """FLOPs of the matrix products of a function; loops are counted for each iteration.
 
-    A Pallas kernel counts as if each of its programs did all that it can: attention that passes
-    over tiles of later tokens has as many as attention that masks them.
+    For a Pallas kernel it is assumed that each of its programs does all the work it may do:
+    attention that skips tiles of later tokens has the same count as attention that masks them.
     """
     return _flops(_equations(jax.make_jaxpr(function)(*arguments).jaxpr, 1))
 
 
 def _equations(jaxpr: core.Jaxpr, devices: int, times: int = 1) -> list[tuple[Any, int]]:
-    """Each equation of a function and of what it calls, and how often all devices run it."""
+    """The equations of a function and of functions it calls, and how often all devices run each."""
     found = []
     for equation in jaxpr.eqns:
         found += [(equation, times), *_inside(equation, devices, times)]
@@ -60,7 +60,7 @@ def _equations(jaxpr: core.Jaxpr, devices: int, times: int = 1) -> list[tuple[An
 
 
 def _inside(equation, devices: int, times: int) -> list[tuple[Any, int]]:
-    """The equations of what an equation calls."""
+    """The equations of the functions that an equation calls."""
     name = equation.primitive.name
     if name == "scan":
         times *= equation.params["length"]
@@ -69,7 +69,7 @@ def _inside(equation, devices: int, times: int) -> list[tuple[Any, int]]:
     elif name == "pallas_call":
         times *= math.prod(equation.params["grid_mapping"].grid)
     called = [_equations(inner, devices, times) for inner in _inner(equation.params)]
-    # Of a conditional one branch runs; what a platform decides is one, too.
+    # One branch of a conditional runs; a choice by platform is a conditional too.
     chosen = [max(called, key=_flops)] if name == "cond" else called
     return [pair for equations in chosen for pair in equations]
 
@@ -97,7 +97,7 @@ def _kernel(equation, times: int, devices: int) -> Kernel:
 def _inner(params: dict[str, Any]):
     for name, value in params.items():
         if name.startswith(("fwd", "bwd", "jvp")):
-            continue  # rules of a derivative that was not taken
+            continue  # rules for derivatives, which are not run here
         for item in value if isinstance(value, list | tuple) else (value,):
             if isinstance(item, core.ClosedJaxpr):
                 yield item.jaxpr

@@ -1,9 +1,9 @@
-"""What a compiled program will need and do, read from the program's text.
+"""Memory, messages and estimated time of a compiled program.
 
     program = Program(lowered.compile(), mesh)
 
-Memory comes from the compiler. Messages between devices and the compiler's own estimate of the time
-come from the text: loops count as often as they run. (`flops.py` counts what is computed.)
+The compiler reports the memory. Messages between devices and the compiler's time estimate are read
+from the program's text, where loops are counted for each iteration. (`flops.py` counts FLOPs.)
 """
 
 import math
@@ -21,10 +21,10 @@ from retnet_jax.parallel.mesh import number_of_slices
 
 
 class Messages(NamedTuple):
-    """What each device receives in a step by collectives of one kind along some mesh axes."""
+    """Collectives of one kind over the same mesh axes, and the bytes each device receives."""
 
     kind: str
-    axes: tuple[str, ...]  # ("slices",) for what goes over the network between TPU slices
+    axes: tuple[str, ...]  # ("slices",) for messages over the network between TPU slices
     count: int
     bytes: int
 
@@ -39,12 +39,12 @@ class Program:
 
     @property
     def peak_bytes(self) -> int:
-        """Most memory of a device at once."""
+        """Peak memory of a device."""
         return peak_bytes(self.memory)
 
     @cached_property
     def messages(self) -> list[Messages]:
-        """All messages but those of a few bytes, the largest first."""
+        """The messages of at least 1 MiB, largest first."""
         count, received = Counter(), Counter()
         for instruction, times in self._computations.instructions():
             found = _collective(instruction, self._mesh)
@@ -57,7 +57,7 @@ class Program:
 
     @cached_property
     def estimated_cycles(self) -> int:
-        """Cycles that the compiler expects for all but messages and kernels; TPUs only, else 0."""
+        """The compiler's estimate of cycles, without messages and kernels; 0 except on TPUs."""
         return sum(
             times * int(match[1])
             for instruction, times in self._computations.instructions()
@@ -66,7 +66,7 @@ class Program:
 
 
 def peak_bytes(memory: Any) -> int:
-    """Arguments, results that are no arguments, all between and code, of `memory_analysis()`."""
+    """Bytes of arguments, other results, temporary arrays and code, from `memory_analysis()`."""
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     code = memory.generated_code_size_in_bytes
     return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes + code
@@ -80,7 +80,7 @@ class Instruction(NamedTuple):
     opcode: str
     rest: str  # operands and attributes
     text: str  # the whole line
-    computation: str  # the name of the part that it stands in
+    computation: str  # the name of the computation that contains it
 
     @property
     def operands(self) -> list[str]:
@@ -89,12 +89,12 @@ class Instruction(NamedTuple):
 
     @property
     def called(self) -> list[str]:
-        """The names of the parts that it calls: what a fusion consists of, for one."""
+        """The names of the computations that it calls, such as the body of a fusion."""
         return re.findall(r"calls=%?([\w.-]+)", self.text)
 
 
 class Computation:
-    """A part of a program: its instructions, by their names."""
+    """A computation of a program: its instructions, by name."""
 
     def __init__(self, instructions: list[Instruction]):
         self._found = {x.name: x for x in instructions}
@@ -107,16 +107,16 @@ class Computation:
 
     @property
     def root(self) -> Instruction:
-        """The instruction whose result is that of the part."""
+        """The instruction whose result is the result of the computation."""
         return next(x for x in self if x.text.startswith("ROOT"))
 
     def parameter(self, number: int) -> Instruction:
-        """The part's argument of a number."""
+        """The instruction of a parameter, by the parameter's number."""
         return next(x for x in self if f" parameter({number})" in x.text)
 
     @cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """Of each instruction those that read it."""
+        """The instructions that read the result of each instruction."""
         users = defaultdict(list)
         for instruction in self:
             for operand in set(instruction.operands):
@@ -125,7 +125,7 @@ class Computation:
 
 
 class Computations:
-    """The parts of a program's text, and how often each of them runs."""
+    """The computations in a program's text, and how often each runs."""
 
     def __init__(self, text: str):
         lines: dict[str, list[Instruction]] = defaultdict(list)
@@ -145,7 +145,7 @@ class Computations:
         return self._parts.get(name) or Computation([])
 
     def kernels(self) -> Iterator[tuple[Computation, int]]:
-        """The parts that are no part of a fusion, and how often each of them runs."""
+        """The computations that are not the body of a fusion, and how often each runs."""
         fused = {
             name
             for part in self._parts.values()
@@ -190,17 +190,17 @@ _INSTRUCTION = re.compile(r"(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)
 
 
 def _parsed(line: str, computation: str) -> Instruction | None:
-    """The instruction in a line; None for a line that is none."""
-    # `/*index=5*/` stands before every fifth of many operands.
+    """The instruction in a line; None for a line without one."""
+    # In long lists there is a comment such as `/*index=5*/` before every fifth operand.
     match = _INSTRUCTION.match(re.sub(r"/\*.*?\*/", "", line) if "/*" in line else line)
     return None if match is None else Instruction(*match.groups(), line, computation)
 
 
 def _continues(instruction: Instruction) -> bool:
-    """Whether it continues an asynchronous collective that another instruction has started.
+    """Whether an instruction continues an asynchronous collective that another one started.
 
-    XLA for TPU splits one over several fusions, each of which names all of it: one that starts it,
-    others that do something else meanwhile, one that ends it.
+    XLA for TPU splits a collective over several fusions: one starts it, others do other work
+    meanwhile, one ends it. The text of each names the whole collective.
     """
     return instruction.name.startswith("async-collective-done") or any(
         name.startswith("async_collective_fusion") for name in instruction.called
@@ -211,7 +211,7 @@ _DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s64": 8, "f64
 
 
 def array_bytes(shapes: str) -> list[int]:
-    """The sizes of all arrays in the type of an instruction."""
+    """The sizes in bytes of all arrays in the type of an instruction."""
     return [
         math.prod(map(int, filter(None, dims.split(",")))) * _DTYPE_BYTES.get(dtype, 4)
         for dtype, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes)
@@ -219,12 +219,12 @@ def array_bytes(shapes: str) -> list[int]:
 
 
 _COLLECTIVES = "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"
-# How XLA for TPU writes a collective whose devices are in several slices: as a send.
+# XLA for TPU writes a collective between slices as a send with this attribute.
 _BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 
 
 def _collective(instruction: Instruction, mesh: Mesh) -> tuple[str, tuple[str, ...], int] | None:
-    """Its kind, its mesh axes and the bytes that a device receives; None for something else."""
+    """Kind, mesh axes and bytes received per device of a collective; None if it is not one."""
     between = _BETWEEN_SLICES.search(instruction.text)
     if between is not None and instruction.opcode == "send":
         kind = between[1].lower().replace("_", "-")
@@ -235,7 +235,7 @@ def _collective(instruction: Instruction, mesh: Mesh) -> tuple[str, tuple[str, .
     if kind not in _COLLECTIVES:
         return None
     sizes = array_bytes(instruction.type)
-    # What starts a gather or a permutation names its operand too, and its semaphores.
+    # The type of an instruction that starts a collective also has its operand and semaphores.
     starts = instruction.opcode != kind
     size = max(sizes) if starts and kind != "all-reduce" else sum(sizes)
     groups = _group(instruction.text, mesh.size)

@@ -1,4 +1,4 @@
-"""What a compiled step costs: memory, FLOPs, messages, and the least time it can take."""
+"""The costs of a compiled step: memory, FLOPs, messages, and a lower bound on its time."""
 
 import math
 from collections.abc import Sequence
@@ -14,39 +14,39 @@ from retnet_jax.parallel.chips import Chip, chip
 
 @dataclass(frozen=True)
 class Report:
-    """Bytes, FLOPs and seconds of one step; of one device where nothing else is said."""
+    """Bytes, FLOPs and seconds of one step, for one device unless a comment says otherwise."""
 
     mesh: dict[str, int]
     device: str
     remat: str
-    rows: int  # of a micro-batch
-    tokens: int  # of a step, all devices
+    rows: int  # in a micro-batch
+    tokens: int  # in a step, on all devices
     parameter_bytes: int
     optimizer_bytes: int
     temporary_bytes: int  # activations, gradients, buffers
-    peak_bytes: int  # of a step
+    peak_bytes: int  # in a step
     evaluation_temporary_bytes: int  # activations and buffers of the held-out loss
-    evaluation_peak_bytes: int  # of the held-out loss, with the state that training has
-    memory_bytes: float | None  # that it has; None: no data sheet
-    model_flops: float  # all devices: `ModelConfig.training_flops_per_token`
-    flops: float  # all devices: matrix products as they are run, recomputation included
+    evaluation_peak_bytes: int  # in an evaluation of the held-out loss, with the training state
+    memory_bytes: float | None  # memory of the device; None: no data sheet
+    model_flops: float  # on all devices, by `ModelConfig.training_flops_per_token`
+    flops: float  # on all devices, of the matrix products that run, including recomputation
     messages: tuple[Messages, ...]
-    compute_seconds: float | None  # flops at the peak
-    message_seconds: float | None  # received bytes at the links' speed
-    kernel_seconds: float | None  # Pallas kernels at their roofline, in `estimated_seconds` too
-    estimated_seconds: float | None  # all but messages, as the compiler expects it; TPUs only
+    compute_seconds: float | None  # time of `flops` at the peak
+    message_seconds: float | None  # time to receive the messages at the links' speed
+    kernel_seconds: float | None  # Pallas kernels at their roofline; in `estimated_seconds` too
+    estimated_seconds: float | None  # the compiler's estimate, without messages; TPUs only
     lower_seconds: float
     compile_seconds: float
     peak_flops: float | None
 
     @property
     def needed_bytes(self) -> int:
-        """Most memory at once in a run, which takes steps and evaluates."""
+        """Peak memory of a run: of steps or evaluations, whichever is larger."""
         return max(self.peak_bytes, self.evaluation_peak_bytes)
 
     @property
     def step_seconds(self) -> float | None:
-        """The least time of a step: computation and messages at once."""
+        """A lower bound on the time of a step, with computation and messages fully overlapped."""
         if self.compute_seconds is None:
             return None
         return max(self.estimated_seconds or self.compute_seconds, self.message_seconds)
@@ -60,7 +60,7 @@ class Report:
         return self.model_flops / (devices * self.peak_flops * self.step_seconds)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The report as a dict for JSON."""
         messages = [message._asdict() for message in self.messages]
         return asdict(self) | {
             "messages": messages,
@@ -70,34 +70,36 @@ class Report:
         }
 
     def text(self) -> str:
-        """For people."""
+        """The report as text."""
         axes = " ".join(f"{name}={size}" for name, size in self.mesh.items())
         lines = [
             f"{math.prod(self.mesh.values())} x {self.device}, mesh {axes}; "
-            f"remat {self.remat}, {self.rows} rows a device in a micro-batch",
+            f"remat {self.remat}, {self.rows} rows per device in a micro-batch",
             f"lowered in {self.lower_seconds:.1f} s, compiled in {self.compile_seconds:.1f} s",
             "",
-            "memory of a device, GiB",
+            "memory of one device, GiB",
             *(
                 f"  {name:<34}{size / 2**30:9.2f}"
                 for name, size in (
                     ("parameters", self.parameter_bytes),
                     ("optimiser", self.optimizer_bytes),
                     ("activations, gradients, buffers", self.temporary_bytes),
-                    ("a step, at most", self.peak_bytes),
-                    ("an evaluation, at most", self.evaluation_peak_bytes),
+                    ("peak of a step", self.peak_bytes),
+                    ("peak of an evaluation", self.evaluation_peak_bytes),
                 )
             ),
         ]
         if self.memory_bytes is not None:
             share = self.needed_bytes / self.memory_bytes
-            lines.append(f"  the larger is {share:.0%} of {self.memory_bytes / 2**30:.1f}")
+            lines.append(
+                f"  the larger peak is {share:.0%} of the device's {self.memory_bytes / 2**30:.1f}"
+            )
         lines += [
             "",
-            f"FLOPs of a step: model {self.model_flops:.3e}, as computed {self.flops:.3e} "
+            f"FLOPs of a step: model {self.model_flops:.3e}, with recomputation {self.flops:.3e} "
             f"({self.flops / self.model_flops:.2f} times)",
             "",
-            "messages of a step            along            times   GiB a device receives",
+            "messages of a step            mesh axes        count   GiB received per device",
         ]
         lines += [
             f"  {x.kind:<27} {','.join(x.axes):<15} {x.count:6} {x.bytes / 2**30:12.3f}"
@@ -108,26 +110,26 @@ class Report:
 
     def _times(self) -> list[str]:
         if self.step_seconds is None:
-            return [f"no lower bounds: there is no data sheet of a {self.device!r} here"]
+            return [f"no lower bounds on time: there is no data sheet for {self.device!r}"]
         estimate = "none"
         if self.estimated_seconds is not None:
             estimate = f"{self.estimated_seconds:.3f}"
         speed = self.tokens / self.step_seconds
         return [
-            "seconds of a step, at least",
+            "lower bounds on the time of a step, seconds",
             f"  matrix products at the peak       {self.compute_seconds:9.3f}",
             f"  messages at the links' speed      {self.message_seconds:9.3f}",
             f"  Pallas kernels at their roofline  {self.kernel_seconds:9.3f}",
-            f"  these and the compiler's estimate {estimate:>9}",
-            f"best: {self.step_seconds:.3f} s, MFU {self.mfu:.1%}, {speed:,.0f} tokens/s",
+            f"  compiler's estimate, with kernels {estimate:>9}",
+            f"at best {self.step_seconds:.3f} s, MFU {self.mfu:.1%}, {speed:,.0f} tokens/s",
         ]
 
 
 def report(step: CompiledStep) -> Report:
-    """Reads a compiled step, and compiles the evaluation beside it for the memory that it needs.
+    """Reports on a compiled step. Also compiles the evaluation, to report its memory.
 
     Raises:
-      DoesNotFitError: if the evaluation needs more than a device has.
+      DoesNotFitError: if the evaluation needs more memory than a device has.
     """
     config, mesh = step.config, step.mesh
     device = mesh.devices.flat[0]
@@ -175,7 +177,7 @@ def _kernel_seconds(kernels: Sequence[Kernel], known: Chip) -> float:
 
 
 def _message_seconds(program: Program, known: Chip) -> float:
-    """Within a slice over its links, and at the same time between slices over the network."""
+    """Messages inside a slice over its links, overlapped with those over the network."""
     network = sum(x.bytes for x in program.messages if x.axes == ("slices",))
     links = sum(x.bytes for x in program.messages) - network
     return max(links / known.links_bandwidth, network / known.network_bandwidth)

@@ -1,7 +1,7 @@
-"""Devices that this machine does not have, as the compilers describe them.
+"""Descriptions of devices that this machine does not have, to compile for.
 
-TPUs need the package `libtpu` that belongs to the installed jax (`pip install 'jax[tpu]'`), GPUs
-jax-cuda12-plugin, jax-cuda12-pjrt and nvidia-cuda-nvcc-cu12. Nothing is run on them.
+TPUs need the package `libtpu` of the version for the installed jax (`pip install 'jax[tpu]'`), GPUs
+need jax-cuda12-plugin, jax-cuda12-pjrt and nvidia-cuda-nvcc-cu12. Nothing can be run on them.
 """
 
 import os
@@ -14,7 +14,7 @@ from retnet_jax.errors import ConfigError, brief
 
 GPUS = ("h100", "h200")
 
-# What XLA has to know of a GPU: `GpuTargetConfigProto` of its device_description.proto.
+# XLA's description of a GPU: `GpuTargetConfigProto` in its device_description.proto.
 _GPU_DESCRIPTION = """
 gpu_device_info {{
   threads_per_block_limit: 1024
@@ -46,23 +46,23 @@ _GPU_NUMBERS = {
 }
 
 
-# Read by libtpu, which otherwise asks the cloud's metadata server which machine it is on, and
-# refuses to load beside another process that uses it.
+# Read by libtpu. Without them it asks the cloud's metadata server which machine it runs on, and
+# refuses to load while another process uses it.
 _WITHOUT_TPUS = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-# Read by XLA: for GPUs it chooses kernels by running them, which needs the device.
+# Read by XLA, which for GPUs would choose kernels by running them on the device.
 _WITHOUT_GPUS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 
 
 def prepare() -> None:
-    """Sets this process up for compilers without their devices; call it before jax is used.
+    """Prepares this process for compiling without devices. Call it before jax is used.
 
-    The compilers take these settings from the environment alone, and read it once when they start.
-    jax itself is set to the CPU: nothing is run on a device that this machine may have.
+    The compilers read these settings only from the environment, once when they start. jax itself is
+    set to the CPU, so nothing runs on a device of this machine.
     """
     jax.config.update("jax_platforms", "cpu")
     for name, value in _WITHOUT_TPUS.items():
@@ -74,8 +74,8 @@ def tpus(topology: str, slices: int = 1) -> Sequence[jax.Device]:
     """The devices of TPU slices.
 
     Args:
-      topology: generation and shape of one, such as "v5p:4x4x4" or "v5e:16x16".
-      slices: how many.
+      topology: Generation and shape of a slice, such as "v5p:4x4x4" or "v5e:16x16".
+      slices: Number of slices.
 
     Raises:
       ConfigError: if there is no such topology or no libtpu.
@@ -88,16 +88,15 @@ def tpus(topology: str, slices: int = 1) -> Sequence[jax.Device]:
         ) from None
     several = {"num_slices": slices} if slices > 1 else {}
     if topology.startswith("v4:"):
-        several["chip_config_name"] = "megacore"  # a chip is one device, as it is when it runs
+        several["chip_config_name"] = "megacore"  # a chip is one device, as on real hardware
     try:
         return topologies.get_topology_desc(
             platform="tpu", topology_name=topology, **several
         ).devices
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
         raise ConfigError(
-            f"--topology={topology} is none that libtpu knows ({brief(error)}); there are v4 and "
-            "v5p with three sizes, such as v5p:4x4x4, v5e and v6e with two, such as v6e:16x16, "
-            "and tpu7x with three"
+            f"--topology={topology} is not known to libtpu ({brief(error)}); give v4, v5p or tpu7x "
+            "with three sizes, such as v5p:4x4x4, or v5e or v6e with two, such as v6e:16x16"
         ) from error
 
 
@@ -105,7 +104,7 @@ def gpus(name: str, count: int = 1) -> Sequence[jax.Device]:
     """GPUs of one node.
 
     Raises:
-      ConfigError: for a kind that is not described here, or without the compiler for it.
+      ConfigError: for a GPU that is not described here, or if its compiler is missing.
     """
     if name not in _GPU_NUMBERS:
         raise ConfigError(f"--gpu={name} is not one of {', '.join(GPUS)}")

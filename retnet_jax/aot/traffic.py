@@ -1,10 +1,9 @@
-"""Bytes that a compiled program reads from memory and writes to it, read from its text.
-
-What is fused into one kernel passes memory once, and an update in place writes only what is new:
+"""Counts the bytes that a compiled program reads from memory and writes to it, from its text.
 
     {traffic.what: traffic.bytes for traffic in memory_traffic(compiled.as_text())}
 
-Caches that are larger than an array make a program faster than this, and none makes it slower.
+A fused kernel reads its operands and writes its results once, and an update in place writes only
+the new values. An array that stays in a cache causes less traffic than counted here.
 """
 
 import re
@@ -14,18 +13,18 @@ from retnet_jax.aot.hlo import Computation, Computations, Instruction, array_byt
 
 
 class Traffic(NamedTuple):
-    """What all runs of one instruction move."""
+    """The memory traffic of one instruction."""
 
-    what: str  # opcode, and jax's name of the operation where the compiler kept it
-    times: int  # how often it runs
-    bytes: int  # read and written, all runs together
+    what: str  # opcode, and jax's name of the operation if the compiler kept it
+    times: int  # number of times it runs
+    bytes: int  # read and written, in all runs together
     text: str
 
 
 def memory_traffic(text: str) -> list[Traffic]:
-    """The traffic of each instruction of a program's text, the largest first.
+    """The traffic of each instruction in a program's text, largest first.
 
-    Loops count as often as they run, if their number is fixed; else as one run.
+    A loop is counted for each iteration if their number is fixed, otherwise once.
     """
     computations = Computations(text)
     found = []
@@ -37,7 +36,7 @@ def memory_traffic(text: str) -> list[Traffic]:
     return sorted(found, key=lambda traffic: -traffic.bytes)
 
 
-# Arrays that a TPU keeps in its vector memory, whose layout says so, pass no other memory.
+# Arrays in a TPU's vector memory, marked S(1) in their type, cause no traffic.
 _ON_CHIP = re.compile(r"\w+\[[\d,]*\]\{[^}]*S\(1\)[^}]*\}")
 
 
@@ -51,18 +50,18 @@ def _what(instruction: Instruction) -> str:
 
 
 def _size(instruction: Instruction) -> int:
-    """Bytes of the result."""
+    """Size of the result in bytes."""
     return sum(array_bytes(_in_memory(instruction.type)))
 
 
 def _source(instruction: Instruction, around: Computation) -> Instruction:
-    """What an instruction is another view of."""
+    """The instruction whose result this one only views, copies or converts."""
     while instruction.opcode in ("bitcast", "copy", "convert", "get-tuple-element", "reshape"):
         instruction = around[instruction.operands[0]]
     return instruction
 
 
-# What names an array and moves nothing, or has its parts counted where they stand.
+# Instructions that move nothing, or whose called computations are counted separately.
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
     *("call", "after-all", "iota", "copy-done", "async-done", "async-start", "async-update"),
@@ -95,7 +94,7 @@ def _called(fusion: Instruction, computations: Computations) -> Computation:
 
 
 def _fusion_bytes(inside: Computation, computations: Computations) -> int:
-    """What a fusion reads of its operands, and writes."""
+    """The bytes that a fusion reads and writes."""
     root = inside.root
     results = root.operands if root.opcode == "tuple" else [root.name]
     total = 0
@@ -110,7 +109,7 @@ def _fusion_bytes(inside: Computation, computations: Computations) -> int:
 
 
 def _read(instruction: Instruction, inside: Computation, computations: Computations) -> int:
-    """Bytes that a fusion needs of an array: of its slices, if it takes nothing else of it."""
+    """The bytes of an array that a fusion reads: only slices, if it uses nothing else."""
     total = 0
     for user in inside.users[instruction.name]:
         first = user.operands[0] == instruction.name

@@ -1,1 +1,1 @@
-"""Experiments: one a file, each with a `get_config`."""
+"""The configs of experiments, one in each file, returned by `get_config`."""

@@ -1,4 +1,4 @@
-"""What the experiments of arXiv 2307.08621 share (its section 3.1 and Table 7)."""
+"""Settings that the experiments of arXiv 2307.08621 share (its section 3.1 and Table 7)."""
 
 from retnet_jax.config import (
     Config,
@@ -11,10 +11,11 @@ from retnet_jax.config import (
 
 
 def paper_model(*, n_layers: int, d_model: int) -> ModelConfig:
-    """Heads of 256 (values 512), feed-forward layers of 2 d; 12 n d^2 parameters in the layers.
+    """A RetNet with heads of width 256 (values 512) and feed-forward layers of width 2 d.
 
-    The vocabulary is cl100k's 100,277 tokens, rounded up to a multiple of 512. Dropout, 0.1 in the
-    paper, is left out: no token is seen twice in 100B.
+    Its layers have 12 n d^2 parameters. The vocabulary is that of cl100k, 100,277 tokens, rounded
+    up to a multiple of 512. The paper's dropout of 0.1 is left out, because no token of the 100B is
+    seen twice.
     """
     return ModelConfig(
         vocab_size=100_352,
@@ -29,10 +30,10 @@ def paper_model(*, n_layers: int, d_model: int) -> ModelConfig:
 def paper_config(
     model: ModelConfig, architecture: str, *, learning_rate: float, train: TrainConfig
 ) -> Config:
-    """The paper's optimiser on windows of 2048 tokens.
+    """The paper's optimiser, and windows of 2048 tokens.
 
-    The Transformer twin has heads of 128. The corpus is any that `data.path` names: JSON lines
-    with a field "text", on which a byte-level BPE of the vocabulary's size is trained.
+    The Transformer twin has heads of width 128. The corpus in `data.path` is JSON lines with a
+    field "text"; a byte-level BPE of the model's vocabulary size is trained on it.
     """
     return Config(
         model=model.built_as(architecture, n_heads=2 * model.n_heads),

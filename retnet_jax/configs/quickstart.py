@@ -8,7 +8,7 @@ from retnet_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, 
 
 
 def get_config(architecture: str = "retnet") -> Config:
-    """The RetNet, or with "transformer" its twin of as many parameters."""
+    """The RetNet, or with "transformer" its twin with the same number of parameters."""
     model = ModelConfig(
         vocab_size=4096,
         d_model=128,

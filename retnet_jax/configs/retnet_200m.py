@@ -3,8 +3,8 @@
     python train.py --config=configs/retnet_200m.py --workdir=runs/retnet_200m
     python train.py --config=configs/retnet_200m.py:transformer --workdir=runs/transformer_200m
 
-5B tokens as in its Tables 5 and 6; 0.5M a step and the learning rate are ours. Put JSON lines into
-data/corpus/ or set --config.data.path. Not yet run.
+5B tokens as in its Tables 5 and 6; the learning rate and 0.5M tokens in each step are our choice.
+Put JSON lines into data/corpus/ or set --config.data.path. Not run yet.
 """
 
 from retnet_jax.config import Config, TrainConfig
@@ -12,7 +12,7 @@ from retnet_jax.configs.paper_settings import paper_config, paper_model
 
 
 def get_config(architecture: str = "retnet") -> Config:
-    """The RetNet, or with "transformer" its twin of as many parameters."""
+    """The RetNet, or with "transformer" its twin with the same number of parameters."""
     return paper_config(
         paper_model(n_layers=16, d_model=1024),
         architecture,

@@ -3,7 +3,8 @@
     python train.py --config=configs/retnet_2p7b.py --workdir=runs/retnet_2p7b
     python train.py --config=configs/retnet_2p7b.py:transformer --workdir=runs/transformer_2p7b
 
-100B tokens, 4M a step. Put JSON lines into data/corpus/ or set --config.data.path. Not yet run.
+100B tokens, 4M in each step. Put JSON lines into data/corpus/ or set --config.data.path. Not run
+yet.
 """
 
 from retnet_jax.config import Config, TrainConfig
@@ -11,7 +12,7 @@ from retnet_jax.configs.paper_settings import paper_config, paper_model
 
 
 def get_config(architecture: str = "retnet") -> Config:
-    """The RetNet, or with "transformer" its twin of as many parameters."""
+    """The RetNet, or with "transformer" its twin with the same number of parameters."""
     return paper_config(
         paper_model(n_layers=32, d_model=2560),
         architecture,

@@ -1,7 +1,7 @@
-"""What the programs share: flags, and errors a person can act on.
+"""The command line of the programs: common flags, parsing, and errors that a user can act on.
 
-A program defines its flags with absl and calls `run(main)`. An error that names what is wrong with
-the input ends it with its message and exit status 2; all else is a bug and keeps its traceback.
+A program defines its flags with absl and calls `run(main)`. An error in the user's input ends the
+program with its message and exit status 2. Any other error is a bug and keeps its traceback.
 """
 
 import itertools
@@ -26,46 +26,47 @@ from retnet_jax.programs.output import forgiving_output
 
 
 def group(title: str) -> None:
-    """Begins a group of flags in `--help`: those that are defined from here on."""
+    """Begins a group of flags in `--help`. Flags that are defined after it are in this group."""
     _groups.append((title, len(flags.FLAGS)))
 
 
-_groups: list[tuple[str, int]] = []  # titles, and the number of flags before
+_groups: list[tuple[str, int]] = []  # title, and the number of flags defined before the group
 
 
 def define_config(required: bool = True) -> None:
-    """The flag --config=FILE[:ARGUMENT]; `overrides` are --config.SECTION.FIELD=VALUE."""
+    """Defines --config=FILE[:ARGUMENT], with the overrides --config.SECTION.FIELD=VALUE."""
     config_flags.DEFINE_config_file(
         "config",
         None,
-        f"experiment: a file, or one of {', '.join(_packaged_configs())}",
-        sys_argv=[""],  # overrides are read here and not there
+        f"config of the experiment: a Python file, or one of {', '.join(_packaged_configs())}; "
+        "ARGUMENT is passed to its get_config",
+        sys_argv=[""],  # because `_parse` reads the overrides
     )
     if required:
         flags.mark_flag_as_required("config")
 
 
 def define_processes() -> None:
-    """The flags of a program that runs in several processes, where nothing else says how many."""
+    """Defines the flags that connect several processes where no cluster is recognised."""
     group("Several processes")
-    flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, for all processes")
-    flags.DEFINE_integer("num_processes", None, "processes that work together", 1)
-    flags.DEFINE_integer("process_id", None, "number of this one, from 0", 0)
-    flags.DEFINE_integer("connect_seconds", 300, "to wait for the other processes", 1)
+    flags.DEFINE_string("coordinator_address", None, "address of process 0, HOST:PORT")
+    flags.DEFINE_integer("num_processes", None, "number of processes", 1)
+    flags.DEFINE_integer("process_id", None, "number of this process, from 0", 0)
+    flags.DEFINE_integer("connect_seconds", 300, "seconds to wait for the other processes", 1)
 
 
 def define_dtype() -> None:
-    """The flag --dtype of programs that use a trained model."""
+    """Defines --dtype for programs that use a trained model."""
     flags.DEFINE_enum(
         "dtype",
         None,
         ["float32", "bfloat16"],
-        "of activations; if not given that of the run, for other checkpoints float32",
+        "dtype of activations; default: the run's, or float32 for other checkpoints",
     )
 
 
 def given_dtype() -> dict[str, str]:
-    """What --dtype changes in a model's config: nothing, if it is not given."""
+    """The options of the model that --dtype changes: none if it is not given."""
     return {} if flags.FLAGS.dtype is None else {"dtype": flags.FLAGS.dtype}
 
 
@@ -77,10 +78,10 @@ def run(
     """Parses the command line, calls `main` and exits with the status it returns.
 
     Args:
-      main: the program.
-      when_output_ends: called when nobody reads what the program prints any more, as after
-        `| head`; what it prints is dropped then.
-      positional: the flags that arguments without a name set, in this order.
+      main: The program.
+      when_output_ends: Called when the program's output is no longer read, as after `| head`;
+        further output is dropped.
+      positional: Flags that are set by arguments without a name, in this order.
     """
     show, warnings.formatwarning = warnings.formatwarning, _one_line
     try:
@@ -95,14 +96,14 @@ def run(
 
 
 def _one_line(message: Warning | str, category: type[Warning], *where: object) -> str:
-    """A warning of ours as a line of the program; others say where they come from."""
+    """A warning as one line. Those of other libraries have their place in the code."""
     if category is UserWarning:
         return f"{sys.argv[0]}: {message}\n"
     return f"{where[0]}:{where[1]}: {category.__name__}: {message}\n"
 
 
 def prepare_command() -> str:
-    """The command that prepares the store of this program's config: its config flags are kept."""
+    """The command that builds the store of this program's config, with the same config flags."""
     options, taken = [], False
     for argument in flags.FLAGS.read_flags_from_files(sys.argv[1:], force_gnu=False):
         if argument.startswith("-"):
@@ -115,10 +116,11 @@ def prepare_command() -> str:
 
 
 def given_config() -> Config:
-    """The checked config that the flags name.
+    """The checked config that --config names.
 
     Raises:
-      ConfigError: if the file cannot be loaded or returns no `Config`, and as `Config.check`.
+      ConfigError: if the file cannot be loaded or does not return a `Config`, and as
+        `Config.check`.
     """
     config = flags.FLAGS.config
     if not isinstance(config, Config):
@@ -147,8 +149,8 @@ def _parse(arguments: Sequence[str], positional: Sequence[str], module: str) -> 
         sys.exit(0)
     rest = flags.FLAGS(arguments)
     if not flags.FLAGS["verbosity"].present:
-        # Orbax tells of every array it writes, and where one cannot be written logs a stack trace
-        # for each. What matters reaches us as one exception.
+        # Orbax logs every array that it writes, and a stack trace for each that it cannot write.
+        # The error also reaches us as an exception.
         logging.set_verbosity(logging.FATAL)
         getLogger("asyncio").setLevel(CRITICAL)
     if len(rest) > 1 + len(positional):
@@ -156,11 +158,13 @@ def _parse(arguments: Sequence[str], positional: Sequence[str], module: str) -> 
         raise ConfigError(f"{surplus!r} is not a flag; options are given as --name=value")
     for name, value in zip(positional, rest[1:], strict=False):
         if flags.FLAGS[name].present:
-            raise ConfigError(f"{value!r} and --{name}={flags.FLAGS[name].value!r}: give one")
+            raise ConfigError(
+                f"{value!r} and --{name}={flags.FLAGS[name].value!r}: give only one of them"
+            )
         flags.FLAGS[name].parse(value)
     if given and flags.FLAGS.config is None:
-        raise ConfigError(f"--config.{given[0][0]} changes a config: give --config=FILE as well")
-    if given and isinstance(flags.FLAGS.config, Config):  # else `given_config` says what it is
+        raise ConfigError(f"--config.{given[0][0]} changes a config: give --config=FILE too")
+    if given and isinstance(flags.FLAGS.config, Config):  # else `given_config` raises an error
         overrides.apply(flags.FLAGS.config, given)
     return rest
 
@@ -168,7 +172,7 @@ def _parse(arguments: Sequence[str], positional: Sequence[str], module: str) -> 
 def _print_help(
     arguments: Sequence[str], given: Sequence[tuple[str, Any]], description: str
 ) -> None:
-    """Prints the text of `--help`, with the values of a config if --config is there too."""
+    """Prints the text of `--help`, with the values of the config if --config is given."""
     config = None
     for argument, following in itertools.pairwise([*arguments, ""]):
         name, _, value = argument.partition("=")
@@ -181,7 +185,7 @@ def _print_help(
 
 
 def _grouped_flags() -> Iterator[tuple[str, list[str]]]:
-    """The title and the flags of each group; first those of a program that has no groups."""
+    """The title and flags of each group. Flags before the first group come first, as "Flags"."""
     names = list(flags.FLAGS)
     for (title, start), (_, end) in itertools.pairwise([("Flags", 0), *_groups, ("", len(names))]):
         ours = [
@@ -194,13 +198,13 @@ def _grouped_flags() -> Iterator[tuple[str, list[str]]]:
 
 
 def _config_file(value: str) -> str:
-    """What --config names as a file: "quickstart:transformer" is in the package.
+    """The file that --config names; a name such as "quickstart" is a config of the package.
 
-    A file may import what is beside it or, as `configs.shared`, what is beside its directory; a
-    program in tools/ has only its own directory to import from.
+    A config file may import modules from its own directory, from the parent directory (as
+    `configs.shared`) and from the working directory, so these are added to sys.path.
 
     Raises:
-      ConfigError: for a name that is no config of the package.
+      ConfigError: for a name that is not a config of the package.
     """
     name, colon, argument = value.partition(":")
     if not name or name.endswith(".py") or os.sep in name:
@@ -210,21 +214,21 @@ def _config_file(value: str) -> str:
     configs = _packaged_configs()
     if name not in configs:
         raise ConfigError(
-            f"--config={name}: no such config; name a file, such as my_config.py, or one of "
+            f"--config={name}: no such config; give a file, such as my_config.py, or one of "
             + ", ".join(configs)
         )
     return f"{configs[name]}{colon}{argument}"
 
 
 def _packaged_configs() -> dict[str, Path]:
-    """The files of `retnet_jax/configs` that define a config, by their names."""
+    """The files in `retnet_jax/configs` that define a config, by name."""
     files = sorted(Path(retnet_jax.configs.__file__).parent.glob("*.py"))
     helpers = ("__init__", "paper_settings")
     return {file.stem: file for file in files if file.stem not in helpers}
 
 
 def _with_underscores(argument: str) -> str:
-    """--save-state=FILE as --save_state=FILE."""
+    """A flag written with hyphens, such as --save-state=FILE, as --save_state=FILE."""
     name, equals, value = argument.partition("=")
     if not name.startswith("--") or "." in name:
         return argument
@@ -232,7 +236,7 @@ def _with_underscores(argument: str) -> str:
 
 
 def _reporting(function: Callable, *arguments):
-    """Calls a function; an error about the input becomes its message and exit status 2."""
+    """Calls a function. An error in the input prints its message and exits with status 2."""
     try:
         return function(*arguments)
     except (flags.Error, ConfigError, CheckpointError) as error:

@@ -1,4 +1,4 @@
-"""The text of `--help`: how a program is called, its flags by group, every option of a config."""
+"""The text of `--help`: the program's description, its flags by group, all options of a config."""
 
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,9 +17,9 @@ def help_text(
     """The text of `--help`.
 
     Args:
-      description: what the program does and how it is called.
-      groups: titles, and the names of the flags in each.
-      config: whose values are shown, if the command line names one.
+      description: Text on what the program does and how to call it.
+      groups: Title and names of the flags of each group.
+      config: Config whose values are shown; None: the defaults.
     """
     lines = [description.strip()]
     for title, names in groups:
@@ -27,7 +27,7 @@ def help_text(
         for name in names:
             lines += _flag_lines(flags.FLAGS[name])
     if "config" in flags.FLAGS:
-        lines += ["", "Options of the config, each as --config.NAME=VALUE", *option_help(config)]
+        lines += ["", "Options of the config, set by --config.NAME=VALUE:", *option_help(config)]
     return "\n".join(lines)
 
 
@@ -41,7 +41,7 @@ def _flag_lines(flag: flags.Flag) -> Iterator[str]:
         value = "=FILE[:ARGUMENT]"
     else:
         value = f"={_PLACEHOLDERS.get(kind, 'TEXT')}"
-    # Without what absl adds.
+    # Without the text that absl adds.
     text = flag.help.split(";\n    repeat this option")[0].removeprefix(f"<{value[1:]}>: ")
     yield f"  --{flag.name}{value}{_default(flag)}"
     yield from textwrap.wrap(text, _WIDTH, initial_indent="      ", subsequent_indent="      ")

@@ -1,11 +1,10 @@
-r"""Builds the token store of a config ahead of training, and prints what it holds.
+r"""Builds the token store of a config before training, and prints its contents.
 
     python tools/prepare_data.py --config=configs/FILE.py --config.data.source=jsonl \
         --config.data.path='pile/*.jsonl.zst' --config.data.store=data/pile [--processes=8]
 
-Stopped at any point, by Ctrl-C, SIGTERM or kill -9, the same command does what is left to do. A
-store that is complete is checked against the config and against the hashes of its files, and
-printed.
+If it is stopped at any point, by Ctrl-C, SIGTERM or kill -9, the same command resumes the build. A
+complete store is compared with the config, its files are verified, and its contents printed.
 """
 
 import signal
@@ -25,18 +24,18 @@ from retnet_jax.programs import command_line
 
 def main() -> None:
     """The program."""
-    flags.DEFINE_integer("processes", None, "that work in parallel; else one for each core", 1)
+    flags.DEFINE_integer("processes", None, "number of processes; default: one for each core", 1)
     command_line.define_config()
     command_line.run(_interruptible)
 
 
 def _interruptible() -> int | None:
-    """As `_main`; Ctrl-C or SIGTERM ends it with a line on what to do."""
+    """Runs `_main`; after Ctrl-C or SIGTERM it prints how to resume."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         _main()
     except KeyboardInterrupt:
-        print("stopped; the same command does what is left to do", file=sys.stderr)
+        print("stopped; the same command resumes the build", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -60,14 +59,15 @@ def _main() -> None:
 
 
 def table(store: TokenStore) -> str:
-    """Counts of each split, and what was left out."""
+    """The counts of each split, and the documents that were left out."""
     rows = [("", "documents", "tokens", "bytes", "bytes/token")]
     for name, counts in store.manifest["splits"].items():
         numbers = [f"{counts[key]:,}" for key in ("documents", "tokens", "bytes")]
         rows.append((name, *numbers, f"{counts['bytes'] / counts['tokens']:.2f}"))
     lines = [f"{row[0]:<10}" + "".join(f"{cell:>15}" for cell in row[1:]) for row in rows]
     skipped = store.manifest["skipped"]
-    lines.append(f"{store.manifest['duplicates']:,} duplicates, {skipped['count']:,} skipped")
+    counts = f"{store.manifest['duplicates']:,} duplicates, {skipped['count']:,} skipped"
+    lines.append(f"left out: {counts}")
     lines += [f"  {count:,} {reason}" for reason, count in skipped["reasons"].items()]
     lines += [f"    {line}" for line in skipped["first"][:5]]
     lost = describe_round_trip(store.manifest.get("round_trip"))

@@ -2,13 +2,14 @@
 
     python train.py --config=configs/quickstart.py --workdir=runs/quickstart
     python train.py --config=FILE[:ARGUMENT] --workdir=DIR --config.train.steps=100 ...
-    python train.py ... --config.init_from=DIR          begins with a trained model, own or foreign
-    python train.py ... --compiled=FILE                 with what tools/compile_ahead.py saved
+    python train.py ... --config.init_from=DIR          starts from a trained model
+    python train.py ... --compiled=FILE                 runs the step of tools/compile_ahead.py
 
-The same command again resumes from the newest checkpoint, or says that the run is finished. Ctrl-C
-and SIGTERM save and end with status 0.
+The same command resumes from the newest checkpoint; if the run is finished, it says so. Ctrl-C and
+SIGTERM save a checkpoint and exit with status 0.
 
-Many processes train one model: TPU pods, SLURM and MPI are recognised; elsewhere each process gets
+Several processes can train one model. TPU pods, SLURM and MPI are recognised; elsewhere start each
+process with
 
     --coordinator_address=HOST:PORT --num_processes=N --process_id=I
 """
@@ -27,22 +28,22 @@ from retnet_jax.training.loop import train
 def main() -> None:
     """The program."""
     define_flags()
-    # Who has seen enough of a run ends it as with Ctrl-C, and it is saved.
+    # `train.py | head` stops the run as Ctrl-C does: it is saved.
     command_line.run(_main, when_output_ends=lambda: signal.raise_signal(signal.SIGINT))
 
 
 def define_flags() -> None:
-    """Not at import, so that a process can import this program along with others."""
+    """Defines the flags; not at import, so that a process can import several programs."""
     command_line.group("The run")
     command_line.define_config()
-    flags.DEFINE_string("workdir", None, "directory of the run, made if it does not exist")
+    flags.DEFINE_string("workdir", None, "directory of the run; created if it does not exist")
     flags.mark_flag_as_required("workdir")
-    flags.DEFINE_string("compiled", None, "step that tools/compile_ahead.py --save wrote")
+    flags.DEFINE_string("compiled", None, "compiled step from tools/compile_ahead.py --save=FILE")
     command_line.define_processes()
 
 
 def _main() -> int:
-    """Trains as the flags say; 1 after too many skipped steps or a last checkpoint that failed."""
+    """Trains; returns 1 if the run diverged or its last checkpoint could not be written."""
     given = flags.FLAGS
     config = command_line.given_config()
     processes.connect(
