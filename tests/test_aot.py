@@ -198,10 +198,8 @@ def test_the_memory_of_the_evaluation_is_reported(split):
     assert found.evaluation_peak_bytes < found.peak_bytes == found.needed_bytes
     larger = dataclasses.replace(found, evaluation_peak_bytes=3 * 2**30, memory_bytes=2**32)
     assert larger.needed_bytes == 3 * 2**30
-    assert re.search(
-        r"peak of an evaluation +3\.00\n  the larger peak is 75% of the device\'s 4\.0\n",
-        larger.text(),
-    )
+    expected = r"peak of an evaluation +3\.00\n  the larger peak is 75% of the device's 4\.0\n"
+    assert re.search(expected, larger.text())
     written = json.loads(json.dumps(found.as_dict()))
     for name in ("evaluation_peak_bytes", "evaluation_temporary_bytes", "needed_bytes"):
         assert written[name] == getattr(found, name)
@@ -231,7 +229,7 @@ def test_an_evaluation_that_does_not_fit_is_refused_with_numbers(split):
     with pytest.raises(
         DoesNotFitError,
         match=r"the evaluation during training does not fit in the memory of a cpu: it needs 12.0 "
-        r"GiB of 8.0 GiB. Less is needed with train.micro_batches=4 ",
+        r"GiB, more than its 8.0 GiB. It needs less with train.micro_batches=4 ",
     ):
         report(split)
 
@@ -275,7 +273,7 @@ def test_a_saved_step_trains_alike(config, uninterrupted, tmp_path, monkeypatch)
     with pytest.raises(ConfigError, match=r"holds another step than this one:\n  mesh: "):
         train(other, tmp_path / "other", step=saved(tmp_path / "step"))
     (tmp_path / "text").write_text("no program")
-    with pytest.raises(ConfigError, match="is no compiled step"):
+    with pytest.raises(ConfigError, match="is not a compiled step"):
         train(config, tmp_path / "other", step=saved(tmp_path / "text"))
     with pytest.raises(ConfigError, match="does not exist"):
         train(config, tmp_path / "other", step=saved(tmp_path / "nothing"))
@@ -344,7 +342,7 @@ def test_slices_exchange_over_the_network(tpus):
 
 def test_what_does_not_fit_is_refused_with_numbers(tpus):
     huge = dataclasses.replace(on_four(), model=ModelConfig(d_model=8192, n_layers=30, n_heads=32))
-    with pytest.raises(DoesNotFitError, match=r"needs [\d.]+ GiB of [\d.]+ GiB.*mesh.fsdp=4"):
+    with pytest.raises(DoesNotFitError, match=r"needs [\d.]+ GiB, more than its .*mesh.fsdp=4"):
         compile_step(huge, tpus)
 
 
@@ -368,7 +366,7 @@ def test_the_fastest_arrangements_first(tpus):
     [
         (["--topology=v9:2x2"], "--topology=v9:2x2 is not known to libtpu"),
         (["--topology=v5e:2x2", "--config.mesh.data=3"], "mesh.data=3"),
-        (["--topology=v5e:2x2", "--gpu=h200"], "give one of them"),
+        (["--topology=v5e:2x2", "--gpu=h200"], "give only one of them"),
         (["--gpu=gtx"], "--gpu=gtx is not one of h100, h200"),
     ],
 )

@@ -377,4 +377,4 @@ def test_preparation_from_anywhere_ends_at_sigterm_with_a_line(config, tmp_path)
         process.send_signal(signal.SIGTERM)
         _, rest = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert rest == "stopped; the same command does what is left to do\n"
+    assert rest == "stopped; the same command resumes the build\n"

@@ -72,9 +72,9 @@ def test_everything_that_is_wrong_is_named(run):
 
 
 def test_what_is_neither_is_said(tmp_path):
-    assert "name a run or a token store" in programs.run("tools/verify.py").stderr
+    assert "give a run or a token store" in programs.run("tools/verify.py").stderr
     done = verify(tmp_path)
     assert done.returncode == 2
-    assert f"{tmp_path} is no run (it has no config.json) and no token store" in done.stderr
+    assert f"{tmp_path} is neither a run (it has no config.json) nor a token store" in done.stderr
     done = programs.run("tools/verify.py", "a", "b")
     assert "'b' is not a flag" in done.stderr

@@ -182,7 +182,7 @@ def _seconds(config: Config, known: Chip, devices: int, again: float) -> float:
     # Parameters are gathered twice (forward, backward), and gradients scattered over `fsdp`; then
     # gradients are summed over `data`.
     sharded = 3 * train.micro_batches * parameters * (1 - 1 / mesh.fsdp)
-    # Over more than two dimensions of a three-dimensional torus XLA gathers by summing zero-padded parts.
+    # Over more than two dimensions of a 3D torus XLA gathers by summing zero-padded parts.
     if known.kind in ("TPU v4", "TPU v5", "TPU7x") and mesh.fsdp > devices ** (2 / 3) + 1:
         sharded *= 2
     copied = 4 * parameters / mesh.fsdp * (1 - 1 / mesh.data) * train.micro_batches
