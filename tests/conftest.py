@@ -71,3 +71,29 @@ def tpu_compiler():
             patch.delenv(name)
         topologies.prepare()
         yield
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory):
+    """A small training run; modules with other data have their own `config`."""
+    from training_runs import small_config
+
+    return small_config(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(config, tmp_path_factory):
+    """The workdir of the whole run of `config`, which tests copy before they change it."""
+    from retnet_jax.training.loop import train
+
+    workdir = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    assert train(config, workdir).status == "finished"
+    return workdir
+
+
+@pytest.fixture
+def config_file(config, tmp_path):
+    """`config` as a file for the command line."""
+    from training_runs import write_config
+
+    return write_config(config, tmp_path)

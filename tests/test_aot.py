@@ -11,8 +11,8 @@ import programs
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from test_train import config, metrics, uninterrupted
 from test_train_step import CONFIG
+from training_runs import metrics
 
 from retnet_jax.aot import evaluation, topologies
 from retnet_jax.aot import fit as search
@@ -36,8 +36,6 @@ from retnet_jax.parallel.mesh import make_mesh
 from retnet_jax.training import held_out_loss, loop
 from retnet_jax.training.loop import train
 from retnet_jax.training.step import abstract_state, make_step
-
-__all__ = ["config", "uninterrupted"]  # fixtures
 
 
 @pytest.fixture(scope="module")

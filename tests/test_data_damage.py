@@ -174,7 +174,7 @@ def test_documents_are_not_named_by_damaged_names(store):
         with pytest.raises(ConfigError, match=r"bytes 0 to 65,535 .* written, nor are the names"):
             open_store(store).train.document(0)
         damaged = [f"{store}/shards/00000/train.{name}" for name in ("names.jsonl", "tokens.npy")]
-        with pytest.raises(ConfigError, match=rf"2 files .* written, {', '.join(damaged)}; copy"):
+        with pytest.raises(ConfigError, match=rf"2 files .* written: {', '.join(damaged)}; copy"):
             check_files(open_store(store))
 
 
@@ -310,7 +310,7 @@ def test_a_build_of_another_format_says_who_can_finish_it(config, tmp_path):
     plan = store_builder._plan(config, 257, "") | {"format": 2}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     (tmp_path / "shards/00000").mkdir(parents=True)
-    with pytest.raises(ConfigError, match=r"in the format 2; this one writes 4: finish it with"):
+    with pytest.raises(ConfigError, match=r"in format 2; this one writes format 4: finish it with"):
         build_store(config, 257)
 
 
@@ -331,7 +331,7 @@ def test_a_run_ends_before_the_step_that_would_see_a_damaged_block(config, store
     run = Config(
         model=ModelConfig(vocab_size=257, d_model=16, n_layers=1, n_heads=2),
         data=config,
-        # Those of test_train.py, whose programs are in the cache.
+        # Those of conftest.py, whose programs are in the cache.
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2, epsilon=1e-3),
         train=TrainConfig(steps=10, batch_size=8, seed=seed, log_every=1),
     )

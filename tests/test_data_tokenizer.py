@@ -139,5 +139,5 @@ def test_sizes_that_cannot_be_are_named():
 @pytest.mark.parametrize("contents", ["", "{}", '{"type": "unigram"}'])
 def test_another_file_is_named(tmp_path, contents):
     (tmp_path / "tokenizer.json").write_text(contents)
-    with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer"):
         load_tokenizer(tmp_path)

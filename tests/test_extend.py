@@ -355,7 +355,7 @@ def test_what_is_wrong_is_named(wrong, tmp_path, config, message):
     ("name", "message"),
     [
         ("too_few", r"for the \d+ tokens of '.*' it returned float32\[\d+\]"),
-        ("negative", "none less than 0"),
+        ("negative", "a finite number of at least 0 for each"),
         ("nothing", "is 0 for every token of the first .* nothing would be trained"),
     ],
 )

@@ -7,12 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_train import config, config_file, latest_step
+from training_runs import latest_step
 
 from retnet_jax.parallel import processes
 from retnet_jax.programs import command_line
-
-__all__ = ["config", "config_file"]  # fixtures
 
 ROOT = Path(__file__).parent.parent
 PROGRAM = """

@@ -171,7 +171,7 @@ def test_what_does_not_fit_is_named(directory, tmp_path):
     ):
         read_pretrained(tmp_path / "x")
     (tmp_path / "x/tokenizer.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"tokenizer.json is no tokenizer"):
+    with pytest.raises(ConfigError, match=r"tokenizer.json is not a tokenizer"):
         read_pretrained(tmp_path / "x")
     with pytest.raises(ConfigError, match=r"nowhere/config.json does not exist"):
         load_pretrained(tmp_path / "nowhere")

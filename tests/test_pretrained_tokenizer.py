@@ -249,7 +249,7 @@ def test_what_is_missing_or_damaged_is_named(tmp_path, monkeypatch):
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "tokenizer.model").write_bytes(b"nothing")
     if "sentencepiece" in sys.modules:
-        with pytest.raises(ValueError, match=r"tokenizer.model is no SentencePiece model"):
+        with pytest.raises(ValueError, match=r"tokenizer.model is not a SentencePiece model"):
             load_tokenizer(tmp_path)
         (tmp_path / "tokenizer.model").write_bytes(b"")
         with pytest.raises(ValueError, match=r"tokenizer.model is empty"):
@@ -263,7 +263,9 @@ def test_ranks_of_something_else_are_refused(tmp_path):
     pytest.importorskip("tiktoken")
     for contents in (b"not base64 at all", b"YQ== 0\n"):
         (tmp_path / "cl100k_base.tiktoken").write_bytes(contents)
-        with pytest.raises(ValueError, match=r"cl100k_base.tiktoken holds no tokens and ranks"):
+        with pytest.raises(
+            ValueError, match=r"cl100k_base.tiktoken does not have tokens and ranks"
+        ):
             load_tokenizer(tmp_path)
 
 

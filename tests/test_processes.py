@@ -14,13 +14,11 @@ from pathlib import Path
 
 import programs
 import pytest
-from test_train import STEPS, config, config_file, latest_step, metrics, uninterrupted
+from training_runs import STEPS, latest_step, metrics
 
 from retnet_jax.errors import ConfigError
 from retnet_jax.parallel import processes, rendezvous
 from retnet_jax.training.loop import train
-
-__all__ = ["config", "config_file", "uninterrupted"]  # fixtures
 
 ROOT = Path(__file__).parent.parent
 DEVICES = 8  # in all, as in the tests' own process

@@ -1,10 +1,10 @@
 """Text to token ids and back.
 
 base.py         the interface, and the names of a tokenizer's files
-byte_level.py   bytes, and byte-level BPE trained here
+byte_level.py   bytes, and byte-level BPE trained by this project
 pretrained.py   tokenizers of other models
-loading.py      the tokenizer in a directory, of any kind
-text_stream.py  text in parts
+loading.py      loads a tokenizer of any kind from a directory
+text_stream.py  decodes and encodes text in parts
 """
 
 from retnet_jax.data.tokenizers.base import SAVED_FILES, TOKENIZER_FILES, Tokenizer

@@ -1,4 +1,4 @@
-"""Tokenizers without loss: the bytes of a text, and byte-level BPE that is trained here."""
+"""Lossless tokenizers: the bytes of a text, and byte-level BPE trained by this project."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BOS = "<bos>"
 
 
 class ByteTokenizer(Tokenizer):
-    """Ids 0 to 255 are the bytes of the text's UTF-8; 256 is BOS."""
+    """Ids 0 to 255 are the UTF-8 bytes of the text; 256 is BOS."""
 
     vocab_size = 257
     bos_id = end_id = 256
@@ -34,13 +34,13 @@ class BPETokenizer(Tokenizer):
     """A byte-level BPE in the format of Hugging Face's `tokenizers`.
 
     Args:
-      serialised: the contents of a `tokenizer.json` with byte-level pieces and a `<bos>` token.
+      serialised: Contents of a `tokenizer.json` with byte-level pieces and a `<bos>` token.
     """
 
     def __init__(self, serialised: str):
         self.files = {FILE_NAME: serialised.encode()}
         self._bpe = hugging_face().Tokenizer.from_str(serialised)
-        # "<bos>" inside a text is five characters, never the BOS id. The file cannot say this.
+        # "<bos>" inside a text is five characters, never the BOS id. The file cannot store this.
         self._bpe.encode_special_tokens = True
         self.vocab_size = self._bpe.get_vocab_size()
         self.bos_id = self.end_id = self._bpe.token_to_id(BOS)
@@ -63,7 +63,7 @@ class BPETokenizer(Tokenizer):
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
-    """A byte-level BPE of exactly `vocab_size` tokens: `<bos>` (id 0), the 256 bytes, and merges.
+    """Trains a byte-level BPE of `vocab_size` tokens: `<bos>` (id 0), the 256 bytes, and merges.
 
     The same texts in the same order give the same tokenizer.
 
@@ -95,9 +95,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """Byte-level BPE writes bytes as characters: printable Latin-1 as itself, the rest from U+0100.
+    """The byte that each character of byte-level BPE stands for.
 
-    So in the order of characters the printable bytes come first, then all others, each in turn.
+    Printable Latin-1 bytes are written as themselves, the others as characters from U+0100 on. So
+    in the order of characters the printable bytes come first, then the others, both ascending.
     """
     characters = sorted(hugging_face().pre_tokenizers.ByteLevel.alphabet())
     printable = [ord(character) for character in characters if ord(character) < 256]

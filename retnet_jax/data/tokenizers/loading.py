@@ -1,6 +1,6 @@
-"""Finds out what kind of tokenizer a directory holds, and which ids open and end a text.
+"""Loads the tokenizer of a directory, of any kind, and finds the ids that open and end a text.
 
-The special ids are named beside the tokenizer's file, in any of several places.
+These ids may be in any of several files beside the tokenizer's.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from retnet_jax.data.tokenizers.pretrained import (
 )
 from retnet_jax.files import paths as files
 
-_OLD_NAMES = ("vocab.json", "merges.txt")  # of GPT-2 and its like, before tokenizer.json
+_OLD_NAMES = ("vocab.json", "merges.txt")  # GPT-2 and similar models, before tokenizer.json
 _FILES_READ = (
     *TOKENIZER_FILES,
     *_OLD_NAMES,
@@ -43,11 +43,11 @@ _FILES_READ = (
 
 
 def load_tokenizer(directory: files.AnyPath) -> Tokenizer:
-    """The tokenizer in a directory or at a URL: one that `save` wrote, or that came with a model.
+    """The tokenizer in a directory or at a URL, from `Tokenizer.save` or of another model.
 
     Raises:
-      FileNotFoundError: if there is none.
-      ValueError: if its file is damaged, or nothing says which ids open and end a text.
+      FileNotFoundError: if there is no tokenizer.
+      ValueError: if its file is damaged, or no file names the ids that open and end a text.
     """
     if files.is_remote(directory):
         with tempfile.TemporaryDirectory() as local:
@@ -75,7 +75,7 @@ def _no_tokenizer(directory: files.AnyPath) -> str:
 
 
 def has_tokenizer(directory: files.AnyPath) -> bool:
-    """Whether `load_tokenizer` would find a file."""
+    """Whether a directory has the file of a tokenizer."""
     directory = files.expanded(directory)
     old = all(files.exists(f"{directory}/{name}") for name in _OLD_NAMES)
     return old or any(files.exists(f"{directory}/{name}") for name in TOKENIZER_FILES)
@@ -90,8 +90,8 @@ def _load_json(directory: Path) -> Tokenizer:
         serialised = contents.decode()
         found = hugging_face().Tokenizer.from_str(serialised)
         ours = _may_be_ours(json.loads(serialised))
-    except Exception as error:  # `tokenizers` raises nothing narrower
-        raise ValueError(f"{path} is no tokenizer: {error}") from error
+    except Exception as error:  # `tokenizers` raises no narrower class
+        raise ValueError(f"{path} is not a tokenizer: {error}") from error
     special = _special_ids(directory, found.token_to_id, found.id_to_token, required=not ours)
     bos = found.token_to_id(BOS)
     if ours and special in (None, (bos, (bos,))) and not (directory / CONFIG_NAME).exists():
@@ -113,8 +113,8 @@ def _load_vocabulary(directory: Path) -> Tokenizer:
     library = hugging_face()
     try:
         model = library.models.BPE.from_file(*(str(directory / name) for name in _OLD_NAMES))
-    except Exception as error:  # `tokenizers` raises nothing narrower
-        raise ValueError(f"{directory / _OLD_NAMES[0]} is no vocabulary: {error}") from error
+    except Exception as error:  # `tokenizers` raises no narrower class
+        raise ValueError(f"{directory / _OLD_NAMES[0]} is not a vocabulary: {error}") from error
     bpe = library.Tokenizer(model)
     alphabet = library.pre_tokenizers.ByteLevel.alphabet()
     if any(bpe.token_to_id(character) is None for character in alphabet):
@@ -135,8 +135,8 @@ def _load_sentencepiece(directory: Path) -> Tokenizer:
     try:
         model = package.SentencePieceProcessor(model_proto=contents)
     except RuntimeError as error:
-        raise ValueError(f"{path} is no SentencePiece model: {error}") from error
-    if not contents:  # which the library takes for no argument
+        raise ValueError(f"{path} is not a SentencePiece model: {error}") from error
+    if not contents:  # the library takes empty contents for a missing argument
         raise ValueError(f"{path} is empty")
 
     added = _added_tokens(directory, model.get_piece_size())
@@ -156,12 +156,12 @@ def _load_sentencepiece(directory: Path) -> Tokenizer:
 
 
 def _added_tokens(directory: Path, pieces: int) -> dict[str, int]:
-    """The tokens behind those of a SentencePiece model, by their text.
+    """The ids of tokens added after those of a SentencePiece model, by token.
 
     They are in added_tokens.json and, since 2023, in tokenizer_config.json.
 
     Raises:
-      ValueError: for an id that is no number, or which two of them have.
+      ValueError: if an id is not a number, or two tokens have the same id.
     """
     path = directory / ADDED_NAME
     found = dict(_values(path))
@@ -170,10 +170,10 @@ def _added_tokens(directory: Path, pieces: int) -> dict[str, int]:
         found.setdefault(token["content"], int(number))
     for token, number in found.items():
         if not isinstance(number, int) or number < 0:
-            raise ValueError(f"{path}: the id of {token!r} is {number!r}, no number from 0 on")
+            raise ValueError(f"{path}: the id of {token!r} is {number!r}, not a number from 0 on")
     behind = {token: number for token, number in found.items() if number >= pieces}
     if len(set(behind.values())) < len(behind):
-        raise ValueError(f"{path}: two tokens have one id, of {behind}")
+        raise ValueError(f"{path}: two of the tokens have the same id: {behind}")
     return behind
 
 
@@ -184,13 +184,13 @@ def _special_ids(
     own: dict[str, int] | None = None,
     required: bool = True,
 ) -> tuple[int, tuple[int, ...]] | None:
-    """The id that opens a text and those that end one; where only one is known, it does both.
+    """The id that opens a text, and the ids that end one. If only one is known, it does both.
 
-    They are looked for as tokens in tokenizer_config.json and special_tokens_map.json, in the
-    tokenizer itself, and as ids in config.json and generation_config.json; the first counts. Where
-    one of these files has several ids that end a text, all of them do.
+    They are searched as tokens in tokenizer_config.json and special_tokens_map.json, then in the
+    tokenizer itself, then as ids in config.json and generation_config.json; the first found is
+    used. If one of these files has several ids that end a text, all of them do.
 
-    None, where nothing is known and it is not `required`.
+    Returns None if no id is known and it is not `required`.
     """
 
     def ids(name: str, key: str) -> list[int]:
@@ -199,7 +199,9 @@ def _special_ids(
         numbers = [x for x in numbers if isinstance(x, int) and not isinstance(x, bool)]
         for number in numbers:
             if token_of(number) is None:
-                raise ValueError(f"{directory / name}: {key}={number} is no id of the tokenizer")
+                raise ValueError(
+                    f"{directory / name}: {key}={number} is not an id of the tokenizer"
+                )
         return numbers
 
     def found(kind: str) -> int | None:
@@ -220,7 +222,7 @@ def _special_ids(
         if not required:
             return None
         raise ValueError(
-            f"nothing in {directory} says which token opens or ends a text; write it to "
+            f"no file in {directory} names the token that opens or ends a text; add it to "
             f'{directory / CONFIG_NAME}, such as {{"bos_token": "<s>", "eos_token": "</s>"}}'
         )
     ends = [bos if end is None else end]

@@ -1,7 +1,7 @@
-"""Tokenizers of other models: of Hugging Face (tokenizer.json), SentencePiece, and tiktoken.
+"""Tokenizers of other models: Hugging Face (tokenizer.json), SentencePiece, and tiktoken.
 
-Such a tokenizer may be lossy: what its normaliser changes, spaces at the ends above all, does not
-come back.
+Such a tokenizer may be lossy: changes by its normaliser, mostly of spaces at the ends, are not
+undone by decoding.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class HuggingFaceTokenizer(Tokenizer):
     """Any tokenizer of the `tokenizers` library.
 
     Args:
-      serialised: the contents of its tokenizer.json.
-      bos_id: opens every document.
-      end_ids: end a generated text; the first is the `end_id`.
+      serialised: Contents of its tokenizer.json.
+      bos_id: Id that opens every document.
+      end_ids: Ids that end a generated text; the first is the `end_id`.
     """
 
     def __init__(self, serialised: str, bos_id: int, end_ids: Sequence[int]):
@@ -43,7 +43,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.bos_id, self.end_ids = bos_id, tuple(end_ids)
         self.end_id = self.end_ids[0]
         self._special = {bos_id, *end_ids}
-        # A token that the file has not marked as special would be found in texts.
+        # Otherwise text would be encoded to these tokens if the file does not mark them as special.
         token_of = self._tokenizer.id_to_token
         self._tokenizer.add_special_tokens([token_of(i) for i in (bos_id, *self.end_ids)])
         self._tokenizer.encode_special_tokens = True
@@ -65,9 +65,9 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._tokenizer.decode(ids)
 
     def _whole_characters(self, ids: Sequence[int]) -> list[str]:
-        """Tokens without those that `decode` leaves out; torn characters as U+FFFD.
+        """The tokens that `decode` shows, with bytes of incomplete characters as U+FFFD.
 
-        The library makes U+FFFD of all bytes in a row, whole characters too, where one is torn.
+        The library itself replaces a whole run of bytes by U+FFFD if one character is incomplete.
         """
         tokens = []
         for is_bytes, run in itertools.groupby(ids, self._byte_of.__contains__):
@@ -103,12 +103,12 @@ class HuggingFaceTokenizer(Tokenizer):
         token = self._tokenizer.id_to_token(number)
         if number in (self.bos_id, self.end_id) or number not in self._special_ids:
             return token
-        # Special tokens are not looked for in texts, but a vocabulary may have them as words.
+        # Special tokens are not searched in texts, but a vocabulary may have them as words too.
         return token if number in self.encode(token) else None
 
 
 def _byte_tokens(tokenizer, serialised: str) -> dict[int, int]:
-    """The byte of each token such as <0xE3>, where the decoder makes characters of them."""
+    """The byte of each token such as <0xE3>, if the decoder combines them to characters."""
     if "ByteFallback" not in json.dumps(json.loads(serialised).get("decoder")):
         return {}
     ids = {tokenizer.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
@@ -119,10 +119,10 @@ class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model, and tokens that were added to it.
 
     Args:
-      serialised: the contents of its tokenizer.model.
-      bos_id: opens every document.
-      end_ids: end a generated text; the first is the `end_id`.
-      added: ids of tokens that the model does not have. No text is encoded to one.
+      serialised: Contents of its tokenizer.model.
+      bos_id: Id that opens every document.
+      end_ids: Ids that end a generated text; the first is the `end_id`.
+      added: Ids of added tokens. No text is encoded to them.
     """
 
     def __init__(
@@ -172,11 +172,11 @@ class Cl100kTokenizer(Tokenizer):
     """tiktoken's cl100k_base, the vocabulary of arXiv 2307.08621; `<|endoftext|>` is its BOS.
 
     Args:
-      ranks: the contents of cl100k_base.tiktoken: a token in base64 and its id a line.
+      ranks: Contents of cl100k_base.tiktoken: on each line a token in base64 and its id.
 
     Raises:
-      ValueError: if they are something else.
-      ConfigError: if the package tiktoken is not there.
+      ValueError: if the contents have another format.
+      ConfigError: if the package tiktoken is missing.
     """
 
     vocab_size = 100_277
@@ -208,7 +208,7 @@ class Cl100kTokenizer(Tokenizer):
             if not {bytes([byte]) for byte in range(256)} <= merges.keys():
                 raise ValueError("it lacks some of the 256 bytes")
         except ValueError as error:
-            raise ValueError(f"{TIKTOKEN_NAME} holds no tokens and ranks: {error}") from error
+            raise ValueError(f"{TIKTOKEN_NAME} does not have tokens and ranks: {error}") from error
         self.files = {TIKTOKEN_NAME: ranks}
         self._encoding = tiktoken.Encoding(
             "cl100k_base",
@@ -236,7 +236,7 @@ class Cl100kTokenizer(Tokenizer):
 
 
 def _special_tokens(token_of: Callable[[int], str], bos_id: int, end_ids: Sequence[int]) -> bytes:
-    """The tokenizer_config.json that names the special tokens; several ends as ids as well."""
+    """A tokenizer_config.json with the special tokens; several ids that end a text are listed."""
     values = {"bos_token": token_of(bos_id), "eos_token": token_of(end_ids[0])}
     if len(end_ids) > 1:
         values["eos_token_id"] = list(end_ids)

@@ -1,4 +1,4 @@
-"""Text in parts: tokens that are decoded as they come, and long texts that are encoded in parts."""
+"""Decodes tokens as they are generated, and cuts long texts into parts for encoding."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from retnet_jax.data.tokenizers.base import Tokenizer
 
 
 class TextStream:
-    """The text of tokens that come piece by piece.
+    """The text of tokens that arrive in pieces.
 
-    Together the pieces are what `decode(before + new)` has more than `decode(before)`. A character
-    that is split over several tokens comes with the last of them, also where it began in `before`.
-    The text of a token can depend on the one before it, so the last few tokens are decoded again.
+    All returned texts together are what `decode(before + new)` adds to `decode(before)`. A
+    character that is split over several tokens is returned with the last of them, even if it began
+    in `before`. The text of a token can depend on the token before it, so the last few tokens are
+    decoded again.
 
     Args:
-      tokenizer: what the ids are of.
-      before: ids in front of the first piece; their text is not given again.
+      tokenizer: Tokenizer of the ids.
+      before: Ids before the first piece; their text is not returned.
 
     Attributes:
-      context: how many tokens are decoded again with the ones after them.
+      context: Number of tokens that are decoded again with the tokens after them.
     """
 
     context = 16
@@ -29,7 +30,7 @@ class TextStream:
         self._ids, self._given = self._last(before)
 
     def add(self, ids: list[int]) -> str:
-        """The text that these further ids complete."""
+        """The text that is completed by more ids."""
         self._ids += ids
         text = self._tokenizer.decode(self._ids)
         certain = _without_torn_end(text)
@@ -50,12 +51,12 @@ class TextStream:
         return other
 
     def rest(self) -> str:
-        """The text that was held back, for when no more ids come."""
+        """The text that is still held back, when there are no more ids."""
         text = self._tokenizer.decode(self._ids)
         return text[_common(self._given, text) :]
 
     def _last(self, ids: Sequence[int]) -> tuple[list[int], str]:
-        """The last ids and their text, which is not empty unless that of all of them is."""
+        """The last ids and their text; enough ids that it is not empty, unless all text is."""
         count = self.context
         while True:
             last = list(ids)[-count:]
@@ -65,18 +66,18 @@ class TextStream:
             count *= 2
 
 
-# A character of UTF-8 has at most four bytes; of one that is not complete three can be there.
+# A UTF-8 character has at most four bytes, so an incomplete one has at most three.
 _TORN = 3
 
 
 def _without_torn_end(text: str) -> str:
-    """The text without what may be the beginning of a character."""
+    """The text without an incomplete character at its end."""
     whole = text.rstrip("\ufffd")
     return text[: max(len(whole), len(text) - _TORN)]
 
 
 def _common(a: str, b: str) -> int:
-    """How many characters two texts begin with alike."""
+    """The length of the common beginning of two texts."""
     pairs = enumerate(zip(a, b, strict=False))
     return next((n for n, (x, y) in pairs if x != y), min(len(a), len(b)))
 
@@ -84,9 +85,10 @@ def _common(a: str, b: str) -> int:
 def text_parts(text: str, most: int) -> Iterator[str]:
     """A text in parts of at most `most` characters, in order.
 
-    It is cut in front of a space between two words, where byte-level BPE and cl100k_base cut too,
-    so the tokens of the parts are those of the whole; but where half of `most` has no such place,
-    anywhere. A tokenizer that puts a space in front of each text puts one in front of each part.
+    The text is cut before a space between two words, where byte-level BPE and cl100k_base cut too,
+    so the parts have the same tokens as the whole. If there is no such place in half of `most`
+    characters, it is cut anywhere. A tokenizer that adds a space before a text adds one before each
+    part.
     """
     start = 0
     while len(text) - start > most:
