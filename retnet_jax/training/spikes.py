@@ -14,11 +14,10 @@ from retnet_jax.shapes import Array, Bool, Float, Int
 
 _KEPT = 0.98  # of a running mean with each step: about the last 50 count
 _FIRST_JUDGED = 50  # steps that are taken whatever they are, as long as they are finite
-# Least deviations: of the loss in nats, of the norm's logarithm. Large gradient norms occur at
-# ordinary losses: with 0.1 for the norm a step of the quickstart was skipped at a loss of 3.74 and
-# a norm of 3.9. Clipping bounds such steps; with 0.5 only a norm of 150 times its mean, which is 10
-# deviations, is skipped, and no step of the quickstart is (1,900 steps, one seed).
-_LEAST_DEVIATION = (0.02, 0.5)
+# What counts as one deviation, at least and at most: of the loss in nats, of the norm's logarithm.
+# See `judge`.
+_LEAST_DEVIATION = (0.02, 0.229)
+_MOST_DEVIATION = (0.25, 0.229)
 
 
 class UsualStep(NamedTuple):
@@ -45,18 +44,29 @@ def judge(
 ) -> tuple[Bool[Array, ""], UsualStep]:
     """Whether a step is to be taken, and the statistics after it.
 
+    A step that is not finite is skipped. So is, after the first 50 steps, one whose loss or
+    gradient norm exceeds its running mean by more than `deviations` deviations. With 10 deviations:
+
+    - A loss 3 nats above its mean is always skipped: a deviation counts as at most 0.25 nats,
+      however much the loss varies from batch to batch. It counts as at least 0.02 nats, because a
+      large batch has so little noise that ordinary losses would be many deviations away.
+    - A gradient norm of 10 times its mean is always skipped, and none below 9.8 times. A deviation
+      of its logarithm is always 0.229: the measured one says nothing of the ordinary batches, a few
+      in 1,000, whose norm is 2 to 4 times the mean.
+
     Args:
       usual: statistics of the steps before.
       loss: of this one.
       norm: of its gradient.
-      deviations: skip the step if either exceeds its mean by this many standard deviations; 0: only
-        one that is not finite.
+      deviations: `train.spike_deviations`; 0: skip only what is not finite.
       finite: whether the parameters after it are.
     """
     seen = jnp.stack([loss, jnp.log(norm)]).astype(jnp.float32)
     good = finite & jnp.isfinite(loss) & jnp.isfinite(norm)
     if deviations:
-        deviation = jnp.maximum(jnp.sqrt(usual.variance), jnp.array(_LEAST_DEVIATION))
+        deviation = jnp.clip(
+            jnp.sqrt(usual.variance), jnp.array(_LEAST_DEVIATION), jnp.array(_MOST_DEVIATION)
+        )
         high = (seen > usual.mean + deviations * deviation).any()
         good &= ~(high & (usual.count >= _FIRST_JUDGED))
     # In the beginning the mean of all; the variance is around the mean before.
