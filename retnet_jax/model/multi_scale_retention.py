@@ -8,7 +8,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from retnet_jax.config import ModelConfig
-from retnet_jax.model.layers import Linear, RMSNorm, project, split_heads
+from retnet_jax.model.layers import Linear, Projections, RMSNorm, split_heads
 from retnet_jax.ops.gated_norm import gated_norm
 from retnet_jax.ops.retention import (
     SplitDocuments,
@@ -21,52 +21,60 @@ from retnet_jax.ops.retention import (
     split_documents,
 )
 from retnet_jax.ops.rotation import Rotation, rotate, rotation
-from retnet_jax.shapes import Array, Float, Int
+from retnet_jax.shapes import (
+    Activations,
+    Array,
+    Float,
+    Int,
+    LogDecay,
+    RetentionMatrix,
+    SegmentIds,
+)
 
 
 class RetentionState(NamedTuple):
-    """What a RetNet remembers: as many numbers after ten tokens as after a million."""
+    """The state of a RetNet: it has the same size after ten tokens as after a million."""
 
-    # S of each layer; None: nothing read yet; a tuple: of a model for decoding
+    # S of each layer; None: nothing was read; a tuple: of a model for decoding
     layers: Float[Array, "n b h k v"] | tuple[Float[Array, "b h v k"], ...] | None
-    position: Int[Array, " b"]  # of the next token in its document
+    position: Int[Array, " b"]  # position of the next token in its document
 
     def take(self, rows: Int[Array, " r"]) -> "RetentionState":
-        """The states of some rows; one may be taken several times."""
+        """The states of some rows; a row may occur several times."""
         layers = jax.tree.map(lambda x: x[..., rows, :, :, :], self.layers)
         return RetentionState(layers, self.position[rows])
 
     def put(self, rows: Int[Array, " r"], state: "RetentionState") -> "RetentionState":
-        """With another state's rows at places `rows`."""
+        """This state with the rows `rows` replaced by those of another state."""
         layers = jax.tree.map(
             lambda x, new: x.at[..., rows, :, :, :].set(new), self.layers, state.layers
         )
         return RetentionState(layers, self.position.at[rows].set(state.position))
 
     def with_room(self, tokens: int) -> "RetentionState":
-        """A cache would get slots for so many more tokens; this state has one size."""
+        """This state, whose size is fixed; a `KVCache` gets slots for `tokens` more tokens."""
         return self
 
     def with_capacity(self, tokens: int) -> "RetentionState":
-        """A cache would get slots for so many tokens in all."""
+        """This state, whose size is fixed; a `KVCache` gets at least `tokens` slots."""
         return self
 
 
 class RetentionContext(NamedTuple):
-    """What all layers share, functions of positions and documents alone; and where these end."""
+    """Arrays that all layers share: they depend only on positions and documents."""
 
     turn: Rotation
-    log_decay: Float[Array, " h"]
+    log_decay: LogDecay
     row_scale: Float[Array, "b t h"] | None  # None: outputs are not scaled by position
     documents: SplitDocuments | None  # None: each row is one document
-    position: Int[Array, " b"]  # of the token after the batch
+    position: Int[Array, " b"]  # position of the token after the batch
 
     def state(self, layers) -> RetentionState:
         """The state after the batch, from that of each layer."""
         return RetentionState(layers, self.position)
 
 
-class MultiScaleRetention(nnx.Module):
+class MultiScaleRetention(Projections):
     """Retention with its projections, normalisers and gate."""
 
     inputs = ("q", "k", "v", "gate")  # the Linears that are applied to the input
@@ -86,14 +94,14 @@ class MultiScaleRetention(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "b t d"],
-        state: Float[Array, "b h k v"] | None,
+        x: Activations,
+        state: RetentionMatrix | None,
         context: RetentionContext,
         form: str,
-    ) -> tuple[Float[Array, "b t d"], Float[Array, "b h k v"]]:
+    ) -> tuple[Activations, RetentionMatrix]:
         config = self.config
-        q, k, v, gate = project(self, self.inputs, x)
-        q, k, v, gate = (split_heads(y, config.n_heads) for y in (q, k, v, gate))
+        q, k, v, gate = self.project(x)
+        q, k, v, gate = (split_heads(y, config.n_heads) for y in (q, k, v, gate))  # [b t h k or v]
         scale = q.shape[-1] ** -0.5
         q_scale, k_scale = (scale, 1.0) if config.rotation == "rope" else (1.0, scale)
         q = rotate(q, context.turn, config.rotation, q_scale)
@@ -109,7 +117,8 @@ class MultiScaleRetention(nnx.Module):
             chunk_size=config.chunk_size if form == "chunkwise" else None,
             finite_decay=True,
         )
-        # Named as matrix products have it: to keep [b t h v], a TPU copies it.
+        # The stored activation is [b t (h v)], as matrix products take it: a TPU would copy y to
+        # store [b t h v].
         y = checkpoint_name(y.reshape(*x.shape[:2], -1), "retention").reshape(y.shape)
         if config.score_clamp is not None:
             y = y * self._score_scale(q, k, state, context, form)[..., None]
@@ -124,8 +133,8 @@ class MultiScaleRetention(nnx.Module):
     def _score_scale(self, q, k, state, context, form) -> Float[Array, "b t h"]:
         if form != "parallel" or state is not None:
             raise ValueError(
-                f"score_clamp={self.config.score_clamp!r} is a function of all scores of a "
-                f"document, which only form='parallel' without a state has, not form={form!r} "
+                f"score_clamp={self.config.score_clamp!r} needs all scores of a document, which "
+                f"only form='parallel' without a state computes, not form={form!r} "
                 f"with{'out' if state is None else ''} a state; set score_clamp=None"
             )
         return score_clamp(
@@ -141,9 +150,9 @@ class MultiScaleRetention(nnx.Module):
     def implementation(
         config: ModelConfig, shape: tuple[int, int], one_document: bool = False
     ) -> str:
-        """Which implementation a batch of tokens [b t] is trained with, in a sentence.
+        """The implementation that training uses for a batch of tokens [b t], as a sentence.
 
-        Documents make no difference to retention. To be called with the mesh set.
+        To be called with the mesh set. `one_document` makes no difference here.
         """
         heads = config.n_heads
         q, v = (
@@ -154,7 +163,7 @@ class MultiScaleRetention(nnx.Module):
 
     @staticmethod
     def init_state(config: ModelConfig, batch_size: int, capacity: int) -> RetentionState:
-        """The state of a model that has read nothing; it is of one size for any capacity."""
+        """The state of a model that has read nothing; its size does not depend on `capacity`."""
         heads = config.n_heads
         widths = (config.q_width // heads, config.v_width // heads)
         return RetentionState(
@@ -167,7 +176,7 @@ class MultiScaleRetention(nnx.Module):
         config: ModelConfig,
         state: RetentionState | None,
         shape: tuple[int, int],
-        segment_ids: Int[Array, "b t"] | None,
+        segment_ids: SegmentIds | None,
     ) -> tuple[RetentionContext, Any]:
         """The context of a batch of tokens [b t], and the state of each layer before them."""
         fresh = state is None
