@@ -1,4 +1,4 @@
-"""Array types for signatures, and names for those that occur everywhere.
+"""Array types for signatures, and names for the common ones.
 
 `Float[Array, "b t d"]` lists the dimensions of an array. The tests, which install jaxtyping and
 beartype, check them; where jaxtyping is missing the types are plain arrays, so a model runs without

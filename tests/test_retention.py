@@ -389,8 +389,8 @@ def test_the_slowest_decays_round_to_no_decay(rule, heads, decay_range):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("segments", [None, SEGMENTS["padding inside"]])
-def test_without_memory_a_token_sees_itself_alone(form, segments):
-    """Log gamma of -inf: gamma^0 is 1, all else 0; gradients are those of that function."""
+def test_without_memory_a_token_sees_only_itself(form, segments):
+    """Log gamma of -inf: gamma^0 is 1, all other powers are 0; with the gradients of that."""
     (q, k, v), decay, state = inputs()
     decay = jnp.full_like(decay, -jnp.inf)
 

@@ -50,7 +50,7 @@ class KVCache(NamedTuple):
         return KVCache(layers, self.visible[rows], self.length[rows], self.position[rows])
 
     def put(self, rows: Int[Array, " r"], cache: "KVCache") -> "KVCache":
-        """This cache with the rows `rows` replaced by those of another cache with equal slots."""
+        """This cache with the rows `rows` replaced by those of a cache with equally many slots."""
         layers = jax.tree.map(
             lambda x, new: x.at[..., rows, :, :, :].set(new), self.layers, cache.layers
         )

@@ -36,7 +36,7 @@ def decayed_scores(
     """gamma^(l-m) q_l k_m of the tokens of each chunk, 0 where l does not see m; bfloat16."""
     b, _, h, width = q.shape
     n_chunks = chunks.count.shape[1]
-    codes = jnp.where(chunks.real, chunks.index + 1, 0)  # of documents, from 1; 0 for padding
+    codes = jnp.where(chunks.real, chunks.index + 1, 0)  # numbers of documents, from 1; 0: padding
     n_tiles = pl.cdiv(width, TILE)
     stages = min(MOST_STAGES, n_tiles)
 

@@ -279,7 +279,7 @@ class _Computing(NamedTuple):
     warpgroup: Array
     group: Array
     half: Array
-    rows: object  # of T, and columns of y
+    rows: object  # rows of T and columns of y
 
     @staticmethod
     def of(arrays: _Arrays, shared: _Shared, work: _Work, warpgroup) -> "_Computing":
