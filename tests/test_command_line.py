@@ -24,7 +24,7 @@ def test_shares_of_a_mixture(text, shares):
 
 @pytest.mark.parametrize("text", ["data/pile", "data/pile:x", ":0.5", "data/a:1,"])
 def test_shares_that_are_none_are_named(text):
-    with pytest.raises(ValueError, match=r"is no store and share, such as data/pile:0.6"):
+    with pytest.raises(ValueError, match=r"expected STORE:SHARE such as data/pile:0.6, got"):
         shares_from_text(text)
 
 

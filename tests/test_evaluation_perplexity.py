@@ -379,7 +379,7 @@ def test_a_store_with_another_tokenizer(workdir, tmp_path):
     [
         ([], "Exactly one of (workdir, checkpoint)"),
         (["--workdir=a", "--checkpoint=b"], "Exactly one of (workdir, checkpoint)"),
-        (["--checkpoint=b"], "--checkpoint is evaluated on --data"),
+        (["--checkpoint=b"], "--checkpoint needs --data"),
     ],
 )
 def test_command_lines_that_say_too_much_or_too_little(arguments, message):

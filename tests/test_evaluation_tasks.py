@@ -437,10 +437,10 @@ def test_the_program_runs_the_suite_and_loads_no_foreign_library(runs, tmp_path)
 COMMAND_LINES = [
     (["--tasks=mmlu"], "--tasks: 'mmlu' is none of hellaswag"),
     (["--suite=all"], "--suite: 'all' is none of perplexity"),
-    (["--shots=few", "--suite=tasks"], "--shots=few: numbers of 0 or more"),
+    (["--shots=few", "--suite=tasks"], "--shots=few: each must be an integer >= 0"),
     (["--suite=tasks"], "the tasks need --data: a directory with TASK/SPLIT.jsonl"),
-    (["--data=a*.txt", "--data=b*.txt"], "--data names of text files more than one"),
-    ([f"--data={ROWS}"], "is a place for tasks' rows, which --suite=perplexity does not use"),
+    (["--data=a*.txt", "--data=b*.txt"], "--data names more than one set of text files"),
+    ([f"--data={ROWS}"], "gives the rows of tasks, but --suite=perplexity has no tasks"),
     (["--suite=tasks", "--data=no/such"], "--data=no/such is no directory; the tasks need one"),
     (["--stride=4"], "--stride has no effect with --suite=perplexity and --protocol=window,"),
     (["--trials=4"], "--trials has no effect"),

@@ -332,10 +332,11 @@ def test_the_program_refuses_what_does_not_fit(workdir, tmp_path):
     requests.write_text('{"prompt": "a"}\n{"prompt": "b", "top_q": 1}\n')
     for arguments, message in (
         (("--prompt=a", f"--load_state={state}"), "bad.state is no saved state, or is damaged"),
-        (("--prompt=a", "--prompt=b", "--save_state=x"), "keeps one text; there are 2 prompts"),
+        (("--prompt=a", "--prompt=b", "--save_state=x"), "takes a single prompt; there are 2"),
         ((f"--requests={requests}",), "requests.jsonl, line 2: top_q=1 does not fit"),
         ((f"--requests={null}",), "null.jsonl, line 1: temperature=None does not fit"),
         (("--prompt=a", "--stop="), "a stop string is empty"),
-        ((), "give the texts to continue as --prompt or as --requests"),
+        ((), "no prompts: give --prompt, or --prompt_file for a long text"),
+        (("--prompt=a", f"--requests={requests}"), "give either --requests, or --prompt"),
     ):
         assert message in run(f"--workdir={workdir}", *arguments, status=2)
