@@ -166,7 +166,7 @@ def test_help_shows_the_values_of_a_config_and_of_what_changes_it():
     ("program", "group", "flag"),
     [
         ("eval.py", "Perplexity", "  --protocol=A,B,... (default window,stateful)\n"),
-        ("generate.py", "What is written", "  --temperature=X (default 0.0)\n"),
+        ("generate.py", "Sampling", "  --temperature=X (default 0.0)\n"),
         ("tools/inspect_data.py", "Flags", "  --split=train|held_out (default train)\n"),
     ],
 )

@@ -27,7 +27,7 @@ from retnet_jax.interop.torchscale import (
 
 
 def read_config(values: dict[str, Any], infos: Mapping[str, TensorInfo]) -> Description:
-    """The description in a `config.json`; what is left out has syncdoth's defaults."""
+    """The description in a `config.json`; missing fields have syncdoth's defaults."""
     check_types("syncdoth", values, TYPES)
     refuse_features("syncdoth", values, ABSENT)
     gated = values.get("use_glu", True)
@@ -55,7 +55,7 @@ def read_config(values: dict[str, Any], infos: Mapping[str, TensorInfo]) -> Desc
     )
     return Description(
         model,
-        context_length=2048,  # there is no field for it
+        context_length=2048,  # syncdoth has no field for it
         bos_id=values.get("bos_token_id"),
         eos_id=values.get("eos_token_id", 0),
     )
@@ -65,7 +65,7 @@ def write_config(description: Description) -> dict[str, Any]:
     """The `config.json` of a model.
 
     Raises:
-      ConfigError: if the model computes what syncdoth cannot.
+      ConfigError: if syncdoth cannot express the model.
     """
     model = description.model
     gated = model.ffn_gated
