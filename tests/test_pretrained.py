@@ -9,7 +9,7 @@ import numpy as np
 import programs
 import pytest
 from flax import nnx
-from test_pretrained_tokenizer import llama
+from pretrained_tokenizers import llama
 
 from retnet_jax import RetNet, generate, interop, load_pretrained
 from retnet_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
