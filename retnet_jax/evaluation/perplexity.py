@@ -224,15 +224,15 @@ def _group_nll(
     for start in range(0, n_pieces * piece_length, piece_length):
         # One token more than is read, the target of the last one.
         tokens = np.zeros((rows, piece_length + 1), np.int32)
-        real = np.zeros((rows, piece_length), np.int32)
+        segment_ids = np.zeros((rows, piece_length), np.int32)  # 0: padding
         for row, document in enumerate(documents):
             piece = document[start : start + piece_length + 1]
             tokens[row, : len(piece)] = piece
-            real[row, : max(0, len(piece) - 1)] = 1
-        losses, state = _piece_nll(model, state, tokens[:, :-1], tokens[:, 1:], real)
+            segment_ids[row, : max(0, len(piece) - 1)] = 1
+        losses, state = _piece_nll(model, state, tokens[:, :-1], tokens[:, 1:], segment_ids)
         nll.append(np.asarray(losses))
-        progress(int(real.sum()))
-    joined = np.concatenate(nll, axis=1)
+        progress(int(segment_ids.sum()))
+    joined = np.concatenate(nll, axis=1)  # [rows, all tokens]
     return [joined[row, : len(document) - 1] for row, document in enumerate(documents)]
 
 
@@ -244,6 +244,7 @@ def _piece_nll(
     targets: Int[Array, "b t"],
     segment_ids: Int[Array, "b t"],
 ) -> tuple[Float[Array, "b t"], State]:
-    hidden, state = model.hidden(constrain(tokens, "bt"), state, segment_ids)
+    """The -log p of targets, and the state after the tokens."""
+    hidden, state = model.hidden(constrain(tokens, "bt"), state, segment_ids)  # [b t d]
     losses = token_cross_entropy(hidden, model.head_matrix(), targets)
     return constrain(losses, "  "), state  # replicated, so that every process can read them

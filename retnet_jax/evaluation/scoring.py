@@ -34,6 +34,13 @@ _SIZES = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, LONGEST_NODE)
 _FEWEST_QUERIES = 8
 
 
+class Answers(NamedTuple):
+    """The answers to the queries of a batch of nodes; padding where a node has fewer."""
+
+    log_p: Float[Array, "b s"]  # of each query's next token
+    is_argmax: Bool[Array, "b s"]  # whether that token is the most likely one
+
+
 class Score(NamedTuple):
     """The score of a continuation."""
 
@@ -92,7 +99,7 @@ def score_trie(
     log_likelihood = np.zeros(trie.requests)
     is_greedy = np.ones(trie.requests, bool)
 
-    def collect(batch: list[Node], answers: tuple[Array, Array]) -> None:
+    def collect(batch: list[Node], answers: Answers) -> None:
         log_p, greedy = (np.asarray(x) for x in answers)
         for row, node in enumerate(batch):
             for request, first, last in node.asked:
@@ -223,8 +230,8 @@ class _Pool:
         self.slots = _Slots(2 * batch_size)
         self._state = model.init_state(len(self.slots), capacity)
 
-    def read(self, batch: Sequence[Node]) -> tuple[Float[Array, "b s"], Bool[Array, "b s"]]:
-        """Reads nodes; returns log p of each query's target, and whether it is the argmax."""
+    def read(self, batch: Sequence[Node]) -> Answers:
+        """Reads nodes, and answers their queries."""
         rows = _rows(len(batch), self._batch_size)
         length = _padded(max(len(node.tokens) for node in batch))
         asked = max(len(node.queries) for node in batch)
@@ -280,17 +287,14 @@ def _read(
     tokens: Int[Array, "b t"],
     counts: Int[Array, " b"],
     queries: Int[Array, "b s 2"],
-) -> tuple[State, tuple[Float[Array, "b s"], Bool[Array, "b s"]]]:
-    """Reads tokens from the states in slots `sources`, and puts the new states into `targets`.
-
-    Returns the pool, and the answers to the queries.
-    """
+) -> tuple[State, Answers]:
+    """Reads tokens from the states in slots `sources`, and puts the new states into `targets`."""
     segment_ids = (jnp.arange(tokens.shape[1]) < counts[:, None]).astype(jnp.int32)
     hidden, state = model.hidden(constrain(tokens, "bt"), pool.take(sources), segment_ids)
     if targets is not None:
         pool = pool.put(targets, state)
-    offsets, ids = queries[..., 0], queries[..., 1]
-    asked = jnp.take_along_axis(hidden, offsets[..., None], axis=1)
+    offsets, ids = queries[..., 0], queries[..., 1]  # [b s]
+    asked = jnp.take_along_axis(hidden, offsets[..., None], axis=1)  # [b s d]
     answers = _answers(model, asked, ids)
     # Replicated, so that every process can read them.
     return pool, jax.tree.map(lambda x: constrain(x, "  "), answers)
@@ -298,7 +302,7 @@ def _read(
 
 def _answers(
     model: LanguageModel, hidden: Float[Array, "b s d"], ids: Int[Array, "b s"]
-) -> tuple[Float[Array, "b s"], Bool[Array, "b s"]]:
+) -> Answers:
     """The log p of ids, and whether each is the argmax; logits are computed in parts."""
     b, s, d = hidden.shape
     part = s
@@ -307,15 +311,15 @@ def _answers(
 
     def of_part(inputs):
         hidden, ids = inputs
-        logits = model.logits(hidden)
+        logits = model.logits(hidden)  # [b part w]
         log_p = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
         log_p -= jax.nn.logsumexp(logits, axis=-1)
-        return log_p, logits.argmax(-1) == ids
+        return Answers(log_p, logits.argmax(-1) == ids)
 
     if part == s:
         return of_part((hidden, ids))
     parts = (
-        hidden.reshape(b, s // part, part, d).swapaxes(0, 1),
+        hidden.reshape(b, s // part, part, d).swapaxes(0, 1),  # [s/part b part d]
         ids.reshape(b, s // part, part).swapaxes(0, 1),
     )
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(b, s), jax.lax.map(of_part, parts))

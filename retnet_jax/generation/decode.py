@@ -328,10 +328,17 @@ def complete(
     return jax.tree.map(jnp.transpose, rows), progress
 
 
-def _next_token(model, keys, samplers, end_id, vocab_size, progress) -> tuple[Progress, NewTokens]:
+def _next_token(
+    model: LanguageModel,
+    keys: Array,
+    samplers: Samplers | None,
+    end_id: int | tuple[int, ...] | None,
+    vocab_size: int | None,
+    progress: Progress,
+) -> tuple[Progress, NewTokens]:
     """The progress after one more token of each row; the tokens [b] and their log p [b]."""
     logits, state, ended = progress
-    allowed = logits[:, :vocab_size]
+    allowed = logits[:, :vocab_size]  # [b, allowed ids]
     if samplers is None:
         tokens = allowed.argmax(-1)
     else:
@@ -349,8 +356,13 @@ def _next_token(model, keys, samplers, end_id, vocab_size, progress) -> tuple[Pr
 
 
 @partial(jax.jit, donate_argnames="progress")
-def _read(model, progress, tokens, segment_ids) -> Progress:
-    """The progress after tokens [b t]; a row that is all padding does not change."""
+def _read(
+    model: LanguageModel,
+    progress: Progress,
+    tokens: Int[Array, "b t"],
+    segment_ids: Int[Array, "b t"],
+) -> Progress:
+    """The progress after more tokens; a row that is all padding does not change."""
     hidden, state = model.hidden(tokens, progress.state, segment_ids)
     # Rows are padded on the left, so the last column is padding only if the whole row is.
     read = segment_ids[:, -1] != 0
