@@ -160,7 +160,4 @@ def _check_has_model(directory: AnyPath) -> None:
         check_has_model(directory)
     except CheckpointError as error:
         problem = "is not that of a training run" if config.is_file() else "does not exist"
-        raise ConfigError(
-            f"{config} {problem}: {directory} is neither the --workdir of a training run nor a "
-            f"checkpoint: {error}"
-        ) from error
+        raise ConfigError(f"{config} {problem}, and {error}") from error

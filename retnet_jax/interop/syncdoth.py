@@ -17,11 +17,11 @@ from retnet_jax.interop.torchscale import (
     TYPES,
     activation,
     buffers,
+    common_fields,
     options,
+    overridden_post_norm,
+    overridden_pre_norm,
     rules,
-    settled_before,
-    settled_post_norm,
-    shape,
     sublayer_norm,
 )
 
@@ -42,10 +42,10 @@ def read_config(values: dict[str, Any], infos: Mapping[str, TensorInfo]) -> Desc
                 f"activations as if they were decoder_embed_dim={width} wide, so "
                 f"decoder_ffn_embed_dim={values.get('decoder_ffn_embed_dim', 1280)} cannot run"
             )
-    values = values | {"decoder_normalize_before": settled_before(values)}
+    values = values | {"decoder_normalize_before": overridden_pre_norm(values)}
     model = ModelConfig(
         **SYNCDOTH,
-        **shape(values, tied="tie_word_embeddings"),
+        **common_fields(values, tied="tie_word_embeddings"),
         value_dim=values.get("decoder_value_embed_dim", 1280),
         decay="log_spaced" if values.get("use_lm_decay", False) else "powers_of_two",
         ffn=GATED[plain] if gated else plain,
@@ -72,7 +72,7 @@ def write_config(description: Description) -> dict[str, Any]:
     expected = SYNCDOTH | {
         "ffn_bias": not gated,
         "q_width": model.d_model,
-        "post_norm": settled_post_norm(model),
+        "post_norm": overridden_post_norm(model),
     }
     if model.decay == "log_spaced":
         expected["decay_range"] = (1 / 32, 1 / 512)

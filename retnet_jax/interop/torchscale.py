@@ -75,7 +75,7 @@ def read_config(values: dict[str, Any], infos: Mapping[str, TensorInfo]) -> Desc
     values = {name: value for name, value in values.items() if value is not None}
     if "embed_tokens.weight" in infos:
         values = {"vocab_size": infos["embed_tokens.weight"].shape[0]} | values
-    if normalizes_before(values) != settled_before(values):
+    if pre_norm(values) != overridden_pre_norm(values):
         # The option is ambiguous: RetNetConfig overrode it until December 2023, but not since
         # then, nor for models built from fairseq's options. The tensors decide: only models with
         # pre-norm have a final norm.
@@ -86,7 +86,7 @@ def read_config(values: dict[str, Any], infos: Mapping[str, TensorInfo]) -> Desc
         width = values.get("decoder_embed_dim", 768)
         model = ModelConfig(
             **TORCHSCALE_2023,
-            **shape(
+            **common_fields(
                 {"decoder_ffn_embed_dim": 1536} | values, tied="share_decoder_input_output_embed"
             ),
             value_dim=2 * width,
@@ -97,7 +97,7 @@ def read_config(values: dict[str, Any], infos: Mapping[str, TensorInfo]) -> Desc
     else:
         model = ModelConfig(
             **TORCHSCALE,
-            **shape(values, tied="share_decoder_input_output_embed"),
+            **common_fields(values, tied="share_decoder_input_output_embed"),
             value_dim=values.get("decoder_value_embed_dim", 1280),
             ffn=GATED[activation(values, "torchscale")],
             norm_epsilon=values.get("layernorm_eps", 1e-6),
@@ -117,7 +117,7 @@ def write_config(description: Description) -> dict[str, Any]:
     expected = expected | {"ffn": _ffn(model, gated=not before), "q_width": model.d_model}
     if before:
         expected["v_width"] = 2 * model.d_model
-        expected["post_norm"] = settled_post_norm(model)
+        expected["post_norm"] = overridden_post_norm(model)
         if model.ffn_norm is not None:
             expected |= {"ffn_norm": "layer", "deepnorm": False}
     check_exact("torchscale", model, expected, REASONS)
@@ -142,7 +142,7 @@ def buffers(config: ModelConfig, *, prefix: str) -> dict[str, np.ndarray]:
     }
 
 
-def shape(values: Mapping[str, Any], tied: str) -> dict[str, Any]:
+def common_fields(values: Mapping[str, Any], tied: str) -> dict[str, Any]:
     """The fields of `ModelConfig` that torchscale's and syncdoth's options give alike."""
     return {
         "vocab_size": values.get("vocab_size", 50_257),
@@ -153,13 +153,13 @@ def shape(values: Mapping[str, Any], tied: str) -> dict[str, Any]:
         "tie_embeddings": values.get(tied, False),
         "embedding_scale": not values.get("no_scale_embedding", True),
         "embedding_norm": values.get("layernorm_embedding", False),
-        "post_norm": not normalizes_before(values),
+        "post_norm": not pre_norm(values),
         "deepnorm": values.get("deepnorm", False),
     }
 
 
 def options(model: ModelConfig) -> dict[str, Any]:
-    """The inverse of `shape`, with defaults for the options of training."""
+    """The inverse of `common_fields`, with defaults for the options of training."""
     plain_of = {gated: plain for plain, gated in GATED.items()}
     return {
         "activation_dropout": 0.0,
@@ -196,20 +196,20 @@ def sublayer_norm(values: Mapping[str, Any]) -> bool:
     return values.get("subln", True) and not values.get("deepnorm", False)
 
 
-def normalizes_before(values: Mapping[str, Any]) -> bool:
+def pre_norm(values: Mapping[str, Any]) -> bool:
     """Whether the options ask for pre-norm: a norm before each layer."""
     return values.get("decoder_normalize_before", True)
 
 
-def settled_before(values: Mapping[str, Any]) -> bool:
+def overridden_pre_norm(values: Mapping[str, Any]) -> bool:
     """Pre-norm as RetNetConfig overrides it: deepnorm turns it off, sub-LayerNorm turns it on."""
     if values.get("deepnorm", False):
         return False
-    return sublayer_norm(values) or normalizes_before(values)
+    return sublayer_norm(values) or pre_norm(values)
 
 
-def settled_post_norm(model: ModelConfig) -> bool:
-    """Whether a model has post-norm after the override of `settled_before`."""
+def overridden_post_norm(model: ModelConfig) -> bool:
+    """Whether a model has post-norm after the override of `overridden_pre_norm`."""
     return model.deepnorm or (model.post_norm and model.ffn_norm is None)
 
 

@@ -156,7 +156,7 @@ def _define_tasks_and_recall() -> None:
     flags.DEFINE_list(
         "distances",
         list(map(str, Plan.distances)),
-        "Distances of the recall probes: tokens between what was said and the question",
+        "Distances of the recall probes: tokens between the text to remember and the question",
     )
     flags.DEFINE_integer("trials", Plan.trials, "Number of trials of each probe and distance", 2)
 

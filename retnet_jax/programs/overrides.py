@@ -28,7 +28,7 @@ def taken_out(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, Any]
     rest, found, waiting = [], [], iter(arguments)
     for argument in waiting:
         match = _OVERRIDE.fullmatch(argument)
-        if argument == "--":  # what comes after it is no flag
+        if argument == "--":  # arguments after it are not flags
             rest += [argument, *waiting]
         elif match is None:
             rest.append(argument)
