@@ -1,564 +1,302 @@
-"""Every option of the project, once: its type, default, one line of help, and its checks.
+"""Every option of the project: its type, default, one line of help, and its checks.
 
-A file in `configs/` fills a `Config`; the command line overrides single options
+A file in `configs/` returns a `Config`; the command line overrides single options
 (`--config.train.steps=100`); a workdir records the result as `config.json` (`config_json.py`).
-Sizes that follow from others (`q_width`, `ffn_width`, parameter and FLOP counts) are derived here
-and nowhere else.
+The options of the model are in `model_config.py`.
 
 This module imports no jax, so that a config can be read anywhere. It does not postpone annotations
 either: ml_collections reads the types of fields from them to parse overrides.
 """
 
 import dataclasses
-import importlib
-import math
-import re
 from dataclasses import dataclass, field
-from typing import Any
 
+from retnet_jax.config_fields import (
+    check_at_least,
+    check_at_most,
+    check_choice,
+    check_positive,
+    check_value,
+    check_values,
+    nearest_multiples,
+    option,
+)
 from retnet_jax.errors import ConfigError
+from retnet_jax.model_config import DTYPES, ModelConfig
+from retnet_jax.own_objects import is_own
 
-ARCHITECTURES = ("retnet", "transformer")
-MIXERS = ("retention", "attention")
-DECAYS = ("log_spaced", "powers_of_two")
-FEED_FORWARDS = ("relu", "gelu", "swish", "reglu", "geglu", "swiglu")
-NORMS = ("layer", "rms")
-ROTATIONS = ("rope", "torchscale")
-SCORE_CLAMPS = ("absolute", "signed")
-DTYPES = ("float32", "bfloat16", "float64")
+__all__ = [
+    "DTYPES",
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "SOURCES",
+    "TOKENIZERS",
+    "Config",
+    "DataConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ProfileConfig",
+    "TrainConfig",
+]
+
 SOURCES = ("stdlib", "text", "jsonl", "parquet", "tfds", "hf")
 TOKENIZERS = ("byte", "bpe")
 WINDOWS = ("packed", "contiguous")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
-REMATS = ("none", "full", "dots")
-# The activations of a layer that `model.remat` can name.
-ACTIVATIONS = (
-    "mixer_input",
-    "q",
-    "k",
-    "v",
-    "gate",
-    "retention",
-    "out",
-    "ffn_input",
-    "up",
-    "linear",
-)
 MOMENT_DTYPES = ("float32", "bfloat16")
-
-
-def option(
-    default: Any,
-    text: str,
-    *,
-    changeable: bool = False,
-    in_store: bool = False,
-    computation: bool = False,
-) -> Any:
-    """A field of a config.
-
-    Args:
-      default: its value where nothing else is said.
-      text: one line of help.
-      changeable: a run may be resumed with another value.
-      in_store: the contents of a token store depend on it.
-      computation: it says how a model is computed, not which function: a run that begins with a
-        trained model (`init_from`) has its own.
-    """
-    marks = {"changeable": changeable, "in_store": in_store, "computation": computation}
-    return field(default=default, metadata={"help": text} | marks)
-
-
-def is_own(name: str) -> bool:
-    """Whether an option names an object of the user's own, "module:object" (docs/extend.md)."""
-    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", name) is not None
-
-
-def own_object(option: str, name: str) -> Any:
-    """The object that "module:object" names. Its module is imported, so its code runs.
-
-    Args:
-      option: whose value it is, such as "model.mixer", for messages.
-      name: the value.
-
-    Raises:
-      ConfigError: if there is no such module or object, and for `__main__`.
-    """
-    module, _, attributes = name.partition(":")
-    if module == "__main__":
-        raise ConfigError(
-            f"{option}={name!r}: what a run records has to be found by other programs too; put it "
-            "in a module of its own"
-        )
-    try:
-        found = importlib.import_module(module)
-        for attribute in attributes.split("."):
-            found = getattr(found, attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"{option}={name!r} is not found: {error}; it names code that is no part of "
-            "retnet_jax: put its directory on PYTHONPATH"
-        ) from error
-    return found
-
-
-# Not frozen, because command-line overrides set fields one by one. A model keeps a copy of its own,
-# and hashes it as part of its tree structure.
-@dataclass(kw_only=True, unsafe_hash=True)
-class ModelConfig:
-    """The shape of one language model, RetNet or Transformer."""
-
-    mixer: str = option(
-        "retention",
-        "'retention' (RetNet), 'attention' (Transformer), or a `Mixer` of your own, 'module:class'",
-    )
-    vocab_size: int = option(32_000, "Number of token ids")
-    d_model: int = option(512, "Width of the residual stream")
-    n_layers: int = option(6, "Number of layers")
-    n_heads: int = option(4, "Number of heads")
-    key_dim: int | None = option(None, "Width of q and k over all heads; None: d_model")
-    value_dim: int | None = option(
-        None, "Width of v over all heads; None: 2 d_model for retention, else d_model"
-    )
-    ffn: str = option(
-        "gelu",
-        "'relu', 'gelu', 'swish': act(x W1) W2; 'reglu', 'geglu', 'swiglu': (act(x W1) * x W3) W2",
-    )
-    ffn_dim: int | None = option(
-        None, "Inner width of the feed-forward layer; None: 2 d_model for retention, else 4 d_model"
-    )
-    norm: str = option("layer", "'layer' (scale and bias) or 'rms' (scale)")
-    norm_epsilon: float = option(1e-6, "Added to the variance or mean square in every norm")
-    decay: str = option(
-        "log_spaced", "Gamma of each head: 'log_spaced', or 'powers_of_two' (Eq. 8)"
-    )
-    decay_range: tuple[float, float] = option(
-        (1 / 32, 1 / 512), "For log_spaced: 1 - gamma of the first and of the last head"
-    )
-    row_normalizer: bool = option(
-        True, "Divide retention by the root of the sum of its decays; False only for fla"
-    )
-    tie_embeddings: bool = option(False, "One matrix for the embedding and the output head")
-    dtype: str = option(
-        "float32",
-        "Dtype of activations; parameters, decay, state and loss stay float32 (float64: all of it)",
-        computation=True,
-    )
-    remat: str = option(
-        "none",
-        "What the backward pass recomputes: 'none', 'full', 'dots' (all but matrix products), or "
-        "all but the named activations, as 'q,k,v,up'; 'offload:q,k,v' stores those on the host",
-        changeable=True,
-        computation=True,
-    )
-    chunk_size: int | None = option(
-        None,
-        "Tokens in a chunk of the chunkwise form; None: fastest for platform and length",
-        changeable=True,
-        computation=True,
-    )
-
-    # Only for checkpoints of other implementations (see `interop/presets.py`).
-    rotation: str = option(
-        "rope",
-        "'rope': pairs (i, i + k/2), angles 10000^(-2i/k), q scaled by k^-1/2; 'torchscale': pairs "
-        "(2i, 2i + 1), angles 10000^(-i/(k/2 - 1)), k scaled and with it the state",
-    )
-    embedding_scale: bool = option(False, "Embeddings times sqrt(d_model); torchscale, syncdoth")
-    embedding_norm: bool = option(False, "A norm of the embeddings; torchscale, syncdoth")
-    mixer_bias: bool = option(False, "Biases in q, k, v, gate and out; torchscale of 2023")
-    ffn_bias: bool = option(False, "Biases in the feed-forward layer; torchscale of 2023, syncdoth")
-    ffn_norm: str | None = option(
-        None, "A norm before W2 (sub-LayerNorm), 'layer' or 'rms'; torchscale of 2023, syncdoth"
-    )
-    head_norm_scale: bool = option(False, "A learned scale in the head norm, all heads' one; fla")
-    post_norm: bool = option(
-        False, "Norms after the residual sums and none at the end; torchscale, syncdoth"
-    )
-    deepnorm: bool = option(
-        False, "Residual times (2 n_layers)^(1/4) (arXiv 2203.00555); torchscale, syncdoth"
-    )
-    score_clamp: str | None = option(
-        None,
-        "torchscale's clamp of the scores' row sums, 'absolute' or 'signed' (that of 2023); only "
-        "the parallel form has it",
-    )
-
-    @property
-    def q_width(self) -> int:
-        """Width of q and k over all heads."""
-        return self.d_model if self.key_dim is None else self.key_dim
-
-    @property
-    def v_width(self) -> int:
-        """Width of v over all heads."""
-        if self.value_dim is not None:
-            return self.value_dim
-        return 2 * self.d_model if self.mixer == "retention" else self.d_model
-
-    @property
-    def ffn_width(self) -> int:
-        """Inner width of the feed-forward layer."""
-        if self.ffn_dim is not None:
-            return self.ffn_dim
-        return 2 * self.d_model if self.mixer == "retention" else 4 * self.d_model
-
-    @property
-    def ffn_gated(self) -> bool:
-        """Whether the feed-forward layer multiplies its inner activations by x W3."""
-        return self.ffn.endswith("glu")
-
-    @property
-    def kept_activations(self) -> tuple[str, ...]:
-        """The activations that `remat` names."""
-        return tuple(self.remat.removeprefix("offload:").split(","))
-
-    @property
-    def state_dtype(self) -> str:
-        """Dtype of decay, state, norm statistics and logits."""
-        return "float64" if self.dtype == "float64" else "float32"
-
-    def check(self) -> None:
-        """Raises `ConfigError` for a value that is no choice, or sizes that do not fit together."""
-        _check_finite("model", self)
-        _check_choice("model.mixer", self.mixer, MIXERS, own=True)
-        _check_choice("model.ffn", self.ffn, FEED_FORWARDS)
-        _check_choice("model.norm", self.norm, NORMS)
-        _check_choice("model.rotation", self.rotation, ROTATIONS)
-        _check_choice("model.decay", self.decay, DECAYS)
-        _check_choice("model.dtype", self.dtype, DTYPES)
-        if self.ffn_norm is not None:
-            _check_choice("model.ffn_norm", self.ffn_norm, NORMS)
-        if self.score_clamp is not None:
-            _check_choice("model.score_clamp", self.score_clamp, SCORE_CLAMPS)
-        if self.remat not in REMATS and not set(self.kept_activations) <= set(ACTIVATIONS):
-            raise ConfigError(
-                f"model.remat={self.remat!r} is not one of {', '.join(map(repr, REMATS))}, and "
-                f"names of activations are {','.join(ACTIVATIONS)}, behind offload: or not"
-            )
-        if self.head_norm_scale and self.norm != "rms":
-            raise ConfigError(
-                f"model.head_norm_scale=True is for model.norm='rms', not {self.norm!r}"
-            )
-        for name in ("vocab_size", "d_model", "n_layers", "n_heads"):
-            _check_at_least(f"model.{name}", getattr(self, name), 1)
-        for name in ("key_dim", "value_dim", "ffn_dim", "chunk_size"):
-            if getattr(self, name) is not None:
-                _check_at_least(f"model.{name}", getattr(self, name), 1)
-        _check_positive("model.norm_epsilon", self.norm_epsilon)
-        for name, width in (("key_dim", self.q_width), ("value_dim", self.v_width)):
-            shown = f"model.{name}={width}"
-            if getattr(self, name) is None:
-                shown = f"model.d_model={self.d_model} (so {name} is {width})"
-            if width % self.n_heads:
-                raise ConfigError(
-                    f"{shown} is not divisible by model.n_heads={self.n_heads}; "
-                    f"{_nearest_multiples(width, self.n_heads)} would do"
-                )
-        if self.mixer == "attention" and self.q_width != self.v_width:
-            raise ConfigError(
-                f"attention needs keys and values of one width, but key_dim is {self.q_width} and "
-                f"value_dim {self.v_width}; leave both out, or use transformer_twin()"
-            )
-        if (self.q_width // self.n_heads) % 2:
-            raise ConfigError(
-                f"the key width of a head is {self.q_width}/{self.n_heads} = "
-                f"{self.q_width // self.n_heads}; it must be even, because pairs are rotated"
-            )
-        if len(self.decay_range) != 2 or not all(0 < x < 1 for x in self.decay_range):
-            raise ConfigError(
-                f"model.decay_range={self.decay_range}: two numbers between 0 and 1 are needed, "
-                "1 - gamma of the first and of the last head, such as (1/32, 1/512)"
-            )
-
-    def built_as(self, architecture: str, n_heads: int | None = None) -> "ModelConfig":
-        """This RetNet for "retnet", its `transformer_twin` for "transformer"."""
-        _check_choice("the argument after --config=FILE:", architecture, ARCHITECTURES)
-        return self if architecture == "retnet" else self.transformer_twin(n_heads)
-
-    def transformer_twin(self, n_heads: int | None = None) -> "ModelConfig":
-        """The Transformer with (to rounding) as many parameters as this RetNet.
-
-        Attention has 4 d^2 parameters where retention has 2 d^2 + 3 d value_dim, so its
-        feed-forward layer is as much wider: 4 d for 2 d at the paper's sizes (its section 3.1).
-        """
-        matrices = 3 if self.ffn_gated else 2
-        surplus = self._mixer_parameters() - 4 * self.d_model**2
-        return dataclasses.replace(
-            self,
-            mixer="attention",
-            n_heads=n_heads or self.n_heads,
-            key_dim=None,
-            value_dim=None,
-            ffn_dim=self.ffn_width + round(surplus / (matrices * self.d_model)),
-        )
-
-    def parameter_count(self) -> int:
-        """Number of trainable parameters, embedding and output head included."""
-        heads = 1 if self.tie_embeddings else 2
-        layer = self._mixer_parameters() + self._ffn_parameters() + self._layer_vectors()
-        norms = self.embedding_norm + (not self.post_norm)
-        return (
-            heads * self.vocab_size * self.d_model
-            + self.n_layers * layer
-            + norms * _norm_parameters(self.norm, self.d_model)
-        )
-
-    def training_flops_per_token(self, sequence_length: int) -> float:
-        """Model FLOPs of one token's forward and backward pass, recomputation not counted.
-
-        6 for each weight of a matrix product (the embedding look-up is none), and for the mixer
-        what the algorithm itself needs: causal attention multiplies with half the positions of the
-        sequence on average; retention reads and writes a k by v state for each head; a mixer of
-        one's own says so itself (`Mixer.flops_per_token`).
-        """
-        layers = self.n_layers * (self._mixer_parameters() + self._ffn_parameters())
-        if self.mixer == "attention":
-            core = 2 * (self.q_width + self.v_width) * (sequence_length + 1) / 2
-        elif is_own(self.mixer):
-            core = own_object("model.mixer", self.mixer).flops_per_token(self, sequence_length)
-        else:
-            core = 4 * self.q_width * self.v_width / self.n_heads
-        return 6 * (layers + self.vocab_size * self.d_model) + 3 * self.n_layers * core
-
-    def _mixer_parameters(self) -> int:
-        """Of the matrices; of a mixer of one's own all."""
-        if is_own(self.mixer):
-            return own_object("model.mixer", self.mixer).parameter_count(self)
-        if self.mixer == "attention":
-            return 2 * self.d_model * (self.q_width + self.v_width)
-        return self.d_model * (2 * self.q_width + 3 * self.v_width)
-
-    def _ffn_parameters(self) -> int:
-        """Of the matrices."""
-        return self.d_model * self.ffn_width * (3 if self.ffn_gated else 2)
-
-    def _layer_vectors(self) -> int:
-        """Scales and biases of one layer."""
-        count = 2 * _norm_parameters(self.norm, self.d_model)
-        retains = self.mixer == "retention"
-        if self.mixer_bias and not is_own(self.mixer):
-            count += 2 * self.q_width + (2 if retains else 1) * self.v_width + self.d_model
-        if self.head_norm_scale and retains:
-            count += self.v_width // self.n_heads
-        if self.ffn_bias:
-            count += (2 if self.ffn_gated else 1) * self.ffn_width + self.d_model
-        if self.ffn_norm is not None:
-            count += _norm_parameters(self.ffn_norm, self.ffn_width)
-        return count
-
-
-def _norm_parameters(norm: str, width: int) -> int:
-    return width * (2 if norm == "layer" else 1)
+_INT32_MOST = 2**31 - 1
 
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """Documents, how they become tokens, and how tokens become windows."""
+    """Documents, their tokens, and the windows of tokens to train on."""
 
     source: str = option(
         "stdlib",
-        "'stdlib' (Python's own library), 'text' (a document a file), 'jsonl' (a document a line, "
-        "also .gz and .zst), 'parquet' (a document a row), a data set of 'tfds' or 'hf', or a "
-        "source of your own, 'module:class'",
+        "Kind of corpus: 'stdlib' (Python's own library); files of 'text' (one document in each), "
+        "'jsonl' (one on each line, also compressed) or 'parquet' (one in each row); a data set of "
+        "'tfds' or 'hf'; or your own source, 'module:class'",
         in_store=True,
     )
     path: str = option(
         "",
-        "Files: globs, ** and URLs included, separated by commas; a data set: 'name:split', for hf "
-        "also 'name:config:split'",
+        "Files: paths, globs (also with **) and URLs, separated by commas. Data set: 'name:split', "
+        "for hf also 'name:config:split'",
         in_store=True,
     )
     text_field: str = option(
-        "text", "Field of a record with its text; 'a.b' is field b inside field a", in_store=True
+        "text",
+        "Field of a record that holds its text; 'a.b' is field b inside field a",
+        in_store=True,
     )
     id_field: str = option(
-        "id", "Field that names a document; without it its number does", in_store=True
+        "id",
+        "Field that names a document; a document without it is named by its number",
+        in_store=True,
     )
-    min_bytes: int = option(0, "Leave out shorter documents", in_store=True)
-    max_document_bytes: int = option(200_000_000, "Leave out longer documents", in_store=True)
+    min_bytes: int = option(0, "Skip documents with fewer bytes of UTF-8", in_store=True)
+    max_document_bytes: int = option(
+        200_000_000, "Skip documents with more bytes of UTF-8", in_store=True
+    )
     extensions: tuple[str, ...] = option(
         (), "Keep only documents with one of these file extensions; empty: all", in_store=True
     )
-    extension_field: str = option("ext", "Field with the extension", in_store=True)
+    extension_field: str = option(
+        "ext", "Field of a record that holds the file extension", in_store=True
+    )
     languages: tuple[str, ...] = option(
         (), "Keep only documents in one of these languages; empty: all", in_store=True
     )
-    language_field: str = option("lang", "Field with the language", in_store=True)
+    language_field: str = option("lang", "Field of a record that holds the language", in_store=True)
     licenses: tuple[str, ...] = option(
         (), "Keep only documents under one of these licences; empty: all", in_store=True
     )
-    license_field: str = option("license", "Field with the licence", in_store=True)
+    license_field: str = option(
+        "license", "Field of a record that holds the licence", in_store=True
+    )
     deduplicate: bool = option(
-        True, "Keep the first of documents with the same text", in_store=True
+        True, "Keep only the first of several documents with the same text", in_store=True
     )
     strict: bool = option(
-        False, "Stop at the first document that cannot be used instead of counting it"
+        False, "Stop at the first document that cannot be used, instead of skipping it"
     )
     tokenizer: str = option(
         "bpe",
-        "'byte'; 'bpe': byte-level, trained on the training documents; or a directory with a "
+        "'byte'; 'bpe', a byte-level BPE trained on the training documents; or a directory with a "
         "tokenizer.json (Hugging Face) or tokenizer.model (SentencePiece)",
         in_store=True,
     )
     store: str = option("data/stdlib", "Directory of the token store; built if it does not exist")
     held_out: float = option(
         0.02,
-        "Share of documents kept from training, chosen by a hash of their names",
+        "Share of documents that are held out from training, chosen by a hash of their names",
         in_store=True,
     )
     mixture: dict[str, float] = field(
         default_factory=dict,
         metadata={
-            "help": "Stores to train on and the share of windows from each, such as "
-            "{'data/pile': 0.6, 'data/c4': 0.4}; empty: `store`",
+            "help": "Several stores to train on, each with its share of the windows, such as "
+            "data/pile:0.6,data/c4:0.4; empty: only `store`",
         },
     )
     sequence_length: int = option(2048, "Tokens in a window")
     windows: str = option(
         "packed",
-        "'packed': windows begin at documents where they can, in random order; 'contiguous': each "
-        "row of the batch continues where its last window ended",
+        "'packed': windows start at the first token of a document where possible, in random order; "
+        "'contiguous': each row of the batch continues where its previous window ended",
     )
     loss_weights: str = option(
         "",
-        "'module:function' of your own that gives the weight of each token of a document in the "
-        "loss; empty: 1",
+        "Your own function, 'module:function', that gives the weight of each token of a document "
+        "in the loss; empty: every weight is 1",
     )
-    skip_batches: tuple[int, ...] = option((), "Numbers of batches to skip", changeable=True)
+    skip_batches: tuple[int, ...] = option(
+        (), "Numbers of batches to skip; the first batch is 0", changeable=True
+    )
 
     def check(self) -> None:
-        """Raises `ConfigError` for a value that is no choice or out of range."""
-        _check_finite("data", self)
-        _check_choice("data.source", self.source, SOURCES, own=True)
+        """Raises `ConfigError` for an invalid value."""
+        check_values("data", self)
+        check_choice("data.source", self.source, SOURCES, own=True)
         if self.loss_weights:
-            _check_choice("data.loss_weights", self.loss_weights, ("",), own=True)
+            check_choice("data.loss_weights", self.loss_weights, ("",), own=True)
         if not self.tokenizer:
             raise ConfigError(
                 f"data.tokenizer is empty: one of {', '.join(map(repr, TOKENIZERS))}, or a "
                 "directory with a tokenizer"
             )
-        _check_at_least("data.sequence_length", self.sequence_length, 1)
+        check_at_least("data.sequence_length", self.sequence_length, 1)
         if self.source in SOURCES and self.source != "stdlib" and not self.path:
             raise ConfigError(
-                f"data.path is empty, but data.source={self.source!r} reads what it names: "
+                f"data.path is empty, but data.source={self.source!r} needs it: "
                 "give a glob such as 'corpus/**/*.txt', or a data set such as 'c4/en:train'"
             )
-        _check_at_least("data.min_bytes", self.min_bytes, 0)
-        _check_at_least("data.max_document_bytes", self.max_document_bytes, 1)
-        _check_choice("data.windows", self.windows, WINDOWS)
+        check_at_least("data.min_bytes", self.min_bytes, 0)
+        check_at_least("data.max_document_bytes", self.max_document_bytes, 1)
+        check_choice("data.windows", self.windows, WINDOWS)
         for number in self.skip_batches:
-            _check_at_least("data.skip_batches", number, 0)
+            check_at_least("data.skip_batches", number, 0)
         for store, weight in self.mixture.items():
-            _check_positive(f"data.mixture[{store!r}]", weight)
+            check_positive(f"data.mixture[{store!r}]", weight)
         if not self.store:
-            raise ConfigError("data.store is empty: name the directory for the token store")
+            raise ConfigError("data.store is empty: give a directory for the token store")
         if not 0 < self.held_out < 1:
             raise ConfigError(f"data.held_out={self.held_out} is not between 0 and 1, such as 0.02")
 
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    """Optimiser, schedule and clipping."""
+    """Optimiser, learning-rate schedule and gradient clipping."""
 
     name: str = option(
         "adamw",
-        "'adamw'; 'muon': muon for the matrices of layers, Adam for the rest; or an optimiser of "
-        "your own, 'module:function'",
+        "'adamw'; 'muon', with muon for the matrices of the layers and Adam for the rest; or your "
+        "own optimiser, 'module:function'",
     )
     learning_rate: float = option(6e-4, "Peak learning rate")
-    muon_learning_rate: float = option(0.02, "Peak learning rate of the matrices under muon")
-    beta1: float = option(0.9, "Decay of Adam's first moment")
-    beta2: float = option(0.98, "Decay of Adam's second moment")
-    epsilon: float = option(1e-8, "Added to the root of Adam's second moment")
-    weight_decay: float = option(0.05, "Weight decay of matrices; norms and biases have none")
-    clip_norm: float = option(2.0, "Largest global norm of the gradient")
-    schedule: str = option(
-        "linear", "Learning rate after warm-up: 'constant', 'linear', 'cosine' or 'wsd'"
+    muon_learning_rate: float = option(
+        0.02, "With muon: peak learning rate of the matrices of the layers"
     )
-    warmup_steps: int = option(375, "Steps in which the learning rate rises from 0")
-    moment_dtype: str = option("float32", "Dtype the moments are stored in; or 'bfloat16'")
+    beta1: float = option(0.9, "Decay rate of Adam's first moment")
+    beta2: float = option(0.98, "Decay rate of Adam's second moment")
+    epsilon: float = option(1e-8, "Added to the square root of Adam's second moment")
+    weight_decay: float = option(0.05, "Weight decay of matrices; norms and biases have none")
+    clip_norm: float = option(2.0, "Largest global norm of the gradient; larger ones are clipped")
+    schedule: str = option(
+        "linear",
+        "Learning rate after warm-up: 'constant'; 'linear' or 'cosine', falling to 0; 'wsd', "
+        "constant and then falling to 0",
+    )
+    warmup_steps: int = option(375, "Steps in which the learning rate rises linearly from 0")
+    moment_dtype: str = option(
+        "float32", "Dtype in which the moments are stored: 'float32' or 'bfloat16'"
+    )
     decay_share: float = option(
-        0.5, "For wsd: share of all steps at the end in which the rate falls to 0"
+        0.5, "With wsd: share of all steps, at the end, in which the learning rate falls to 0"
     )
 
     def check(self) -> None:
-        """Raises `ConfigError` for a value that is no choice or out of range."""
-        _check_finite("optimizer", self)
-        _check_choice("optimizer.name", self.name, OPTIMIZERS, own=True)
+        """Raises `ConfigError` for an invalid value."""
+        check_values("optimizer", self)
+        check_choice("optimizer.name", self.name, OPTIMIZERS, own=True)
         if is_own(self.name) and self.moment_dtype != "float32":
             raise ConfigError(
                 f"optimizer.moment_dtype={self.moment_dtype!r} is for "
                 f"{' and '.join(map(repr, OPTIMIZERS))}; {self.name!r} chooses its own dtypes"
             )
-        _check_choice("optimizer.schedule", self.schedule, SCHEDULES)
-        _check_choice("optimizer.moment_dtype", self.moment_dtype, MOMENT_DTYPES)
+        check_choice("optimizer.schedule", self.schedule, SCHEDULES)
+        check_choice("optimizer.moment_dtype", self.moment_dtype, MOMENT_DTYPES)
         for name in ("learning_rate", "muon_learning_rate", "epsilon", "clip_norm"):
-            _check_positive(f"optimizer.{name}", getattr(self, name))
+            check_positive(f"optimizer.{name}", getattr(self, name))
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optimizer.{name}={getattr(self, name)} is not in [0, 1)")
-        _check_at_least("optimizer.weight_decay", self.weight_decay, 0)
-        _check_at_least("optimizer.warmup_steps", self.warmup_steps, 0)
+            if getattr(self, name) >= 1 - 2**-25:
+                raise ConfigError(
+                    f"optimizer.{name}={getattr(self, name)} is 1 in float32, and Adam "
+                    f"divides by 1 - {name}"
+                )
+        check_at_least("optimizer.weight_decay", self.weight_decay, 0)
+        check_at_least("optimizer.warmup_steps", self.warmup_steps, 0)
         if not 0 < self.decay_share <= 1:
             raise ConfigError(f"optimizer.decay_share={self.decay_share} is not in (0, 1]")
+        decaying = "muon_learning_rate" if self.name == "muon" else "learning_rate"
+        if getattr(self, decaying) * self.weight_decay > 1:
+            raise ConfigError(
+                f"optimizer.weight_decay={self.weight_decay} times optimizer.{decaying}="
+                f"{getattr(self, decaying)} is more than 1, so each step would flip the signs of "
+                "the matrices; lower one of them"
+            )
 
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """Length of a run, batch, and how often it reports and saves."""
+    """Length of a run, its batches, and how often it logs, evaluates and saves."""
 
-    steps: int = option(25_000, "Steps of the run")
+    steps: int = option(25_000, "Number of steps")
     batch_size: int = option(32, "Windows in a step, over all devices and micro-batches")
     micro_batches: int = option(
-        1, "Parts in which a step's batch is run, with gradients summed", changeable=True
+        1,
+        "Number of parts of a batch that run one after another, with their gradients summed; more "
+        "need less memory",
+        changeable=True,
     )
     carry_state: bool = option(
-        False, "Carry a row's state into its next window: RetNets, contiguous windows"
+        False,
+        "Begin each window with the state that the row's previous window ended with; only for "
+        "RetNets and contiguous windows",
     )
     z_loss: float = option(
-        0.0, "Coefficient of the squared log normaliser (arXiv 2204.02311), such as 1e-4"
+        0.0,
+        "Coefficient of the z-loss, the squared log normaliser of the softmax (arXiv 2204.02311), "
+        "such as 1e-4; 0: none",
     )
     spike_deviations: float = option(
         10.0,
         "Skip a step whose loss or gradient norm exceeds its running mean by this many standard "
-        "deviations; 0: only one that is not finite",
+        "deviations; 0: skip only steps that are not finite",
         changeable=True,
     )
     max_skipped: int = option(5, "Stop after this many consecutive skipped steps", changeable=True)
-    seed: int = option(0, "Seed of the parameters and of the order of the windows")
-    log_every: int = option(10, "Steps between lines of metrics.jsonl", changeable=True)
+    seed: int = option(0, "Seed of the initial parameters and of the order of the windows")
+    log_every: int = option(10, "Steps between records in metrics.jsonl", changeable=True)
     eval_every: int = option(1000, "Steps between evaluations on held-out windows", changeable=True)
-    eval_batches: int = option(16, "Batches in such an evaluation", changeable=True)
+    eval_batches: int = option(
+        16, "Largest number of batches of each store in an evaluation", changeable=True
+    )
     checkpoint_every: int = option(1000, "Steps between checkpoints", changeable=True)
     checkpoint_minutes: float = option(
         0.0,
-        "Also save when this many minutes have passed since the last; 0: never",
+        "Also save a checkpoint when the last one is this many minutes old; 0: never",
         changeable=True,
     )
     keep_checkpoints: int = option(3, "Number of newest checkpoints to keep", changeable=True)
     keep_every: int = option(
-        0, "Keep checkpoints of steps divisible by this for ever; 0: none", changeable=True
+        0, "Also keep the checkpoints of steps divisible by this; 0: none", changeable=True
     )
     wandb: str = option(
-        "", "Project of Weights & Biases that gets the metrics too; empty: none", changeable=True
+        "", "Weights & Biases project that also gets the metrics; empty: none", changeable=True
     )
 
     def check(self) -> None:
         """Raises `ConfigError` for a count that is too small or a batch that does not split."""
-        _check_finite("train", self)
+        check_values("train", self)
         for name in ("seed", "z_loss", "spike_deviations", "checkpoint_minutes", "keep_every"):
-            _check_at_least(f"train.{name}", getattr(self, name), 0)
+            check_at_least(f"train.{name}", getattr(self, name), 0)
         for name in ("steps", "batch_size", "micro_batches", "max_skipped", "log_every"):
-            _check_at_least(f"train.{name}", getattr(self, name), 1)
+            check_at_least(f"train.{name}", getattr(self, name), 1)
         for name in ("eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints"):
-            _check_at_least(f"train.{name}", getattr(self, name), 1)
+            check_at_least(f"train.{name}", getattr(self, name), 1)
+        # Steps are counted in int32; jax would use only the lower 32 bits of a longer seed.
+        for name in ("steps", "seed"):
+            check_at_most(f"train.{name}", getattr(self, name), _INT32_MOST)
         if self.batch_size % self.micro_batches:
             raise ConfigError(
                 f"train.batch_size={self.batch_size} is not divisible by "
                 f"train.micro_batches={self.micro_batches}; "
-                f"{_nearest_multiples(self.batch_size, self.micro_batches)} would do"
+                f"{nearest_multiples(self.batch_size, self.micro_batches)} would do"
             )
 
 
@@ -566,22 +304,25 @@ class TrainConfig:
 class MeshConfig:
     """Number of devices on each mesh axis. One axis may be -1: it takes all remaining devices."""
 
-    data: int = option(-1, "Splits the batch, copies the parameters", changeable=True)
-    fsdp: int = option(1, "Splits the batch and the parameters", changeable=True)
+    data: int = option(-1, "Devices that split the batch and copy the parameters", changeable=True)
+    fsdp: int = option(1, "Devices that split the batch and the parameters", changeable=True)
     seq: int = option(
         1,
-        "Splits positions of each row: a RetNet passes states on, a Transformer gathers k and v",
+        "Devices that split the positions of each row; a RetNet passes its state from one to the "
+        "next, a Transformer gathers keys and values",
         changeable=True,
     )
-    tensor: int = option(1, "Splits heads, feed-forward width and vocabulary", changeable=True)
+    tensor: int = option(
+        1, "Devices that split heads, feed-forward width and vocabulary", changeable=True
+    )
 
     def check(self) -> None:
-        """Raises `ConfigError` for an axis of no devices or more than one -1."""
-        _check_finite("mesh", self)
+        """Raises `ConfigError` for an axis without devices, or more than one -1."""
+        check_values("mesh", self)
         sizes = dataclasses.asdict(self)
         for name, size in sizes.items():
             if size != -1:
-                _check_at_least(f"mesh.{name}", size, 1)
+                check_at_least(f"mesh.{name}", size, 1)
         if sum(size == -1 for size in sizes.values()) > 1:
             raise ConfigError(
                 f"mesh={sizes}: only one axis may be -1, which takes all remaining devices"
@@ -592,14 +333,14 @@ class MeshConfig:
 class ProfileConfig:
     """A trace of some steps, for XProf or Perfetto, in `workdir/profile`."""
 
-    start: int = option(10, "First step of the trace", changeable=True)
-    steps: int = option(0, "Number of steps in the trace; 0: no trace", changeable=True)
+    start: int = option(10, "First step to trace", changeable=True)
+    steps: int = option(0, "Number of steps to trace; 0: none", changeable=True)
 
     def check(self) -> None:
         """Raises `ConfigError` for a negative number."""
-        _check_finite("profile", self)
-        _check_at_least("profile.start", self.start, 1)
-        _check_at_least("profile.steps", self.steps, 0)
+        check_values("profile", self)
+        check_at_least("profile.start", self.start, 1)
+        check_at_least("profile.steps", self.steps, 0)
 
 
 @dataclass(kw_only=True)
@@ -614,15 +355,17 @@ class Config:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     init_from: str = option(
         "",
-        "Directory of a trained model, own or foreign, to begin with: model (but for dtype, remat "
-        "and chunk_size) and tokenizer are that directory's",
+        "Directory of a trained model to start from, of this project or another. It determines the "
+        "tokenizer and all model options but dtype, remat and chunk_size",
     )
 
     def check(self) -> None:
-        """Raises `ConfigError` naming the field, its value and what would do."""
-        sections = (self.model, self.data, self.optimizer, self.train, self.mesh, self.profile)
-        for section in sections:
-            section.check()
+        """Raises `ConfigError` that names the option, its value, and what would be valid."""
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
+            check_value(each.name, value, each.type)
+            if dataclasses.is_dataclass(each.type):
+                value.check()
         if self.train.carry_state and self.data.windows != "contiguous":
             raise ConfigError(
                 f"train.carry_state=True needs data.windows='contiguous', not {self.data.windows!r}"
@@ -634,43 +377,5 @@ class Config:
         if self.optimizer.warmup_steps >= self.train.steps:
             raise ConfigError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} leaves nothing of "
-                f"train.steps={self.train.steps}; make it smaller"
+                f"train.steps={self.train.steps} after the warm-up; lower it"
             )
-
-
-def _check_finite(section: str, values: Any) -> None:
-    """Raises `ConfigError` for an option that is nan or infinite, or has such a number in it."""
-    for each in dataclasses.fields(values):
-        value = getattr(values, each.name)
-        numbers = {f"{section}.{each.name}": value}
-        if isinstance(value, tuple | list):
-            numbers = {f"{section}.{each.name}[{i}]": x for i, x in enumerate(value)}
-        elif isinstance(value, dict):
-            numbers = {f"{section}.{each.name}[{key!r}]": x for key, x in value.items()}
-        for name, number in numbers.items():
-            if isinstance(number, float) and not math.isfinite(number):
-                raise ConfigError(f"{name}={number} is not a finite number")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...], own: bool = False) -> None:
-    """With `own`, "module:object" may be given too."""
-    if value not in choices and not (own and is_own(value)):
-        raise ConfigError(
-            f"{name}={value!r} is not one of {', '.join(map(repr, choices))}"
-            + (", and no 'module:object' of your own" if own else "")
-        )
-
-
-def _check_at_least(name: str, value: float, least: int) -> None:
-    if value < least:
-        raise ConfigError(f"{name}={value} is less than {least}")
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ConfigError(f"{name}={value} is not greater than 0")
-
-
-def _nearest_multiples(value: int, factor: int) -> str:
-    below = value // factor * factor
-    return f"{below} or {below + factor}" if below else f"{factor}"

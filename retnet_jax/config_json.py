@@ -1,4 +1,4 @@
-"""Configs as JSON, and what tells two of them apart."""
+"""Configs as JSON, and the differences between two configs."""
 
 import dataclasses
 import difflib
@@ -10,7 +10,7 @@ from typing import Any
 from retnet_jax.config import Config
 from retnet_jax.errors import ConfigError
 
-# Options that had other names before; what was written with them is still read.
+# Old names of options, which old configs may have.
 OLD_NAMES = {
     "data.skip_steps": "data.skip_batches",
     "train.most_skipped": "train.max_skipped",
@@ -18,25 +18,25 @@ OLD_NAMES = {
 
 
 def to_json(config: Config) -> str:
-    """The JSON text that `config_from_json` reads."""
+    """A config as JSON text, which `config_from_json` reads."""
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
 def config_from_json(text: str, origin: str | Path = "config") -> Config:
-    """Reads what `to_json` wrote; `origin` names the text in errors.
+    """Reads the text of `to_json`; `origin` names the text in error messages.
 
     Raises:
-      ConfigError: for text that is no JSON object, and for an unknown or mistyped field.
+      ConfigError: for text that is not a JSON object, and for an unknown or mistyped field.
     """
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also numbers of 4,301 digits, deep nesting
         raise ConfigError(f"{origin} is not valid JSON: {error}") from None
     return _from_dict(Config, values, path="", origin=str(origin))
 
 
 def read_config(path: Path) -> Config:
-    """The checked config in a file such as `workdir/config.json`.
+    """Reads and checks the config in a file such as `workdir/config.json`.
 
     Raises:
       ConfigError: if there is no such file, and as `config_from_json` and `Config.check`.
@@ -45,13 +45,17 @@ def read_config(path: Path) -> Config:
         raise ConfigError(
             f"{path} does not exist: {path.parent} is not the --workdir of a training run"
         )
-    config = config_from_json(path.read_text(), origin=path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is damaged: {error}") from None
+    config = config_from_json(text, origin=path)
     config.check()
     return config
 
 
 def config_differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """The old and the new value of each option in which two configs differ, by its name."""
+    """The options in which two configs differ: name -> (old value, new value)."""
     old_values, new_values = flatten(old), flatten(new)
     return {
         name: (value, new_values[name])
@@ -61,16 +65,16 @@ def config_differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def check_option(name: str) -> None:
-    """Raises `ConfigError` if a name such as "train.steps" is not that of an option."""
+    """Raises `ConfigError` if there is no option with a name such as "train.steps"."""
     known = options()
     if name in OLD_NAMES:
-        raise ConfigError(f"config.{name}: its name is now config.{OLD_NAMES[name]}")
+        raise ConfigError(f"config.{name} was renamed: use config.{OLD_NAMES[name]}")
     if name not in known:
         raise ConfigError(f"config.{name}: no such field{_suggestion(name, list(known))}")
 
 
 def options(kind: type = Config, prefix: str = "") -> dict[str, dataclasses.Field]:
-    """The fields of all options by names such as "train.steps"; their `metadata` is `option`'s."""
+    """The fields of all options, by names such as "train.steps", with the metadata of `option`."""
     found: dict[str, dataclasses.Field] = {}
     for field in dataclasses.fields(kind):
         if dataclasses.is_dataclass(field.type):
@@ -81,12 +85,12 @@ def options(kind: type = Config, prefix: str = "") -> dict[str, dataclasses.Fiel
 
 
 def marked(mark: str) -> list[str]:
-    """The names of the options with a mark: "changeable", "in_store" or "computation"."""
+    """The names of the options with a mark of `option`, such as "changeable" or "in_store"."""
     return [name for name, field in options().items() if field.metadata.get(mark)]
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """The values of all options, by their names."""
+    """The values of all options, by name."""
     values = {}
     for name in options():
         section, _, rest = name.rpartition(".")
@@ -113,7 +117,7 @@ def _from_dict(kind: type, values: Any, path: str, origin: str) -> Any:
 
 
 def _typed(value: Any, expected: Any, where: str) -> Any:
-    """`value` as `expected`, the declared type of a field; JSON has no tuples and one number."""
+    """A JSON value as the declared type of its field: lists as tuples, integers as floats."""
     if typing.get_origin(expected) is dict and isinstance(value, dict):
         of_keys, of_values = typing.get_args(expected)
         return {
@@ -133,7 +137,10 @@ def _typed(value: Any, expected: Any, where: str) -> Any:
                 raise ConfigError(f"{where}={value!r}: {len(types)} values are needed")
             return tuple(_typed(v, t, where) for v, t in zip(value, types, strict=True))
         if choice is float and type(value) in (int, float):
-            return float(value)
+            try:
+                return float(value)
+            except OverflowError:
+                raise ConfigError(f"{where} is an integer of {value.bit_length()} bits") from None
         if type(value) is choice:
             return value
     shown = expected.__name__ if isinstance(expected, type) else expected
@@ -144,4 +151,4 @@ def _suggestion(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if close:
         return f"; did you mean {' or '.join(close)}?"
-    return f"; there are {', '.join(known)}"
+    return f"; the fields are {', '.join(known)}"

@@ -1,4 +1,4 @@
-"""A config as text for people: `--help` lists every option, and a run shows what it trains."""
+"""Configs as text to read: the list of options in `--help`, and the summary of a run's config."""
 
 import dataclasses
 import textwrap
@@ -10,22 +10,25 @@ from retnet_jax.config_json import flatten, options
 
 
 def option_help(config: Config | None = None, width: int = 100) -> Iterator[str]:
-    """Lines that list every option by section: name, value, what it means.
+    """Lines that list every option by section: name, value, help.
 
     Args:
-      config: whose values are shown, and the defaults where they differ; None: the defaults.
-      width: of a line.
+      config: Config whose values are shown, with the default where it differs; None: the defaults.
+      width: Width of a line.
     """
     defaults = flatten(Config())
     values = defaults if config is None else flatten(config)
-    section = None
+    section, foreign = None, False
     for name, field in options().items():
         if name.rpartition(".")[0] != section:
             section = name.rpartition(".")[0]
             yield f"\n{_section_title(section)}"
+        if field.metadata.get("foreign") and not foreign:
+            yield f"\n{section}, only for checkpoints of other implementations:"
+        foreign = field.metadata.get("foreign", False)
         default = "" if values[name] == defaults[name] else f"  (default {_shown(defaults[name])})"
         yield f"  {name} = {_shown(values[name])}{default}"
-        resumable = "; may differ when a run is resumed" if field.metadata.get("changeable") else ""
+        resumable = ". May change when a run is resumed" if field.metadata.get("changeable") else ""
         yield from textwrap.wrap(
             field.metadata["help"] + resumable,
             width,
@@ -35,12 +38,12 @@ def option_help(config: Config | None = None, width: int = 100) -> Iterator[str]
 
 
 def summary(config: Config, width: int = 100) -> str:
-    """All values in a few lines, a section each; * marks those that are not the default."""
+    """All values in a few lines, one section each. * marks values that are not the default."""
     defaults, sections = flatten(Config()), {}
     for name, value in flatten(config).items():
         section, _, field = name.rpartition(".")
         mark = "" if value == defaults[name] else "*"
-        # No line is broken inside of a value.
+        # So that lines are not broken inside a value.
         shown = f"{mark}{field}={_shown(value)}".replace(" ", "\0")
         sections.setdefault(section or "config", []).append(shown)
     paragraphs = (
@@ -64,7 +67,7 @@ def _section_title(section: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as it is typed on the command line."""
+    """A value as typed on the command line."""
     if isinstance(value, tuple):
         return ",".join(map(_shown, value)) or "()"
     if isinstance(value, dict):
@@ -75,7 +78,7 @@ def _shown(value: Any) -> str:
 
 
 def _fraction(value: float) -> str:
-    """A float, such as 0.03; one over a power of two as 1/32."""
+    """A float such as 0.03, or 1/32 for one over an integer."""
     if 0 < value < 1 and (1 / value) == round(1 / value) and len(repr(value)) > 5:
         return f"1/{round(1 / value)}"
     return f"{value:g}"

@@ -338,8 +338,8 @@ def test_another_models_checkpoint_is_refused_with_every_difference(tmp_path):
     with pytest.raises(CheckpointError, match="is of another model") as error:
         restore_model(tmp_path, wider.model)
     lines = str(error.value).splitlines()
-    assert "  head: nothing is there, (48, 32) is needed" in lines
-    assert "  layers/mixer/q/kernel: (2, 16, 16) is there, (2, 32, 32) is needed" in lines
+    assert "  head: found nothing, expected (48, 32)" in lines
+    assert "  layers/mixer/q/kernel: found (2, 16, 16), expected (2, 32, 32)" in lines
     assert len(lines) == 1 + len(jax.tree.leaves(wider.model))
 
 

@@ -95,7 +95,7 @@ def test_the_forms_in_which_options_are_given():
         (["--config.train.steps"], "--config.train.steps needs a value"),
         (["--noconfig.train.steps"], "only an option that is true or false can be negated"),
         (["--config.train.step=5"], "config.train.step: no such field; did you mean train.steps"),
-        (["--config.data.skip_steps=5:8"], "its name is now config.data.skip_batches"),
+        (["--config.data.skip_steps=5:8"], "was renamed: use config.data.skip_batches"),
     ):
         with pytest.raises(ConfigError, match=message):
             taken_out(arguments)
@@ -151,7 +151,7 @@ def test_help_lists_every_option_with_its_default():
     assert lines == list(options())
     assert "  train.steps = 25000\n      Steps of the run\n" in done.stdout
     assert "Several processes:\n  --coordinator_address=TEXT\n" in done.stdout
-    assert "may differ when a run is resumed" in done.stdout
+    assert "May change when a run is resumed" in done.stdout
 
 
 def test_help_shows_the_values_of_a_config_and_of_what_changes_it():

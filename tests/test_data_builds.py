@@ -77,7 +77,7 @@ def test_a_second_builder_waits_and_opens_what_the_first_has_built(config, monke
         assert begun.wait(60)
         if name == "retnet":
             with pytest.raises(
-                ConfigError, match=rf"0 of 1 shards are there; process {os.getpid()} "
+                ConfigError, match=rf"0 of 1 shards are built; process {os.getpid()} "
             ):
                 open_store(config.store)
     for thread in threads:
@@ -92,14 +92,14 @@ def _this_process():
 
 
 def test_a_build_that_ended_while_another_waited_is_finished(config, monkeypatch):
-    """The second one holds a lock file that is there no more, or goes on with the plan."""
+    """The second one holds a lock file that no longer exists, or resumes the plan."""
     with monkeypatch.context() as patch:
         patch.setattr(store_builder, "_encode", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             build_store(config, 0)
     assert (Path(config.store) / lock.FILE_NAME).exists()
     assert lock.holder(Path(config.store)) is None
-    with pytest.raises(ConfigError, match="0 of 1 shards are there; finish it with"):
+    with pytest.raises(ConfigError, match="0 of 1 shards are built; finish it with"):
         open_or_build(config, 257)
     assert len(build_store(config, 0).train)
 
@@ -111,7 +111,9 @@ def test_an_empty_directory_is_a_new_store_and_a_file_is_none(config):
     Path(config.store).touch()
     with pytest.raises(ConfigError, match="missing or damaged"):
         open_or_build(config, 257)
-    with pytest.raises(ConfigError, match=r"data\.store='.*' is no directory: .*File exists"):
+    with pytest.raises(
+        ConfigError, match=r"data\.store='.*' cannot be used as a directory: .*File exists"
+    ):
         build_store(config, 0)
 
 
@@ -267,7 +269,7 @@ def test_what_a_tokenizer_loses_is_said_and_recorded(config, tmp_path, capsys):
     assert found["lost"] == pytest.approx((40 * 3 + 10 * 3) / characters)
     assert list(found["most_lost"].items())[:3] == [(" ", 50), ("\n", 40), ("é", 40)]
     said = capsys.readouterr().err
-    assert "in a sample 40 of 40 documents do not come back" in said
+    assert "in a sample 40 of 40 documents change when they are encoded" in said
     assert "20.00% of 750 characters are lost (50 times ' ', 40 times '\\n', 40 times 'é', " in said
     assert "31.25% of the tokens are unknown" in said
 
@@ -276,7 +278,7 @@ def test_a_tokenizer_for_other_texts_is_refused(config, tmp_path):
     word_tokenizer(tmp_path / "words", ["other"])
     config.tokenizer = str(tmp_path / "words")
     with pytest.raises(
-        ConfigError, match=r"data\.tokenizer='.*words' is not for these texts: 40 of"
+        ConfigError, match=r"data\.tokenizer='.*words' is not suitable for these texts: 40 of"
     ):
         open_or_build(config, 257)
     assert not Path(config.store).exists()

@@ -157,9 +157,9 @@ def test_only_the_windows_of_a_damaged_block_are_refused(store):
     assert len(documents) > 5
     assert str(error.value) == (
         f"{path} is damaged: its bytes 131,072 to 196,607 are not what was written; they hold "
-        f"tokens of {named} and {len(documents) - 5} more of train; tools/prepare_data.py finds "
-        f"all files that are damaged; copy the token store '{store}' again, or delete it and build "
-        "it again with: build_store(config.data, vocab_size)"
+        f"tokens of {named} and {len(documents) - 5} more of train; tools/verify.py finds "
+        f"all damaged files; copy the token store '{store}' again, or delete it and build it again "
+        "with: build_store(config.data, vocab_size)"
     )
     whole = train.read(0, train.token_count)  # which was not taken for verified
     with flipped(path, 2 * BLOCK + 776):  # after that a block is not hashed again
@@ -250,7 +250,7 @@ def test_all_problems_of_a_store_are_listed(store, tmp_path):
     ]
     (copy / "manifest.json").rename(copy / "plan.json")
     (problem,) = store_problems(copy)
-    assert "manifest.json is not there yet: the token store" in problem
+    assert "manifest.json does not exist yet: the token store" in problem
     (copy / "plan.json").unlink()
     (problem,) = store_problems(copy)
     assert f"{copy}/manifest.json is missing or damaged (FileNotFoundError: " in problem
@@ -299,7 +299,7 @@ def test_a_build_begun_in_format_3_is_finished_in_this_one(config, store, tmp_pa
     with flipped(begun / "shards/00001/held_out.tokens.npy", 300):
         (begun / "plan.json").write_text(json.dumps(plan))
         build_store(config, 257, processes=1)
-        assert said == [f"{begun}/shards/00001 is damaged: it is written again"]
+        assert said == [f"{begun}/shards/00001 is damaged and is written again"]
         for path in files_in(store):
             assert (begun / path.relative_to(store)).read_bytes() == path.read_bytes()
         assert len(files_in(begun)) == len(files_in(store))

@@ -442,7 +442,7 @@ def test_a_data_set_of_tfds(monkeypatch):
     assert len(documents) == 25_000
     assert documents[-1] == Document("c4/en:train:24999", "text 24999")
     assert skipped.count == 0
-    with pytest.raises(ConfigError, match="is no data set and split"):
+    with pytest.raises(ConfigError, match="does not name a data set and a split"):
         read("tfds", "c4")
 
 

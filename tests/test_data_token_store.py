@@ -181,8 +181,17 @@ def test_a_store_with_other_options_is_not_used(config):
     assert "data.tokenizer: 'byte' in the store, 'bpe' asked for" in message
     assert "model.vocab_size: None in the store, 300 asked for" in message
     assert "data.path" not in message
-    assert "name another directory in data.store, or delete" in message
+    assert "give another directory in data.store, or delete" in message
     assert "build it again with: python tools/prepare_data.py" in message
+
+
+@pytest.mark.parametrize(("built", "slip"), [("byte", "bite"), ("bpe", "bep")])
+def test_a_slip_in_the_tokenizers_name_is_not_the_stores(config, built, slip):
+    config.tokenizer = built
+    open_or_build(config, 260)
+    config.tokenizer = slip
+    with pytest.raises(ConfigError, match=rf"data.tokenizer='{slip}' is not one of 'byte', 'bpe'"):
+        open_or_build(config, 260)
 
 
 def test_options_that_are_not_read_make_no_difference(config):
@@ -278,7 +287,7 @@ def test_progress_in_plain_lines(config, capsys, monkeypatch):
     assert len(lines) == 21
     assert lines[9] == f"reading {store.directory}: 0.0 of 0.0 MB"
     assert lines[19] == f"building {store.directory}: 0.0 of 0.0 MB"
-    assert lines[20].startswith("skipped 1: 1 empty; the first: ")
+    assert lines[20].startswith("skipped 1 documents: 1 empty; the first: ")
 
 
 def contents(directory):
@@ -366,7 +375,7 @@ def test_an_unfinished_store_is_refused_with_the_command(config, monkeypatch):
     with pytest.raises(ConfigError) as error:
         open_or_build(config, 257)
     command = "python tools/prepare_data.py --config=a.py --config.data.x=1"
-    assert str(error.value).endswith(f"0 of 1 shards are there; finish it with: {command}")
+    assert str(error.value).endswith(f"0 of 1 shards are built; finish it with: {command}")
     config.held_out = 0.3
     with pytest.raises(ConfigError, match="was begun with other options") as error:
         build_store(config, 0)

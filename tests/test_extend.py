@@ -317,7 +317,7 @@ def wrong(directory):
         (ModelConfig(mixer="wrong:NoMixer"), "no subclass of retnet_jax.model.mixer.Mixer"),
         (
             ModelConfig(mixer="wrong"),
-            "mixer='wrong' is not one of .* no 'module:object' of your own",
+            "mixer='wrong' is not one of .* or a 'module:object' of your own",
         ),
         (
             OptimizerConfig(name="wrong:optimizer"),
@@ -329,8 +329,14 @@ def wrong(directory):
         ),
         (DataConfig(loss_weights="answers"), "loss_weights='answers' is not one of"),
         (DataConfig(source="wrong:OnlyReads"), r"not both pieces\(path\) and read\(piece\)"),
-        (DataConfig(source="wrong:Twice"), r"gave 2 pieces, 1 of them different, such as \['a'\]"),
-        (DataConfig(source="wrong:Strings"), "gave a str, not a retnet_jax.data.sources.Document"),
+        (
+            DataConfig(source="wrong:Twice"),
+            r"returned 2 pieces, 1 of them different, such as \['a'\]",
+        ),
+        (
+            DataConfig(source="wrong:Strings"),
+            "returned a str, not a retnet_jax.data.sources.Document",
+        ),
         (
             DataConfig(source="wrong:Short", strict=True, max_document_bytes=9),
             "a:9: too long: 10 b",
@@ -354,9 +360,9 @@ def test_what_is_wrong_is_named(wrong, tmp_path, config, message):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("too_few", r"for the \d+ tokens of '.*' it gave float32\[\d+\]"),
+        ("too_few", r"for the \d+ tokens of '.*' it returned float32\[\d+\]"),
         ("negative", "none less than 0"),
-        ("nothing", "is 0 for all tokens of the first .* nothing would be trained"),
+        ("nothing", "is 0 for every token of the first .* nothing would be trained"),
     ],
 )
 def test_wrong_weights_are_refused_at_the_start(ran, wrong, name, message):

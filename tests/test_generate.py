@@ -230,6 +230,9 @@ BAD_INPUT = [
     ({"end_id": -1}, "end_id=-1 can never be generated"),
     ({"end_id": 260, "vocab_size": 257}, "end_id=260 can never be generated: ids are 0 to 256"),
     ({"end_id": (3, 300)}, "end_id=300 can never be generated"),
+    ({"seed": 2**32}, "seed=4294967296 is not between 0 and 4294967295"),  # jax would take 0
+    ({"seed": -1}, "seed=-1 is not between"),
+    ({"seed": 0.5}, "seed=0.5 is not an integer"),
 ]
 
 

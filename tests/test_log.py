@@ -7,10 +7,13 @@ import types
 
 import pytest
 from etils import epath
+from test_interop_directories import bucket
 
 from retnet_jax.errors import ConfigError
 from retnet_jax.runs.json_lines import JsonLines
 from retnet_jax.runs.log import MetricsLog
+
+__all__ = ["bucket"]  # a fixture
 
 
 def record(step):
@@ -30,11 +33,29 @@ def test_records_of_later_steps_and_a_torn_line_are_deleted_and_all_else_stays(t
     lines = JsonLines(path, said.append, last_step=3)
     assert path.read_bytes() == line(1) + b"".join(foreign) + line(2) + line(3)
     assert said == [
-        *(f"{path}, line {n} is no record of a step; it stays" for n in (2, 3, 4)),
-        f"{path}: its last line was cut off in the middle, and is deleted",
+        *(f"{path}, line {n} is not a record of a step; it is kept" for n in (2, 3, 4)),
+        f"{path}: the last line was cut off and is deleted",
     ]
     lines.append(record(4))
     assert path.read_bytes().endswith(line(3) + line(4))
+
+
+def test_an_object_store_gets_the_file_at_intervals_and_at_the_end(bucket, tmp_path):
+    """Whole files only, so one for each line would be as many bytes as the square of the lines."""
+    bucket(tmp_path, "s3://b/run")
+    path, writes = epath.Path("s3://b/run/metrics.jsonl"), []
+    lines = JsonLines(path, pytest.fail)
+    for step in range(1, 50):
+        lines.append(record(step))
+        if not writes or path.read_bytes() != writes[-1]:
+            writes.append(path.read_bytes())
+    assert writes == [line(1)]  # the rest within a minute
+    lines.flush()
+    assert path.read_bytes() == b"".join(map(line, range(1, 50)))
+    again = JsonLines(path, pytest.fail, last_step=20)  # a run that is resumed
+    again.append(record(21))
+    again.flush()
+    assert path.read_bytes() == b"".join(map(line, range(1, 22)))
 
 
 def test_what_a_full_disk_does_not_take_is_written_later(tmp_path):

@@ -249,6 +249,37 @@ def test_processes_with_different_numbers_of_devices_are_refused(config_file, tm
         assert "Traceback" not in errors
 
 
+def test_a_process_by_itself_ends_with_one_line(config_file, tmp_path):
+    """One that the others never join, one at whose port something else is, one without srun."""
+    command = [sys.executable, "train.py", f"--config={config_file}", f"--workdir={tmp_path}/run"]
+    never = f"localhost:{free_port()}"
+    with socket.create_server(("", free_port())) as other:
+        taken = f"localhost:{other.getsockname()[1]}"
+        first = ["--num_processes=2", "--process_id=0", "--connect_seconds=1"]
+        expected = {
+            f"--coordinator_address={never}": "waited 1 s, but of --num_processes=2 these did not",
+            f"--coordinator_address={taken}": f"another program has port {taken[10:]} of this",
+            "--noconfig.data.strict": "SLURM_NTASKS=4 says that this is one of several processes",
+        }
+        slurm = [{}, {}, {"SLURM_NTASKS": "4", "SLURM_JOB_ID": "3"}]
+        started = [
+            subprocess.Popen(
+                [*command, flag, *([] if more else first)],
+                cwd=ROOT,
+                env=os.environ | more,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for flag, more in zip(expected, slurm, strict=True)
+        ]
+        for process, message in zip(started, expected.values(), strict=True):
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 2, errors
+            (line,) = errors.splitlines()
+            assert message in line
+    assert not (tmp_path / "run").exists()
+
+
 def meet(*arguments):
     """The error of `meet`, or "met"."""
     try:

@@ -117,6 +117,7 @@ def shown(text, stop, size=1):
         ("ab\n", ["\n\n"], "ab\n"),
         ("aaab", ["aab"], "a"),
         ("xx END", ["ND", "END"], "xx "),
+        ("xx END", ["END", "N"], "xx E"),  # complete first, in whatever parts text comes
         ("größer", ["ß"], "grö"),
         ("nothing", [], "nothing"),
         ("stop", ["stop"], ""),

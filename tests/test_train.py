@@ -415,9 +415,9 @@ def test_steps_that_are_not_finite_are_passed_over_and_end_the_run(config, tmp_p
     bad = dataclasses.replace(config, optimizer=optimizer, train=train_config)
     assert train(bad, tmp_path / "run").status == "diverged"
     errors = capfd.readouterr().err
-    assert "step 2 is skipped: on batch 1 the loss is " in errors
+    assert "step 2 is skipped: batch 1 has a loss of " in errors
     assert "the last 3 steps, up to step 4, were skipped" in errors
-    assert "paragraph_" in errors.split("Their batches held parts of")[1]
+    assert "paragraph_" in errors.split("Their batches have parts of these documents:")[1]
     assert "--config.data.skip_batches='(1,2,3,)' resumes" in errors
     assert [line["loss"] for line in list(metrics(tmp_path / "run").values())[1:]] == [None] * 2
     # Without these batches, from the newest checkpoint: here from the beginning.
@@ -426,8 +426,8 @@ def test_steps_that_are_not_finite_are_passed_over_and_end_the_run(config, tmp_p
     )
     assert train(passing, tmp_path / "run").status == "diverged"
     errors = capfd.readouterr().err
-    assert "resumed with another data.skip_batches: () -> (1, 2, 3)" in errors
-    assert "step 2 is skipped: on batch 4 the loss is " in errors
+    assert "resumed with a changed option: data.skip_batches: () -> (1, 2, 3)" in errors
+    assert "step 2 is skipped: batch 4 has a loss of " in errors
 
 
 def test_a_spike_is_skipped_and_the_run_continues(config, tmp_path, capfd):
@@ -451,7 +451,7 @@ def test_a_spike_is_skipped_and_the_run_continues(config, tmp_path, capfd):
     result = train(long, tmp_path / "run", step=spoiling)
     assert (result.status, result.step) == ("finished", steps)
     said = capfd.readouterr().err
-    assert re.findall(r"step (\d+) is skipped: on batch (\d+)", said) == [("60", "59")]
+    assert re.findall(r"step (\d+) is skipped: batch (\d+)", said) == [("60", "59")]
     lines = metrics(tmp_path / "run")
     assert lines[60]["loss"] > lines[59]["loss"] + 1
     assert lines[61]["parameter_norm"] == lines[60]["parameter_norm"]
@@ -547,7 +547,7 @@ def test_a_run_killed_in_an_evaluation_makes_it_when_it_is_resumed(
     capfd.readouterr()
     assert train(config, tmp_path / "run", evaluators=evaluators).status == "finished"
     said = capfd.readouterr().err
-    assert f"step {step} was not evaluated by norm, mean: that comes first" in said
+    assert f"step {step} was not evaluated by norm, mean: doing that first" in said
     assert train(config, tmp_path / "whole", evaluators=evaluators).status == "finished"
     assert without_times(tmp_path / "run") == without_times(tmp_path / "whole")
     names = ("held-out loss", "norm", "mean")
@@ -597,19 +597,19 @@ def test_evaluations_of_older_versions_name_no_evaluator_and_are_not_repeated(
     result = train(config, tmp_path / "run", evaluators=[Evaluator("norm", 5, norm)])
     assert (result.status, result.metrics) == ("finished", [])
     said = capfd.readouterr().err
-    assert "has an evaluation of step 10 that does not name its evaluator" in said
+    assert "has an evaluation of step 10 without the name of its evaluator" in said
     assert path.read_text() == old
 
 
 def test_names_that_records_could_not_tell_apart_are_refused(config, uninterrupted, tmp_path):
     for name in ("held-out loss", "norm"):
         twice = [Evaluator(name, 5, norm), Evaluator("norm", 7, norm)]
-        with pytest.raises(ConfigError, match=f"2 evaluators have the name '{name}', by which"):
+        with pytest.raises(ConfigError, match=f"2 evaluators are named '{name}', but"):
             train(config, tmp_path / "new", evaluators=twice)
     assert not (tmp_path / "new").exists()
     shutil.copytree(uninterrupted, tmp_path / "run")
     bad = Evaluator("size", 5, lambda model: {"step": 1.0})
-    with pytest.raises(ConfigError, match="evaluator 'size' has a value of the name 'step', which"):
+    with pytest.raises(ConfigError, match="evaluator 'size' returned a value named 'step', but"):
         train(config, tmp_path / "run", evaluators=[bad])
     assert train(config, tmp_path / "run").metrics == []
 
@@ -688,7 +688,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
     assert train(config, tmp_path / "run").status == "finished"
     said = capfd.readouterr().err
     assert f"checkpoint {newest} is damaged: model/" in said
-    assert "it is set aside, and the one before is used" in said
+    assert "it is renamed, and the previous checkpoint is used" in said
     assert "steps 8 to 10" in said
     assert_same_losses(tmp_path / "run", uninterrupted)
     assert len(list(newest.parent.glob(f"{STEPS}.damaged-*"))) == 1
@@ -736,7 +736,7 @@ def test_a_workdir_that_is_moved_while_training_loses_nothing(
         at_step(patch, 5, move)
         assert train(config, tmp_path / "run").status == "finished"
     said = capfd.readouterr().err
-    assert "the workdir was moved or deleted while training: it is written again from" in said
+    assert "the workdir was moved or deleted during training: it is written again from" in said
     before, after = metrics(tmp_path / "moved"), metrics(tmp_path / "run")
     assert sorted([*before, *after]) == list(range(1, STEPS + 1))
     expected = metrics(uninterrupted)
@@ -771,7 +771,7 @@ def test_how_a_run_is_computed_may_change(config, uninterrupted, tmp_path, capfd
     shutil.rmtree(tmp_path / "run" / "checkpoints" / str(STEPS))
     assert train(other, tmp_path / "run").status == "finished"
     said = capfd.readouterr().err
-    assert "resumed with another mesh.fsdp: 1 -> 2" in said
+    assert "resumed with a changed option: mesh.fsdp: 1 -> 2" in said
     assert "steps 8 to 10" in said
     found, expected = metrics(tmp_path / "run"), metrics(uninterrupted)
     assert found.keys() == expected.keys()
@@ -828,7 +828,7 @@ def test_a_trace_of_steps_that_are_done_is_said_not_to_come(
     shutil.copytree(uninterrupted, tmp_path / "run")
     late = dataclasses.replace(config, profile=ProfileConfig(start=STEPS, steps=2))
     assert train(late, tmp_path / "run").status == "finished"
-    said = f"nothing is traced: step profile.start={STEPS} is done already; give one after {STEPS}"
+    said = f"no steps are traced: profile.start={STEPS} is already done; give a step after {STEPS}"
     assert said in capsys.readouterr().err
 
 

@@ -60,8 +60,8 @@ def test_everything_that_is_wrong_is_named(run):
     problems = done.stderr.splitlines()
     for path, what in (
         (run / "tokenizer.json", ""),
-        (run / "metrics.jsonl", ", line 2 is no JSON"),
-        (run / "metrics.jsonl", ": its last line was cut off in the middle"),
+        (run / "metrics.jsonl", ", line 2 is not JSON"),
+        (run / "metrics.jsonl", ": the last line was cut off"),
         (run / "checkpoints" / "9", ": _CHECKPOINT_METADATA is missing"),
         (run / "checkpoints" / "9", f": {kernel.relative_to(run / 'checkpoints' / '9')} is not"),
         (tokens, " is not what was written"),

@@ -1,19 +1,18 @@
 """From documents to batches.
 
-sources.py        the documents of a corpus; corpus_files.py finds files, formats.py reads them
+sources.py        reads documents; corpus_files.py finds the files of a corpus, formats.py reads them
 tokenizers/       text to token ids and back
-split.py          which documents are held out
+split.py          decides which documents are held out
 token_store.py    a directory with all tokens of a corpus, in two splits; block_digests.py verifies
-                  what is read of it, store_problems.py all of it
-build.py          builds it, with build_plan.py, survey.py, bpe_sample.py, round_trip.py,
-                  shard_writer.py, workers.py and store_options.py
-stores.py         the stores of a run: opened, or built where they are not there
-windows.py        how a store is cut into windows, and in which order they come
+                  the bytes that are read, store_problems.py a whole store
+build.py          builds a store, with build_plan.py, survey.py, bpe_sample.py,
+                  round_trip.py, shard_writer.py, workers.py and store_options.py
+stores.py         opens the stores of a run, and builds a store that does not exist
+windows.py        how a store is cut into windows, and the order of the windows
 batches.py        batches of windows addressed by (seed, step), on the host or on a mesh
 
-A document begins with the BOS id. Where one ends and the next begins is seen again in the
-`segment_ids` of a batch. `tokenizers`, `grain`, `tqdm` and what reads a format are imported where
-they are used.
+A document begins with the BOS id. The `segment_ids` of a batch number the documents of each row.
+`tokenizers`, `grain`, `tqdm` and the readers of formats are imported where they are used.
 """
 
 from retnet_jax.data.batches import (

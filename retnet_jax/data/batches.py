@@ -1,7 +1,7 @@
 """Batches of windows, addressed by (seed, step).
 
-`windows.py` says which windows there are and in which order they come; here they are read.
-`BatchStream` gives them as numpy arrays, `PlacedBatches` on the devices of a mesh.
+`windows.py` determines the windows and their order; this module reads them. `BatchStream` returns
+numpy arrays, `PlacedBatches` arrays on the devices of a mesh.
 """
 
 from __future__ import annotations
@@ -13,46 +13,45 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from retnet_jax.config import own_object
 from retnet_jax.data.token_store import Split
 from retnet_jax.data.windows import ContiguousSchedule, Span, packed_starts
 from retnet_jax.errors import ConfigError
+from retnet_jax.own_objects import own_object
 
 if TYPE_CHECKING:
-    import jax  # not otherwise: the processes that build a store need none
+    import jax  # only for types: the processes that build a store need no jax
 
 _MOST_STEPS = 2**40
-_TRIED_DOCUMENTS = 1000  # for one of which any token counts
+_TRIED_DOCUMENTS = 1000  # at least one of which must have a loss weight above 0
 
 
 class Batch(NamedTuple):
-    """Windows on top of each other, as arrays of numpy or of jax."""
+    """Windows of tokens, one in each row, as numpy or jax arrays."""
 
     tokens: np.ndarray  # int32 [b t]
-    targets: np.ndarray  # int32 [b t]: the next token of the stream; after a document BOS
-    segment_ids: np.ndarray | None  # int32 [b t]: 1, 2, ... count a window's documents; 0 is
-    # padding; None, which no stream has: a window is one document
-    weights: np.ndarray  # float32 [b t]: of the targets; 1 or as `LossWeights`, 0 on padding
-    continues: np.ndarray  # bool [b]: the row goes on with the document its last window ended in
+    targets: np.ndarray  # int32 [b t]: the next token of the stream; BOS after a document
+    segment_ids: np.ndarray | None  # int32 [b t]: number of the document in its window, 1, 2, ...;
+    # 0 on padding. None: each window is one document (no `BatchStream` returns it)
+    weights: np.ndarray  # float32 [b t]: loss weights of targets, 1 or `LossWeights`; 0 on padding
+    continues: np.ndarray  # bool [b]: the row continues the document its previous window ended in
 
 
 class BatchStream:
-    """An endless sequence of batches, in which `stream[step]` depends on (seed, step) alone.
+    """An endless sequence of batches, in which `stream[step]` depends only on (seed, step).
 
-    Every window comes once in an epoch of its store, in a new order each time; a batch can reach
-    from one epoch into the next. So the step is all there is to save and restore, on any number of
-    hosts.
+    Every window occurs once in each epoch of its store, in a new order each time. A batch can have
+    windows of two epochs. So only the step has to be saved and restored, for any number of hosts.
 
     Args:
-      splits: the documents, of one store or several with one tokenizer.
-      weights: share of each in the windows.
-      sequence_length: tokens in a window.
-      batch_size: windows in a batch, over all hosts.
-      bos_id: the tokenizer's.
-      seed: of the order of the windows, 0 to 2^32 - 1.
+      splits: Documents of one store, or of several with the same tokenizer.
+      weights: Share of each split in the windows.
+      sequence_length: Tokens in a window.
+      batch_size: Windows in a batch, over all hosts.
+      bos_id: BOS id of the tokenizer.
+      seed: Seed of the order of the windows, 0 to 2^32 - 1.
       policy: "packed" or "contiguous", see `windows.py`.
-      loss_weights: as `config.data.loss_weights`.
-      rows: of each batch that are read, such as those of this process's devices; None: all.
+      loss_weights: As `config.data.loss_weights`.
+      rows: Rows of each batch to read, such as those of this process's devices; None: all.
     """
 
     def __init__(
@@ -96,22 +95,20 @@ class BatchStream:
         self._options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 
     def __getitem__(self, step: int) -> Batch:
-        """The batch of one step, or this process's rows of it, read now."""
+        """Reads the batch of one step, or this process's rows of it."""
         return self._batches[step]
 
     @contextlib.contextmanager
     def iterate(
         self, start: int = 0, skip: Collection[int] = ()
     ) -> Iterator[Iterator[tuple[int, Batch]]]:
-        """The batches from `start` on with their numbers, without those of `skip`.
+        """The numbers and batches from `start` on, without the batches in `skip`.
 
             with stream.iterate(start) as batches:
                 for number, batch in batches: ...
 
-        They are read ahead in background threads.
-
-        A context manager, because an iterator still alive when Python exits can leave a traceback
-        behind: leaving the `with`, also by an exception, ends the threads.
+        Background threads read ahead. They end with the `with`, also after an exception; an
+        iterator that is still alive when Python exits could print a traceback.
         """
         iterator = iter(self._batches.to_iter_dataset(self._options))
         with contextlib.closing(iterator):
@@ -120,7 +117,7 @@ class BatchStream:
             yield ((number, batch) for number, batch in numbered if number not in skip)
 
     def document_names(self, step: int) -> list[str]:
-        """The names of the documents in the whole batch of one step, to look a bad batch up."""
+        """The names of the documents in the whole batch of one step, to inspect a bad batch."""
         names = set()
         for store, start, stop, _ in self._spans_of(step, range(self._batch_size)):
             split = self._splits[store]
@@ -133,7 +130,7 @@ class BatchStream:
 
     def _read(self, spans: Sequence[Span]) -> Batch:
         shape = (len(spans), self._sequence_length)
-        # Filled with BOS, a valid id for the padding and the right target at a document's end.
+        # BOS is a valid id for padding, and the right target at a document's end.
         batch = Batch(
             tokens=np.full(shape, self._bos_id, np.int32),
             targets=np.full(shape, self._bos_id, np.int32),
@@ -143,7 +140,7 @@ class BatchStream:
         )
         for row, span in enumerate(spans):
             split, count = self._splits[span.store], span.stop - span.start
-            # One more than the window: the target of its last token.
+            # One token more than the window: the target of its last token.
             tokens = split.read(span.start, span.stop + 1)
             batch.tokens[row, :count] = tokens[:count]
             batch.targets[row, : len(tokens) - 1] = tokens[1:]
@@ -159,12 +156,12 @@ class BatchStream:
 
 
 class LossWeights:
-    """The weights that a function of the user's own gives the tokens of a split (docs/extend.md).
+    """Loss weights of tokens, computed by the user's own function (docs/extend.md).
 
-    The function gets a whole document, so that a token has the same weight in every window.
+    The function gets a whole document, so a token has the same weight in every window.
 
     Args:
-      name: "module:function", `config.data.loss_weights`.
+      name: The function, "module:function", as `config.data.loss_weights`.
     """
 
     def __init__(self, name: str):
@@ -172,20 +169,20 @@ class LossWeights:
         self._function: Callable[[np.ndarray], np.ndarray] = own_object("data.loss_weights", name)
 
     def __call__(self, split: Split, start: int, stop: int) -> np.ndarray:
-        """Those of the tokens that follow the positions [start, stop) of the stream, float32."""
+        """Weights of the targets at the positions [start, stop) of the stream, float32."""
         first, last = split.document_at(start), split.document_at(stop - 1)
         weights = np.concatenate([self._of_document(split, i) for i in range(first, last + 1)])
-        # The first document has at most all its other tokens in front of `start`.
+        # The first document begins at or before `start`, at most its length earlier.
         earliest = max(0, start + 1 - len(split.document(first)))
         begin = start - int(split.borders(earliest, start + 1)[-1])
         return weights[begin : begin + stop - start]
 
     def check(self, split: Split) -> None:
-        """Raises `ConfigError` if no token counts, which would train nothing."""
+        """Raises `ConfigError` if every token has weight 0, which would train nothing."""
         tried = range(min(len(split), _TRIED_DOCUMENTS))
         if not any(self._of_document(split, i).any() for i in tried):
             raise ConfigError(
-                f"data.loss_weights={self._name!r} is 0 for all tokens of the first {len(tried)} "
+                f"data.loss_weights={self._name!r} is 0 for every token of the first {len(tried)} "
                 f"documents, such as {split.name(0)!r}: nothing would be trained"
             )
 
@@ -195,8 +192,8 @@ class LossWeights:
         if weights.shape != tokens.shape or not (np.isfinite(weights) & (weights >= 0)).all():
             raise ConfigError(
                 f"data.loss_weights={self._name!r}: for the {len(tokens)} tokens of "
-                f"{split.name(index)!r} it gave {weights.dtype}{list(weights.shape)}, {weights}; a "
-                "finite number for each is needed, none less than 0"
+                f"{split.name(index)!r} it returned {weights.dtype}{list(weights.shape)}, "
+                f"{weights}; it must return a finite number of at least 0 for each token"
             )
         return weights
 
@@ -204,14 +201,14 @@ class LossWeights:
 class PlacedBatches:
     """The batches of a `BatchStream`, on the devices of a mesh.
 
-    Each process reads only the rows that its own devices hold; the arrays are those of the whole
-    batch: rows are divided over the mesh axes `data` and `fsdp`, positions over `seq`. Background
-    threads read ahead; a batch is placed on the devices in the thread that takes it.
+    Each process reads only the rows of its own devices. The arrays are global: rows are divided
+    over the mesh axes `data` and `fsdp`, positions over `seq`. Background threads read ahead; the
+    thread that takes a batch places it on the devices.
 
     Args:
-      mesh: the devices of all processes.
-      splits, weights, batch_size: as of `BatchStream`.
-      options: the other arguments of `BatchStream` except `rows`.
+      mesh: The devices of all processes.
+      splits, weights, batch_size: As in `BatchStream`.
+      options: The other arguments of `BatchStream`, except `rows`.
     """
 
     def __init__(
@@ -232,19 +229,19 @@ class PlacedBatches:
         )
 
     def __getitem__(self, step: int) -> Batch:
-        """The batch of one step, read now."""
+        """Reads the batch of one step."""
         return self._place(self._stream[step])
 
     @contextlib.contextmanager
     def iterate(
         self, start: int = 0, skip: Collection[int] = ()
     ) -> Iterator[Iterator[tuple[int, Batch]]]:
-        """As `BatchStream.iterate`."""
+        """The numbers and batches from `start` on, as `BatchStream.iterate`."""
         with self._stream.iterate(start, skip) as batches:
             yield ((number, self._place(batch)) for number, batch in batches)
 
     def document_names(self, step: int) -> list[str]:
-        """The names of the documents in the whole batch of one step, of all processes."""
+        """The names of the documents in the whole batch of one step, over all processes."""
         return self._stream.document_names(step)
 
     def _place(self, batch: Batch) -> Batch:
@@ -254,7 +251,7 @@ class PlacedBatches:
 
 
 def _packed(store: int, split: Split, length: int, seed: int):
-    """The windows of one store, shuffled anew each epoch, without end."""
+    """An endless sequence of the windows of one store, shuffled again in each epoch."""
     import grain
 
     starts = packed_starts(split, length)
@@ -268,5 +265,5 @@ def _packed(store: int, split: Split, length: int, seed: int):
 
 
 def number_of_windows(split: Split, sequence_length: int) -> int:
-    """Windows of the packed policy in an epoch."""
+    """Number of windows in an epoch of the packed policy."""
     return len(packed_starts(split, sequence_length)) - 1

@@ -1,4 +1,4 @@
-"""Reads the files of a shard in blocks of 64 KiB, each verified before any of it is returned.
+"""Reads the files of a shard in blocks of 64 KiB, and verifies each block before returning it.
 
 A shard's `blocks.npy` holds the XXH3-64 of every block of its other files, uint64 [blocks]: file
 after file in the order of their names. A .npy header is part of its file's first block, and a
@@ -24,7 +24,7 @@ BLOCK_BYTES = 1 << 16
 
 
 class DamagedBlockError(Exception):
-    """Bytes of a file that are not what was written: [first, last) of the file `name`."""
+    """The bytes [first, last) of the file `name` are not what was written."""
 
     def __init__(self, name: str, first: int, last: int):
         super().__init__(f"{name}: bytes {first} to {last}")
@@ -35,9 +35,9 @@ class ShardFiles:
     """The files of one shard.
 
     Args:
-      directory: of the shard.
-      about: what the manifest says of it. A shard of format 3 has no digests of blocks; what is
-        read of it is not verified.
+      directory: Directory of the shard.
+      about: Entry of the shard in the manifest. A shard of format 3 has no digests of blocks, so
+        its files are not verified.
     """
 
     def __init__(self, directory: str, about: dict[str, Any]):
@@ -46,14 +46,14 @@ class ShardFiles:
         self._digests: dict[str, np.ndarray] | None = None
 
     def size(self, name: str) -> int:
-        """Bytes of a file, as the manifest has them."""
+        """Size of a file in bytes, according to the manifest."""
         return self._about["files"][name]["bytes"]
 
     def read(self, name: str) -> bytes:
         """The contents of a file.
 
         Raises:
-          DamagedBlockError: if they, or those of blocks.npy, are not what was written.
+          DamagedBlockError: if they or the contents of blocks.npy are damaged.
         """
         data = files.read_bytes(f"{self.directory}/{name}")
         digests = self.digests(name)
@@ -64,15 +64,15 @@ class ShardFiles:
         return data
 
     def array(self, name: str) -> StoredArray:
-        """A .npy file, whose slices raise `DamagedBlockError` as `read` does."""
+        """A .npy file. Slicing it raises `DamagedBlockError`, as `read`."""
         path = f"{self.directory}/{name}"
         return StoredArray(path, name, self.size(name), self.digests(name))
 
     def digests(self, name: str) -> np.ndarray | None:
-        """The digests of a file's blocks, uint64 [blocks]; None: there are none.
+        """The digests of a file's blocks, uint64 [blocks]; None for a shard of format 3.
 
         Raises:
-          DamagedBlockError: if blocks.npy is not what was written.
+          DamagedBlockError: if blocks.npy is damaged.
         """
         if "blocks" not in self._about:
             return None
@@ -93,14 +93,14 @@ class ShardFiles:
 class StoredArray:
     """A one-dimensional .npy file, mapped to memory or read by byte ranges.
 
-    A block that is mapped is verified when it is first read. From remote storage whole blocks are
-    requested, a slice in one request, and verified each time: they were transferred once more.
+    A block of a mapped file is verified when it is first read. From remote storage, a slice is read
+    in one request of whole blocks, which are verified each time they are transferred.
 
     Args:
-      path: of the file.
-      name: of the file in its shard, for errors.
-      size: of the file in bytes.
-      digests: of its blocks, uint64; None: nothing is verified.
+      path: Path of the file.
+      name: Name of the file in its shard, for error messages.
+      size: Size of the file in bytes.
+      digests: Digests of its blocks, uint64; None: blocks are not verified.
     """
 
     def __init__(self, path: str, name: str, size: int, digests: np.ndarray | None):
@@ -108,7 +108,7 @@ class StoredArray:
         self._digests = digests
         self._bytes = files.open_bytes(path)
         self._is_mapped = not files.is_remote(path)
-        # Written by several threads: at worst two of them verify the same block.
+        # Several threads write to it; at worst two of them verify the same block.
         self._verified = np.zeros(0 if digests is None else len(digests), bool)
         head = io.BytesIO(self._read(0, min(size, BLOCK_BYTES)).tobytes())
         try:
@@ -119,7 +119,7 @@ class StoredArray:
             self._data_start = head.tell()
             if self._data_start + self._length * self.dtype.itemsize != size:
                 raise ValueError(f"{path} has {size} bytes, not those of its header")
-        except ValueError as error:  # only of a file without digests
+        except ValueError as error:  # only in a file without digests
             raise DamagedBlockError(name, 0, min(size, BLOCK_BYTES)) from error
 
     def __len__(self) -> int:
@@ -128,7 +128,7 @@ class StoredArray:
     def __getitem__(self, index: slice) -> np.ndarray:
         start, stop, step = index.indices(self._length)
         if step != 1:
-            raise ValueError(f"a slice with the step {step}; only 1 is read at once")
+            raise ValueError(f"a slice with step {step}; only step 1 is supported")
         if stop <= start:
             return np.empty(0, self.dtype)
         begin, width = self._data_start, self.dtype.itemsize
@@ -148,7 +148,7 @@ class StoredArray:
 
 
 class FileDigests(NamedTuple):
-    """What is known of a file's contents."""
+    """Size and digests of a file."""
 
     bytes: int
     sha256: str
@@ -156,7 +156,7 @@ class FileDigests(NamedTuple):
 
 
 def digests_of_file(path: files.AnyPath) -> FileDigests:
-    """The digests of a file, local or remote, and of its blocks; it is read once."""
+    """The digests of a local or remote file and of its blocks. The file is read once."""
     size, sha256, blocks = 0, hashlib.sha256(), []
     with files.open_binary(path) as file:
         while block := file.read(BLOCK_BYTES):
@@ -170,7 +170,7 @@ def write_block_digests(directory: Path, names: Iterable[str]) -> dict[str, Any]
     """Writes blocks.npy beside the files of a shard.
 
     Returns:
-      What the manifest says of them all: "files" and "blocks".
+      "files" and "blocks" of the shard's entry in the manifest.
     """
     found = {name: digests_of_file(directory / name) for name in sorted(names)}
     path = directory / FILE_NAME

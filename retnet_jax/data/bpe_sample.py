@@ -1,4 +1,4 @@
-"""A sample of the documents: what a byte-level BPE is trained on, or a tokenizer is tried on."""
+"""A sample of the documents, to train a byte-level BPE or to test a tokenizer."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ from retnet_jax.data.split import hash_of_name, split_of
 from retnet_jax.data.tokenizers import BPETokenizer, train_bpe
 from retnet_jax.errors import ConfigError
 
-_CHARACTERS = 8_000_000  # in a sample; more hardly changes the merges
+_CHARACTERS = 8_000_000  # in a sample for a BPE; more hardly changes the merges
 
 
 def train_tokenizer(
     configs: Sequence[DataConfig], vocab_size: int, skipped: Skipped
 ) -> BPETokenizer:
-    """A byte-level BPE for several corpora, trained on equally large samples of each.
+    """Trains a byte-level BPE on equally large samples of several corpora.
 
     Args:
-      configs: where the documents come from; held-out ones are left out.
-      vocab_size: tokens in all.
-      skipped: grows by what could not be used.
+      configs: Configs of the corpora; their held-out documents are not used.
+      vocab_size: Number of tokens.
+      skipped: Documents that cannot be used are added to it.
 
     Raises:
-      ConfigError: if a corpus has no documents to train on, or all of them together give fewer
-        tokens.
+      ConfigError: if a corpus has no documents to train on, or all together give fewer tokens.
     """
     texts: list[str] = []
     for config in configs:
@@ -49,14 +48,14 @@ class Sample:
     It depends only on the documents, not on their order or on how they are divided into shards.
 
     Args:
-      characters: about how many there are in all; None: for a BPE.
-      of_document: the most from one; None: `characters`.
+      characters: Approximate number of characters in the sample; None: enough for a BPE.
+      of_document: Largest number of characters from one document; None: `characters`.
     """
 
     def __init__(self, characters: int | None = None, of_document: int | None = None):
         self._most = characters or _CHARACTERS
         self._of_document = of_document or self._most
-        # With the hashes negated, so that the largest comes off first.
+        # The hashes are negated, so that the largest is removed first.
         self._heap: list[tuple[float, str, str]] = []
         self._characters = 0
 
@@ -75,5 +74,5 @@ class Sample:
         return sorted((-negated, name, text) for negated, name, text in self._heap)
 
     def texts(self) -> list[str]:
-        """The texts in the order in which a BPE is trained on them."""
+        """The texts, in the order for training a BPE."""
         return [text for _, _, text in reversed(self.items())]

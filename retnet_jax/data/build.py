@@ -1,12 +1,12 @@
-"""Builds token stores in parallel. A build that is killed is finished by the next start.
+"""Builds token stores in parallel. A build that was killed is resumed by the next start.
 
-How a corpus is divided into shards depends only on its files. They are read twice: the survey finds
-duplicates and samples text for a BPE, then each shard is encoded into a directory that appears when
-it is complete. The store is the same, byte for byte, however often the build is killed and however
-many processes work on it.
+The division of a corpus into shards depends only on its files. The files are read twice: the survey
+finds duplicates and samples text for a BPE; then each shard is encoded into a directory, which
+appears when it is complete. The store is the same, byte for byte, whether or not the build was
+killed, and for any number of processes.
 
     plan.json            options and shards: written first, deleted when the store is complete
-    work/                what the survey found, and what each shard holds: deleted too
+    work/                surveys and records of shards: deleted when the store is complete
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ from retnet_jax.provenance import code_fingerprint, versions
 
 DEFAULT_COMMAND = "build_store(config.data, vocab_size)"
 
-_SHARD_BYTES = 64_000_000  # of source files
+_SHARD_BYTES = 64_000_000  # of source files in a shard, about
 _MOST_SHARDS = 4096
 
 
@@ -74,20 +74,22 @@ def build_store(
     processes: int | None = None,
     command: str = DEFAULT_COMMAND,
 ) -> TokenStore:
-    """Builds the store in `config.store`, or finishes it.
+    """Builds the store in `config.store`, or finishes an unfinished one.
 
     Args:
-      config: the data options, checked.
-      vocab_size: tokens of the BPE; other tokenizers ignore it.
-      processes: that work in parallel; None: as many as there are cores.
-      command: what finishes the store or builds it again, for error messages; recorded in it.
+      config: The data options, checked.
+      vocab_size: Number of tokens of the BPE; other tokenizers ignore it.
+      processes: Number of processes that work in parallel; None: one for each core.
+      command: Command that builds or finishes the store, for error messages; recorded in the store.
 
     Raises:
-      ConfigError: if the store is complete already, or was begun with other options or files; if
+      ConfigError: if the store is already complete, or was begun with other options or files; if
         there are no documents, none or all are held out, or no BPE of that size can be trained.
     """
     if files.exists(files.expanded(f"{config.store}/manifest.json")):
-        raise ConfigError(f"data.store={config.store!r} exists already; delete it to build it anew")
+        raise ConfigError(
+            f"data.store={config.store!r} exists already; delete it to build it again"
+        )
     return build_or_wait(config, vocab_size, processes, command)
 
 
@@ -97,17 +99,19 @@ def build_or_wait(
     processes: int | None = None,
     command: str = DEFAULT_COMMAND,
 ) -> TokenStore:
-    """As `build_store`; if another process builds the store, waits for that and opens it."""
+    """As `build_store`; if another process is building the store, waits for it and opens it."""
     if files.is_remote(config.store):
         raise ConfigError(
-            f"data.store={config.store!r} is not there, and stores are built on local disk: build "
-            "it in a directory and copy that; the copy is read where it is"
+            f"data.store={config.store!r} does not exist, and stores are built on local disk: "
+            "build it in a local directory and copy that to the URL, where it can be read"
         )
     directory = files.local(config.store)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"data.store={config.store!r} is no directory: {error}") from error
+        raise ConfigError(
+            f"data.store={config.store!r} cannot be used as a directory: {error}"
+        ) from error
     with lock.held(directory, lambda who: say(f"{directory} is being built by {who}: waiting")):
         if not (directory / "manifest.json").exists():
             try:
@@ -117,12 +121,12 @@ def build_or_wait(
                     shutil.rmtree(directory)
                 raise
         else:
-            _tidy(directory)  # this one has made a lock; another may have been killed at the end
+            _tidy(directory)  # deletes the lock, and what a build killed at its end has left
     return open_store(directory)
 
 
 def is_to_be_built(config: DataConfig, vocab_size: int) -> bool:
-    """Whether there is no store in `config.store`, not even a part of one, or it is being built."""
+    """Whether `config.store` has no store, not even an unfinished one, or it is being built."""
     if files.is_remote(config.store):
         return False
     directory = files.local(config.store)
@@ -162,7 +166,7 @@ def _build(
             tokenizer = _make_tokenizer(config, vocab_size, surveys)
             round_trip = measure_round_trip(tokenizer, texts_to_try(surveys))
             check_round_trip(round_trip, config.tokenizer)
-    except ConfigError:  # of this plan there will be no store
+    except ConfigError:  # no store can be built from this plan
         if not is_written(directory):
             discard_plan(directory)
         raise
@@ -180,7 +184,7 @@ def _build(
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """A build, as every process knows it."""
+    """A build, as passed to every process."""
 
     config: DataConfig
     directory: str
@@ -206,7 +210,7 @@ class _Job:
 
 
 def _plan(config: DataConfig, vocab_size: int, command: str) -> dict[str, Any]:
-    """What a new build begins with."""
+    """The plan of a new build."""
     pieces = list_pieces(config)
     return {
         "format": FORMAT,
@@ -217,7 +221,7 @@ def _plan(config: DataConfig, vocab_size: int, command: str) -> dict[str, Any]:
 
 
 def _survey(job: _Job, task: tuple[int, list[Piece]]) -> int:
-    """Reads a shard for its duplicates and for text to train and try a tokenizer on."""
+    """Reads a shard to find duplicates, and to sample text for training and testing a tokenizer."""
     shard, pieces = task
     config, skipped = job.config, Skipped()
     digests, held_out, counts = bytearray(), bytearray(), dict.fromkeys(SPLITS, 0)
@@ -252,7 +256,7 @@ def _survey(job: _Job, task: tuple[int, list[Piece]]) -> int:
 
 
 def _encode(job: _Job, task: tuple[int, list[Piece]]) -> int:
-    """Writes the directory of a shard, and before that its record."""
+    """Writes the directory of a shard, and its record first."""
     shard, pieces = task
     target = job.shard_path(shard)
     if (target / OLD_RECORD).exists() and _completed(job, shard):
@@ -262,18 +266,18 @@ def _encode(job: _Job, task: tuple[int, list[Piece]]) -> int:
             record = _write_shard(job, shard, pieces, unfinished)
             atomic.write_text(job.record_path(shard), json.dumps(record))
     except OSError:
-        # What an earlier start left running may have written the same shard meanwhile.
+        # A process of an earlier start may still be running and have written the same shard.
         if not job.is_encoded(shard):
             raise
     return shard
 
 
 def _completed(job: _Job, shard: int) -> bool:
-    """Whether a shard of format 3 is now one of this format. If it is damaged, it is deleted."""
+    """Converts a shard of format 3 to this format. False if it is damaged; then it is deleted."""
     directory = job.shard_path(shard)
     record = completed_shard(directory)
     if record is None:
-        say(f"{directory} is damaged: it is written again")
+        say(f"{directory} is damaged and is written again")
         directory = directory.rename(directory.with_name(f".{directory.name}.damaged"))
         shutil.rmtree(directory)
         return False
@@ -299,7 +303,7 @@ def _write_shard(job: _Job, shard: int, pieces: list[Piece], directory: Path) ->
     if sha256_of(digests) != survey["content"]:
         raise ConfigError(
             f"{pieces[0].path} or a file after it has changed since the build began; delete "
-            f"{job.directory} and build it anew"
+            f"{job.directory} and build it again"
         )
     digests_of_files = write_block_digests(directory, os.listdir(directory))
     name = job.shard_path(shard).name
@@ -307,7 +311,7 @@ def _write_shard(job: _Job, shard: int, pieces: list[Piece], directory: Path) ->
 
 
 def _finish(job: _Job, plan: dict[str, Any], surveys: list[dict], kept: dict[str, int]) -> None:
-    """Writes the manifest of a store whose shards are complete."""
+    """Writes the manifest when all shards are complete."""
     directory = Path(job.directory)
     shards = [json.loads(job.record_path(i).read_text()) for i in range(len(surveys))]
     skipped, documents = skipped_of(surveys), sum(documents_of(surveys).values())
@@ -344,13 +348,13 @@ def _finish(job: _Job, plan: dict[str, Any], surveys: list[dict], kept: dict[str
     atomic.write_text(directory / "manifest.json", manifest_text(manifest))
     _tidy(directory)
     if skipped.count:
-        say(f"skipped {skipped.count}: {skipped}")
+        say(f"skipped {skipped.count} documents: {skipped}")
     if describe_round_trip(round_trip):
         say(f"{directory}: in a sample {describe_round_trip(round_trip)}")
 
 
 def _tidy(directory: Path) -> None:
-    """Deletes what does not belong to the store, the plan last."""
+    """Deletes everything that does not belong to the store, the plan last."""
     shutil.rmtree(directory / "work", ignore_errors=True)
     for leftover in directory.glob("shards/.*"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -361,18 +365,18 @@ def _tidy(directory: Path) -> None:
 def _mark_duplicates(job: _Job, shards: int) -> tuple[dict[str, int], int]:
     """Writes which documents of each shard are kept.
 
-    Of documents with the same text the first is kept, in the order of shards. Without
-    deduplication all are kept, except copies in `train` of a text that is held out. So no text is
-    in both splits. All digests are in memory at once, 16 bytes a document.
+    Of documents with the same text the first is kept, in the order of the shards. Without
+    deduplication all are kept, except copies in `train` of a held-out text. So no text is in both
+    splits. All digests are in memory at once, 16 bytes for each document.
 
     Returns:
-      How many are kept of each split, and how many different texts there are in both.
+      The number of documents kept in each split, and the number of different texts in both.
     """
     found = [np.load(job.digests_path(shard)) for shard in range(shards)]
     words = np.concatenate([x["digest"] for x in found]).view("<u8").reshape(-1, 2)
     order = np.lexsort((words[:, 1], words[:, 0]))  # stable: equal texts stay in their order
     ordered = words[order]
-    first = np.ones(len(words), bool)  # of its text, in that order
+    first = np.ones(len(words), bool)  # whether a document is the first with its text, in `order`
     first[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
     kept, held_out = np.ones(len(words), bool), np.concatenate([x["held_out"] for x in found])
     if job.config.deduplicate:
@@ -406,7 +410,7 @@ def _documents(config: DataConfig, pieces: list[Piece], skipped: Skipped) -> Ite
 
 
 def _grouped(pieces: list[Piece]) -> Iterator[list[Piece]]:
-    """Pieces grouped into shards, which depends only on the pieces."""
+    """The pieces grouped into shards. The groups depend only on the pieces."""
     size = max(_SHARD_BYTES, sum(piece.bytes for piece in pieces) // _MOST_SHARDS)
     group: list[Piece] = []
     total = 0
@@ -425,7 +429,7 @@ def _digest(document: Document) -> bytes:
 
 
 def _digest_of_file(path: str) -> str | None:
-    """None for a file that cannot be read, which is counted where its documents are."""
+    """The digest; None for a file that cannot be read, which is counted with its documents."""
     try:
         return sha256_of_file(path)
     except OSError:

@@ -1,4 +1,4 @@
-"""The plan of a build: `plan.json`, which a build that was killed is resumed from."""
+"""The plan of a build, `plan.json`, from which a killed build is resumed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from retnet_jax.files import atomic, lock
 
 
 def begin_or_resume(directory: Path, plan: dict[str, Any]) -> dict[str, Any]:
-    """Writes the plan of a new build, or reads that of one to be resumed.
+    """Writes the plan of a new build, or reads the plan of a build to resume.
 
     Args:
-      directory: of the store.
-      plan: what a new build begins with.
+      directory: Directory of the store.
+      plan: Plan of a new build.
 
     Raises:
-      ConfigError: if a plan is there that has other options or files.
+      ConfigError: if the directory has a plan with other options or files.
     """
     path = directory / "plan.json"
     found = json.loads(path.read_text()) if path.exists() else None
@@ -35,19 +35,19 @@ def begin_or_resume(directory: Path, plan: dict[str, Any]) -> dict[str, Any]:
         changes = differences(found["options"], plan["options"])
         if found["format"] not in FORMATS:
             raise ConfigError(
-                f"data.store={str(directory)!r} was begun by another version, in the format "
-                f"{found['format']}; this one writes {FORMAT}: finish it with that version, or "
-                "name another directory in data.store, or delete this one"
+                f"data.store={str(directory)!r} was begun by another version, in format "
+                f"{found['format']}; this one writes format {FORMAT}: finish it with that version, "
+                "give another directory in data.store, or delete this one"
             )
         if changes:
             raise ConfigError(
                 f"data.store={str(directory)!r} was begun with other options:{changes}\n"
-                "name another directory in data.store, or delete this one"
+                "give another directory in data.store, or delete this one"
             )
         if found["shards"] != plan["shards"]:
             raise ConfigError(
                 f"data.store={str(directory)!r} was begun with other files, or they have changed; "
-                "name another directory in data.store, or delete this one"
+                "give another directory in data.store, or delete this one"
             )
         for unfinished in [*directory.glob("shards/.*"), *directory.glob("work/tmp*")]:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -57,24 +57,24 @@ def begin_or_resume(directory: Path, plan: dict[str, Any]) -> dict[str, Any]:
         return found
     if not has_only_a_lock(directory):
         raise ConfigError(
-            f"data.store={str(directory)!r} has files in it and no plan.json; name a new directory"
+            f"data.store={str(directory)!r} has files in it and no plan.json; give a new directory"
         )
     atomic.write_text(path, json.dumps(plan, indent=1) + "\n")
     return plan
 
 
 def has_only_a_lock(directory: Path) -> bool:
-    """Whether a directory is that of a store of which nothing is there."""
+    """Whether a directory has no file but the lock."""
     return all(path.name == lock.FILE_NAME for path in directory.iterdir())
 
 
 def is_written(directory: Path) -> bool:
-    """Whether anything in an unfinished store depends on more than the plan."""
+    """Whether an unfinished store already has its tokenizer or a shard."""
     return has_tokenizer(directory) or any(directory.glob("shards/[0-9]*"))
 
 
 def discard_plan(directory: Path) -> None:
-    """Deletes the plan of a store of which nothing is written, and what was found for it."""
+    """Deletes the plan and the survey of a store that has no tokenizer and no shard."""
     for name in ("work", "shards"):
         shutil.rmtree(directory / name, ignore_errors=True)
     (directory / "plan.json").unlink()

@@ -1,4 +1,4 @@
-"""Which files a corpus is made of, and the names that its documents have from them."""
+"""Finds the files of a corpus, and the names of its documents."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class CorpusFile(NamedTuple):
     """A file of a corpus.
 
     Attributes:
-      path: where it is read.
-      name: its path from the deepest directory that all files of the corpus are in. It is the same
-        however `path` was typed, and wherever the corpus is.
+      path: Path to read it from.
+      name: Its path relative to the deepest directory that contains all files of the corpus. It
+        does not depend on how `path` was typed or where the corpus is.
     """
 
     path: str
@@ -30,18 +30,18 @@ class CorpusFile(NamedTuple):
 def corpus_files(patterns: str) -> list[CorpusFile]:
     """The files that `data.path` names, in the order of their names.
 
-    A file that several paths lead to, over links too, comes once. Files and directories that cannot
-    be looked at come as files, so that reading them says what is wrong.
+    A file with several paths, also through links, occurs once. Files and directories that cannot be
+    examined are returned as files, so that reading them reports the error.
 
     Args:
-      patterns: paths and globs, separated by commas. What exists is taken as it is, also where its
-        name has wildcards or commas. "**" is any number of directories.
+      patterns: Paths and globs, separated by commas. The name of an existing file is not a pattern,
+        even if it has wildcards or commas. "**" matches any number of directories.
 
     Raises:
       ConfigError: if one of the patterns matches no file.
     """
     once: dict[str, tuple[bool, int, str, str]] = {}
-    directories: dict[str, str] = {}  # real paths of those seen: most files share few
+    directories: dict[str, str] = {}  # real paths of directories; many files share each
     for path in _all_matches(patterns):
         absolute = path if files.is_remote(path) else os.path.abspath(path)
         real = absolute
@@ -51,7 +51,7 @@ def corpus_files(patterns: str) -> list[CorpusFile]:
                 directories[parent] = os.path.realpath(parent)
             real = os.path.join(directories[parent], name)
             real = os.path.realpath(real) if os.path.islink(real) else real
-        # Of several paths to a file the real one names it, or else the shortest.
+        # If a file has several paths, its name is from the real path, or else the shortest.
         candidate = (absolute != real, absolute.count("/"), absolute, path)
         once[real] = min(candidate, once.get(real, candidate))
     absolutes = {path: absolute for _, _, absolute, path in once.values()}
@@ -63,7 +63,7 @@ def corpus_files(patterns: str) -> list[CorpusFile]:
 
 
 def _all_matches(patterns: str) -> Iterable[str]:
-    """The paths that match; a part between commas that matches nothing may be part of a name."""
+    """The paths that match. A part that matches nothing is joined with the part after its comma."""
     whole = files.expanded(patterns)
     if not files.is_remote(whole) and os.path.isfile(whole):
         return [whole]
@@ -110,7 +110,7 @@ def _matches(pattern: str) -> list[str]:
 
 
 def _is_to_be_read(path: str) -> bool:
-    """Whether a path is a file, or something of which that cannot be said."""
+    """Whether a path is a file, or cannot be examined."""
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
     except OSError:
@@ -118,9 +118,9 @@ def _is_to_be_read(path: str) -> bool:
 
 
 class _Search:
-    """What a pattern matches. As in a shell, wildcards do not match a dot at the beginning.
+    """Finds the paths that match a pattern. Wildcards do not match a dot at the beginning.
 
-    `glob` reads files in a loop of links again and again, and is silent about directories that
+    Unlike `glob`, it does not follow a loop of links repeatedly, and reports directories that
     cannot be read.
     """
 
@@ -128,7 +128,7 @@ class _Search:
         self.unreadable: list[str] = []  # directories
 
     def paths(self, directory: str, parts: list[str]) -> Iterator[str]:
-        """The paths from a directory on that match parts of a path; not directories."""
+        """The files below a directory that match the parts of a pattern."""
         part, *rest = parts
         if part == "**":
             for below in self._tree(directory):
@@ -146,7 +146,7 @@ class _Search:
                 yield path
 
     def _tree(self, top: str) -> Iterator[str]:
-        """A directory and all below, each once: links are followed to what is not seen without."""
+        """A directory and all directories below it, each once; links are followed last."""
         seen: set[str] = set()
         directories, links = [top], []
         while directories or links:

@@ -1,4 +1,4 @@
-"""Reads the records of files and data sets as they are: nothing is judged or skipped.
+"""Reads the records of files and data sets, without skipping or filtering any.
 
 zstandard, pyarrow, tensorflow_datasets and datasets are imported where they are used.
 """
@@ -37,13 +37,13 @@ _NO_TEXT = {
 
 @dataclass(frozen=True)
 class Record:
-    """What is at one place of a file.
+    """One record of a file.
 
     Attributes:
-      place: where in the file, such as ":7"; "" is the whole.
-      value: an object of fields, or a text or its bytes.
-      problem: why there is no value: a reason, and perhaps details.
-      fields: names of the fields that there are; those of `value` if it has not all of them.
+      place: Its place in the file, such as ":7"; "" for the whole file.
+      value: A dict of fields, or a text or its bytes.
+      problem: Why there is no value: a reason, and perhaps details.
+      fields: Names of all fields of the record; None: `value` has all of them.
     """
 
     place: str
@@ -64,7 +64,7 @@ class UnreadableError(Exception):
 
 
 def whole_file(path: str, most_bytes: int) -> Iterator[Record]:
-    """One record, the bytes of a file."""
+    """One record: the bytes of a file."""
     with _reading(), _opened(path) as file:
         size = files.size(path)
         if size > most_bytes:
@@ -79,14 +79,14 @@ def whole_file(path: str, most_bytes: int) -> Iterator[Record]:
 
 
 def line_parts(path: str, part_bytes: int) -> list[Part]:
-    """Parts of a file of lines, about as large as asked for; a compressed file is one part."""
+    """Parts of a file of lines, each about `part_bytes` large; a compressed file is one part."""
     try:
         size = files.size(path)
         with files.open_binary(path) as file:
             if size <= part_bytes or _compression(path, _first_bytes(file)):
                 return [(0, None, 1, size)]
             return _cut_at_lines(file, part_bytes)
-    except OSError:  # reading it will say so again
+    except OSError:  # reading it will report the error
         return [(0, None, 1, 0)]
 
 
@@ -110,16 +110,16 @@ def _cut_at_lines(file: BinaryIO, part_bytes: int) -> list[Part]:
 def json_lines(
     path: str, start: int, stop: int | None, first: int, most_bytes: int
 ) -> Iterator[Record]:
-    """The JSON object of each line in a part of a file that is not blank.
+    """The JSON object of each line in a part of a file, without blank lines.
 
-    Longer lines are not held in memory.
+    Lines that are too long for a document of `most_bytes` are not read into memory.
     """
     with _reading(), _opened(path) as opened, _decompressed(path, opened) as file:
         if start:
             file.seek(start)
         left = None if stop is None else stop - start
         number = first
-        # JSON can be six times as long as what it spells.
+        # JSON can be six times as long as the text in it.
         longest = 6 * most_bytes + 65_536
         while left is None or left > 0:
             line = file.readline(longest)
@@ -153,11 +153,11 @@ def _parsed(place: str, line: bytes) -> Record:
 
 
 def parquet_parts(path: str, part_bytes: int) -> list[Part]:
-    """Parts of a parquet file: row groups, as many as are about as large as asked for."""
+    """Parts of a parquet file: groups of row groups, each about `part_bytes` large."""
     try:
         with files.open_binary(path) as file:
             metadata = _package("pyarrow.parquet", "pyarrow").ParquetFile(file).metadata
-    except (OSError, ValueError):  # pyarrow's errors are both; reading it will say so again
+    except (OSError, ValueError):  # pyarrow raises both; reading it will report the error
         return [(0, None, 0, 0)]
     parts: list[Part] = []
     start = row = first = size = 0
@@ -173,14 +173,14 @@ def parquet_parts(path: str, part_bytes: int) -> list[Part]:
 def parquet_rows(
     path: str, start: int, stop: int | None, first: int, fields: Collection[str]
 ) -> Iterator[Record]:
-    """The rows of some row groups, with those of the fields that there are.
+    """The rows of some row groups, with the fields that exist.
 
     Args:
-      path: of the file.
-      start: the first row group.
-      stop: the row group after the last; None: all that follow.
-      first: the number of the first row.
-      fields: columns, or "a.b" for what is inside a column.
+      path: Path of the file.
+      start: The first row group.
+      stop: The row group after the last; None: to the end of the file.
+      first: Number of the first row in the file.
+      fields: Names of columns; "a.b" for field b inside column a.
     """
     parquet = _package("pyarrow.parquet", "pyarrow")
     with _reading(), _opened(path) as opened:
@@ -194,7 +194,7 @@ def parquet_rows(
                     for row in _rows(batch):
                         yield Record(f":{number}", row, fields=names)
                         number += 1
-            except (OSError, ValueError) as error:  # the next row group is apart from this one
+            except (OSError, ValueError) as error:  # the next row group may be intact
                 problem = ("unreadable", f"{type(error).__name__}: {error}")
                 while number < end:
                     yield Record(f":{number}", problem=problem)
@@ -202,7 +202,7 @@ def parquet_rows(
 
 
 def _rows(batch) -> Iterator[dict[str, Any]]:
-    """The rows of a batch of pyarrow's."""
+    """The rows of a pyarrow batch."""
     columns = [_values(column) for column in batch.columns]
     for row in range(batch.num_rows):
         values = (column[row] for column in columns)
@@ -225,7 +225,7 @@ def _value(scalar) -> Any:
         return UnreadableValue((f"cannot be converted from {scalar.type}", str(error)))
 
 
-# What is no UTF-8; dates that Python has no type for; what pyarrow does not implement.
+# Values that are not UTF-8; dates that Python cannot represent; types pyarrow does not implement.
 _NOT_CONVERTED = (ValueError, OverflowError, NotImplementedError)
 
 
@@ -234,7 +234,9 @@ def tfds_source(path: str):
     outside, bracket, of_split = path.partition("[")  # "c4/en:train[:1000]"
     name, _, split = outside.rpartition(":")
     if not name:
-        raise ConfigError(f"data.path={path!r} is no data set and split, such as 'c4/en:train'")
+        raise ConfigError(
+            f"data.path={path!r} does not name a data set and a split, such as 'c4/en:train'"
+        )
     tfds = _package("tensorflow_datasets", "tensorflow-datasets")
     with _opening(path):
         return tfds.data_source(name, split=split + bracket + of_split)
@@ -248,12 +250,12 @@ def tfds_examples(path: str, start: int, stop: int) -> Iterator[Record]:
 
 
 def hf_shards(path: str) -> int:
-    """The number of shards of a data set of Hugging Face, which are read apart."""
+    """The number of shards of a Hugging Face data set, which are read separately."""
     return max(1, getattr(_hf_stream(path), "num_shards", 1))
 
 
 def hf_examples(path: str, shard: int) -> Iterator[Record]:
-    """The examples of one shard of a data set of Hugging Face, streamed."""
+    """The examples of one shard of a Hugging Face data set, streamed."""
     stream = _hf_stream(path)
     shards = max(1, getattr(stream, "num_shards", 1))
     if shards > 1:
@@ -266,7 +268,8 @@ def _hf_stream(path: str):
     name, *config, split = path.split(":") if ":" in path else ("", "")
     if not name or len(config) > 1:
         raise ConfigError(
-            f"data.path={path!r} is no data set and split, such as 'allenai/c4:en:train'"
+            f"data.path={path!r} does not name a data set and a split, such as "
+            "'allenai/c4:en:train'"
         )
     datasets = _package("datasets", "datasets")
     with _opening(path):
@@ -277,7 +280,7 @@ def _hf_stream(path: str):
 def _opening(path: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # each library has many of its own, for a wrong name above all
+    except Exception as error:  # each library raises many kinds, mostly for a wrong name
         kind = type(error).__name__
         raise ConfigError(f"data.path={path!r} cannot be opened: {kind}: {error}") from error
 
@@ -287,10 +290,10 @@ def _reading() -> Iterator[None]:
     """Turns the errors of damaged files into `UnreadableError`."""
     try:
         yield
-    except ConfigError:  # a package that is not there
+    except ConfigError:  # a package is missing
         raise
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        # pyarrow's are OSError or ValueError.
+        # pyarrow's errors are OSError or ValueError.
         detail = f"{type(error).__name__}: {error}"
         raise UnreadableError("the rest of the file is unreadable", detail) from None
 
@@ -299,7 +302,7 @@ def _reading() -> Iterator[None]:
 def _opened(path: str) -> Iterator[BinaryIO]:
     try:
         if os.path.isdir(path):
-            os.listdir(path)  # why it is here: this fails
+            os.listdir(path)  # raises the error for which this directory is in the list of files
         file = files.open_binary(path)
     except OSError as error:
         raise UnreadableError("cannot be opened", f"{type(error).__name__}: {error}") from None
@@ -309,11 +312,11 @@ def _opened(path: str) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def _decompressed(path: str, file: BinaryIO) -> Iterator[BinaryIO]:
-    """What is in a file that may be compressed.
+    """The decompressed contents of a file, which need not be compressed.
 
     Raises:
-      UnreadableError: if it is no text.
-      OSError, EOFError, zlib.error: while it is read, if it is damaged.
+      UnreadableError: if the file is not text.
+      OSError, EOFError, zlib.error: while reading, if the file is damaged.
     """
     head = _first_bytes(file)
     kind = _compression(path, head)
@@ -351,14 +354,14 @@ def _first_bytes(file: BinaryIO) -> bytes:
 
 
 def _compression(path: str, head: bytes) -> str | None:
-    """How a file is compressed, by its first bytes; by its name where these are not text."""
+    """The compression of a file, by its first bytes; by its name if these are unknown binary."""
     if head.startswith(b"\x1f\x8b"):
         return "gzip"
     if head.startswith(b"BZh") and head[4:10] in (b"1AY&SY", b"\x17\x72\x45\x38\x50\x90"):
         return "bzip2"
     if head.startswith(b"\xfd7zXZ\x00"):
         return "xz"
-    # The second is a frame that is skipped, with which some tools begin.
+    # The second is a skippable frame, which some tools write first.
     if head.startswith(b"\x28\xb5\x2f\xfd") or head[1:4] == b"\x2a\x4d\x18":
         return "zstandard"
     if head and head.isascii():
@@ -367,20 +370,19 @@ def _compression(path: str, head: bytes) -> str | None:
 
 
 class _ZstdStream(io.RawIOBase):
-    """Zstandard frames, one after the other. The package's own reader takes a torn one for the end.
+    """Reads zstandard frames, one after another.
 
-    Raises:
-      EOFError: at the end of a file that ends inside a frame.
+    Unlike the package's own reader, it raises EOFError for a file that ends inside a frame.
     """
 
     def __init__(self, file: BinaryIO):
         self._file = file
         decompressor = _package("zstandard", "zstandard").ZstdDecompressor(
-            max_window_size=2**31  # the most that the format has, of `zstd --long=31`
+            max_window_size=2**31  # the largest in the format, from `zstd --long=31`
         )
         self._new_frame = decompressor.decompressobj
         self._frame = self._new_frame()
-        self._inside = False  # a frame
+        self._inside = False  # whether the position is inside a frame
         self._ready = b""
 
     def readable(self) -> bool:

@@ -1,7 +1,7 @@
-"""How much of a corpus comes back from its tokens, measured on a sample.
+"""Measures on a sample how much text is lost when a corpus is encoded and decoded.
 
-A tokenizer of another model may drop what it has no token for, or what its normaliser takes out. It
-costs nothing to predict what is not there: such a loss makes bits per byte look better.
+The tokenizer of another model may drop characters that it has no token for, or that its normaliser
+removes. Text that is dropped costs nothing to predict, so bits per byte look better than they are.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from typing import Any
 from retnet_jax.data.tokenizers import Tokenizer
 from retnet_jax.errors import ConfigError
 
-_MOST_LOST = 0.5  # of the characters; with more the tokenizer is one for other texts
+_MOST_LOST = 0.5  # share of the characters; with more the tokenizer is not for these texts
 
 
 def measure_round_trip(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, Any]:
-    """What is lost of some texts when they are encoded and decoded, for the manifest of a store.
+    """Measures what texts lose when they are encoded and decoded, for the manifest of a store.
 
     Returns:
-      "documents", those that are "changed" and those without a token, "empty"; "characters", and
-      those that are "lost", whatever their order: the share of them that do not come back, and the
-      "most_lost"; "tokens", and the share of them that are "unknown".
+      "documents": number of texts; "changed": of those that differ after decoding; "empty": of
+      those without a token; "characters": number of characters; "lost": share of the characters
+      that are missing after decoding, regardless of order; "most_lost": the most frequent of them;
+      "tokens": number of tokens; "unknown": share of the tokens that are the unknown token.
     """
     lost: Counter[str] = Counter()
     characters = tokens = unknown = changed = empty = 0
@@ -48,23 +49,24 @@ def measure_round_trip(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, 
 
 
 def describe_round_trip(found: dict[str, Any] | None) -> str:
-    """One sentence on what was lost; "" if nothing was, or a store of before does not say."""
+    """A sentence on the losses; "" if there are none, or an old store has not measured them."""
     if found is None or not found["changed"]:
         return ""
     empty = f", {found['empty']} documents have no token" if found["empty"] else ""
-    most = ", ".join(f"{count} times {text!r}" for text, count in found["most_lost"].items())
+    most = ", ".join(f"{text!r} {count} times" for text, count in found["most_lost"].items())
     return (
-        f"{found['changed']} of {found['documents']} documents do not come back from their tokens "
-        f"as they were: {found['lost']:.2%} of {found['characters']:,} characters are lost"
+        f"{found['changed']} of {found['documents']} documents change when they are encoded and "
+        f"decoded: {found['lost']:.2%} of {found['characters']:,} characters are lost"
         f"{f' ({most})' if most else ''}, {found['unknown']:.2%} of the tokens are unknown"
         f"{empty}"
     )
 
 
 def check_round_trip(found: dict[str, Any], tokenizer: str) -> None:
-    """Raises `ConfigError` if little of the texts is left in the tokens of `data.tokenizer`."""
+    """Raises `ConfigError` if the tokens of `data.tokenizer` lose most of the text."""
     if found["lost"] > _MOST_LOST:
         raise ConfigError(
-            f"data.tokenizer={tokenizer!r} is not for these texts: {describe_round_trip(found)}; "
+            f"data.tokenizer={tokenizer!r} is not suitable for these texts: "
+            f"{describe_round_trip(found)}; "
             "use one that has tokens for all bytes, such as data.tokenizer='bpe'"
         )

@@ -1,7 +1,7 @@
 """Encodes documents and writes them as the files of one shard.
 
-Memory stays small however long a document is: it is encoded in parts, several parts at once, and
-tokens are appended to the files as they come.
+A document is encoded in parts, and tokens are appended to the files as they come, so even a very
+long document needs little memory.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from retnet_jax.data.sources import Document
 from retnet_jax.data.token_store import SPLITS, token_dtype
 from retnet_jax.data.tokenizers import Tokenizer, text_parts
 
-OLD_RECORD = "shard.json"  # in a shard of format 3: what the manifest is to say of it
+OLD_RECORD = "shard.json"  # in a shard of format 3: its entry for the manifest
 
-_BATCH_CHARACTERS = 2_000_000  # encoded at once: enough for all threads, little in memory
-_PART_CHARACTERS = 1_000_000  # of a document; `tokenizers` takes 90 times as much memory as text
+_BATCH_CHARACTERS = 2_000_000  # encoded at once: enough for all threads, with little memory
+_PART_CHARACTERS = 1_000_000  # of a document; `tokenizers` needs 90 times the memory of the text
 
 
 def write_shard(
     directory: Path, documents: Iterable[tuple[str, Document]], tokenizer: Tokenizer
 ) -> dict[str, dict[str, int]]:
-    """Writes the arrays and names of a shard, as `token_store.py` describes them.
+    """Writes the arrays and names of a shard, in the format of `token_store.py`.
 
     Args:
-      directory: an empty one.
-      documents: the split of each document, and the document.
-      tokenizer: what encodes them.
+      directory: An empty directory.
+      documents: The split of each document, and the document.
+      tokenizer: Tokenizer that encodes them.
 
     Returns:
-      For each split the counts of documents, tokens and bytes.
+      The numbers of documents, tokens and bytes of each split.
     """
     writers = {split: _SplitWriter(directory, split, tokenizer) for split in SPLITS}
     for batch in _batches(_parts(documents)):
@@ -48,10 +48,10 @@ def write_shard(
 
 
 def completed_shard(directory: Path) -> dict[str, Any] | None:
-    """Adds the digests of blocks to a shard that was written in format 3.
+    """Adds digests of blocks to a shard of format 3.
 
     Returns:
-      What the manifest is to say of it; None: its files are not what was written.
+      Its entry for the manifest; None if its files are not what was written.
     """
     try:
         record = json.loads((directory / OLD_RECORD).read_text())
@@ -66,24 +66,24 @@ def completed_shard(directory: Path) -> dict[str, Any] | None:
 def shard_record(
     name: str, splits: dict[str, dict[str, int]], digests: dict[str, Any], content: str
 ) -> dict[str, Any]:
-    """What the manifest says of a shard.
+    """The entry of a shard in the manifest.
 
     Args:
-      name: of its directory.
-      splits: from `write_shard`.
-      digests: from `write_block_digests`.
-      content: a digest of its documents.
+      name: Name of its directory.
+      splits: Counts from `write_shard`.
+      digests: Digests from `write_block_digests`.
+      content: Digest of its documents.
     """
     return {"name": name, "splits": splits, **digests, "content": content}
 
 
 class _Part(NamedTuple):
-    """A part of a document, encoded in one go."""
+    """A part of a document that is encoded at once."""
 
     document: Document
     split: str
     text: str
-    opens: bool  # whether it is the document's first
+    opens: bool  # whether it is the first part of the document
 
 
 def _parts(documents: Iterable[tuple[str, Document]]) -> Iterator[_Part]:
@@ -105,7 +105,7 @@ def _batches(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
 
 
 class _SplitWriter:
-    """Appends documents to the files of one split, so that they need not fit in memory."""
+    """Appends documents to the files of one split, which need not fit in memory."""
 
     def __init__(self, directory: Path, split: str, tokenizer: Tokenizer):
         self._directory = directory
@@ -147,8 +147,8 @@ class _SplitWriter:
         return self._directory / f"{self._split}.{name}"
 
     def _write_header(self, mode: str) -> None:
-        # numpy pads this header for a first axis of any length, so that it can be written again
-        # over the old one when the length is known.
+        # numpy pads this header so that it has the same size for any length. So it can be
+        # overwritten when the length is known.
         header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._offsets[-1],)}
         with self._path("tokens.npy").open(mode) as file:
             np.lib.format.write_array_header_1_0(file, header)

@@ -1,7 +1,7 @@
-"""Documents: where the text comes from.
+"""Reads the documents of a corpus.
 
-A corpus is a list of pieces, each of which is read by one process. The pieces and their contents
-depend only on the files. A document that cannot be used is skipped, counted and named.
+A corpus is a list of pieces, each read by one process. The pieces and their contents depend only on
+the files. A document that cannot be used is skipped, counted and named.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from retnet_jax.config import SOURCES, DataConfig, is_own, own_object
+from retnet_jax.config import SOURCES, DataConfig
 from retnet_jax.data import formats
 from retnet_jax.data.corpus_files import corpus_files
 from retnet_jax.data.formats import BYTE_ORDER_MARK, Record, UnreadableError, UnreadableValue
 from retnet_jax.errors import ConfigError
 from retnet_jax.files import paths as files
+from retnet_jax.own_objects import is_own, own_object
 
 _PIECE_BYTES = 64_000_000
-_EXAMPLES = 10_000  # of a data set that is read by index, in a piece
+_EXAMPLES = 10_000  # in a piece of a data set that is read by index
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text and the name it is known by, which also decides whether it is held out."""
+    """A text and its name, which also decides whether it is held out."""
 
     name: str
     text: str
@@ -40,9 +41,10 @@ class Document:
 
 
 class Source(Protocol):
-    """What `data.source` may name as "module:class": documents of the user's own (docs/extend.md).
+    """The interface of the user's own source, named "module:class" in `data.source`.
 
-    The pieces of a path and the documents of a piece are the same whenever they are asked for.
+    Each call must return the same pieces for a path, and the same documents for a piece. See
+    docs/extend.md.
     """
 
     @staticmethod
@@ -59,12 +61,12 @@ class Piece:
     """A part of a corpus.
 
     Attributes:
-      path: a file or URL; the name of a data set.
-      name: what the names of its documents begin with; "" in a source of one's own.
-      start: its first byte, row group, example or shard.
-      stop: the end of it; None: the end of the file.
-      first: number of its first line, row or example in the file.
-      bytes: about how much of the file it is.
+      path: File, URL, or name of a data set.
+      name: Beginning of the names of its documents; "" in the user's own source.
+      start: Its first byte, row group, example or shard.
+      stop: Its end, exclusive; None: the end of the file.
+      first: Number of its first line, row or example in the file.
+      bytes: Its approximate size.
     """
 
     path: str
@@ -77,7 +79,7 @@ class Piece:
 
 @dataclass
 class Skipped:
-    """What was left out: how often for which reason, and the first examples."""
+    """The skipped documents: a count for each reason, and the first examples."""
 
     reasons: Counter[str] = field(default_factory=Counter)
     first: list[str] = field(default_factory=list)
@@ -111,22 +113,22 @@ class Skipped:
 
 
 class UnusableError(Exception):
-    """A document that is left out: its reason, and perhaps details."""
+    """A document that is skipped: the reason, and perhaps details."""
 
 
 def list_pieces(config: DataConfig, piece_bytes: int = _PIECE_BYTES) -> list[Piece]:
     """The pieces of a corpus, in their order.
 
     Args:
-      config: the source. "stdlib" is the source code of the running Python's standard library;
-        "text" one document a file; "jsonl" one a line, of .jsonl and .json files; both may be
-        compressed with gzip, bzip2, xz or zstandard; "parquet" one a row; "tfds" and "hf" one an
-        example of the data set "name:split" or "name:config:split"; "module:class" what a
-        `Source` gives.
-      piece_bytes: about how much a piece of a large file is.
+      config: The data options. Documents of the sources: "stdlib", each file of the running
+        Python's standard library; "text", each file; "jsonl", each line of .jsonl or .json files
+        ("text" and "jsonl" may be compressed with gzip, bzip2, xz or zstandard); "parquet", each
+        row; "tfds" and "hf", each example of the data set "name:split" or "name:config:split";
+        "module:class", the documents of a `Source`.
+      piece_bytes: Approximate size of a piece of a large file.
 
     Raises:
-      ConfigError: if `data.path` matches no file, or a package is missing that is needed.
+      ConfigError: if `data.path` matches no file, or a needed package is missing.
     """
     path = config.path
     if is_own(config.source):
@@ -159,19 +161,19 @@ def _parts(config: DataConfig, path: str, piece_bytes: int) -> list[formats.Part
         return formats.line_parts(path, piece_bytes)
     try:
         return [(0, None, 0, files.size(path))]
-    except OSError:  # reading it will say so again
+    except OSError:  # reading it will report the error
         return [(0, None, 0, 0)]
 
 
 def read_piece(config: DataConfig, piece: Piece, skipped: Skipped) -> Iterator[Document]:
     """The documents of a piece, in their order.
 
-    A file that cannot be read further is skipped from there on.
+    If reading a file fails, the rest of it is skipped.
 
     Args:
-      config: the source, the names of fields, and filters.
-      piece: from `list_pieces`.
-      skipped: grows while the documents are read.
+      config: The source, the names of fields, and the filters.
+      piece: A piece from `list_pieces`.
+      skipped: Documents that are skipped are added to it.
 
     Raises:
       ConfigError: with `config.strict`, for the first document that cannot be used.
@@ -195,7 +197,7 @@ def read_piece(config: DataConfig, piece: Piece, skipped: Skipped) -> Iterator[D
 
 
 def file_of(config: DataConfig, piece: Piece) -> str | None:
-    """The file that a piece is of; None for a part of a data set."""
+    """The file of a piece; None for a piece of a data set."""
     if is_own(config.source):
         return piece.path if os.path.isfile(piece.path) else None
     if config.source in ("tfds", "hf"):
@@ -204,7 +206,7 @@ def file_of(config: DataConfig, piece: Piece) -> str | None:
 
 
 def read_documents(config: DataConfig, skipped: Skipped) -> Iterator[Document]:
-    """All documents of a corpus, in their order; as `list_pieces` and `read_piece`."""
+    """All documents of a corpus, in their order; see `list_pieces` and `read_piece`."""
     for piece in list_pieces(config):
         yield from read_piece(config, piece, skipped)
 
@@ -213,8 +215,8 @@ def _own_source(config: DataConfig) -> type[Source]:
     found = own_object("data.source", config.source)
     if not all(callable(getattr(found, name, None)) for name in ("pieces", "read")):
         raise ConfigError(
-            f"data.source={config.source!r} is {found!r}, which has not both pieces(path) and "
-            "read(piece)"
+            f"data.source={config.source!r} is {found!r}, which does not have both pieces(path) "
+            "and read(piece)"
         )
     return found
 
@@ -224,9 +226,9 @@ def _own_pieces(config: DataConfig) -> list[Piece]:
     wrong = [piece for piece in pieces if not isinstance(piece, str)]
     if wrong or len(set(pieces)) < len(pieces) or not pieces:
         raise ConfigError(
-            f"data.source={config.source!r}: pieces({config.path!r}) gave {len(pieces)} pieces, "
-            f"{len(set(pieces))} of them different, such as {(wrong or pieces)[:1]}; different "
-            "strings are needed"
+            f"data.source={config.source!r}: pieces({config.path!r}) returned {len(pieces)} "
+            f"pieces, {len(set(pieces))} of them different, such as {(wrong or pieces)[:1]}; it "
+            "must return different strings"
         )
     sizes = (os.path.getsize(piece) if os.path.isfile(piece) else 1 for piece in pieces)
     return [Piece(piece, "", bytes=size) for piece, size in zip(pieces, sizes, strict=True)]
@@ -236,7 +238,7 @@ def _own_records(config: DataConfig, piece: Piece) -> Iterator[Record]:
     for document in _own_source(config).read(piece.path):
         if not isinstance(document, Document):
             raise ConfigError(
-                f"data.source={config.source!r}: read({piece.path!r}) gave a "
+                f"data.source={config.source!r}: read({piece.path!r}) returned a "
                 f"{type(document).__name__}, not a retnet_jax.data.sources.Document"
             )
         yield Record(document.name, document.text)
@@ -262,7 +264,7 @@ def _records(config: DataConfig, piece: Piece) -> Iterator[Record]:
 
 
 def _document(config: DataConfig, piece: Piece, record: Record) -> Document:
-    """Raises `UnusableError` for what is no document, or filtered."""
+    """The document of a record; raises `UnusableError` if there is none or a filter drops it."""
     if record.problem is not None:
         raise UnusableError(*record.problem)
     text, name = record.value, piece.name + record.place
@@ -294,15 +296,15 @@ def _document(config: DataConfig, piece: Piece, record: Record) -> Document:
     return Document(name, text)
 
 
-# At the beginning, and of lines, where files that begin with it were joined.
+# At the beginning of the text, and of lines: files that begin with it may have been joined.
 _MARKS = re.compile(f"(?:^|(?<=[\r\n])){BYTE_ORDER_MARK}+")
 
 
 def _text_of(config: DataConfig, record: Record) -> Any:
-    """The text field of a record, whatever it is, but None.
+    """The value of a record's text field.
 
     Raises:
-      UnusableError: if there is none.
+      UnusableError: if there is no such field, or it is None or cannot be read.
     """
     name, text = config.text_field, _field(record.value, config.text_field, missing=_MISSING)
     if text is _MISSING:
@@ -333,7 +335,7 @@ _MISSING = object()
 
 
 def _field(record: Any, name: str, missing: Any = None) -> Any:
-    """A field by its name; if there is none, "meta.pile_set_name" is a field inside a field."""
+    """A field by name. Without a field "meta.pile_set_name", looks inside the field "meta"."""
     if isinstance(record, UnreadableValue):
         return record
     if not isinstance(record, dict):
@@ -355,7 +357,7 @@ def _fields(config: DataConfig) -> set[str]:
     return used
 
 
-@functools.cache  # asked for with every file
+@functools.cache  # because it is called for every file
 def _stdlib_root() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 

@@ -1,4 +1,4 @@
-"""Which documents are held out from training."""
+"""Decides which documents are held out from training."""
 
 import hashlib
 
@@ -6,14 +6,14 @@ from retnet_jax.data.sources import Document
 
 
 def split_of(document: Document, share: float) -> str:
-    """The split that a document belongs to: "train" or "held_out"."""
+    """The split of a document: "train" or "held_out"."""
     return "held_out" if is_held_out(document.name, share) else "train"
 
 
 def is_held_out(name: str, share: float) -> bool:
-    """Whether a document is held out, which depends only on its name.
+    """Whether a document is held out, which depends only on its name and the share.
 
-    What is held out at one share is held out at every larger one.
+    A document that is held out at one share is held out at every larger share.
     """
     return hash_of_name(name) < share
 

@@ -1,4 +1,4 @@
-"""The options that the contents of a store depend on, which are recorded in it."""
+"""The options that determine the contents of a store, which the store records."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from retnet_jax.files import paths as files
 
 
 def stored_options(config: DataConfig, vocab_size: int) -> dict[str, Any]:
-    """All that the contents of a store depend on, by the names of the fields."""
+    """Everything that determines the contents of a store, by the names of the options."""
     values = _options_of(config)
     values["data.tokenizer"] = _tokenizer_option(config)
     if config.tokenizer == "bpe":
@@ -26,16 +26,17 @@ def stored_options(config: DataConfig, vocab_size: int) -> dict[str, Any]:
 
 def _options_of(config: DataConfig) -> dict[str, Any]:
     values = {name: getattr(config, name.removeprefix("data.")) for name in marked("in_store")}
-    # As JSON has them, to be compared with what was written.
+    # Through JSON, for comparison with recorded options.
     return json.loads(json.dumps(values))
 
 
 def differences(built: dict[str, Any], asked: dict[str, Any]) -> str:
-    """Lines that name the options that are not equal; "" if all are.
+    """Lines that name the options that differ; "" if none does.
 
     Args:
-      built: what a store records. An option that was not there when it was built has its default.
-      asked: from `stored_options`.
+      built: Options that a store records. An option that did not exist when it was built has its
+        default.
+      asked: Options from `stored_options`.
     """
     renamed = {OLD_NAMES.get(name, name): value for name, value in built.items()}
     built = _options_of(DataConfig()) | renamed
@@ -56,7 +57,7 @@ def pretrained_tokenizer(config: DataConfig) -> Tokenizer:
     if not has_tokenizer(directory):
         raise ConfigError(
             f"data.tokenizer={config.tokenizer!r} is not one of "
-            f"{', '.join(map(repr, TOKENIZERS))}, and no directory with one of "
+            f"{', '.join(map(repr, TOKENIZERS))}, and not a directory with one of "
             f"{', '.join(TOKENIZER_FILES)}"
         )
     try:
@@ -66,7 +67,7 @@ def pretrained_tokenizer(config: DataConfig) -> Tokenizer:
 
 
 def _tokenizer_option(config: DataConfig) -> str | None:
-    """A pretrained tokenizer is the same wherever its directory is; None if that is gone."""
+    """The tokenizer as recorded, a pretrained one by its contents; None if that does not exist."""
     if config.tokenizer in TOKENIZERS:
         return config.tokenizer
     if not files.exists(files.expanded(config.tokenizer)):

@@ -1,4 +1,4 @@
-"""Verifies a token store from end to end, and says all that is wrong with it."""
+"""Verifies every file of a token store and reports all problems."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _NOT_WRITTEN = "is not what was written"
 
 
 def store_problems(directory: str | Path) -> list[str]:
-    """What is wrong with a store, a line for each file; none if it is intact.
+    """The problems of a store, one line for each damaged file; none if it is intact.
 
-    Every file is read, also where `open_store` refuses the store. Without the manifest nothing else
-    can be verified; if it is damaged, that is the only line. The files of a store of format 3 are
+    Every file is read, even if `open_store` refuses the store. A damaged manifest is the only
+    line, because no other file can be verified without it. The files of a store of format 3 are
     compared with their SHA-256; its manifest cannot be verified.
     """
     directory = files.expanded(directory).rstrip("/")
@@ -51,15 +51,15 @@ def check_files(store: TokenStore) -> None:
     if damaged:
         raise ConfigError(
             f"the token store {store.directory!r} is damaged: {len(damaged)} files are not what "
-            f"was written, {', '.join(damaged)}; copy it again, or delete it and build it again "
+            f"was written: {', '.join(damaged)}; copy it again, or delete it and build it again "
             f"with: {store.manifest['command']}"
         )
 
 
 def _problems(directory: str) -> Iterator[tuple[str, str]]:
-    """Files by their paths in the store, and what is wrong with each."""
+    """The paths of damaged files in the store, and the problem of each."""
     if is_unfinished(directory):
-        yield "manifest.json", f"is not there yet: {unfinished_message(directory)}"
+        yield "manifest.json", f"does not exist yet: {unfinished_message(directory)}"
         return
     try:
         manifest = read_manifest(directory)
@@ -95,7 +95,7 @@ def _shard_problems(directory: str, about: dict[str, Any]) -> Iterator[tuple[str
 
 
 def _problem_of_file(shard: ShardFiles, name: str, expected: dict[str, Any]) -> str:
-    """What is wrong with a file of a shard, or ""."""
+    """The problem with a file of a shard, or ""."""
     path = f"{shard.directory}/{name}"
     try:
         size = files.size(path)
@@ -108,7 +108,7 @@ def _problem_of_file(shard: ShardFiles, name: str, expected: dict[str, Any]) -> 
         return _unreadable(error)
     try:
         blocks = shard.digests(name)
-    except (DamagedBlockError, OSError, ValueError):  # a line of its own
+    except (DamagedBlockError, OSError, ValueError):  # blocks.npy is damaged; it has its own line
         blocks = None
     places = [] if blocks is None else np.flatnonzero(found.blocks != blocks)
     if len(places) and len(found.blocks) > 1:
@@ -120,7 +120,7 @@ def _problem_of_file(shard: ShardFiles, name: str, expected: dict[str, Any]) -> 
 
 
 def _problem_of_bytes(path: str, xxh3: str) -> str:
-    """What is wrong with a file of which there is one digest, or ""."""
+    """The problem with a file that has one digest, or ""."""
     try:
         return "" if xxh3_of_file(path) == xxh3 else _NOT_WRITTEN
     except OSError as error:

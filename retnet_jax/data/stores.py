@@ -1,4 +1,4 @@
-"""Opens the stores that a run is trained on. What is not there is built."""
+"""Opens the stores that a run is trained on, and builds a store that does not exist."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from retnet_jax.config import DataConfig
+from retnet_jax.config import TOKENIZERS, DataConfig
 from retnet_jax.data.build import DEFAULT_COMMAND, build_or_wait, is_to_be_built
 from retnet_jax.data.store_options import differences, pretrained_tokenizer, stored_options
 from retnet_jax.data.token_store import TokenStore, open_store
@@ -16,24 +16,24 @@ from retnet_jax.files import paths as files
 
 
 class Stores(NamedTuple):
-    """What a run is trained on."""
+    """The stores that a run is trained on."""
 
     stores: dict[str, TokenStore]  # by the last part of their directories
-    weights: np.ndarray  # share of each in the windows
-    tokenizer: Tokenizer  # of all of them
+    weights: np.ndarray  # share of each store in the windows
+    tokenizer: Tokenizer  # the same for all of them
 
 
 def open_stores(config: DataConfig, vocab_size: int, command: str = DEFAULT_COMMAND) -> Stores:
-    """The stores of `config.mixture`; without one `config.store`, built if it does not exist.
+    """The stores of `config.mixture`, or else `config.store`, which is built if it does not exist.
 
     Args:
-      config: the data options, checked.
-      vocab_size: `model.vocab_size`, in which all tokens have to fit.
-      command: as of `open_or_build`.
+      config: The data options, checked.
+      vocab_size: `model.vocab_size`, which must include all tokens.
+      command: As in `open_or_build`.
 
     Raises:
-      ConfigError: as `open_or_build`; for stores of a mixture that are not there, have the same
-        name, or another tokenizer than the first.
+      ConfigError: as `open_or_build`; if stores of a mixture do not exist, have the same name, or
+        have different tokenizers.
     """
     if not config.mixture:
         store = open_or_build(config, vocab_size, command)
@@ -42,7 +42,9 @@ def open_stores(config: DataConfig, vocab_size: int, command: str = DEFAULT_COMM
     for directory in config.mixture:
         store = open_store(directory)
         if _name(directory) in stores:
-            raise ConfigError(f"data.mixture has two stores with the name {_name(directory)!r}")
+            raise ConfigError(
+                f"data.mixture has two stores with the name {_name(directory)!r}: rename one"
+            )
         stores[_name(directory)] = store
     (first, *others) = stores.values()
     for store in others:
@@ -58,18 +60,19 @@ def open_stores(config: DataConfig, vocab_size: int, command: str = DEFAULT_COMM
 def open_or_build(
     config: DataConfig, vocab_size: int, command: str = DEFAULT_COMMAND
 ) -> TokenStore:
-    """The store in `config.store`, which is built first if the directory does not exist.
+    """The store in `config.store`, which is built if the directory does not exist.
 
-    If another process builds it, this one waits for that.
+    If another process is building it, this one waits until it is complete.
 
     Args:
-      config: the data options, checked.
-      vocab_size: `model.vocab_size`. A BPE is trained to this size; other tokenizers must fit in.
-      command: what builds the store again or finishes it, for error messages and the manifest.
+      config: The data options, checked.
+      vocab_size: `model.vocab_size`. A BPE is trained to this size; other tokenizers must not have
+        more tokens.
+      command: Command that builds or finishes the store, for error messages and the manifest.
 
     Raises:
-      ConfigError: if the store is unfinished or was built with other options, or as `build_store`
-        and `open_store` do.
+      ConfigError: if the store is unfinished or was built with other options, and as `build_store`
+        and `open_store`.
     """
     check_tokenizer(config, vocab_size)
     if is_to_be_built(config, vocab_size):
@@ -77,13 +80,15 @@ def open_or_build(
     else:
         store = open_store(config.store)
     built, asked = store.manifest["options"], stored_options(config, vocab_size)
-    if asked["data.tokenizer"] is None:  # its directory is gone; what it was is in the store
+    if asked["data.tokenizer"] is None:  # its directory is gone, but the store has the tokenizer
+        if built.get("data.tokenizer") in TOKENIZERS:  # or data.tokenizer is a typing error
+            pretrained_tokenizer(config)
         asked["data.tokenizer"] = built.get("data.tokenizer")
     changes = differences(built, asked)
     if changes:
         raise ConfigError(
             f"data.store={config.store!r} was built with other options:{changes}\n"
-            "name another directory in data.store, or delete this one and build it again with: "
+            "give another directory in data.store, or delete this one and build it again with: "
             f"{command}"
         )
     _check_vocabulary(store, vocab_size)
@@ -91,14 +96,14 @@ def open_or_build(
 
 
 def check_tokenizer(config: DataConfig, vocab_size: int) -> None:
-    """Checks the tokenizer of a store that is not complete, before it is built.
+    """Checks the tokenizer of a store before the store is built.
 
     Args:
-      config: the data options, checked.
+      config: The data options, checked.
       vocab_size: `model.vocab_size`.
 
     Raises:
-      ConfigError: if there is none, or documents can have tokens that the model does not know.
+      ConfigError: if there is no tokenizer, or documents can have ids that the model does not have.
     """
     if files.exists(files.expanded(f"{config.store}/manifest.json")) or config.tokenizer == "bpe":
         return

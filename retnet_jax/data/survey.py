@@ -1,7 +1,7 @@
-"""What the survey of a corpus found, and whether a store can be built of it.
+"""The surveys of a corpus, and whether a store can be built from it.
 
-A survey is what `build.py` finds in the documents of a shard before they are encoded: how many
-there are of each split, what was skipped, their first two different names, and samples of text.
+A survey is made by `build.py` for each shard before its documents are encoded. It has the number
+of documents in each split, the skipped documents, two different names, and samples of text.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from retnet_jax.data.token_store import SPLITS
 from retnet_jax.errors import ConfigError
 
 _TRIED_CHARACTERS = 400_000
-_TRIED_OF_DOCUMENT = 4_000  # so that there are a hundred
+_TRIED_OF_DOCUMENT = 4_000  # so that the sample has at least a hundred documents
 
 
 def check_splits(config: DataConfig, surveys: list[dict]) -> None:
@@ -29,9 +29,9 @@ def check_splits(config: DataConfig, surveys: list[dict]) -> None:
     names = {name for survey in surveys for name in survey["names"]}
     if not all(counts.values()) and len(names) == 1 and documents > 1:
         raise ConfigError(
-            f"all {documents} documents have one name, {names.pop()!r}, and which are held out "
-            f"depends on their names; set data.id_field={config.id_field!r} to a field that "
-            "differs, or to one that no record has: then they are numbered"
+            f"all {documents} documents have one name, {names.pop()!r}, but names decide which "
+            f"documents are held out; set data.id_field={config.id_field!r} to a field that "
+            "differs, or to a field that no record has: then documents are named by their number"
         )
     if not counts["held_out"]:
         raise ConfigError(
@@ -46,42 +46,42 @@ def check_splits(config: DataConfig, surveys: list[dict]) -> None:
 
 
 def check_kept(config: DataConfig, surveys: list[dict], kept: dict[str, int], texts: int) -> None:
-    """Raises `ConfigError` for a corpus that has no documents in one split without duplicates.
+    """Raises `ConfigError` if a split has no documents after duplicates are removed.
 
     Args:
-      config: the data options.
-      surveys: of all shards.
-      kept: documents of each split, without duplicates.
-      texts: different ones in both.
+      config: The data options.
+      surveys: Surveys of all shards.
+      kept: Number of documents in each split without duplicates.
+      texts: Number of different texts in both splits.
     """
     counts = documents_of(surveys)
     documents = sum(counts.values())
     if texts == 1:
         raise ConfigError(
             f"all {documents} documents have the same text, and one text cannot be in both splits; "
-            "give others"
+            "give other documents"
         )
     if not kept["held_out"]:
         raise ConfigError(
             f"data.held_out={config.held_out} holds out {counts['held_out']} of {documents} "
-            "documents, and each has the text of one before it that is trained on; raise it, or "
+            "documents, and each has the same text as an earlier training document; raise it, or "
             "give more documents"
         )
     if not kept["train"]:
         raise ConfigError(
             f"data.held_out={config.held_out} leaves {counts['train']} of {documents} documents to "
-            "train on, and each has the text of one that is held out; lower it, or give more "
+            "train on, and each has the same text as a held-out document; lower it, or give more "
             "documents"
         )
 
 
 def documents_of(surveys: list[dict]) -> dict[str, int]:
-    """Documents of each split, duplicates included."""
+    """Number of documents in each split, including duplicates."""
     return {split: sum(survey["documents"][split] for survey in surveys) for split in SPLITS}
 
 
 def skipped_of(surveys: list[dict]) -> Skipped:
-    """What was skipped in all shards."""
+    """The skipped documents of all shards."""
     skipped = Skipped()
     for survey in surveys:
         skipped.merge(Skipped.from_dict(survey["skipped"]))
@@ -89,12 +89,12 @@ def skipped_of(surveys: list[dict]) -> Skipped:
 
 
 def sample_to_try() -> Sample:
-    """An empty sample for the texts that a tokenizer is tried on."""
+    """An empty sample for the texts on which a tokenizer is tested."""
     return Sample(_TRIED_CHARACTERS, _TRIED_OF_DOCUMENT)
 
 
 def texts_to_try(surveys: list[dict]) -> list[str]:
-    """The texts that a tokenizer is tried on."""
+    """The texts on which a tokenizer is tested."""
     sample = sample_to_try()
     for survey in surveys:
         for item in survey["tried"]:

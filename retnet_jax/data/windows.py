@@ -1,9 +1,9 @@
-"""How the token stream of a split is cut into windows, and in which order they are served.
+"""How the token stream of a split is cut into windows, and the order of the windows.
 
-Two policies. "packed": every window begins at a document's border where it can, ends at the last
-border it reaches, and windows come in random order; what a longer document has left goes on in the
-next window, from which no token is lost. "contiguous": each row of the batch reads on where its
-window before ended, so that a recurrent state can be carried from step to step.
+Two policies. "packed": windows are in random order. Each is cut at the last border between
+documents that it reaches; a document that is longer than a window continues in the next one. No
+token is lost. "contiguous": each row of the batch continues where its previous window ended, so a
+recurrent state can be carried from step to step.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import numpy as np
 
 from retnet_jax.data.token_store import Split
 
-_RUN_WINDOWS = 64  # of a contiguous run, about; runs begin and end at borders
-_SCAN_TOKENS = 1 << 26  # of which borders are held at once
+_RUN_WINDOWS = 64  # approximate length of a contiguous run, which begins and ends at borders
+_SCAN_TOKENS = 1 << 26  # number of tokens whose borders are in memory at once
 
 
 class Span(NamedTuple):
-    """A window's part of a stream, and whether its row goes on with the document before."""
+    """The part of a stream in a window, and whether its row continues its previous document."""
 
     store: int
     start: int
@@ -35,9 +35,9 @@ class Span(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def packed_starts(split: Split, length: int) -> np.ndarray:
-    """Where each window of the packed policy begins, and the end of the stream: int64 [n + 1].
+    """The start of each packed window, and the end of the stream: int64 [n + 1].
 
-    About a second for a billion tokens in windows of 2048.
+    Takes about a second for a billion tokens in windows of 2048.
     """
     starts, position, end = [0], 0, split.token_count
     while position < end:
@@ -59,9 +59,9 @@ def packed_starts(split: Split, length: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=16)
 def run_starts(split: Split, length: int) -> np.ndarray:
-    """Where each run of the contiguous policy begins, and the end of the stream: int64 [n + 1].
+    """The start of each contiguous run, and the end of the stream: int64 [n + 1].
 
-    A run is as many whole documents as fill `_RUN_WINDOWS` windows, so a document is in one run.
+    A run is a sequence of whole documents that fills `_RUN_WINDOWS` windows.
     """
     size, end = _RUN_WINDOWS * length, split.token_count
     starts, position = [0], 0
@@ -78,7 +78,7 @@ def run_starts(split: Split, length: int) -> np.ndarray:
 
 @dataclass
 class _Lane:
-    """What one row of the batch reads: runs, and the step at which each begins."""
+    """The runs that one row of the batch reads, and the step at which each begins."""
 
     first_steps: list[int]
     runs: list[tuple[int, int, int]]  # store, start and stop in its stream
@@ -87,18 +87,18 @@ class _Lane:
 class ContiguousSchedule:
     """Which part of which stream each row of the batch reads at each step.
 
-    Runs of all stores are dealt to the rows: the store that is furthest behind its share gives the
-    next run, in a new random order each epoch, and the row that is done first gets it. A run that
-    is longer than others, of a long document, counts for its store bit by bit as it is read, or the
-    share would fall behind meanwhile. So the schedule is a function of its arguments alone; it is
-    computed as far as it is asked for.
+    The runs of all stores are dealt to the rows. The next run is from the store that is furthest
+    behind its share, in a new random order in each epoch, and goes to the row that finishes first.
+    A run of a long document is counted for its store in parts, as it is read; counted at once, it
+    would keep the store's next runs away for too long. The schedule depends only on these
+    arguments, and is computed as far as it is needed.
 
     Args:
-      splits: the streams.
-      weights: share of each in the windows; they need not sum to 1.
-      length: tokens in a window.
-      rows: of the batch, over all hosts.
-      seed: of the order of runs.
+      splits: The streams.
+      weights: Share of each split in the windows; they need not sum to 1.
+      length: Tokens in a window.
+      rows: Rows of the batch, over all hosts.
+      seed: Seed of the order of the runs.
     """
 
     def __init__(
@@ -109,8 +109,8 @@ class ContiguousSchedule:
         self._starts = [run_starts(split, length) for split in splits]
         self._lanes = [_Lane([], []) for _ in range(rows)]
         self._free_from = [(0, lane) for lane in range(rows)]  # a heap
-        self._rest = [0] * rows  # windows of a lane's last run that are not counted yet
-        self._given = np.zeros(len(splits))  # windows of each store
+        self._rest = [0] * rows  # windows of each lane's last run that are not counted yet
+        self._given = np.zeros(len(splits))  # windows counted for each store
         self._next_run = [0] * len(splits)
         self._orders: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()  # batches are read in several threads
@@ -124,8 +124,8 @@ class ContiguousSchedule:
         place = bisect.bisect_right(lane.first_steps, step) - 1
         store, start, stop = lane.runs[place]
         begin = start + (step - lane.first_steps[place]) * self._length
-        goes_on = begin > start and not len(self._splits[store].borders(begin, begin + 1))
-        return Span(store, begin, min(begin + self._length, stop), goes_on)
+        continues = begin > start and not len(self._splits[store].borders(begin, begin + 1))
+        return Span(store, begin, min(begin + self._length, stop), continues)
 
     def _deal(self) -> None:
         first, row = heapq.heappop(self._free_from)

@@ -1,4 +1,4 @@
-"""A task for each shard of a store, in several processes, with progress on stderr."""
+"""Runs a task for each shard of a store, in several processes, with progress on stderr."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def for_each_shard(
     processes: int,
     label: str,
 ) -> None:
-    """Does a task for each shard, here or in other processes, which end when this one does.
+    """Runs a task for each shard, in this process or in others, which end when this one does.
 
     Args:
-      task: gets a shard's number and data, and returns the number.
-      items: the shards that are to be done.
-      sizes: source bytes of every shard, by its number.
-      processes: that work in parallel.
-      label: what the progress is called.
+      task: Function of a shard's number and data, which returns the number.
+      items: Numbers and data of the shards.
+      sizes: Source bytes of every shard, by its number.
+      processes: Number of processes that work in parallel.
+      label: Label of the progress.
     """
     progress = _Progress(sum(sizes[shard] for shard, _ in items), label)
     with progress:
@@ -47,23 +47,23 @@ def for_each_shard(
                 for future in concurrent.futures.as_completed(futures):
                     progress.add(sizes[future.result()])
             except BaseException:
-                held.close()  # what they are at is not needed
+                held.close()  # ends the processes; their unfinished work is not needed
                 pool.shutdown(cancel_futures=True)
                 raise
 
 
 def _prepare_process(alive: Connection) -> None:
-    # Each process has a core; a tokenizer's own threads would only be in each other's way.
+    # There is a process for each core; a tokenizer's own threads would only compete with them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # Ctrl-C reaches all processes of a terminal; what it means is decided where they are started.
+    # Ctrl-C reaches all processes of a terminal; the process that started these handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(alive,), daemon=True).start()
 
 
 def _end_with(alive: Connection) -> None:
-    """Ends this process when the other end of a pipe is closed, by hand or because it was killed.
+    """Ends this process when the process that started it closes its end of a pipe or is killed.
 
-    Half a shard is no loss: it has another name until it is complete.
+    An unfinished shard does no harm: it has a temporary name until it is complete.
     """
     with contextlib.suppress(EOFError, OSError):
         alive.recv_bytes()
@@ -71,7 +71,7 @@ def _end_with(alive: Connection) -> None:
 
 
 class _Progress:
-    """How many source bytes are done, on stderr: a bar, or plain lines at every tenth."""
+    """Shows on stderr how many source bytes are done: a bar, or a line for every tenth."""
 
     def __init__(self, total: int, label: str):
         self._total, self._label, self._done = total, label, 0
@@ -97,5 +97,5 @@ class _Progress:
 
 
 def say(message: str) -> None:
-    """A line on stderr."""
+    """Prints a line on stderr."""
     print(message, file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
-"""Access to files: one mechanism for each need.
+"""Access to files.
 
-paths.py    files by path or URL
-atomic.py   files and directories that appear complete or not at all
-lock.py     a directory that one process works in
-digests.py  XXH3 against damage, SHA-256 as a name
+paths.py    reading files by path or URL
+atomic.py   writing files and directories that appear complete or not at all
+lock.py     locking a directory for one process
+digests.py  XXH3 to detect damage, SHA-256 to name contents
 """

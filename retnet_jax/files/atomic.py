@@ -1,7 +1,7 @@
-"""Files and directories that appear under their name complete or not at all.
+"""Files and directories that appear complete or not at all.
 
-Each is written under another name beside its own first and then renamed. Object stores have no
-rename, but a file appears there only when it is complete.
+Each is first written under a temporary name in the same directory and then renamed. Object stores
+cannot rename, but there a file appears only when it is complete.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from retnet_jax.files.paths import is_remote
 
 P = TypeVar("P", Path, epath.Path)
 
-ENDING = ".unfinished"  # of the names that are not theirs yet
+ENDING = ".unfinished"  # of temporary names
 
 
 def write_text(path: Path | epath.Path, text: str) -> None:
@@ -26,7 +26,7 @@ def write_text(path: Path | epath.Path, text: str) -> None:
 
 
 def write_bytes(path: Path | epath.Path, contents: bytes) -> None:
-    """Writes a file. An older one with the same name is replaced."""
+    """Writes a file, replacing an older one of the same name."""
     if is_remote(path):
         path.write_bytes(contents)
         return
@@ -43,7 +43,7 @@ def write_bytes(path: Path | epath.Path, contents: bytes) -> None:
 def directory(path: Path) -> Iterator[Path]:
     """A new directory to write to, which is renamed to `path` when the `with` ends.
 
-    After an error it is deleted. `path` must not exist then, or be an empty directory.
+    After an error it is deleted. When the `with` ends, `path` must not exist or be empty.
     """
     unfinished = _unfinished(path)
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -57,10 +57,10 @@ def directory(path: Path) -> Iterator[Path]:
 
 
 def is_unfinished(path: Path | epath.Path) -> bool:
-    """Whether a path is what a process that was killed has left of a write."""
+    """Whether a path is the unfinished write of a process that was killed."""
     return path.name.endswith(ENDING)
 
 
 def _unfinished(path: P) -> P:
-    # Two processes may write the same file: each has a name of its own.
+    # Two processes may write the same file, so each has its own temporary name.
     return path.with_name(f".{path.name}.{os.getpid()}{ENDING}")

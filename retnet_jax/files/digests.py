@@ -1,7 +1,7 @@
 """Digests of files and of bytes, in hex.
 
-XXH3 finds damage and is as fast as memory: checkpoints and stores are compared with it whenever
-they are read. SHA-256 names contents: equal names mean equal contents, whoever made them.
+XXH3 detects damage and is as fast as memory: checkpoints and stores are compared with it whenever
+they are read. SHA-256 names contents: equal digests mean equal contents, whoever wrote them.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ def sha256_of(contents: bytes) -> str:
 
 
 def _of_file(path: str | os.PathLike, digest) -> str:
-    # What epath opens is opened by it: Orbax writes through the same library.
+    # Orbax writes through epath, so an epath is opened by epath too.
     with path.open("rb") if isinstance(path, epath.Path) else open_binary(path) as file:
         while block := file.read(_BLOCK):
             digest.update(block)

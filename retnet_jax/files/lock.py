@@ -1,4 +1,4 @@
-"""A directory that one process works in at a time."""
+"""Locks a directory, so that one process works in it at a time."""
 
 import contextlib
 import os
@@ -15,25 +15,26 @@ FILE_NAME = "lock"
 
 
 class HeldError(Exception):
-    """Another process holds the directory; the message says which and on which machine."""
+    """Another process holds the lock; the message names the process and its machine."""
 
 
 @contextlib.contextmanager
 def held(
     directory: Path | epath.Path, waiting: Callable[[str], None] | None = None
 ) -> Iterator[None]:
-    """Holds a directory, which must exist, until the `with` ends.
+    """Holds the lock of a directory until the `with` ends.
 
-    The lock is the system's, on the file `lock` in the directory, so it ends with the process. It
-    works on local and network disks; object stores have no locks, and there nothing is held. Who
-    holds the directory may delete the file.
+    It is a lock of the operating system on the file `lock` in the directory, so it ends with the
+    process. It works on local and network disks. Object stores have no locks, and nothing is locked
+    there. The process that holds the lock may delete the file.
 
     Args:
-      directory: what to hold.
-      waiting: is told who holds the directory before this waits for it; None: do not wait.
+      directory: An existing directory.
+      waiting: Called with the name of the process that holds the lock before this one waits for it;
+        None: do not wait.
 
     Raises:
-      HeldError: if another process holds it, and this is not to wait.
+      HeldError: if another process holds the lock and `waiting` is None.
     """
     if is_remote(directory):
         yield
@@ -45,7 +46,7 @@ def held(
 
 
 def holder(directory: Path) -> str | None:
-    """Which process, perhaps this one, holds a directory, and on which machine; None: none does."""
+    """The process that holds the lock of a directory, and its machine; None: no process does."""
     import fcntl
 
     try:
@@ -61,14 +62,14 @@ def holder(directory: Path) -> str | None:
 
 @contextlib.contextmanager
 def _locked(path: Path, waiting: Callable[[str], None] | None) -> Iterator[IO[str]]:
-    """The file, open and locked; closing it ends the lock."""
+    """The file, open and locked; closing it releases the lock."""
     while True:
         with open(path, "a+", encoding="utf-8") as file:
             _lock(file, waiting)
             if _is_at(path, file):
                 yield file
                 return
-            # Else who held it has deleted it, and what is there now is another file.
+            # Otherwise the previous holder has deleted this file: lock the one that is there now.
 
 
 def _lock(file: IO[str], waiting: Callable[[str], None] | None) -> None:

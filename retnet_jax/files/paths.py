@@ -1,4 +1,4 @@
-"""Files on local disk by path, and on gs://, s3:// and the like by URL, through fsspec."""
+"""Reads files on local disks by path, and on gs://, s3:// and others by URL, through fsspec."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ def is_remote(path: AnyPath) -> bool:
 
 
 def expanded(path: AnyPath) -> str:
-    """A path as a person types it, with `~` and `~user` replaced; a URL stays as it is."""
+    """A path as a user types it, with `~` and `~user` replaced; a URL stays as it is."""
     return str(path) if is_remote(path) else os.path.expanduser(path)
 
 
 def place(path: AnyPath) -> epath.Path:
-    """A directory or file as a person types it, local or remote, with `~` replaced."""
+    """A local or remote path as a user types it, with `~` replaced."""
     return epath.Path(expanded(path))
 
 
 def local(path: AnyPath) -> Path:
-    """A path on local disk as a person types it, with `~` and `~user` replaced."""
+    """A local path as a user types it, with `~` and `~user` replaced."""
     return Path(expanded(path))
 
 
 def printable(name: str) -> str:
-    """A name with the bytes escaped that are no UTF-8, which Python has as lone surrogates."""
+    """A name with bytes that are not UTF-8 escaped; Python has them as lone surrogates."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def exists(path: AnyPath) -> bool:
-    """Whether there is a file or directory."""
+    """Whether a file or directory exists."""
     if is_remote(path):
         system, inner = _remote(path)
         return system.exists(inner)
@@ -47,7 +47,7 @@ def exists(path: AnyPath) -> bool:
 
 
 def size(path: AnyPath) -> int:
-    """Bytes of a file."""
+    """Size of a file in bytes."""
     if is_remote(path):
         system, inner = _remote(path)
         return system.size(inner)
@@ -55,7 +55,7 @@ def size(path: AnyPath) -> int:
 
 
 def sizes(directory: str) -> dict[str, int]:
-    """Bytes of each file in a directory and below, by its path from there: one request."""
+    """Size in bytes of each file below a directory, by its path from there; one request."""
     if is_remote(directory):
         system, inner = _remote(directory)
         found = system.find(inner, detail=True)
@@ -74,7 +74,7 @@ def read_bytes(path: AnyPath) -> bytes:
 
 
 def open_binary(path: AnyPath):
-    """A file to read from, buffered."""
+    """A file opened for buffered reading."""
     if is_remote(path):
         system, inner = _remote(path)
         return system.open(inner, "rb")
@@ -82,7 +82,7 @@ def open_binary(path: AnyPath):
 
 
 def matches(pattern: str) -> list[str]:
-    """The files that a URL with wildcards matches; one that exists is taken as it is."""
+    """The files that match a URL with wildcards; the URL of an existing file matches that file."""
     system, inner = _remote(pattern)
     if system.isfile(inner):
         return [system.unstrip_protocol(inner)]
@@ -90,8 +90,8 @@ def matches(pattern: str) -> list[str]:
 
 
 def open_bytes(path: str) -> np.ndarray | RemoteBytes:
-    """The bytes of a file, to be sliced: mapped to memory, or read by byte ranges."""
-    # A plain array of the map: slices of a np.memmap itself take several times as long.
+    """The bytes of a file, for slicing: mapped to memory, or read by byte ranges."""
+    # A plain array of the memory map: slices of a np.memmap itself are several times slower.
     return RemoteBytes(path) if is_remote(path) else np.asarray(np.memmap(path, np.uint8, "r"))
 
 
@@ -102,7 +102,7 @@ class RemoteBytes:
         self._system, self._path = _remote(path)
 
     def __getitem__(self, index: slice) -> np.ndarray:
-        """The bytes from one position to another, which may be behind the file's end."""
+        """The bytes of a range, which may reach beyond the end of the file."""
         data = self._system.cat_file(self._path, index.start, index.stop)
         return np.frombuffer(data, np.uint8)
 
@@ -112,5 +112,5 @@ def _remote(path: AnyPath):
 
     try:
         return fsspec.core.url_to_fs(str(path))
-    except (ImportError, ValueError) as error:  # no package for it; no such protocol
+    except (ImportError, ValueError) as error:  # its package is missing; no such protocol
         raise ConfigError(f"{path} cannot be read: {error}") from error

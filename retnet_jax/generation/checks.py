@@ -26,6 +26,14 @@ def check_lengths(
     return max_tokens
 
 
+def check_seed(seed: int) -> int:
+    """`seed` as an int; of a longer one jax would take the lower 32 bits."""
+    seed = _whole("seed", seed)
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"seed={seed} is not between 0 and {2**32 - 1}")
+    return seed
+
+
 def check_ends(
     model: LanguageModel, end_id: int | Sequence[int] | None, vocab_size: int | None
 ) -> tuple[int, ...]:

@@ -17,7 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from retnet_jax.errors import ConfigError
-from retnet_jax.generation.checks import check_ends, check_finite, check_lengths, check_prompts
+from retnet_jax.generation.checks import (
+    check_ends,
+    check_finite,
+    check_lengths,
+    check_prompts,
+    check_seed,
+)
 from retnet_jax.generation.sampling import GREEDY, Sampler, Samplers
 from retnet_jax.model import LanguageModel, State, for_decoding
 from retnet_jax.model.lm import check_state
@@ -86,18 +92,18 @@ def generate(
 
     Raises:
       ConfigError: if there is no prompt, or one is empty or has an id unknown to the model; for
-        `max_tokens`, `end_id` or `vocab_size` out of range; for a wrong number of samplers.
+        `max_tokens`, `seed`, `end_id` or `vocab_size` out of range; for a wrong number of samplers.
       CheckpointError: for a model whose probabilities are not finite.
     """
     max_tokens = check_lengths(model, max_tokens, vocab_size)
     ends = check_ends(model, end_id, vocab_size)
     prompts = check_prompts(prompts, model.config.vocab_size)
+    keys = row_keys(check_seed(seed), len(prompts))
     samplers = Samplers.of(sampler, len(prompts))
     model = for_decoding(model)
     # Loops are compiled for powers of two, which are few; they stop after `max_tokens`.
     room = max(16, power_of_two(max_tokens))
     progress = prefill(model, prompts, room)
-    keys = row_keys(seed, len(prompts))
     new, _ = complete(
         model, progress, keys, jnp.int32(max_tokens), room, samplers, ends, vocab_size
     )
@@ -156,6 +162,7 @@ class Stream:
             raise ConfigError(f"tokens_at_once={tokens_at_once} is less than 1")
         self._samplers = Samplers.of(sampler, len(prompts))
         self._ends = check_ends(model, end_id, vocab_size)
+        keys = row_keys(check_seed(seed), len(prompts))
         self._model = for_decoding(model)
         # All pieces have the same length, so that one loop is compiled; the last is cut afterwards.
         self._starts = range(0, max_tokens, tokens_at_once)
@@ -165,7 +172,7 @@ class Stream:
         self._decode = partial(
             decode,
             self._model,
-            keys=row_keys(seed, len(prompts)),
+            keys=keys,
             length=tokens_at_once,
             samplers=self._samplers,
             end_id=self._ends,
@@ -234,7 +241,7 @@ def prefill(
 def _room_for(model: LanguageModel, progress: Progress | None, rows: int, tokens: int) -> Progress:
     """The progress before the prompts, with room for `tokens` more tokens."""
     if progress is None:
-        logits = jnp.zeros((rows, model.config.vocab_size), model.config.state_dtype)
+        logits = jnp.zeros((rows, model.config.vocab_size), model.config.accumulation_dtype)
         state = model.init_state(rows, capacity=tokens)
         progress = Progress(logits, state, jnp.zeros(rows, bool))
     else:

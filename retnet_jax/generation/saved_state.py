@@ -23,8 +23,9 @@ from retnet_jax.model import LanguageModel
 from retnet_jax.model.parameters import why_not_finite
 from retnet_jax.trees import named_leaves, with_leaves
 
-_FORMAT = "retnet-jax state 2"
-_OLD_FORMAT = "retnet-jax state 1"  # differs in how the config enters the fingerprint
+_FORMAT = "retnet-jax state 3"
+# Before it the digest was of the arrays alone; in 1 a config entered the fingerprint as its `repr`.
+_OLD_FORMATS = ("retnet-jax state 2", "retnet-jax state 1")
 
 
 def save_reading(path: Path, reading: Reading, model: LanguageModel, tokenizer: Tokenizer) -> None:
@@ -51,10 +52,10 @@ def save_reading(path: Path, reading: Reading, model: LanguageModel, tokenizer: 
         "last_ids": json.dumps(reading.last_ids),
         "dtypes": json.dumps({name: x.dtype.name for name, x in arrays.items()}),
         "shapes": json.dumps({name: x.shape for name, x in arrays.items()}),
-        "sha256": _digest(arrays),
     }
     # As bytes, because safetensors does not know every dtype of ml_dtypes in numpy.
     plain = {name: np.frombuffer(x.tobytes(), np.uint8) for name, x in arrays.items()}
+    metadata["sha256"] = _digest(metadata, plain)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_bytes(path, save(plain, metadata))
@@ -80,23 +81,28 @@ def load_reading(path: Path, model: LanguageModel, tokenizer: Tokenizer) -> Read
         raise CheckpointError(
             f"{path} is not a saved state, or is damaged: {brief(error)}; read the text again"
         ) from error
-    if metadata.get("format") not in (_FORMAT, _OLD_FORMAT):
+    if metadata.get("format") not in (_FORMAT, *_OLD_FORMATS):
         raise CheckpointError(f"{path} is not a saved state; --save_state writes such files")
+    old = metadata["format"] in _OLD_FORMATS
     try:
+        if not old and _digest(metadata, plain) != metadata["sha256"]:
+            raise ValueError("another digest")
         arrays = _arrays(plain, json.loads(metadata["dtypes"]), json.loads(metadata["shapes"]))
+        if old and _old_digest(arrays) != metadata["sha256"]:
+            raise ValueError("another digest")
         last_ids = json.loads(metadata["last_ids"])
-        intact = _digest(arrays) == metadata["sha256"]
-    except (KeyError, ValueError, TypeError):
-        intact = False
-    if not intact:
-        raise CheckpointError(f"{path} is damaged: its contents have changed since it was written")
-    describe = _description if metadata["format"] == _FORMAT else _old_description
+        written_with = {name: metadata[name] for name in ("model", "tokenizer")}
+    except (KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged: its contents have changed since it was written"
+        ) from error
+    describe = _old_description if metadata["format"] == _OLD_FORMATS[-1] else _description
     of_model = model_fingerprint(model, describe(model.config))
     for name, of in (("model", of_model), ("tokenizer", tokenizer.fingerprint)):
-        if metadata[name] != of:
+        if written_with[name] != of:
             raise CheckpointError(
                 f"{path} was saved with another {name} or with other options (fingerprint "
-                f"{metadata[name][:12]}, here {of[:12]}): read the text again"
+                f"{written_with[name][:12]}, here {of[:12]}): read the text again"
             )
     rows, capacity = len(last_ids), _capacity(arrays)
     shape = jax.eval_shape(lambda: _empty(model, rows, capacity))
@@ -139,7 +145,7 @@ _OLD_OPTIONS = (
 
 
 def _empty(model: LanguageModel, rows: int, capacity: int) -> Progress:
-    logits = jnp.zeros((rows, model.config.vocab_size), model.config.state_dtype)
+    logits = jnp.zeros((rows, model.config.vocab_size), model.config.accumulation_dtype)
     return Progress(logits, model.init_state(rows, capacity), jnp.zeros(rows, bool))
 
 
@@ -155,7 +161,17 @@ def _arrays(plain: dict[str, np.ndarray], dtypes: dict, shapes: dict) -> dict[st
     }
 
 
-def _digest(arrays: dict[str, np.ndarray]) -> str:
+def _digest(metadata: dict[str, str], plain: dict[str, np.ndarray]) -> str:
+    """SHA-256, in hex, of all that a file holds but for this."""
+    of_text = {name: text for name, text in metadata.items() if name != "sha256"}
+    digest = hashlib.sha256(json.dumps(of_text, sort_keys=True).encode())
+    for name, x in sorted(plain.items()):
+        digest.update(f"{name} {x.size}".encode())
+        digest.update(x.tobytes())
+    return digest.hexdigest()
+
+
+def _old_digest(arrays: dict[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
     for name, x in sorted(arrays.items()):
         digest.update(f"{name} {x.dtype} {x.shape}".encode())

@@ -192,11 +192,13 @@ class _Row:
     def _certain(self, new: str) -> str:
         """The part of the held-back and the new text that cannot belong to a stop string."""
         text = self._held + new
-        found = [place for stop in self._stop if (place := text.find(stop)) >= 0]
-        if found:
+        starts = [(text.find(stop), stop) for stop in self._stop if stop in text]
+        if starts:
             self._held = ""
             self._end("stop")
-            return text[: min(found)]
+            # The one that is complete first, so that it does not matter in what parts text comes.
+            _, first = min((start + len(stop), start) for start, stop in starts)
+            return text[:first]
         keep = max((_beginning(stop, text) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

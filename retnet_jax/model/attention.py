@@ -173,7 +173,7 @@ class Attention(Mixer):
             place,
             config.q_width // config.n_heads,
             config.rotation,
-            config.state_dtype,
+            config.accumulation_dtype,
             longest=length if fresh else None,
         )
         start = state.length.max()

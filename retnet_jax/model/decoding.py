@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from retnet_jax.config import is_own
 from retnet_jax.errors import ConfigError
 from retnet_jax.model.layers import Linear
 from retnet_jax.model.lm import LanguageModel, State
 from retnet_jax.model.multi_scale_retention import MultiScaleRetention
 from retnet_jax.ops.rounding import round_at_random
+from retnet_jax.own_objects import is_own
 from retnet_jax.shapes import Array, Float, Int
 
 STATE_DTYPES = ("float32", "bfloat16")
@@ -140,7 +140,7 @@ class DecodingModel(LanguageModel):
         after = []
         for number, (block, layer_state) in enumerate(zip(self.layers, before, strict=True)):
             if layer_state is not None and self._retains:
-                layer_state = layer_state.astype(self.config.state_dtype).swapaxes(-1, -2)
+                layer_state = layer_state.astype(self.config.accumulation_dtype).swapaxes(-1, -2)
             x, layer_state = block(x, layer_state, context, form)
             after.append(self._stored(layer_state, context.position, number))
         return x, tuple(after)

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from retnet_jax.config import ModelConfig, is_own, own_object
+from retnet_jax.config import ModelConfig
 from retnet_jax.errors import ConfigError
 from retnet_jax.model.attention import Attention, KVCache
 from retnet_jax.model.layers import NORMS, FeedForward, normal
@@ -25,6 +25,7 @@ from retnet_jax.model.mixer import Mixer, RetentionState
 from retnet_jax.model.multi_scale_retention import MultiScaleRetention
 from retnet_jax.model.remat import remat_policy
 from retnet_jax.ops.embedding import look_up
+from retnet_jax.own_objects import is_own, own_object
 from retnet_jax.parallel.sharding import constrain
 from retnet_jax.shapes import Array, Float, Int
 

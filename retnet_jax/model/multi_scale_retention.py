@@ -160,13 +160,15 @@ class MultiScaleRetention(Mixer):
             after = state.position + shape[1]
         else:
             place, after = positions(segment_ids, state.position)
-        decay = log_decay(config.decay, config.n_heads, config.decay_range, config.state_dtype)
+        decay = log_decay(
+            config.decay, config.n_heads, config.decay_range, config.accumulation_dtype
+        )
         context = RetentionContext(
             turn=rotation(
                 place,
                 config.q_width // config.n_heads,
                 config.rotation,
-                config.state_dtype,
+                config.accumulation_dtype,
                 longest=shape[1] if fresh else None,
             ),
             log_decay=decay,

@@ -1,11 +1,11 @@
-"""Checkpoints of training states: the one file that knows Orbax.
+"""Checkpoints of training states: the only file that uses Orbax.
 
-A checkpoint is a directory named by its step: `model` and `optimizer` hold arrays under names such
-as `layers/mixer/q/kernel`, `progress` how far the run is, `files.json` a digest of every file. It
-is written under another name and gets its own when its files are listed; on object stores, which
-have no renaming, the list comes last. So what carries a step's name was whole once; `files.json`
-tells whether it still is. Every reader compares it first, because Orbax reads most flipped bits
-without complaint.
+A checkpoint is a directory named by its step. `model` and `optimizer` hold arrays under names such
+as `layers/mixer/q/kernel`, `progress` the progress of the run, `files.json` a digest of every file.
+A checkpoint is written under a temporary name and renamed when its files are listed; on object
+stores, which cannot rename, the list is written last. So a directory named by a step was complete
+once, and `files.json` tells whether it still is. Every reader compares the digests first, because
+Orbax reads most flipped bits without an error.
 """
 
 import concurrent.futures
@@ -31,22 +31,22 @@ from retnet_jax.trees import named_leaves, nested, with_leaves
 
 T = TypeVar("T")
 
-_MOST_SECONDS = 3600  # of writing
+_MOST_SECONDS = 3600  # for writing one checkpoint
 
 
 class Checkpoints:
-    """The checkpoints of one run, written while training goes on.
+    """The checkpoints of one run, written while training continues.
 
     Args:
-      directory: holds one directory for each checkpoint; created when it is not there.
-      keep: the number of newest checkpoints that are not deleted.
-      keep_every: those of steps divisible by this are not deleted either; 0: none.
+      directory: Directory with one directory for each checkpoint; created if it does not exist.
+      keep: Number of newest checkpoints to keep.
+      keep_every: Checkpoints of steps divisible by this are kept too; 0: none.
     """
 
     def __init__(self, directory: epath.PathLike, keep: int, keep_every: int = 0):
         self._directory = _absolute(directory)
         self._keep, self._keep_every = keep, keep_every
-        self._saves = 0  # begun by this process
+        self._saves = 0  # saves that this process has started
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._finishing: concurrent.futures.Future | None = None
         self._writer = ocp.AsyncCheckpointer(
@@ -56,7 +56,7 @@ class Checkpoints:
         processes.once(self._prepare)
 
     def _prepare(self) -> None:
-        """Makes the directory, and deletes what a killed run left unfinished."""
+        """Makes the directory, and deletes unfinished checkpoints of a killed run."""
         with self._reporting():
             self._directory.mkdir(parents=True, exist_ok=True)
             for entry in self._directory.iterdir():
@@ -65,7 +65,7 @@ class Checkpoints:
                     entry.rmtree()
 
     def steps(self) -> list[int]:
-        """The steps of complete checkpoints, the newest first."""
+        """The steps of the complete checkpoints, newest first."""
         return steps_in(self._directory)
 
     def latest_step(self) -> int | None:
@@ -73,21 +73,21 @@ class Checkpoints:
         return next(iter(self.steps()), None)
 
     def save(self, step: int, items: dict[str, Any], progress: dict[str, Any]) -> None:
-        """Copies trees of arrays and begins to write them, all processes together.
+        """Copies trees of arrays and starts to write them. All processes call it together.
 
         Args:
-          step: names the checkpoint.
-          items: trees by name; one that is None is left out.
-          progress: values for JSON, such as the number of the next batch: a batch is a function of
-            seed and number, so this is all of the data's state.
+          step: Step of the training state; it names the checkpoint.
+          items: Trees of arrays by name; those that are None are left out.
+          progress: JSON values, such as the number of the next batch. A batch is a function of seed
+            and number, so the data has no other state.
 
         Raises:
-          CheckpointError: if the disk has no room for it, or the save before this one failed and
-            nobody waited for it; older checkpoints stay good.
+          CheckpointError: if the disk has no room for it, or if the previous save failed and nobody
+            waited for it; older checkpoints stay intact.
         """
         self.wait()
         with self._reporting():
-            self._directory.mkdir(parents=True, exist_ok=True)  # it may be moved or deleted
+            self._directory.mkdir(parents=True, exist_ok=True)  # in case it was moved or deleted
             trees = _present(items)
             self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(trees)))
             path = self._directory / str(step)
@@ -108,9 +108,9 @@ class Checkpoints:
             self._finishing = self._thread.submit(self._finish, path, step, self._saves)
 
     def _finish(self, path: epath.Path, step: int, save: int) -> None:
-        """Waits until Orbax has written a checkpoint, lists its files and gives it its name.
+        """Waits until Orbax has written a checkpoint, lists its files and renames it.
 
-        Runs in a thread, of each process.
+        Runs in a thread of each process.
         """
         self._writer.wait_until_finished()
         barrier = ocp.multihost.get_barrier_sync_fn()
@@ -128,12 +128,12 @@ class Checkpoints:
         for step in self.steps()[self._keep :]:
             if not self._keep_every or step % self._keep_every:
                 path = self._directory / str(step)
-                if not is_remote(path):  # half deleted it must not look damaged
+                if not is_remote(path):  # so that a half-deleted one does not look damaged
                     path = path.rename(path.with_name(f"{step}.deleted{ENDING}"))
                 path.rmtree()
 
     def wait(self) -> None:
-        """Returns when nothing is being written any more.
+        """Waits until nothing is being written.
 
         Raises:
           CheckpointError: if the last save failed.
@@ -144,15 +144,15 @@ class Checkpoints:
                 finishing.result()
 
     def restore(self, step: int, items: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Trees of arrays, and the progress that was saved with them.
+        """Reads trees of arrays, and the progress that was saved with them.
 
         Args:
-          step: of the checkpoint.
-          items: shapes, dtypes and shardings of each, as from `abstract_state`; None for none.
+          step: Step of the checkpoint.
+          items: Shapes, dtypes and shardings of each tree, as from `abstract_state`; None: no tree.
 
         Raises:
           DamagedCheckpointError: if files are missing or damaged.
-          CheckpointError: if they hold other arrays.
+          CheckpointError: if the checkpoint holds other arrays.
         """
         path, trees = self._directory / str(step), _present(items)
         _verify(path, [*trees, "progress"])
@@ -175,7 +175,7 @@ class Checkpoints:
             raise OSError(f"{needed:,} bytes are needed, {free:,} are free on the disk")
 
     def close(self) -> None:
-        """Waits for the last save and ends its threads."""
+        """Waits for the last save and stops the threads."""
         try:
             self.wait()
         finally:
@@ -194,14 +194,14 @@ class Checkpoints:
 
 
 def _is_complete(path: epath.Path) -> bool:
-    """Whether what is named by a step was written to its end: on a disk always."""
+    """Whether a directory named by a step was written completely; on a disk it always was."""
     if not is_remote(path):
         return True
     return (path / "commit_success.txt").exists() and checkpoint_files.is_listed(path)
 
 
 def steps_in(directory: epath.Path) -> list[int]:
-    """The steps of complete checkpoints in a directory, the newest first."""
+    """The steps of the complete checkpoints in a directory, newest first."""
     if not directory.exists():
         return []
     found = (entry for entry in directory.iterdir() if entry.name.isdecimal())
@@ -209,7 +209,7 @@ def steps_in(directory: epath.Path) -> list[int]:
 
 
 def _verify(path: epath.Path, items: list[str]) -> bool:
-    """As `checkpoint_files.verify`, all processes together: each compares a share of the files."""
+    """`checkpoint_files.verify` by all processes together: each compares a share of the files."""
     share = jax.process_index(), jax.process_count()
     return processes.together(lambda: checkpoint_files.verify(path, items, share))
 
@@ -218,11 +218,11 @@ def restore_model(directory: Path, model: Any) -> tuple[Any, int]:
     """The model of the newest checkpoint in a run's `checkpoints/`, and its step.
 
     Args:
-      directory: as of `Checkpoints`.
-      model: shapes, dtypes and shardings.
+      directory: Directory of the checkpoints, as in `Checkpoints`.
+      model: Shapes, dtypes and shardings of the model.
 
     Raises:
-      CheckpointError: if there is none, files are missing or damaged, or hold other arrays.
+      CheckpointError: if there is no checkpoint, or files are missing, damaged or of other arrays.
     """
 
     def read(path: epath.Path) -> tuple[Any, int]:
@@ -235,8 +235,8 @@ class ParameterReader:
     """Reads single parameters of the newest checkpoint in a run's `checkpoints/`.
 
     Args:
-      directory: as of `Checkpoints`.
-      model: shapes and dtypes.
+      directory: Directory of the checkpoints, as in `Checkpoints`.
+      model: Shapes and dtypes of the model.
 
     Raises:
       CheckpointError: as `restore_model`.
@@ -250,7 +250,7 @@ class ParameterReader:
         self._path = _of_newest(directory, open_model)
 
     def read(self, name: str) -> np.ndarray:
-        """A parameter by its name, such as layers/mixer/q/kernel."""
+        """The parameter with a name such as layers/mixer/q/kernel."""
         item, how = 0, ocp.RestoreArgs(restore_type=np.ndarray)
         for part in reversed(name.split("/")):
             item, how = {part: item}, {part: how}
@@ -258,12 +258,12 @@ class ParameterReader:
         try:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
                 found = checkpointer.restore(_absolute(self._path), args=arguments)
-        except Exception as error:  # Orbax raises of every kind
+        except Exception as error:  # Orbax raises errors of every kind
             if self._path.exists():
                 raise
             raise CheckpointError(
                 f"checkpoint {self._path.parent} was deleted while it was read, perhaps by the run "
-                "that writes there: start again, or copy the checkpoint first"
+                "that is training there: try again, or copy the checkpoint first"
             ) from error
         for part in name.split("/"):
             found = found[part]
@@ -271,9 +271,9 @@ class ParameterReader:
 
 
 def _of_newest(directory: Path, read: Callable[[epath.Path], T]) -> T:
-    """What is read of the newest checkpoint in a directory, after its files were compared.
+    """Verifies the newest checkpoint in a directory and returns the result of `read`.
 
-    A run that is still training may delete it meanwhile, for a newer one: then that is read.
+    A run that is still training may delete it meanwhile. Then the next newest one is read.
     """
     if not directory.is_dir():
         raise CheckpointError(f"{directory} does not exist: there is no checkpoint to load")
@@ -282,8 +282,8 @@ def _of_newest(directory: Path, read: Callable[[epath.Path], T]) -> T:
         try:
             if not _verify(path, ["model", "progress"]):
                 warnings.warn(
-                    f"checkpoint {path} was written without digests: that its numbers are still "
-                    "those that were written cannot be checked",
+                    f"checkpoint {path} was written without digests: damage to its numbers cannot "
+                    "be detected",
                     stacklevel=2,
                 )
         except CheckpointError as error:  # in all processes
@@ -292,7 +292,7 @@ def _of_newest(directory: Path, read: Callable[[epath.Path], T]) -> T:
             raise _with_advice(error) from error
         try:
             return read(path)
-        except Exception as error:  # whatever Orbax meets in what is being deleted
+        except Exception as error:  # Orbax may fail in any way while files are deleted
             if jax.process_count() > 1 or path.exists():
                 raise _with_advice(error) from error
 
@@ -301,7 +301,7 @@ def _with_advice(error: Exception) -> Exception:
     if not isinstance(error, DamagedCheckpointError):
         return error
     return DamagedCheckpointError(
-        f"{error}; delete or move that directory to use the checkpoint before it"
+        f"{error}; delete or move that directory to use the previous checkpoint"
     )
 
 
@@ -314,7 +314,7 @@ def _newest(directory: epath.Path) -> epath.Path:
 
 
 def _read(path: epath.Path, **trees: Any) -> Any:
-    """The named items of a checkpoint, each with the shapes and shardings of a tree."""
+    """Reads named items of a checkpoint, each with the shapes and shardings of a tree."""
     arguments = {name: ocp.args.StandardRestore(_named(tree)) for name, tree in trees.items()}
     try:
         for name, tree in trees.items():
@@ -325,21 +325,21 @@ def _read(path: epath.Path, **trees: Any) -> Any:
             )
     except (CheckpointError, jax.errors.JaxRuntimeError, MemoryError):  # no room for the arrays
         raise
-    except Exception as error:  # Orbax raises of every kind for what is damaged
-        if checkpoint_files.has_digests(path):  # they were compared, so it is something else
+    except Exception as error:  # Orbax raises errors of every kind for damaged files
+        if checkpoint_files.has_digests(path):  # they were compared, so the files are intact
             raise CheckpointError(f"checkpoint {path} cannot be read: {_brief(error)}") from error
         raise DamagedCheckpointError(f"checkpoint {path} is damaged: {_brief(error)}") from error
 
 
 def _check_arrays(path: Path, item: str, tree: Any) -> None:
-    """Raises `CheckpointError` that lists all arrays that are missing, extra or misshapen."""
+    """Raises a `CheckpointError` that lists every missing, extra or misshapen array."""
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
         stored = handler.metadata(_absolute(path / item)).tree
     found, expected = (
         {name: leaf.shape for name, leaf in named_leaves(x).items()} for x in (stored, tree)
     )
     differences = [
-        f"{name}: {found.get(name, 'nothing')} is there, {expected.get(name, 'nothing')} is needed"
+        f"{name}: found {found.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}"
         for name in sorted(found | expected)
         if found.get(name) != expected.get(name)
     ]
@@ -365,7 +365,7 @@ def _absolute(path: epath.PathLike) -> epath.Path:
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    """A tree as Orbax gets it, so that a checkpoint does not depend on the classes of the tree."""
+    """A tree as nested dicts, so that a checkpoint does not depend on the tree's classes."""
     return nested(named_leaves(tree))
 
 

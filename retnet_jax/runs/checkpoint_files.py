@@ -1,9 +1,9 @@
-"""The files of a checkpoint, and whether they still are what was written.
+"""Verifies the files of a checkpoint.
 
-`files.json` lists every other file with its size and its XXH3, and has a digest of the list. In
-several processes each hashes the files that it wrote, and later its share of those that are read.
+`files.json` lists every other file with its size and its XXH3, and has a digest of the list. With
+several processes, each hashes the files that it wrote, and later a share of the files to read.
 
-Checkpoints of before 2026-11-26 have sizes alone there, and the oldest no such file.
+Checkpoints from before 2026-11-26 have only sizes in `files.json`; the oldest have no `files.json`.
 """
 
 import concurrent.futures
@@ -19,11 +19,11 @@ from retnet_jax.files import atomic
 from retnet_jax.files.digests import xxh3_of, xxh3_of_file
 
 FILES = "files.json"
-FORMAT = 2  # stands in `progress`: a checkpoint of this one or later has digests
+FORMAT = 2  # recorded in `progress`; checkpoints of format 2 or later have digests
 
 
 def files_under(path: epath.Path, prefix: str = "") -> list[str]:
-    """All files below a directory by their paths in it, sorted; without the list itself."""
+    """The paths of all files below a directory, sorted, without `files.json` itself."""
     found: list[str] = []
     for entry in path.iterdir():
         name = prefix + entry.name
@@ -35,13 +35,13 @@ def files_under(path: epath.Path, prefix: str = "") -> list[str]:
 
 
 def hash_own(path: epath.Path, process: int) -> None:
-    """Lists the files that one of several processes has written, for `write_list`."""
+    """Writes a list of the files of one process, which `write_list` collects."""
     names = [name for name in files_under(path) if f"process_{process}" in name.split("/")]
     atomic.write_text(path / f"files.{process}.json", json.dumps(_digests(path, names)))
 
 
 def write_list(path: epath.Path) -> None:
-    """Writes `files.json`: what `hash_own` has listed, and all else there is now."""
+    """Writes `files.json`: the lists of `hash_own`, and the files that none of them has."""
     files: dict[str, dict[str, Any]] = {}
     parts = [entry for entry in path.iterdir() if re.fullmatch(_LISTS, entry.name)]
     for part in parts:
@@ -56,19 +56,20 @@ def write_list(path: epath.Path) -> None:
 def verify(
     path: epath.Path, items: Iterable[str] | None = None, share: tuple[int, int] = (0, 1)
 ) -> bool:
-    """Compares the files of a checkpoint with its list.
+    """Compares the files of a checkpoint with its `files.json`.
 
     Args:
-      path: of the checkpoint.
-      items: directories in it, beside which only the files outside any are compared; None: all.
-      share: the number of this process and of all; each hashes its share.
+      path: Directory of the checkpoint.
+      items: Directories in it to compare; files outside any directory are always compared. None:
+        all directories.
+      share: The number of this process and the number of processes; each hashes its share.
 
     Returns:
-      Whether there are digests; else sizes were compared, or nothing.
+      True if digests were compared; False if only sizes or nothing could be.
 
     Raises:
       DamagedCheckpointError: naming a file that is missing or not what was written.
-      CheckpointError: if a file cannot be read, for a reason that may pass.
+      CheckpointError: if a file cannot be read for a reason that may be temporary.
     """
     for problem in problems(path, items, share):
         raise DamagedCheckpointError(f"checkpoint {path} is damaged: {problem}")
@@ -78,7 +79,7 @@ def verify(
 def problems(
     path: epath.Path, items: Iterable[str] | None = None, share: tuple[int, int] = (0, 1)
 ) -> list[str]:
-    """What is wrong with the files of a checkpoint, as `verify` compares them, one line each.
+    """The problems with the files of a checkpoint, as `verify` compares them, one line each.
 
     Raises:
       CheckpointError: as `verify`.
@@ -114,17 +115,17 @@ def problems(
 
 
 def is_listed(path: epath.Path) -> bool:
-    """Whether a checkpoint has the list that it should have: the oldest have none."""
+    """Whether a checkpoint has its `files.json`. The oldest checkpoints do not need one."""
     if (path / FILES).exists():
         return True
     try:
         return json.loads((path / "progress" / "metadata").read_text()).get("format", 1) < FORMAT
-    except (OSError, ValueError, AttributeError):  # damaged, which the readers say
+    except (OSError, ValueError, AttributeError):  # damaged; whoever reads it reports that
         return True
 
 
 def has_digests(path: epath.Path) -> bool:
-    """Whether the files of a checkpoint are listed with digests."""
+    """Whether `files.json` of a checkpoint has digests."""
     try:
         return "digest" in json.loads((path / FILES).read_text())
     except FileNotFoundError:
@@ -132,11 +133,11 @@ def has_digests(path: epath.Path) -> bool:
 
 
 _LISTS = r"files(\.\d+)?\.json"
-_LAST = ("_CHECKPOINT_METADATA", "commit_success.txt")  # not in the lists of before
+_LAST = ("_CHECKPOINT_METADATA", "commit_success.txt")  # not in the lists of sizes
 
 
 def _read_list(path: epath.Path) -> dict[str, Any] | None:
-    """Size and digest of each file, or its size alone; None for a checkpoint that has no list."""
+    """Size and digest of each file, or only its size; None for a checkpoint without a list."""
     if not (path / FILES).exists():
         if not is_listed(path):
             raise ValueError(f"{FILES} is missing")
@@ -154,7 +155,7 @@ def _read_list(path: epath.Path) -> dict[str, Any] | None:
 
 
 def _item(name: str) -> str:
-    """The item that a file is in; "" for what is in none."""
+    """The directory of the checkpoint that a file is in; "" for files outside any."""
     return name.split("/")[0] if "/" in name else ""
 
 
@@ -165,7 +166,7 @@ def _difference(name: str, found: dict[str, Any], expected: dict[str, Any]) -> s
 
 
 def _digests(path: epath.Path, names: list[str]) -> dict[str, dict[str, Any]]:
-    """The size and the XXH3 of files, by their paths."""
+    """The size and the XXH3 of each file, by its path."""
     with concurrent.futures.ThreadPoolExecutor(8) as threads:
         found = threads.map(lambda name: xxh3_of_file(path / name), names)
         return {

@@ -1,4 +1,4 @@
-"""A file of JSON lines that grows while a run lasts."""
+"""A file of JSON lines that grows during a run."""
 
 import json
 import time
@@ -10,20 +10,22 @@ from etils import epath
 from retnet_jax.files import atomic
 from retnet_jax.files.paths import is_remote
 
-_REMOTE_SECONDS = 60  # an object store takes whole files only, so not at every line
+_REMOTE_SECONDS = 60  # between writes to an object store, each of which writes the whole file
 
 
 class JsonLines:
-    """Appends records to a file, without ever losing one.
+    """Appends records to a file without losing any.
 
-    What cannot be written, because the disk is full, is kept in memory and written later. On object
-    stores the file is written at most once a minute, and when it is flushed.
+    Records that cannot be written, because the disk is full, are kept in memory and written later.
+    On object stores the file is written at most once a minute, and when it is flushed.
+
+    A last line that was cut off is deleted. Other lines that are not records of a step are kept.
 
     Args:
-      path: of the file.
-      say: called with a sentence about what is wrong with the file.
-      last_step: records of later steps, which will be run again, are deleted; None: none is. So is
-        a last line that was cut off in the middle. Lines that are no records of a step stay.
+      path: Path of the file.
+      say: Called with messages about problems with the file.
+      last_step: Records of later steps are deleted, because these steps will be run again; None: no
+        records are deleted.
     """
 
     def __init__(
@@ -33,7 +35,7 @@ class JsonLines:
         self._waiting: list[bytes] = []  # lines that are not in the file yet
         self._written_at = 0.0
         self._failing = False
-        self._kept: list[bytes] = []  # on an object store: all lines of the file
+        self._kept: list[bytes] = []  # all lines of the file, if it is on an object store
         if not path.exists():
             return
         contents = path.read_bytes()
@@ -44,28 +46,28 @@ class JsonLines:
             self._kept = kept
 
     def append(self, record: dict[str, Any]) -> None:
-        """Writes a record, now or as soon as it can be written."""
+        """Writes a record, now or as soon as possible."""
         self._waiting.append(json.dumps(record, allow_nan=False).encode() + b"\n")
         if not is_remote(self._path) or time.monotonic() - self._written_at > _REMOTE_SECONDS:
             self._write()
 
     def flush(self) -> None:
-        """Writes what is not written yet."""
+        """Writes the records that are not yet written."""
         if self._waiting:
             self._write()
 
     def _lines(self, contents: bytes, last_step: int | None) -> list[bytes]:
-        """The lines of a file that stay."""
+        """The lines of a file to keep."""
         *lines, last = contents.split(b"\n")
         kept = []
         for number, line in enumerate(lines, start=1):
             step = _step_of(line)
             if step is None:
-                self._say(f"{self._path}, line {number} is no record of a step; it stays")
+                self._say(f"{self._path}, line {number} is not a record of a step; it is kept")
             if step is None or last_step is None or step <= last_step:
                 kept.append(line + b"\n")
         if last:
-            self._say(f"{self._path}: its last line was cut off in the middle, and is deleted")
+            self._say(f"{self._path}: the last line was cut off and is deleted")
         return kept
 
     def _write(self) -> None:
@@ -78,7 +80,10 @@ class JsonLines:
                 _append(self._path, new)
         except OSError as error:
             if not self._failing:
-                self._say(f"{self._path} cannot be written now ({error}); it will be later")
+                self._say(
+                    f"{self._path} cannot be written now ({error}); its records are kept in memory "
+                    "and written later"
+                )
             self._failing = True
             return
         self._waiting.clear()
@@ -86,7 +91,7 @@ class JsonLines:
 
 
 def records_in(path: epath.Path) -> list[dict[str, Any]]:
-    """The records of steps in a file, none if it does not exist; other lines are left out."""
+    """The records of steps in a file, without its other lines; none if it does not exist."""
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     return [json.loads(line) for line in lines if _step_of(line) is not None]
 
@@ -105,7 +110,7 @@ def _append(path: epath.Path, contents: bytes) -> None:
 
 
 def _step_of(line: bytes) -> int | None:
-    """The step of a record; None for a line that is none."""
+    """The step of a record; None for a line that is not a record of a step."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, LookupError, TypeError):

@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, TensorBoard, Weights & Biases, and the terminal."""
+"""The log of a run: metrics.jsonl, TensorBoard, Weights & Biases, and the terminal."""
 
 import math
 import sys
@@ -17,15 +17,15 @@ from retnet_jax.runs.json_lines import JsonLines, records_in
 class MetricsLog:
     """Appends to metrics.jsonl and the TensorBoard events, and shows progress on stderr.
 
-    On a terminal there is one bar with loss, tokens/s, MFU and the time left; elsewhere a plain
-    line for each logged step.
+    A terminal shows a progress bar with loss, tokens/s, MFU and the time left. Elsewhere each
+    logged step is a plain line.
 
     Args:
-      workdir: of the run. Lines of steps after `first_step`, written before the run was cut off,
-        are taken away; the steps will be run again.
-      first_step: steps taken before.
-      steps: steps of the whole run.
-      wandb: project of Weights & Biases that gets the metrics too; "": none.
+      workdir: Directory of the run. Records of steps after `first_step`, left by a run that was cut
+        off, are deleted from its log: these steps will be run again.
+      first_step: Number of steps already taken.
+      steps: Number of steps of the whole run.
+      wandb: Weights & Biases project that also gets the metrics; "": none.
     """
 
     def __init__(self, workdir: epath.PathLike, first_step: int, steps: int, wandb: str = ""):
@@ -45,30 +45,30 @@ class MetricsLog:
         self._session = (first_step, time.perf_counter())
 
     def begin(self, facts: dict[str, Any]) -> None:
-        """Records a start in starts.jsonl."""
+        """Adds a record of this start to starts.jsonl."""
         self._starts.append({"time": time.time(), "step": self._session[0], **facts})
 
     def evaluators_at(self, step: int) -> set[str | None]:
-        """The names of the evaluators that metrics.jsonl has a record of, of one step.
+        """The names of the evaluators that have a record for a step in metrics.jsonl.
 
-        None stands for an evaluation without a name: older versions wrote none.
+        None stands for a record without a name, which an older version wrote.
         """
         records = [x for x in records_in(self._path) if x["step"] == step]
         return {x.get("evaluator") for x in records if "evaluator" in x or "loss" not in x}
 
     def advance(self, step: int) -> None:
-        """Moves the bar to a step that is done."""
+        """Moves the progress bar to a finished step."""
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
     def write(self, step: int, values: Mapping[str, float]) -> dict[str, Any] | None:
-        """Records the values of one step, and returns the record: None for what is not finite."""
+        """Writes and returns a record of one step; values that are not finite are None in it."""
         return self._write({"step": step}, values)
 
     def write_evaluation(
         self, step: int, evaluator: str, values: Mapping[str, float]
     ) -> dict[str, Any] | None:
-        """As `write`, of the values that an evaluator gave; the record has its name."""
+        """Like `write`, for the values of an evaluator; the record has the evaluator's name."""
         return self._write({"step": step, "evaluator": evaluator}, values)
 
     def _write(self, about: dict[str, Any], values: Mapping[str, float]) -> dict[str, Any]:
@@ -87,14 +87,14 @@ class MetricsLog:
         return record
 
     def say(self, message: str) -> None:
-        """A line on stderr, above the bar if there is one."""
+        """Prints a line on stderr, above the progress bar if there is one."""
         if self._bar is not None:
             self._bar.write(message, file=sys.stderr)
         else:
             print(message, file=sys.stderr, flush=True)
 
     def flush(self) -> None:
-        """Writes what waits to be written: a checkpoint that follows resumes after these steps."""
+        """Writes waiting records. Call it before a checkpoint, from which a run may resume."""
         self._lines.flush()
         self._starts.flush()
 
@@ -124,7 +124,7 @@ _SHOWN = {
 
 
 class NoLog:
-    """The log of all processes but the first: none."""
+    """The log in all processes but the first: it does nothing."""
 
     def begin(self, facts: dict[str, Any]) -> None:
         pass
@@ -154,15 +154,15 @@ class NoLog:
 
 
 class _WeightsAndBiases:
-    """The metrics of a run at Weights & Biases; when that fails, training continues without it.
+    """The metrics of a run at Weights & Biases. If it fails, training continues without it.
 
     Args:
-      project: that the run belongs to.
-      workdir: of the run, which keeps the id under which it is resumed there.
-      say: called with what went wrong.
+      project: Project that the run belongs to.
+      workdir: Directory of the run. It stores the run's id, under which it is resumed.
+      say: Called with error messages.
 
     Raises:
-      ConfigError: if the package is missing, or it cannot be started.
+      ConfigError: if the package is missing or cannot be started.
     """
 
     def __init__(self, project: str, workdir: epath.Path, say: Callable[[str], object]):
@@ -183,7 +183,7 @@ class _WeightsAndBiases:
                 resume="allow",
                 dir=str(workdir),
             )
-        except Exception as error:  # of its own kinds, and of its network's
+        except Exception as error:  # it has many kinds of errors, and so has its network
             raise ConfigError(
                 f"train.wandb={project!r}: Weights & Biases did not start "
                 f"({type(error).__name__}: {brief(error)}); log in with `wandb login`, set "
@@ -196,7 +196,7 @@ class _WeightsAndBiases:
         self._try(lambda: self._run.log(dict(values), step=step))
 
     def finish(self) -> None:
-        """Sends the rest."""
+        """Sends the remaining values."""
         self._try(lambda: self._run.finish())
 
     def _try(self, action: Callable[[], object]) -> None:

@@ -1,4 +1,4 @@
-"""Whether all that a run has left on disk is what was written."""
+"""Verifies every file of a run."""
 
 import json
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from retnet_jax.runs.workdir import STORES, read_workdir
 
 
 def run_problems(workdir: epath.Path) -> Iterator[str]:
-    """What is wrong with the files of a run, one line each: config, tokenizer, log, checkpoints."""
+    """Problems with the config, tokenizer, log and checkpoints of a run, one line each."""
     try:
         read_workdir(workdir)
     except ConfigError as error:
@@ -30,16 +30,16 @@ def run_problems(workdir: epath.Path) -> Iterator[str]:
 
 
 def unchecked(workdir: epath.Path) -> Iterator[str]:
-    """What cannot be checked in a run, and what no program reads, one line each."""
+    """Files of a run that cannot be verified or that no program reads, one line each."""
     for entry in sorted((workdir / "checkpoints").iterdir()):
         if not entry.name.isdecimal():
-            yield f"{entry}: no checkpoint that is read"
+            yield f"{entry}: not verified, because no program reads it"
         elif not checkpoint_files.has_digests(entry):
-            yield f"{entry}: written without digests; its files were compared in size at most"
+            yield f"{entry}: written without digests; at most the sizes of its files were compared"
 
 
 def stores_of(workdir: epath.Path) -> Iterator[tuple[str, list[str]]]:
-    """The token stores of a run, and what is wrong with each."""
+    """The token stores of a run, and the problems with each."""
     path = workdir / STORES
     if not path.exists():
         return
@@ -53,7 +53,7 @@ def stores_of(workdir: epath.Path) -> Iterator[tuple[str, list[str]]]:
         if files.exists(name):
             yield name, store_problems(name)
         else:
-            yield name, [f"{name} does not exist from here"]
+            yield name, [f"{name} does not exist in this directory or on this machine"]
 
 
 def _log_problems(path: epath.Path) -> Iterator[str]:
@@ -62,6 +62,6 @@ def _log_problems(path: epath.Path) -> Iterator[str]:
         try:
             json.loads(line)
         except ValueError:
-            yield f"{path}, line {number} is no JSON"
+            yield f"{path}, line {number} is not JSON"
     if lines[-1]:
-        yield f"{path}: its last line was cut off in the middle"
+        yield f"{path}: the last line was cut off"

@@ -1,15 +1,15 @@
 """The directory of a run.
 
 config.json         the whole config
-tokenizer.json      what its token ids mean (and tokenizer_config.json, or tokenizer.model)
-stores.json         the fingerprint of each token store that it is trained on
-metrics.jsonl       one JSON object a logged step
+tokenizer.json      the tokenizer (and tokenizer_config.json, or tokenizer.model)
+stores.json         the fingerprint of each token store that the run is trained on
+metrics.jsonl       one JSON object for each logged step or evaluation
 checkpoints/STEP/   see `checkpoint.py`
-starts.jsonl        one JSON object for each time the run was started
-profile/            traces, as `config.profile` asks for
+starts.jsonl        one JSON object for each start of the run
+profile/            traces, with `config.profile`
 lock                held by the process that trains
 events.out.*        the metrics for TensorBoard
-wandb_id            under which Weights & Biases knows the run
+wandb_id            id of the run at Weights & Biases
 """
 
 import contextlib
@@ -38,23 +38,24 @@ STORES = "stores.json"
 
 @contextlib.contextmanager
 def locked(workdir: epath.Path) -> Iterator[None]:
-    """Holds a workdir for this process until the `with` ends; a missing one is made.
+    """Locks a workdir for this process until the `with` ends; creates it if it does not exist.
 
-    One that was made here and in which no run was recorded is removed again. The lock works on
-    local and network disks; object stores have none.
+    A workdir that was created here is removed again if no run was recorded in it. The lock works on
+    local and network disks; object stores have no locks.
 
     Raises:
-      ConfigError: if another process holds it, or if it has files in it but is no workdir.
+      ConfigError: if another process holds the lock, or if the directory has files but is no
+        workdir.
     """
-    # What a start leaves that is cut off before it has recorded a config.
+    # Files that a start may leave if it is cut off before it records its config.
     ours = {*SAVED_FILES, STORES, lock.FILE_NAME}
     new = not workdir.exists()
     found = list(workdir.iterdir()) if workdir.is_dir() else []
     names = {path.name for path in found if not atomic.is_unfinished(path)}
     if "config.json" not in names and names - ours:
         raise ConfigError(
-            f"--workdir={workdir} has files in it but no config.json, so it is no run to resume; "
-            "name a new or an empty directory"
+            f"--workdir={workdir} has files in it but no config.json, so it is not a run; "
+            "give a new or an empty directory"
         )
     with contextlib.ExitStack() as stack:
         try:
@@ -62,12 +63,12 @@ def locked(workdir: epath.Path) -> Iterator[None]:
             stack.enter_context(lock.held(workdir))
         except OSError as error:
             raise ConfigError(
-                f"--workdir={workdir} cannot be written to ({error}); name a directory that can"
+                f"--workdir={workdir} cannot be written to ({error}); give a directory that can"
             ) from error
         except lock.HeldError as holder:
             raise ConfigError(
                 f"--workdir={workdir} is in use by another run ({holder}): "
-                "wait for it, stop it, or name another directory"
+                "wait for it, stop it, or give another directory"
             ) from None
         try:
             yield
@@ -77,13 +78,13 @@ def locked(workdir: epath.Path) -> Iterator[None]:
 
 
 def _remove_empty(workdir: epath.Path) -> None:
-    """Deletes a workdir that holds the lock and nothing else."""
+    """Deletes a workdir that has no file but the lock."""
     if workdir.is_dir() and {path.name for path in workdir.iterdir()} <= {lock.FILE_NAME}:
         workdir.rmtree()
 
 
 def recorded_config(workdir: epath.Path) -> Config | None:
-    """The config of the run in a workdir; None if no run has been recorded there.
+    """The config of the run in a workdir; None if no run is recorded there.
 
     Raises:
       ConfigError: if it cannot be read.
@@ -99,20 +100,20 @@ def record_start(
     tokenizer: Tokenizer,
     stores: Sequence[TokenStore] = (),
 ) -> list[str]:
-    """Records config, tokenizer and stores of a new run, or compares those of one that is resumed.
+    """Records config, tokenizer and stores of a new run, or compares those of a resumed run.
 
     Args:
-      workdir: of the run, held by this process.
-      config: of the run that starts.
-      recorded: what the workdir records.
-      tokenizer: of the run that starts.
-      stores: that it is trained on.
+      workdir: Directory of the run, locked by this process.
+      config: Config of this start.
+      recorded: Config that the workdir records; None: a new run.
+      tokenizer: Tokenizer of this start.
+      stores: Stores that this start trains on.
 
     Returns:
-      The allowed differences from the recorded config: one line for each option.
+      The allowed differences from the recorded config, one line for each option.
 
     Raises:
-      ConfigError: if the workdir belongs to a run with another config, tokenizer or other data.
+      ConfigError: if the workdir belongs to a run with another config, tokenizer or data.
     """
     workdir = epath.Path(workdir)
     if recorded is None:
@@ -123,21 +124,21 @@ def record_start(
     refused = [line for name, line in lines.items() if name not in marked("changeable")]
     if refused:
         raise ConfigError(
-            f"{workdir} belongs to a run with another config (its value -> the one given):\n  "
+            f"{workdir} belongs to a run with another config (recorded value -> given value):\n  "
             + "\n  ".join(refused)
-            + "\ngive the same values or another --workdir; if the change is meant for this "
-            f"run, make it in {workdir / 'config.json'} as well"
+            + "\ngive the recorded values or another --workdir; to change this run, change its "
+            f"{workdir / 'config.json'} too"
         )
     of_run = _recorded_tokenizer(workdir)
     if of_run.fingerprint != tokenizer.fingerprint:
         raise ConfigError(
             f"data.store={config.data.store!r} has another tokenizer "
-            f"({tokenizer.fingerprint[:12]}) than {workdir} ({of_run.fingerprint[:12]}); "
-            "its token ids would mean other text: name the store the run began with"
+            f"({tokenizer.fingerprint[:12]}) than {workdir} ({of_run.fingerprint[:12]}), so its "
+            "token ids stand for other text: give the store that the run began with"
         )
     for store in stores:
         check_store(workdir, store)
-    _record_stores(workdir, stores)  # what an older version began has none
+    _record_stores(workdir, stores)  # a run begun by an older version has no record of them
     if changes:
         atomic.write_text(workdir / "config.json", to_json(config))
     return list(lines.values())
@@ -146,7 +147,7 @@ def record_start(
 def restore_if_gone(
     workdir: epath.Path, config: Config, tokenizer: Tokenizer, stores: Sequence[TokenStore]
 ) -> bool:
-    """Records a run again whose workdir was moved or deleted while it lasts; whether it was.
+    """Writes the workdir again if it was moved or deleted during the run; whether it was.
 
     Raises:
       CheckpointError: if it cannot be written.
@@ -157,7 +158,7 @@ def restore_if_gone(
         _record(workdir, config, tokenizer, stores)
     except OSError as error:
         raise CheckpointError(
-            f"{workdir} is not there any more and cannot be written again: {error}"
+            f"{workdir} no longer exists and cannot be written again: {error}"
         ) from error
     return True
 
@@ -168,22 +169,22 @@ def _record(
     workdir.mkdir(parents=True, exist_ok=True)
     tokenizer.save(workdir)
     _record_stores(workdir, stores)
-    # Written last: what has a config.json is a workdir.
+    # Written last: a directory with a config.json is a workdir.
     atomic.write_text(workdir / "config.json", to_json(config))
 
 
 def check_store(workdir: epath.Path, store: TokenStore) -> None:
     """Raises `ConfigError` if a store holds other data than when the run began.
 
-    Then held-out documents may be among those that the model was trained on, and a run that is
-    resumed would continue with other text.
+    With other data, held-out documents may be among those that the model was trained on, and a
+    resumed run would continue with other text.
     """
     expected = _recorded_stores(workdir).get(store.directory)
     if expected not in (None, store.fingerprint):
         raise ConfigError(
             f"the token store {store.directory!r} holds other data ({store.fingerprint[:12]}) than "
             f"when the run in {workdir} began ({expected[:12]}): it was built again from other "
-            "text or by another version; put the old one back, or begin a new run with another "
+            "text or by another version; restore the old store, or start a new run with another "
             "--workdir"
         )
 
@@ -197,7 +198,7 @@ def _recorded_stores(workdir: epath.Path) -> dict[str, str]:
     except ValueError as error:
         raise ConfigError(
             f"{path} is damaged ({error}); it holds the fingerprints of the run's token stores: "
-            "put it back, or delete it to go without that check"
+            "restore it, or delete it to skip that check"
         ) from error
 
 
@@ -211,7 +212,7 @@ def read_workdir(workdir: epath.Path) -> tuple[Config, Tokenizer]:
     """The config and the tokenizer of a run.
 
     Raises:
-      ConfigError: if `workdir` is none, or has no tokenizer or another model's.
+      ConfigError: if `workdir` is not one, or has no tokenizer or that of another model.
     """
     config = read_config(workdir / "config.json")
     tokenizer = _recorded_tokenizer(workdir)
@@ -222,15 +223,15 @@ def read_workdir(workdir: epath.Path) -> tuple[Config, Tokenizer]:
         raise ConfigError(
             f"the tokenizer in {workdir} ({kind}, {tokenizer.vocab_size} ids) does not fit "
             f"data.tokenizer={config.data.tokenizer!r} and model.vocab_size="
-            f"{config.model.vocab_size} of the run; put back the one it began with"
+            f"{config.model.vocab_size} of the run; restore the tokenizer that it began with"
         )
     return config, tokenizer
 
 
 def progress_of_old_checkpoint(workdir: epath.Path, step: int) -> dict[str, float]:
-    """What the checkpoint of a step says of a run's time, for one written before it did.
+    """The times of a run up to a step, for an old checkpoint that does not record them.
 
-    Then the start of the run stood in starts.jsonl, and the seconds of its steps in metrics.jsonl.
+    They are in the log: the start of the run in starts.jsonl, its seconds in metrics.jsonl.
     """
     seconds = [
         record.get("training_seconds", 0.0)
@@ -249,5 +250,5 @@ def _recorded_tokenizer(workdir: epath.Path) -> Tokenizer:
         return load_tokenizer(workdir)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{error}; put back the tokenizer that the run began with: its data.store has it"
+            f"{error}; restore the tokenizer that the run began with: its data.store has it"
         ) from error

@@ -1,4 +1,4 @@
-"""Where the time of a run goes: steps, waiting for data, checkpoints, evaluation, and the rest."""
+"""Measures the time of a run: in steps, waiting for data, in checkpoints and in evaluation."""
 
 import contextlib
 import time
@@ -11,7 +11,7 @@ from retnet_jax.parallel.chips import chip
 
 
 def peak_flops(devices: Iterable[jax.Device]) -> float | None:
-    """FLOP/s of devices together by their data sheets; None if one has none, as every CPU."""
+    """Peak FLOP/s of all devices together; None if one has no data sheet, such as a CPU."""
     known = [chip(device.device_kind) for device in devices]
     return None if None in known else sum(x.flops for x in known)
 
@@ -20,13 +20,14 @@ class Clock:
     """Measures training between logged steps.
 
     Args:
-      tokens_per_step: of a whole batch.
-      flops_per_token: model FLOPs, `ModelConfig.training_flops_per_token`.
-      peak_flops: of all devices together, FLOP/s; None: not known, and no MFU is given.
+      tokens_per_step: Tokens in a whole batch.
+      flops_per_token: Model FLOPs (`ModelConfig.training_flops_per_token`).
+      peak_flops: FLOP/s of all devices together; None: unknown, and no MFU is reported.
 
     Attributes:
-      run_began: when the run was first started, seconds since 1970.
-      training_seconds: that the steps of the run took, those not counted that were lost.
+      run_began: Time of the run's first start, in seconds since 1970.
+      training_seconds: Seconds spent in the steps of the run. A step that was lost and repeated
+        counts once.
     """
 
     def __init__(
@@ -41,11 +42,11 @@ class Clock:
         self.start()
 
     def restore(self, run_began: float, training_seconds: float) -> None:
-        """Continues with the two numbers of a checkpoint."""
+        """Continues from the two numbers in a checkpoint."""
         self.run_began, self.training_seconds = run_began, training_seconds
 
     def start(self) -> None:
-        """Begins to measure, before a step."""
+        """Starts measuring. Call it before a step."""
         self._lap_began = self._last_step = time.perf_counter()
         self._paused = 0.0  # since the last step
         self._steps: list[float] = []
@@ -53,9 +54,9 @@ class Clock:
 
     @contextlib.contextmanager
     def waiting(self, reason: str) -> Iterator[None]:
-        """What happens inside is put down to "data", "checkpoint" or "evaluation".
+        """Counts the time inside the `with` as "data", "checkpoint" or "evaluation".
 
-        The last two do not count as time of a step; a step that waits for data does take longer.
+        Waiting for data is part of a step's time; checkpoints and evaluations are not.
         """
         begin = time.perf_counter()
         yield
@@ -65,7 +66,7 @@ class Clock:
             self._paused += seconds
 
     def step(self) -> None:
-        """A step is done: its metrics have been read."""
+        """Records that a step is done: its metrics have been read."""
         now = time.perf_counter()
         seconds = now - self._last_step - self._paused
         self._steps.append(seconds)
@@ -73,14 +74,14 @@ class Clock:
         self._last_step, self._paused = now, 0.0
 
     def lap(self) -> dict[str, float]:
-        """What was measured since the last lap.
+        """The measurements since the last lap.
 
         Returns:
           tokens_per_second and, where the peak is known, mfu (model FLOPs utilisation) of the
           steps; step_seconds_p50, p90 and max; data_wait, checkpoint_wait and evaluation_wait, as
-          shares of all the time;
-          training_seconds of all steps of the run; goodput, their share of the time since the run
-          was first started, with what was lost and the time it was down.
+          shares of the elapsed time; training_seconds of all steps of the run; goodput, the share
+          of training_seconds in the time since the run's first start, which includes lost steps
+          and downtime.
         """
         now, seconds = time.perf_counter(), sum(self._steps)
         speed = len(self._steps) * self._tokens_per_step / seconds

@@ -1,4 +1,4 @@
-"""The loss on what each store holds out: the evaluator that every run has."""
+"""The loss on the held-out documents of each store: the evaluator that every run has."""
 
 import math
 import operator
@@ -15,17 +15,17 @@ from retnet_jax.training.step import Sums, loss_sum
 
 
 class HeldOutLoss:
-    """The mean loss over the first windows of what each store holds out.
+    """The mean loss over the first held-out windows of each store.
 
     Every window begins with the empty state and counts once, so a store with fewer windows than
-    `train.eval_batches` batches has the same loss for every batch size. A batch is run in as many
-    parts as a training step's, and takes less memory. Several stores have a loss each, and their
-    mean is weighted by the shares of the mixture.
+    `train.eval_batches` batches has the same loss for every batch size. A batch is run in
+    `train.micro_batches` parts, like that of a training step, and takes less memory. Each store of
+    a mixture has its own loss; the loss over all is their mean, weighted by the mixture's shares.
 
     Args:
-      config: of the run; `train.eval_batches` bounds the batches of each store.
-      mesh: the devices.
-      stores: what the run is trained on.
+      config: Config of the run. At most `train.eval_batches` batches of each store are read.
+      mesh: The devices.
+      stores: The stores that the run is trained on.
     """
 
     def __init__(self, config: Config, mesh: Mesh, stores: Stores):
@@ -49,7 +49,7 @@ class HeldOutLoss:
         }
 
     def __call__(self, model: LanguageModel) -> dict[str, float]:
-        """The mean loss in nats per token, and of each store loss, perplexity and bits per byte."""
+        """The mean loss in nats per token; loss, perplexity and bits per byte of each store."""
         losses = {name: self._loss(name, model) for name in self._splits}
         metrics = {"held_out_loss": float(sum(map(operator.mul, self._shares, losses.values())))}
         for name, loss in losses.items():
@@ -69,10 +69,10 @@ class HeldOutLoss:
         )
         found: list[Sums] = []
         for number in range(math.ceil(windows / self._rows)):
-            # What would be read of the next epoch in the last part has no weight.
+            # The last part also reads rows of the next epoch; their weight is set to 0.
             rows = windows - number * self._rows
             found.append(first_rows_loss(model, self._batches[name][number], rows))
-            # No more than two batches are on the devices: one that runs, and the next.
+            # At most two batches are on the devices: the one that runs and the next.
             jax.block_until_ready(found[-2:-1])
         return sum(float(x.loss) for x in found) / sum(float(x.weight) for x in found)
 

@@ -1,9 +1,9 @@
-"""The story of a run: from a config and a directory to a trained model.
+"""A training run: from a config and a directory to a trained model.
 
     result = train(config, "runs/mine")
 
-The methods of `Run` stand in the order in which they are called. What is computed of the model
-along the way is an `Evaluator`; the held-out loss (`held_out_loss.py`) is one.
+The methods of `Run` are in the order in which they are called. Everything that is computed from the
+model during training is an `Evaluator`, such as the held-out loss (`held_out_loss.py`).
 """
 
 import contextlib
@@ -16,10 +16,10 @@ import jax
 from etils import epath
 
 from retnet_jax.config import Config
-from retnet_jax.config_text import summary
-from retnet_jax.data import Batch, Stores, open_stores
+from retnet_jax.data import Batch, Stores, Tokenizer, open_stores
 from retnet_jax.data.batches import PlacedBatches
 from retnet_jax.data.build import DEFAULT_COMMAND
+from retnet_jax.data.token_store import TokenStore
 from retnet_jax.errors import CheckpointError, ConfigError, DivergedError
 from retnet_jax.files.paths import place
 from retnet_jax.model import LanguageModel
@@ -30,6 +30,7 @@ from retnet_jax.pretrained import with_initial_model
 from retnet_jax.runs.checkpoint import Checkpoints
 from retnet_jax.runs.log import MetricsLog, NoLog
 from retnet_jax.runs.workdir import locked, record_start, recorded_config, restore_if_gone
+from retnet_jax.training.announce import announce
 from retnet_jax.training.clock import Clock, peak_flops
 from retnet_jax.training.held_out_loss import HeldOutLoss
 from retnet_jax.training.start import RunProgress, check_finite, items_of, start_or_restore
@@ -37,28 +38,28 @@ from retnet_jax.training.step import StepMetrics, TrainState, abstract_state, ma
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
-HELD_OUT_LOSS = "held-out loss"  # the name of the evaluator that every run has
+HELD_OUT_LOSS = "held-out loss"  # name of the evaluator that every run has
 
 
 class Evaluator(NamedTuple):
-    """What is computed of the model while it is trained, and logged.
+    """A function of the model whose values are logged during training.
 
-    Its records in metrics.jsonl have its name: so a run that is resumed knows which evaluations
-    are missing (`Run.make_missing_evaluations`).
+    Its records in metrics.jsonl have its name, so a resumed run knows which evaluations are missing
+    (`Run.make_missing_evaluations`).
     """
 
-    name: str  # each evaluator has its own
-    every: int  # steps between evaluations; there is one after the last step too
-    function: Callable[[LanguageModel], Mapping[str, float]]  # values by the names they log under
+    name: str  # unique among the evaluators of a run
+    every: int  # number of steps between evaluations; the last step is always evaluated
+    function: Callable[[LanguageModel], Mapping[str, float]]  # returns values by name
 
 
 class TrainResult(NamedTuple):
-    """What `train` leaves in memory; the workdir has it too."""
+    """What `train` returns; the workdir has all of it too."""
 
     model: LanguageModel
-    step: int  # steps taken in all
+    step: int  # number of steps taken, over all starts
     status: str  # "finished", "stopped" by a signal, "diverged", or "unsaved"
-    metrics: list[dict[str, Any]]  # what this call logged, one record as in metrics.jsonl each
+    metrics: list[dict[str, Any]]  # the records that this call added to metrics.jsonl
 
 
 def train(
@@ -72,17 +73,17 @@ def train(
 ) -> TrainResult:
     """Trains from the beginning, or from the newest checkpoint in `workdir`.
 
-    Ctrl-C and SIGTERM save and return ("stopped"); the same call resumes. In several processes
-    each calls it alike.
+    Ctrl-C and SIGTERM save and return ("stopped"); the same call resumes. With several processes,
+    all of them make the same call.
 
     Args:
-      config: what to train.
-      workdir: directory of the run, new or begun.
-      step: makes the compiled step of config, mesh and shapes of the state; None: `make_step`.
-      evaluators: beside the held-out loss; what is due after the step that is resumed from, and
-        not in metrics.jsonl, is evaluated first.
-      on_log: called with each record of metrics.jsonl, in the first process.
-      command: what builds the store of `config.data` by itself, for messages and its manifest.
+      config: What to train.
+      workdir: Directory of the run, new or existing.
+      step: Makes the compiled step from config, mesh and shapes of the state; None: `make_step`.
+      evaluators: Evaluators beside the held-out loss. Evaluations that are due at the step to
+        resume from, but not in metrics.jsonl, are made first.
+      on_log: Called in the first process with each record of metrics.jsonl.
+      command: Command that builds the store of `config.data`, for messages and its manifest.
 
     Raises:
       ConfigError, CheckpointError: before anything is changed, for input that does not fit.
@@ -99,43 +100,48 @@ def train(
         mesh = make_mesh(config.mesh)
         check_fit(mesh, config)
         state_shape = abstract_state(config, mesh)
-        if step is None:
-            compiled = make_step(config, state_shape)
-        else:
-            compiled = step(config, mesh, state_shape)
-        # A store that does not exist is built by the first process.
-        data = config.data, config.model.vocab_size, command
-        processes.once(lambda: open_stores(*data))
-        stores = open_stores(*data)
-        of_run = stores.tokenizer, list(stores.stores.values())
-        changes = processes.once(lambda: record_start(workdir, config, recorded, *of_run))
+        compiled = (step or _jitted_step)(config, mesh, state_shape)
+        stores = _open_stores(config, command)
+        changes = processes.once(lambda: record_start(workdir, config, recorded, *_files(stores)))
         stop = stack.enter_context(processes.stop_signals())
         stack.enter_context(jax.set_mesh(mesh))
-        checkpoints = Checkpoints(
-            workdir / "checkpoints", config.train.keep_checkpoints, config.train.keep_every
-        )
-        stack.enter_context(contextlib.closing(checkpoints))
+        checkpoints = stack.enter_context(contextlib.closing(_checkpoints(config, workdir)))
         state, progress, damage = start_or_restore(config, mesh, state_shape, checkpoints, workdir)
         check_finite(state, config, workdir)
-        of_log = workdir, int(state.step), config.train.steps, config.train.wandb
-        log = processes.once(lambda: MetricsLog(*of_log)) or NoLog()
-        stack.enter_context(contextlib.closing(log))
-        log.begin(processes.facts())
-        for change in changes or ():
-            log.say(f"resumed with another {change}")
-        for problem in damage:
-            log.say(problem)
-        log.say(summary(config))
-        log.say(describe(config, stores, state, mesh))
-        if config.profile.steps and config.profile.start <= int(state.step):
-            log.say(
-                f"nothing is traced: step profile.start={config.profile.start} is done already; "
-                f"give one after {int(state.step)}"
-            )
+        log = stack.enter_context(contextlib.closing(_open_log(config, workdir, int(state.step))))
+        notes = [*(f"resumed with a changed option: {change}" for change in changes or ()), *damage]
+        announce(log, config, stores, state, mesh, notes)
         held_out = HeldOutLoss(config, mesh, stores)
         evaluators = (Evaluator(HELD_OUT_LOSS, config.train.eval_every, held_out), *evaluators)
         run = Run(config, workdir, mesh, stores, compiled, checkpoints, log, evaluators, on_log)
         return run.run(state, progress, stop)
+
+
+def _jitted_step(config: Config, mesh: jax.sharding.Mesh, state_shape: TrainState) -> Step:
+    return make_step(config, state_shape)
+
+
+def _open_stores(config: Config, command: str) -> Stores:
+    """The stores to train on. The first process builds one that does not exist."""
+    arguments = config.data, config.model.vocab_size, command
+    processes.once(lambda: open_stores(*arguments))
+    return open_stores(*arguments)
+
+
+def _files(stores: Stores) -> tuple[Tokenizer, list[TokenStore]]:
+    """The tokenizer and the stores, which a workdir records."""
+    return stores.tokenizer, list(stores.stores.values())
+
+
+def _checkpoints(config: Config, workdir: epath.Path) -> Checkpoints:
+    keep = config.train.keep_checkpoints, config.train.keep_every
+    return Checkpoints(workdir / "checkpoints", *keep)
+
+
+def _open_log(config: Config, workdir: epath.Path, step: int) -> MetricsLog | NoLog:
+    """The log of the run in the first process, an empty one in the others."""
+    arguments = workdir, step, config.train.steps, config.train.wandb
+    return processes.once(lambda: MetricsLog(*arguments)) or NoLog()
 
 
 def check_names(evaluators: Iterable[Evaluator]) -> None:
@@ -144,51 +150,24 @@ def check_names(evaluators: Iterable[Evaluator]) -> None:
     for name, count in counts.items():
         if count > 1:
             raise ConfigError(
-                f"{count} evaluators have the name {name!r}, by which metrics.jsonl tells whose a "
-                "record is: give each a name of its own"
+                f"{count} evaluators are named {name!r}, but metrics.jsonl tells evaluations apart "
+                "by name: give each evaluator its own"
             )
 
 
-def describe(config: Config, stores: Stores, state: TrainState, mesh: jax.sharding.Mesh) -> str:
-    """What is about to be trained, in a few lines."""
-    tokens = config.train.batch_size * config.data.sequence_length
-    axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
-    shares = stores.weights / stores.weights.sum()
-    several = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    rows = config.train.batch_size // config.train.micro_batches
-    runs = state.model.mixer_type.implementation(config.model, (rows, config.data.sequence_length))
-    return (
-        f"{type(state.model).__name__} of {config.model.parameter_count():,} parameters, "
-        f"{jax.devices()[0].device_kind} mesh {axes}{several}\n"
-        f"steps {state.step} to {config.train.steps} of {tokens:,} tokens in "
-        f"{config.data.windows} windows; {runs}"
-        + "".join(
-            f"\n{share:7.1%} of {store.directory}: {store.train.token_count:,} tokens in "
-            f"{len(store.train):,} documents{'' if store.has_block_digests else _UNVERIFIED}"
-            for share, store in zip(shares, stores.stores.values(), strict=True)
-        )
-    )
-
-
-_UNVERIFIED = (
-    "; it was built without digests, so damaged tokens would not be noticed: build it again to "
-    "have them"
-)
-
-
 class Run:
-    """The loop, and what it works with.
+    """The training loop.
 
     Args:
-      config: what is trained.
-      workdir: of the run.
-      mesh: the devices; it is to be set while the run lasts.
-      stores: the data.
-      step: the compiled step.
-      checkpoints: of the run.
-      log: of the run.
-      evaluators: what is computed of the model along the way.
-      on_log: as of `train`.
+      config: What to train.
+      workdir: Directory of the run.
+      mesh: The devices. The mesh must be set (`jax.set_mesh`) during the run.
+      stores: The data.
+      step: The compiled step.
+      checkpoints: Checkpoints of the run.
+      log: Log of the run.
+      evaluators: All evaluators of the run.
+      on_log: Called in the first process with each record of metrics.jsonl.
     """
 
     def __init__(
@@ -228,12 +207,12 @@ class Run:
             peak_flops=peak_flops(mesh.devices.flat),
         )
         self.metrics: list[dict[str, Any]] = []
-        self.skipped_batches: list[int] = []  # of the latest steps, if these were skipped
+        self.skipped_batches: list[int] = []  # batches of the consecutive skipped steps up to now
 
     def run(
         self, state: TrainState, progress: RunProgress, stop: processes.StopRequest
     ) -> TrainResult:
-        """Trains from a state to the last step, or until a stop is requested; saves; says so."""
+        """Trains from a state to the last step, or until a stop is requested, and saves."""
         self.begin(state, progress)
         self.make_missing_evaluations()
         try:
@@ -242,7 +221,7 @@ class Run:
             self.log.say(str(error))
             return self.result("diverged")
         except ConfigError:  # a batch cannot be read
-            if jax.process_count() == 1:  # else the others are in the next step
+            if jax.process_count() == 1:  # with several, the others are already in the next step
                 with contextlib.suppress(DivergedError):
                     self.read()
                     self.save_last()
@@ -256,7 +235,7 @@ class Run:
         return self.result("finished" if finished else "stopped")
 
     def begin(self, state: TrainState, progress: RunProgress) -> None:
-        """Takes over a state."""
+        """Sets the state and the progress to begin with."""
         self.state = state
         self.done = self.saved = int(state.step)
         self.saved_at = time.monotonic()
@@ -265,15 +244,15 @@ class Run:
         self.unread: tuple[int, int, StepMetrics] | None = None  # step, batch and its metrics
 
     def make_missing_evaluations(self) -> None:
-        """Evaluates what is due after the step resumed from and has no record in metrics.jsonl.
+        """Makes the evaluations that are due at the step resumed from but not in metrics.jsonl.
 
         A checkpoint is saved before the evaluations of its step, and a run may be killed between
-        the two. With this its records are those of a run that was not killed, in the same order.
+        the two. Made here, its records are those of a run that was not killed, in the same order.
 
-        What is due depends on this start alone: a new evaluator, or one with another `every`,
-        evaluates this step as well, but none before it. An evaluation that raised an error does so
-        again here, until it is left out or has the memory that it needs (for the held-out loss,
-        more `train.micro_batches`).
+        Only the options of this start decide what is due: a new evaluator, or one with another
+        `every`, evaluates this step too, but no step before it. An evaluation that raised an error
+        raises it again here, until the evaluator is left out or has the memory that it needs (for
+        the held-out loss, more `train.micro_batches`).
         """
         if not self.done:
             return
@@ -285,19 +264,19 @@ class Run:
             return
         if processes.any_of_us(None in made):
             self.log.say(
-                f"metrics.jsonl has an evaluation of step {self.done} that does not name its "
-                "evaluator, as older versions wrote them: that step is not evaluated again"
+                f"metrics.jsonl has an evaluation of step {self.done} without the name of its "
+                "evaluator, written by an older version: that step is not evaluated again"
             )
             return
         names = ", ".join(x.name for x in missing)
-        self.log.say(f"step {self.done} was not evaluated by {names}: that comes first")
+        self.log.say(f"step {self.done} was not evaluated by {names}: doing that first")
         self.evaluate(missing)
 
     def advance(self, last: int, stop: processes.StopRequest) -> None:
-        """Takes steps up to `last`, or until a stop is requested, with all that is due after each.
+        """Takes steps up to `last`, or until a stop is requested; saves and evaluates when due.
 
-        A checkpoint is saved before the evaluation of the same step, which may fail for want of
-        memory; a run that is killed between the two evaluates first when it is resumed.
+        A checkpoint is saved before the evaluation of the same step, which may run out of memory. A
+        run that is killed between the two makes the evaluation first when it is resumed.
 
         Raises:
           DivergedError: after too many consecutive skipped steps, naming their documents.
@@ -328,7 +307,7 @@ class Run:
             self.read()
 
     def take_step(self, batches: Iterable[tuple[int, Batch]]) -> None:
-        """Begins a step, and reads the metrics of the one before while it runs."""
+        """Starts a step, and reads the metrics of the previous step while it runs."""
         with self.clock.waiting("data"):
             number, batch = next(batches)
         self.state, metrics = self.step(self.state, batch)
@@ -337,7 +316,7 @@ class Run:
         self.unread = self.done, number, metrics
 
     def read(self) -> None:
-        """Waits for the step whose metrics have not been read, judges it, and logs it if due.
+        """Waits for the last started step, reads its metrics, and logs them if due.
 
         Raises:
           DivergedError: as `advance`.
@@ -352,8 +331,8 @@ class Run:
         self.skipped_batches = [*self.skipped_batches, batch] if skipped else []
         if skipped:
             self.log.say(
-                f"step {step} is skipped: on batch {batch} the loss is {values['loss']:.4g}, "
-                f"the norm of its gradient {values['gradient_norm']:.4g}"
+                f"step {step} is skipped: batch {batch} has a loss of {values['loss']:.4g} and a "
+                f"gradient norm of {values['gradient_norm']:.4g}"
             )
         if skipped >= self.config.train.max_skipped:
             raise DivergedError(self._divergence(step))
@@ -366,24 +345,29 @@ class Run:
         }
         numbers = ",".join(map(str, self.skipped_batches))
         return (
-            f"the last {len(self.skipped_batches)} steps, up to step {step}, were skipped, and no "
-            "checkpoint has them. Their batches held parts of\n  "
+            f"the run stops: the last {len(self.skipped_batches)} steps, up to step {step}, were "
+            "skipped. Their batches have parts of these documents:\n  "
             + "\n  ".join(sorted(documents))
             + f"\nThe same command with --config.data.skip_batches='({numbers},)' resumes from the "
-            "newest checkpoint without them; if the same happens then, it is not the data"
+            "newest checkpoint without these batches. If steps are skipped again, the data is not "
+            "the cause"
         )
 
     def record(self, logged: dict[str, Any] | None) -> None:
-        """Keeps and passes on what was logged; None: this is not the process that logs."""
+        """Keeps a record for the result and calls `on_log`. None: another process logs."""
         if logged is not None:
             self.metrics.append(logged)
             if self.on_log is not None:
                 self.on_log(logged)
 
-    def save_is_due(self) -> bool:
-        """Whether it is a step to save at, the last one, or `checkpoint_minutes` have passed.
+    def evaluation_is_due(self, evaluator: Evaluator) -> bool:
+        """Whether an evaluation is due now: after every `every` steps, and after the last."""
+        return self.done % evaluator.every == 0 or self.done == self.config.train.steps
 
-        The first process tells the time, at logged steps.
+    def save_is_due(self) -> bool:
+        """Whether to save now: `checkpoint_every` steps or `checkpoint_minutes` have passed.
+
+        The last step is always saved. The first process measures the minutes, at logged steps.
         """
         config = self.config.train
         if self.done % config.checkpoint_every == 0 or self.done == config.steps:
@@ -394,16 +378,16 @@ class Run:
         return processes.any_of_us(processes.is_first() and passed)
 
     def save(self) -> None:
-        """Begins a checkpoint. A failure is reported, and training continues."""
-        self.written()  # the one before; its failure should not cost this one
+        """Starts writing a checkpoint. A failure is reported, and training continues."""
+        self.written()  # so that a failure of the previous checkpoint does not fail this one
         self.saved_at = time.monotonic()
         progress = RunProgress(self.next_batch, self.clock.run_began, self.clock.training_seconds)
-        of_run = self.stores.tokenizer, list(self.stores.stores.values())
+        of_run = _files(self.stores)
         self.log.flush()
         try:
             if processes.once(lambda: restore_if_gone(self.workdir, self.config, *of_run)):
                 self.log.say(
-                    "the workdir was moved or deleted while training: it is written again from "
+                    "the workdir was moved or deleted during training: it is written again from "
                     f"step {self.done} on"
                 )
             self.checkpoints.save(self.done, items_of(self.state), progress._asdict())
@@ -412,7 +396,7 @@ class Run:
             self.log.say(f"step {self.done}: {error}")
 
     def written(self) -> bool:
-        """Waits for a checkpoint that was begun; False, and a message, if it failed."""
+        """Waits until the checkpoint is written. False if that failed, which is reported."""
         try:
             self.checkpoints.wait()
         except CheckpointError as error:
@@ -420,28 +404,24 @@ class Run:
             return False
         return True
 
-    def evaluation_is_due(self, evaluator: Evaluator) -> bool:
-        """After every `every` steps, and after the last."""
-        return self.done % evaluator.every == 0 or self.done == self.config.train.steps
-
     def evaluate(self, evaluators: Iterable[Evaluator]) -> None:
-        """Logs what evaluators compute of the model.
+        """Runs evaluators and logs their values.
 
         Raises:
-          ConfigError: if one gives a value a name that each record has already.
+          ConfigError: if a value has a name that every record already has.
         """
         for evaluator in evaluators:
             values = evaluator.function(self.state.model)
             for name in ("step", "evaluator"):
                 if name in values:
                     raise ConfigError(
-                        f"the evaluator {evaluator.name!r} has a value of the name {name!r}, which "
-                        "each record in metrics.jsonl has already: give it another name"
+                        f"evaluator {evaluator.name!r} returned a value named {name!r}, but every "
+                        "record in metrics.jsonl already has that name: use another"
                     )
             self.record(self.log.write_evaluation(self.done, evaluator.name, values))
 
     def save_last(self) -> bool:
-        """Saves the last step if it is not yet saved; whether it is written."""
+        """Saves the last step if it is not yet saved. Whether it is now written."""
         if self.saved != self.done:
             self.save()
         return self.written() and self.saved == self.done

@@ -1,19 +1,20 @@
-"""The optimiser: AdamW, muon for the layers' matrices and Adam for all else, or one's own."""
+"""The optimiser: AdamW, muon (with Adam outside the layers' matrices), or one of the user's own."""
 
 import jax
 import optax
 
-from retnet_jax.config import OptimizerConfig, is_own, own_object
+from retnet_jax.config import OptimizerConfig
 from retnet_jax.errors import ConfigError
+from retnet_jax.own_objects import is_own, own_object
 from retnet_jax.shapes import Array, Int
 
 
 def learning_rate_factor(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Factor on the learning rates at each of `steps` steps.
+    """The factor by which the learning rates are multiplied at each of `steps` steps.
 
-    It rises linearly from 0 in the warm-up steps and is 1 after them; then "constant" stays,
-    "linear" and "cosine" fall to 0 at the last step, "wsd" (warm-up, stable, decay) stays at 1 and
-    falls linearly over the last `decay_share` of all steps.
+    It rises linearly from 0 to 1 in the warm-up steps. After them "constant" stays at 1; "linear"
+    and "cosine" fall to 0 at the last step; "wsd" (warm-up, stable, decay) stays at 1 and falls
+    linearly to 0 over the last `decay_share` of all steps.
     """
     after = steps - config.warmup_steps
     if config.schedule == "constant":
@@ -25,20 +26,20 @@ def learning_rate_factor(config: OptimizerConfig, steps: int) -> optax.Schedule:
     else:
         falling = min(round(config.decay_share * steps), after)
         main = optax.linear_schedule(1.0, 0.0, falling, transition_begin=after - falling)
-    # Step 0 takes the first step of the rise, not a rate of 0.
+    # Step 0 already has a rate above 0.
     rise = optax.linear_schedule(1 / (config.warmup_steps + 1), 1.0, max(config.warmup_steps, 1))
     return optax.join_schedules([rise, main], [config.warmup_steps])
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW, muon or one's own, with the schedule.
+    """Clips by the global norm, then applies AdamW, muon or the user's own optimiser.
 
-    Weight decay falls on matrices alone. Muon orthogonalises the update of every matrix inside the
-    layers, each [i o] of a stack [n i o] by itself; embedding, head and norms take Adam. What
-    "module:function" names is called with the config and the learning rate's schedule.
+    Only matrices have weight decay. Muon orthogonalises the update of every matrix in the layers,
+    each [i o] of a stack [n i o] separately; embedding, head and norms are updated by Adam. A
+    function named by "module:function" is called with the config and the learning rate's schedule.
 
     Raises:
-      ConfigError: if that is not found or returns no optimiser.
+      ConfigError: if that function is not found or does not return an optimiser.
     """
     factor = learning_rate_factor(config, steps)
 
@@ -77,10 +78,10 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def at_step(state: optax.OptState, step: Int[Array, ""]) -> optax.OptState:
-    """The state with its learning rate schedules at a step.
+    """The optimiser state with the counters of its learning-rate schedules set to a step.
 
-    They count the updates, and a skipped step is none: left alone they would lag behind the step,
-    and a run with skipped steps would end before its schedule does.
+    The schedules count updates, and a skipped step makes none. Without this they would lag behind
+    the step, and a run with skipped steps would end before its schedule.
     """
 
     def is_schedule(x):
@@ -94,7 +95,7 @@ def at_step(state: optax.OptState, step: Int[Array, ""]) -> optax.OptState:
 def _moments_kept_in(
     dtype: str, optimizer: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-    """The optimiser with its moments rounded between the steps; it computes in float32."""
+    """The optimiser with its moments stored in `dtype` between steps; it computes in float32."""
 
     def cast(state, dtype):
         return jax.tree_util.tree_map_with_path(

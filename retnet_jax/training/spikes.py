@@ -1,8 +1,9 @@
-"""Steps that are skipped: not finite, or with a loss or a gradient far above what is usual.
+"""Decides which steps are skipped: those that are not finite, and those that are spikes.
 
-A bad batch, or an update that was too large, shows as a loss or a gradient norm many deviations
-above its recent mean. Such a step is skipped: parameters, optimiser and statistics stay as they
-were. The statistics are part of the training state, so that a resumed run judges alike.
+A spike is a loss or a gradient norm many standard deviations above its recent mean: the sign of a
+bad batch, or of an update that was too large. A skipped step leaves parameters, optimiser and
+statistics as they were. The statistics are part of the training state, so a resumed run skips the
+same steps.
 """
 
 from typing import NamedTuple
@@ -12,10 +13,10 @@ import jax.numpy as jnp
 
 from retnet_jax.shapes import Array, Bool, Float, Int
 
-_KEPT = 0.98  # of a running mean with each step: about the last 50 count
-_FIRST_JUDGED = 50  # steps that are taken whatever they are, as long as they are finite
-# What counts as one deviation, at least and at most: of the loss in nats, of the norm's logarithm.
-# See `judge`.
+_KEPT = 0.98  # decay of the running means: about the last 50 steps count
+_FIRST_JUDGED = 50  # spikes are skipped only after this many steps
+# The smallest and the largest deviations used, of the loss in nats and of the logarithm of the
+# gradient norm; see `judge`.
 _LEAST_DEVIATION = (0.02, 0.229)
 _MOST_DEVIATION = (0.25, 0.229)
 
@@ -23,10 +24,10 @@ _MOST_DEVIATION = (0.25, 0.229)
 class UsualStep(NamedTuple):
     """Running statistics of the loss and of the logarithm of the gradient norm."""
 
-    count: Int[Array, ""]  # steps they were taken from
+    count: Int[Array, ""]  # number of steps in the statistics
     mean: Float[Array, " 2"]
     variance: Float[Array, " 2"]
-    skipped: Int[Array, ""]  # steps skipped since the last one taken
+    skipped: Int[Array, ""]  # consecutive steps skipped up to now
 
 
 def nothing_yet() -> UsualStep:
@@ -42,7 +43,7 @@ def judge(
     deviations: float,
     finite: Bool[Array, ""],
 ) -> tuple[Bool[Array, ""], UsualStep]:
-    """Whether a step is to be taken, and the statistics after it.
+    """Decides whether a step is taken, and updates the statistics.
 
     A step that is not finite is skipped. So is, after the first 50 steps, one whose loss or
     gradient norm exceeds its running mean by more than `deviations` deviations. With 10 deviations:
@@ -55,11 +56,14 @@ def judge(
       in 1,000, whose norm is 2 to 4 times the mean.
 
     Args:
-      usual: statistics of the steps before.
-      loss: of this one.
-      norm: of its gradient.
-      deviations: `train.spike_deviations`; 0: skip only what is not finite.
-      finite: whether the parameters after it are.
+      usual: Statistics of the previous steps.
+      loss: Loss of this step.
+      norm: Norm of its gradient.
+      deviations: `train.spike_deviations`; 0: only a step that is not finite is skipped.
+      finite: Whether the parameters after the step are finite.
+
+    Returns:
+      True if the step is taken, and the statistics after it.
     """
     seen = jnp.stack([loss, jnp.log(norm)]).astype(jnp.float32)
     good = finite & jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -69,7 +73,7 @@ def judge(
         )
         high = (seen > usual.mean + deviations * deviation).any()
         good &= ~(high & (usual.count >= _FIRST_JUDGED))
-    # In the beginning the mean of all; the variance is around the mean before.
+    # A plain mean at the beginning. Distances are from the mean before this step.
     share = jnp.maximum(1 - _KEPT, 1 / (usual.count + 1))
     distance = jnp.where(jnp.isfinite(seen), seen - usual.mean, 0.0)
     taken = UsualStep(

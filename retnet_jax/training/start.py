@@ -1,4 +1,4 @@
-"""The state that a run begins with: of its newest intact checkpoint, of a model, or a fresh one."""
+"""The state that a run begins with: its newest intact checkpoint, a trained model, or a new one."""
 
 import time
 from functools import partial
@@ -20,11 +20,11 @@ from retnet_jax.training.step import TrainState, initial_state, state_of
 
 
 class RunProgress(NamedTuple):
-    """How far a run is: what a checkpoint holds beside the arrays of the state."""
+    """The progress of a run, which a checkpoint holds beside the arrays of the state."""
 
-    next_batch: int = 0  # number of the batch that comes next
-    run_began: float = 0.0  # when the run was first started, seconds since 1970
-    training_seconds: float = 0.0  # that its steps took, those not counted that were lost
+    next_batch: int = 0  # number of the next batch
+    run_began: float = 0.0  # time of the run's first start, in seconds since 1970
+    training_seconds: float = 0.0  # spent in its steps; a repeated step counts once
 
 
 def start_or_restore(
@@ -34,10 +34,10 @@ def start_or_restore(
     checkpoints: Checkpoints,
     workdir: epath.Path,
 ) -> tuple[TrainState, RunProgress, list[str]]:
-    """The state of the newest intact checkpoint, or a fresh one.
+    """The state of the newest intact checkpoint; without one, of `init_from` or a new one.
 
     Returns:
-      The state, the progress, and one line for each checkpoint that is damaged or unchecked.
+      The state, the progress, and a message for each checkpoint that is damaged or unchecked.
 
     Raises:
       CheckpointError: if there are checkpoints but none is intact.
@@ -48,13 +48,13 @@ def start_or_restore(
         try:
             items, found = checkpoints.restore(step, items_of(state_shape))
         except DamagedCheckpointError as error:
-            problems.append(f"{error}; it is set aside, and the one before is used")
+            problems.append(f"{error}; it is renamed, and the previous checkpoint is used")
             checkpoints.set_aside(step)
             continue
         if found.get("format", 1) < checkpoint_files.FORMAT:
             problems.append(
-                f"checkpoint {step} was written without digests: that its numbers are still those "
-                "that were written cannot be checked"
+                f"checkpoint {step} was written without digests: damage to its numbers cannot be "
+                "detected"
             )
         if "run_began" not in found:
             found |= progress_of_old_checkpoint(workdir, step)
@@ -72,17 +72,17 @@ def start_or_restore(
 
 
 def check_finite(state: TrainState, config: Config, workdir: epath.Path) -> None:
-    """Raises `CheckpointError` if a state to begin with has numbers that are not finite.
+    """Raises `CheckpointError` if a run would begin with numbers that are not finite.
 
-    A step never makes any (`training/step.py`), so none is ever saved.
+    A training step never produces them (`step.py`), so no checkpoint of a run has any.
     """
     if not bool(_is_finite(items_of(state))):
         origin = f"checkpoint {workdir / 'checkpoints' / str(int(state.step))}"
         if config.init_from and not int(state.step):
             origin = f"init_from={config.init_from}"
         raise CheckpointError(
-            f"{origin} has parameters or moments that are NaN or infinite: it cannot be trained "
-            "further; begin with another checkpoint"
+            f"{origin} has parameters or moments that are NaN or infinite, so it cannot be trained "
+            "further; use another checkpoint"
         )
 
 
@@ -92,7 +92,7 @@ def _is_finite(tree: Any) -> jax.Array:
 
 
 def items_of(state: TrainState) -> dict[str, Any]:
-    """The parts of a state that a checkpoint holds, by name; its step is the checkpoint's own."""
+    """The parts of a state that a checkpoint stores, by name; the step names the checkpoint."""
     items = state._asdict()
     del items["step"]
     return items

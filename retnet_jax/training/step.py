@@ -1,9 +1,9 @@
-"""One training step as a pure function, and the state it maps.
+"""One training step as a pure function, and the training state.
 
     state, metrics = train_step(config, state, batch)
 
-`abstract_state` is the single source of what a state looks like on a mesh: initialisation, restore
-and ahead-of-time compilation all start from it.
+`abstract_state` alone defines what a state looks like on a mesh: initialisation, restoring and
+ahead-of-time compilation all start from it.
 """
 
 from functools import partial
@@ -27,12 +27,12 @@ from retnet_jax.training.spikes import UsualStep, judge, nothing_yet
 
 
 class TrainState(NamedTuple):
-    """All that a step changes."""
+    """Everything that a step changes."""
 
     step: Int[Array, ""]  # steps taken
     model: LanguageModel
     optimizer: Any
-    carry: State | None  # what each row continues with: `config.train.carry_state`
+    carry: State | None  # state with which each row continues, with `config.train.carry_state`
     usual: UsualStep
 
 
@@ -43,19 +43,19 @@ class StepMetrics(NamedTuple):
     gradient_norm: Float[Array, ""]  # before clipping
     parameter_norm: Float[Array, ""]  # before the update
     learning_rate: Float[Array, ""]
-    skipped: Int[Array, ""]  # consecutive skipped steps, this one the last; 0: it was taken
+    skipped: Int[Array, ""]  # consecutive skipped steps up to this one; 0: it was not skipped
 
 
 class Sums(NamedTuple):
-    """Over a batch, beside the objective."""
+    """Sums over a batch, returned beside the objective."""
 
     loss: Float[Array, ""]  # weighted cross-entropy, nats
     weight: Float[Array, ""]
-    carry: State | None  # the state of each row after the batch, if it had one before
+    carry: State | None  # state of each row after the batch, if there was one before it
 
 
 def initial_state(config: Config) -> TrainState:
-    """A fresh state; a function of `config.train.seed`. To be jitted with shardings."""
+    """A newly initialised state, which depends on `config.train.seed`. Jit it with shardings."""
     return state_of(config, build_model(config.model, rngs=nnx.Rngs(config.train.seed)))
 
 
@@ -69,7 +69,7 @@ def state_of(config: Config, model: LanguageModel) -> TrainState:
 
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of a state, without any memory.
+    """Shapes, dtypes and shardings of a state, without allocating memory.
 
     Raises:
       ConfigError: for sizes that do not fit together or do not divide over the mesh.
@@ -78,9 +78,9 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
 
 
 def abstract_batch(config: Config, mesh: Mesh, one_document: bool = False) -> Batch:
-    """Shapes, dtypes and shardings of a batch, as `abstract_state`.
+    """Shapes, dtypes and shardings of a batch, without allocating memory.
 
-    With `one_document` its `segment_ids` are None, which says of each row that it is one document.
+    With `one_document` the `segment_ids` are None: each row is one document.
     """
     rows, length = config.train.batch_size, config.data.sequence_length
     batch = Batch(
@@ -98,9 +98,9 @@ def abstract_batch(config: Config, mesh: Mesh, one_document: bool = False) -> Ba
 
 
 def make_step(config: Config, state_shape: TrainState):
-    """`train_step` as it is compiled: (state, batch) -> (state, metrics), the state donated.
+    """The jitted `train_step`: (state, batch) -> (state, metrics). The state is donated.
 
-    What train.py runs and `tools/compile_ahead.py` compiles; to be called with the mesh set.
+    train.py runs it, and `tools/compile_ahead.py` compiles it. Call it with the mesh set.
     """
     shardings = jax.tree.map(lambda x: x.sharding, state_shape)
     return jax.jit(partial(train_step, config), donate_argnums=0, out_shardings=(shardings, None))
@@ -112,10 +112,11 @@ def loss_sum(
     """The objective on a batch: its weighted cross-entropy, plus the z-loss.
 
     Args:
-      model: RetNet or Transformer.
-      batch: windows.
-      carry: the state of each row after its last window, for rows that go on; None: all begin anew.
-      z_loss: as of `objective_sum`.
+      model: A RetNet or Transformer.
+      batch: The windows.
+      carry: State of each row after its previous window, used by the rows that continue; None: all
+        rows begin with the empty state.
+      z_loss: Coefficient of the z-loss, as in `objective_sum`.
     """
     state = None if carry is None else _where_continued(batch.continues, carry)
     hidden, state = model.hidden(batch.tokens, state, segment_ids=batch.segment_ids)
@@ -126,7 +127,7 @@ def loss_sum(
 
 
 def _where_continued(continues: Bool[Array, " b"], carry: RetentionState) -> RetentionState:
-    """The state of rows that go on, the empty state for the others."""
+    """The carried state for rows that continue, the empty state for the others."""
     return RetentionState(
         layers=jnp.where(continues[None, :, None, None, None], carry.layers, 0.0),
         position=jnp.where(continues, carry.position, 0),
@@ -134,10 +135,10 @@ def _where_continued(continues: Bool[Array, " b"], carry: RetentionState) -> Ret
 
 
 def train_step(config: Config, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-    """One update, or none if it is a step to skip (`spikes.py`).
+    """One update, or none if the step is skipped (`spikes.py`).
 
-    Micro-batches add up sums of losses, of weights and of gradients, and the division comes last:
-    a mean of their means would weigh tokens differently wherever their counts differ.
+    Losses, weights and gradients are summed over the micro-batches and divided once at the end. A
+    mean of the micro-batches' means would weigh tokens differently where their counts differ.
     """
     gradients, sums = gradient_sums(
         state.model, batch, config.train.micro_batches, state.carry, config.train.z_loss
@@ -161,7 +162,7 @@ def train_step(config: Config, state: TrainState, batch: Batch) -> tuple[TrainSt
     model, optimizer_state = jax.tree.map(
         partial(jnp.where, good), (model, optimizer_state), (state.model, state.optimizer)
     )
-    # After a step that went wrong, the state of a row may be wrong as well.
+    # After a skipped step the carried states may be wrong too, so rows begin anew.
     carry = jax.tree.map(lambda x: jnp.where(good, x, jnp.zeros_like(x)), sums.carry)
     return TrainState(state.step + 1, model, optimizer_state, carry, usual), metrics
 
@@ -173,9 +174,9 @@ def gradient_sums(
     carry: State | None = None,
     z_loss: float = 0.0,
 ) -> tuple[LanguageModel, Sums]:
-    """Sums over the batch: the gradients of the objective, and what `loss_sum` has beside it.
+    """Sums over a batch: the gradients of the objective, and the `Sums` of `loss_sum`.
 
-    The batch is run in `micro_batches` parts, one after the other. No gradient flows into `carry`.
+    The batch is run in `micro_batches` parts, one after another. No gradient flows into `carry`.
     """
     gradient = jax.grad(partial(loss_sum, z_loss=z_loss), has_aux=True)
     if micro_batches == 1:
@@ -187,7 +188,7 @@ def gradient_sums(
         return added, sums.carry
 
     def split(x, axis=0):
-        # Every k-th row goes to the same part, so that each device keeps the rows it has.
+        # Part i takes every `micro_batches`-th row from i on, so rows stay on their devices.
         rows = jnp.moveaxis(x, axis, 0)
         parts = rows.reshape(-1, micro_batches, *rows.shape[1:]).swapaxes(0, 1)
         return jnp.moveaxis(parts, 1, axis + 1)

@@ -1,0 +1,329 @@
+"""The options of a model, their checks, and the sizes that follow from them.
+
+Parameter and FLOP counts are derived here and nowhere else. Imports no jax and does not postpone
+annotations, as `config.py`.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+from retnet_jax.config_fields import (
+    check_at_least,
+    check_choice,
+    check_positive,
+    check_values,
+    nearest_multiples,
+    option,
+)
+from retnet_jax.errors import ConfigError
+from retnet_jax.own_objects import is_own, own_object
+
+ARCHITECTURES = ("retnet", "transformer")
+MIXERS = ("retention", "attention")
+DECAYS = ("log_spaced", "powers_of_two")
+FEED_FORWARDS = ("relu", "gelu", "swish", "reglu", "geglu", "swiglu")
+NORMS = ("layer", "rms")
+ROTATIONS = ("rope", "torchscale")
+SCORE_CLAMPS = ("absolute", "signed")
+DTYPES = ("float32", "bfloat16", "float64")
+REMATS = ("none", "full", "dots")
+# Activations of a layer that `model.remat` can name.
+ACTIVATIONS = (
+    *("mixer_input", "q", "k", "v", "gate", "retention", "out"),
+    *("ffn_input", "up", "linear"),
+)
+
+
+# Not frozen, because command-line overrides set single fields. A model keeps its own copy, and the
+# copy's hash is part of the hash of the model's tree structure.
+@dataclass(kw_only=True, unsafe_hash=True)
+class ModelConfig:
+    """Architecture of a language model, RetNet or Transformer."""
+
+    # The model.
+    mixer: str = option(
+        "retention",
+        "Mixes the positions of a sequence: 'retention' (RetNet), 'attention' (Transformer), or "
+        "your own `Mixer`, 'module:class'",
+    )
+    vocab_size: int = option(32_000, "Number of token ids")
+    d_model: int = option(512, "Width of the residual stream")
+    n_layers: int = option(6, "Number of layers")
+    n_heads: int = option(4, "Number of heads in each layer")
+    key_dim: int | None = option(
+        None, "Width of queries and keys, summed over the heads; None: d_model"
+    )
+    value_dim: int | None = option(
+        None,
+        "Width of values, summed over the heads; None: 2 d_model for retention, otherwise d_model",
+    )
+    ffn: str = option(
+        "gelu",
+        "Feed-forward layer: 'relu', 'gelu' or 'swish' for act(x W1) W2; 'reglu', 'geglu' or "
+        "'swiglu' for (act(x W1) * x W3) W2",
+    )
+    ffn_dim: int | None = option(
+        None,
+        "Inner width of the feed-forward layer; None: 2 d_model for retention, otherwise 4 d_model",
+    )
+    norm: str = option("layer", "Norms: 'layer' (with scale and bias) or 'rms' (with scale)")
+    norm_epsilon: float = option(1e-6, "Added to the variance or mean square in every norm")
+    decay: str = option(
+        "log_spaced",
+        "Decay gamma of each head: 'log_spaced' over decay_range, or 'powers_of_two' (Eq. 8 of "
+        "the paper)",
+    )
+    decay_range: tuple[float, float] = option(
+        (1 / 32, 1 / 512), "With log_spaced: 1 - gamma of the first and of the last head"
+    )
+    row_normalizer: bool = option(
+        True,
+        "Divide retention by the square root of the sum of its decays; False only for checkpoints "
+        "of fla",
+    )
+    tie_embeddings: bool = option(False, "Use the embedding matrix as output head too")
+    dtype: str = option(
+        "float32",
+        "Dtype of activations: 'float32', 'bfloat16' (parameters, decay, state and loss stay "
+        "float32) or 'float64' (everything is float64)",
+        computation=True,
+    )
+    remat: str = option(
+        "none",
+        "Activations that the backward pass recomputes: 'none'; 'full', all; 'dots', all but "
+        "matrix products; a list such as 'q,k,v,up', all but those; 'offload:q,k,v', all but "
+        "those, which are stored on the host",
+        changeable=True,
+        computation=True,
+    )
+    chunk_size: int | None = option(
+        None,
+        "Tokens in a chunk of chunkwise retention; None: the fastest for platform and length",
+        changeable=True,
+        computation=True,
+    )
+
+    # Only for checkpoints of other implementations (`interop/presets.py`).
+    rotation: str = option(
+        "rope",
+        "Rotation of queries and keys of width k. 'rope': pairs (i, i + k/2), angles "
+        "10000^(-2i/k), queries scaled by k^-1/2; 'torchscale': pairs (2i, 2i + 1), angles "
+        "10000^(-i/(k/2 - 1)), keys scaled, and so the state",
+        foreign=True,
+    )
+    embedding_scale: bool = option(
+        False, "Multiply embeddings by sqrt(d_model); torchscale, syncdoth", foreign=True
+    )
+    embedding_norm: bool = option(
+        False, "Norm after the embedding; torchscale, syncdoth", foreign=True
+    )
+    mixer_bias: bool = option(
+        False, "Biases in q, k, v, gate and out; torchscale of 2023", foreign=True
+    )
+    ffn_bias: bool = option(
+        False, "Biases in the feed-forward layer; torchscale of 2023, syncdoth", foreign=True
+    )
+    ffn_norm: str | None = option(
+        None,
+        "Norm before W2 (sub-LayerNorm): 'layer', 'rms' or None; torchscale of 2023, syncdoth",
+        foreign=True,
+    )
+    head_norm_scale: bool = option(
+        False, "Learned scale in the norm of the heads, shared by all heads; fla", foreign=True
+    )
+    post_norm: bool = option(
+        False,
+        "Norms after the residual sums, and no norm at the end; torchscale, syncdoth",
+        foreign=True,
+    )
+    deepnorm: bool = option(
+        False,
+        "Multiply the residual by (2 n_layers)^(1/4) (arXiv 2203.00555); torchscale, syncdoth",
+        foreign=True,
+    )
+    score_clamp: str | None = option(
+        None,
+        "torchscale's clamp of the row sums of scores: 'absolute', 'signed' (its version of 2023) "
+        "or None; only for the parallel form",
+        foreign=True,
+    )
+
+    @property
+    def q_width(self) -> int:
+        """Width of queries and keys, summed over the heads."""
+        return self.d_model if self.key_dim is None else self.key_dim
+
+    @property
+    def v_width(self) -> int:
+        """Width of values, summed over the heads."""
+        if self.value_dim is not None:
+            return self.value_dim
+        return 2 * self.d_model if self.mixer == "retention" else self.d_model
+
+    @property
+    def ffn_width(self) -> int:
+        """Inner width of the feed-forward layer."""
+        if self.ffn_dim is not None:
+            return self.ffn_dim
+        return 2 * self.d_model if self.mixer == "retention" else 4 * self.d_model
+
+    @property
+    def ffn_gated(self) -> bool:
+        """Whether the feed-forward layer multiplies its inner activations by x W3."""
+        return self.ffn.endswith("glu")
+
+    @property
+    def kept_activations(self) -> tuple[str, ...]:
+        """The activations that `remat` keeps by name."""
+        return tuple(self.remat.removeprefix("offload:").split(","))
+
+    @property
+    def accumulation_dtype(self) -> str:
+        """Dtype of decays, norm statistics and logits, and of sums inside of operations."""
+        return "float64" if self.dtype == "float64" else "float32"
+
+    @property
+    def state_dtype(self) -> str:
+        """Dtype in which the state is stored (`for_decoding` can choose another)."""
+        return self.accumulation_dtype
+
+    def check(self) -> None:
+        """Raises `ConfigError` for an invalid value, or sizes that do not fit together."""
+        check_values("model", self)
+        self._check_choices()
+        self._check_sizes()
+
+    def _check_choices(self) -> None:
+        check_choice("model.mixer", self.mixer, MIXERS, own=True)
+        check_choice("model.ffn", self.ffn, FEED_FORWARDS)
+        check_choice("model.norm", self.norm, NORMS)
+        check_choice("model.rotation", self.rotation, ROTATIONS)
+        check_choice("model.decay", self.decay, DECAYS)
+        check_choice("model.dtype", self.dtype, DTYPES)
+        if self.ffn_norm is not None:
+            check_choice("model.ffn_norm", self.ffn_norm, NORMS)
+        if self.score_clamp is not None:
+            check_choice("model.score_clamp", self.score_clamp, SCORE_CLAMPS)
+        if self.remat not in REMATS and not set(self.kept_activations) <= set(ACTIVATIONS):
+            raise ConfigError(
+                f"model.remat={self.remat!r} is not one of {', '.join(map(repr, REMATS))}, nor a "
+                f"list of some of the activations {','.join(ACTIVATIONS)}, with or without "
+                "'offload:' before it"
+            )
+        if self.head_norm_scale and self.norm != "rms":
+            raise ConfigError(
+                f"model.head_norm_scale=True is for model.norm='rms', not {self.norm!r}"
+            )
+
+    def _check_sizes(self) -> None:
+        for name in ("vocab_size", "d_model", "n_layers", "n_heads"):
+            check_at_least(f"model.{name}", getattr(self, name), 1)
+        for name in ("key_dim", "value_dim", "ffn_dim", "chunk_size"):
+            if getattr(self, name) is not None:
+                check_at_least(f"model.{name}", getattr(self, name), 1)
+        check_positive("model.norm_epsilon", self.norm_epsilon)
+        for name, width in (("key_dim", self.q_width), ("value_dim", self.v_width)):
+            shown = f"model.{name}={width}"
+            if getattr(self, name) is None:
+                shown = f"model.d_model={self.d_model} (so {name} is {width})"
+            if width % self.n_heads:
+                raise ConfigError(
+                    f"{shown} is not divisible by model.n_heads={self.n_heads}; "
+                    f"{nearest_multiples(width, self.n_heads)} would do"
+                )
+        if self.mixer == "attention" and self.q_width != self.v_width:
+            raise ConfigError(
+                f"attention needs keys and values of one width, but key_dim is {self.q_width} and "
+                f"value_dim is {self.v_width}; leave both out, or use transformer_twin()"
+            )
+        if (self.q_width // self.n_heads) % 2:
+            raise ConfigError(
+                f"the key width of a head is {self.q_width}/{self.n_heads} = "
+                f"{self.q_width // self.n_heads}; it must be even, because pairs of numbers are "
+                "rotated"
+            )
+        if len(self.decay_range) != 2 or not all(0 < x < 1 for x in self.decay_range):
+            raise ConfigError(
+                f"model.decay_range={self.decay_range}: two numbers between 0 and 1 are needed, "
+                "1 - gamma of the first and of the last head, such as (1/32, 1/512)"
+            )
+
+    def built_as(self, architecture: str, n_heads: int | None = None) -> "ModelConfig":
+        """This config for "retnet", its `transformer_twin` for "transformer"."""
+        check_choice("the argument after --config=FILE:", architecture, ARCHITECTURES)
+        return self if architecture == "retnet" else self.transformer_twin(n_heads)
+
+    def transformer_twin(self, n_heads: int | None = None) -> "ModelConfig":
+        """The Transformer with the same number of parameters as this RetNet, up to rounding.
+
+        Attention has 4 d^2 parameters where retention has 2 d^2 + 3 d value_dim. The feed-forward
+        layer is wider by the difference: 4 d instead of 2 d at the paper's sizes (section 3.1).
+        """
+        matrices = 3 if self.ffn_gated else 2
+        surplus = self._mixer_parameters() - 4 * self.d_model**2
+        return dataclasses.replace(
+            self,
+            mixer="attention",
+            n_heads=n_heads or self.n_heads,
+            key_dim=None,
+            value_dim=None,
+            ffn_dim=self.ffn_width + round(surplus / (matrices * self.d_model)),
+        )
+
+    def parameter_count(self) -> int:
+        """Number of trainable parameters, embedding and output head included."""
+        heads = 1 if self.tie_embeddings else 2
+        layer = self._mixer_parameters() + self._ffn_parameters() + self._layer_vectors()
+        norms = self.embedding_norm + (not self.post_norm)
+        return (
+            heads * self.vocab_size * self.d_model
+            + self.n_layers * layer
+            + norms * _norm_parameters(self.norm, self.d_model)
+        )
+
+    def training_flops_per_token(self, sequence_length: int) -> float:
+        """Model FLOPs of one token's forward and backward pass, without recomputation.
+
+        6 for each weight of a matrix product (the embedding look-up is not one), and the FLOPs of
+        the mixer's algorithm: causal attention multiplies with half the positions of the sequence
+        on average; retention reads and writes a k by v state for each head; the user's own mixer
+        counts its own (`Mixer.flops_per_token`).
+        """
+        layers = self.n_layers * (self._mixer_parameters() + self._ffn_parameters())
+        if self.mixer == "attention":
+            core = 2 * (self.q_width + self.v_width) * (sequence_length + 1) / 2
+        elif is_own(self.mixer):
+            core = own_object("model.mixer", self.mixer).flops_per_token(self, sequence_length)
+        else:
+            core = 4 * self.q_width * self.v_width / self.n_heads
+        return 6 * (layers + self.vocab_size * self.d_model) + 3 * self.n_layers * core
+
+    def _mixer_parameters(self) -> int:
+        """Parameters of a mixer's matrices; all parameters of the user's own mixer."""
+        if is_own(self.mixer):
+            return own_object("model.mixer", self.mixer).parameter_count(self)
+        if self.mixer == "attention":
+            return 2 * self.d_model * (self.q_width + self.v_width)
+        return self.d_model * (2 * self.q_width + 3 * self.v_width)
+
+    def _ffn_parameters(self) -> int:
+        """Parameters of the matrices of a feed-forward layer."""
+        return self.d_model * self.ffn_width * (3 if self.ffn_gated else 2)
+
+    def _layer_vectors(self) -> int:
+        """Parameters in scales and biases of one layer."""
+        count = 2 * _norm_parameters(self.norm, self.d_model)
+        retains = self.mixer == "retention"
+        if self.mixer_bias and not is_own(self.mixer):
+            count += 2 * self.q_width + (2 if retains else 1) * self.v_width + self.d_model
+        if self.head_norm_scale and retains:
+            count += self.v_width // self.n_heads
+        if self.ffn_bias:
+            count += (2 if self.ffn_gated else 1) * self.ffn_width + self.d_model
+        if self.ffn_norm is not None:
+            count += _norm_parameters(self.ffn_norm, self.ffn_width)
+        return count
+
+
+def _norm_parameters(norm: str, width: int) -> int:
+    return width * (2 if norm == "layer" else 1)
