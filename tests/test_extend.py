@@ -331,11 +331,11 @@ def wrong(directory):
         (DataConfig(source="wrong:OnlyReads"), r"not both pieces\(path\) and read\(piece\)"),
         (
             DataConfig(source="wrong:Twice"),
-            r"returned 2 pieces, 1 of them different, such as \['a'\]",
+            r"2 pieces, 1 of them different, such as \['a'\]",
         ),
         (
             DataConfig(source="wrong:Strings"),
-            "returned a str, not a retnet_jax.data.sources.Document",
+            "a str, not a retnet_jax.data.sources.Document",
         ),
         (
             DataConfig(source="wrong:Short", strict=True, max_document_bytes=9),

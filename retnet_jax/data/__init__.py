@@ -1,6 +1,6 @@
 """From documents to batches.
 
-sources.py        reads documents; corpus_files.py finds the files of a corpus, formats.py reads them
+sources.py        reads documents; corpus_files.py finds their files, formats.py reads these
 tokenizers/       text to token ids and back
 split.py          decides which documents are held out
 token_store.py    a directory with all tokens of a corpus, in two splits; block_digests.py verifies
