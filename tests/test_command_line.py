@@ -149,7 +149,7 @@ def test_help_lists_every_option_with_its_default():
     assert done.stdout.startswith("Trains a language model.")
     lines = [line.split(" = ")[0].strip() for line in done.stdout.splitlines() if " = " in line]
     assert lines == list(options())
-    assert "  train.steps = 25000\n      Steps of the run\n" in done.stdout
+    assert "  train.steps = 25000\n      Number of steps\n" in done.stdout
     assert "Several processes:\n  --coordinator_address=TEXT\n" in done.stdout
     assert "May change when a run is resumed" in done.stdout
 
