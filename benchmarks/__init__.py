@@ -1,1 +1,1 @@
-"""Measurements; `python -m benchmarks.NAME` from the root of the repository."""
+"""Benchmarks; run `python -m benchmarks.NAME` in the root of the repository."""

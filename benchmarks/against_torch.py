@@ -1,14 +1,13 @@
-"""The chunkwise form on a CPU, against torchscale's forms and PyTorch's attention in the same run.
+"""Chunkwise retention on a CPU, compared with torchscale's forms and PyTorch's attention.
 
-    pip install torch torchscale        # for this alone; a virtual environment of its own is best
+    pip install torch torchscale        # only for this benchmark, best in a separate environment
     python -m benchmarks.against_torch [--rounds=9] [--longest=8192]
 
 One row, four heads of 64/128 (key/value; attention 64/64, as in a Transformer of that width),
-float32, outputs and the gradients of q, k and v. What is timed lies between the projections, with
-rotations done, and the norm of heads, in the layout that each side takes; torchscale's is the code
-of the package itself, its decays computed beforehand. PyTorch has as many threads as there are
-cores, and so has XLA. All calls of a length are timed in turn.
-Prints a table and writes benchmarks/results/against_torch_cpu.json.
+float32, outputs and the gradients of q, k and v. Timed is the operation between the rotated q and k
+and the head norm, with arrays in the axis order of each library. torchscale's forms are the code of
+its package, with precomputed decays. PyTorch and XLA both use all cores. All calls of a length take
+turns. Prints a table and writes benchmarks/results/against_torch_cpu.json.
 """
 
 import os
@@ -20,7 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from benchmarks.measure import interleaved_seconds, median_milliseconds, write_results
+from benchmarks.measure import (
+    HEADS,
+    KEY_WIDTH,
+    VALUE_WIDTH,
+    interleaved_seconds,
+    lengths,
+    median_milliseconds,
+    retention_inputs,
+    write_results,
+)
 from retnet_jax.ops.retention import log_decay, retention
 
 try:
@@ -30,21 +38,14 @@ try:
 except ImportError as error:
     raise SystemExit(f"{error}: this benchmark needs `pip install torch torchscale`") from error
 
-ROUNDS = flags.DEFINE_integer("rounds", 9, "timed calls of each")
-LONGEST = flags.DEFINE_integer("longest", 8192, "the longest row; powers of two from 512 on")
+ROUNDS = flags.DEFINE_integer("rounds", 9, "Number of timed calls of each function")
+LONGEST = flags.DEFINE_integer(
+    "longest", 8192, "Longest sequence; lengths are powers of two from 512"
+)
 
-HEADS, KEY_WIDTH, VALUE_WIDTH = 4, 64, 128
 DECAY = log_decay("powers_of_two", HEADS, (0.5, 0.5))  # torchscale's
-CHUNKS = (64, 128, 256, 512)  # of torchscale's chunkwise form, of which the fastest counts
+CHUNKS = (64, 128, 256, 512)  # of torchscale's chunkwise form; the fastest counts
 LONGEST_PARALLEL = 4096
-
-
-def inputs(length: int) -> list[np.ndarray]:
-    """q, k, v and the gradient of y, time before heads."""
-    rng = np.random.default_rng(0)
-    widths = (KEY_WIDTH, KEY_WIDTH, VALUE_WIDTH, VALUE_WIDTH)
-    q, k, v, d_y = (rng.normal(size=(1, length, HEADS, w)).astype(np.float32) for w in widths)
-    return [q * np.float32(KEY_WIDTH**-0.5), k, v, d_y]
 
 
 def ours(length: int):
@@ -53,12 +54,12 @@ def ours(length: int):
         y, pull_back = jax.vjp(lambda q, k, v: retention(q, k, v, DECAY)[0], q, k, v)
         return y, pull_back(d_y)
 
-    arrays = [jnp.asarray(x) for x in inputs(length)]
+    arrays = [jnp.asarray(x) for x in retention_inputs(length)]
     return partial(outputs_and_gradients.lower(*arrays).compile(), *arrays)
 
 
 def differentiated(function, q, k, v, d_y):
-    """A call of `function` and of its gradient in PyTorch."""
+    """A function that calls `function` and its gradient in PyTorch."""
     for x in (q, k, v):
         x.requires_grad_()
 
@@ -70,7 +71,7 @@ def differentiated(function, q, k, v, d_y):
 
 
 def torchscale(length: int, chunk: int | None):
-    """Its chunkwise form, or its parallel form without a chunk."""
+    """The chunkwise form of torchscale, or its parallel form if `chunk` is None."""
     options = SimpleNamespace(
         decoder_embed_dim=HEADS * KEY_WIDTH,
         decoder_retention_heads=HEADS,
@@ -83,14 +84,14 @@ def torchscale(length: int, chunk: int | None):
         MultiScaleRetention.chunk_recurrent_forward,
     )
     form = parallel if chunk is None else chunkwise
-    q, k, v, d_y = map(torch.from_numpy, inputs(length))
+    q, k, v, d_y = map(torch.from_numpy, retention_inputs(length))
     q, k = (x.transpose(1, 2).contiguous() for x in (q, k))
     v = v.reshape(1, length, HEADS * VALUE_WIDTH)
     return differentiated(lambda q, k, v: form(layer, q, k, v, decays), q, k, v, d_y)
 
 
 def attention(length: int):
-    q, k, v, d_y = map(torch.from_numpy, inputs(length))
+    q, k, v, d_y = map(torch.from_numpy, retention_inputs(length))
     narrow = (q, k, v[..., :KEY_WIDTH], d_y[..., :KEY_WIDTH])
     arrays = [x.transpose(1, 2).contiguous() for x in narrow]
     attend = partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True)
@@ -98,7 +99,7 @@ def attention(length: int):
 
 
 def check(ours, theirs) -> None:
-    """Both sides compute one function: torchscale's differs by a factor at each position."""
+    """Exits unless both compute the same outputs, up to torchscale's factor at each position."""
 
     def directions(y):
         y = np.asarray(y, np.float64).reshape(-1, VALUE_WIDTH)
@@ -110,7 +111,7 @@ def check(ours, theirs) -> None:
 
 
 def measure(length: int, rounds: int) -> dict[str, float]:
-    """Median milliseconds of each at one length."""
+    """Median milliseconds of each function at one length."""
     calls = {"retnet-jax": ours(length)}
     calls |= {f"torchscale, chunk {c}": torchscale(length, c) for c in CHUNKS if c <= length}
     if length <= LONGEST_PARALLEL:
@@ -124,7 +125,7 @@ def measure(length: int, rounds: int) -> dict[str, float]:
 
 
 def row_of(length: int, milliseconds: dict[str, float]) -> dict:
-    """The measurements of a length with how many times as long each takes as `retnet-jax`."""
+    """The times at a length, and their ratios to that of retnet-jax."""
     own = milliseconds["retnet-jax"]
     chunkwise = [ms for name, ms in milliseconds.items() if ", chunk " in name]
     ratios = {
@@ -138,16 +139,18 @@ def row_of(length: int, milliseconds: dict[str, float]) -> dict:
 
 def main(_) -> None:
     if jax.default_backend() != "cpu":
-        raise SystemExit(f"this compares CPUs; JAX runs on {jax.default_backend()}")
+        raise SystemExit(
+            f"this benchmark is for CPUs, but JAX runs on {jax.default_backend()}: "
+            "set JAX_PLATFORMS=cpu"
+        )
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    length, rows = 512, []
-    while length <= LONGEST.value:
+    rows = []
+    for length in lengths(LONGEST.value):
         row = row_of(length, measure(length, ROUNDS.value))
         rows.append(row)
         own = row["milliseconds"]["retnet-jax"]
         for name, ms in row["milliseconds"].items():
             print(f"{length:>6}  {name:<22}{ms:>10.2f} ms{ms / own:>8.2f}", flush=True)
-        length *= 2
     versions = {"torch": torch.__version__, "threads": torch.get_num_threads()}
     print(f"written to {write_results('against_torch_cpu', versions | {'rows': rows})}")
 

@@ -1,14 +1,12 @@
-"""Memory of converting a checkpoint of the size of fla-hub/retnet-2.7B-100B, filled at random.
+"""Memory of converting a random checkpoint of the size of fla-hub/retnet-2.7B-100B.
 
-    python -m benchmarks.convert_memory --directory=SCRATCH      needs 30 GB there for a while
+    python -m benchmarks.convert_memory --directory=SCRATCH      needs 30 GB there temporarily
 
-Each conversion is a process of its own, and its number the peak of its resident memory less that of
-the same process converting a tiny model.
+Each conversion runs in its own process. The result is the peak of its resident memory minus that of
+converting a tiny model.
 """
 
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,7 +14,7 @@ import ml_dtypes
 import numpy as np
 from absl import app, flags
 
-from benchmarks.measure import write_results
+from benchmarks.measure import output_of_process, write_results
 from retnet_jax import interop
 from retnet_jax.config import ModelConfig
 from retnet_jax.interop import presets
@@ -29,13 +27,11 @@ SIZES = {
     "2.7B": presets.fla(vocab_size=32_000, d_model=2560, n_layers=32, n_heads=10, ffn_dim=3584),
 }
 CONVERSIONS = (("fla", "own"), ("own", "fla"), ("fla", "fla_unfused"))
-# Linux's VmHWM, in KiB, at the end of the process.
 PROGRAM = """
-import re, sys
-from pathlib import Path
+import sys
 from retnet_jax import interop
 interop.convert(*sys.argv[1:])
-print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+print(memory("VmHWM"))
 """
 
 
@@ -56,16 +52,11 @@ class RandomParameters:
 
 
 def convert(source: Path, target: Path, layout: str) -> tuple[int, float]:
-    """Peak resident bytes and seconds of a process that converts."""
+    """Peak resident bytes and seconds of a process that converts a checkpoint."""
     shutil.rmtree(target, ignore_errors=True)
     start = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(source), str(target), layout],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return 1024 * int(done.stdout), time.perf_counter() - start
+    peak = int(output_of_process(PROGRAM, str(source), str(target), layout))
+    return peak, time.perf_counter() - start
 
 
 def main(_) -> None:
@@ -104,5 +95,5 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("directory", None, "scratch directory", required=True)
+    flags.DEFINE_string("directory", None, "Scratch directory, for 30 GB", required=True)
     app.run(main)

@@ -1,12 +1,12 @@
-"""The road from text to batches: preparing, serving, starting, and the memory of each.
+"""Speed and memory of the data pipeline: preparing a store, making batches, starting a process.
 
     python -m benchmarks.data --directory=SCRATCH [--tokens=550_000_000]
 
-Preparing is measured on one core (`taskset`), in turn with the `tokenizers` package alone on the
-same text. Serving is one thread that makes batches of windows of 2048 tokens. Verifying is an epoch
-of such batches and the same epoch again, from a store that was just opened, in turn with one that
-is read as if it had no digests of blocks. Starting is a fresh process that opens a store of over
-1 GB and makes its first batch, at step 0 and in its middle.
+Preparing runs on one core, in turn with the bare `tokenizers` package on the same text. Batches of
+windows of 2048 tokens are made by one thread. Verifying is an epoch of such batches and the same
+epoch again, from a store that was just opened, in turn with one that is read as if it had no block
+digests. A new process opens a store of over 1 GB and makes its first batch, at step 0 and in the
+middle of the store.
 """
 
 import contextlib
@@ -14,17 +14,15 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from unittest import mock
 
 from absl import app, flags
 
-from benchmarks.measure import write_results
+from benchmarks.measure import output_of_process, write_results
 
-# Before tokenizers is imported: its own threads would be more than the one core measured.
+# Before tokenizers is imported, whose own threads would use more than the one measured core.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from retnet_jax.config import DataConfig
@@ -34,8 +32,7 @@ from retnet_jax.data.sources import Skipped, read_documents
 from retnet_jax.data.tokenizers.base import hugging_face
 
 START = """
-import re, sys, time
-from pathlib import Path
+import sys, time
 from retnet_jax.data import BatchStream, open_store
 begin = time.perf_counter()
 store = open_store(sys.argv[1])
@@ -46,22 +43,20 @@ with stream.iterate(int(sys.argv[3])) as batches:
     seconds = time.perf_counter() - begin
     for _ in range(200):
         next(batches)
-status = Path("/proc/self/status").read_text()
-anonymous = int(re.search(r"RssAnon:\\s+(\\d+)", status)[1])
-print(seconds, anonymous)
+print(seconds, memory("RssAnon"))
 """
 
 
 def preparing(scratch: Path) -> dict:
-    """Tokens a second of one core: our builder, and `tokenizers` alone."""
+    """Tokens per second of one core: the builder of stores, and the bare `tokenizers` package."""
     os.sched_setaffinity(0, {0})
     source = DataConfig(held_out=0.02)
     texts = [document.text for document in read_documents(source, Skipped())]
     bpe = train_tokenizer([source], 4096, Skipped())
     (scratch / "tokenizer").mkdir(parents=True, exist_ok=True)
     bpe.save(scratch / "tokenizer")
-    alone = hugging_face().Tokenizer.from_file(str(scratch / "tokenizer/tokenizer.json"))
-    alone.encode_special_tokens = True
+    bare = hugging_face().Tokenizer.from_file(str(scratch / "tokenizer/tokenizer.json"))
+    bare.encode_special_tokens = True
 
     def build(tokenizer: str) -> tuple[float, int]:
         shutil.rmtree(scratch / "store", ignore_errors=True)
@@ -73,7 +68,7 @@ def preparing(scratch: Path) -> dict:
     seconds: dict[str, list[float]] = {"tokenizers alone": [], "bpe": [], "byte": []}
     for _ in range(3):
         begin = time.perf_counter()
-        encodings = alone.encode_batch_fast(texts)
+        encodings = bare.encode_batch_fast(texts)
         total = sum(len(encoding.ids) for encoding in encodings)
         seconds["tokenizers alone"].append(time.perf_counter() - begin)
         del encodings
@@ -93,7 +88,7 @@ def preparing(scratch: Path) -> dict:
 
 
 def large_store(scratch: Path, tokens: int) -> dict:
-    """Builds a store of over a gigabyte, of the standard library over and over, as bytes."""
+    """Builds a store of over a gigabyte: the standard library as bytes, repeated."""
     texts = [document.text for document in read_documents(DataConfig(), Skipped())]
     path, written = scratch / "corpus.jsonl", 0
     with path.open("w", encoding="utf-8") as file:
@@ -121,7 +116,7 @@ def large_store(scratch: Path, tokens: int) -> dict:
 
 
 def serving(directory: Path, policy: str) -> float:
-    """Tokens a second of one thread, borders and all."""
+    """Tokens per second of one thread that makes batches, with their document borders."""
     stream, _ = _stream(directory, policy)
     rates = []
     for start in range(100, 600, 100):
@@ -133,7 +128,7 @@ def serving(directory: Path, policy: str) -> float:
 
 
 def verifying(directory: Path, policy: str, rounds: int = 3) -> dict:
-    """Tokens a second of one thread while blocks are verified, once they are, and without that.
+    """Tokens per second of one thread while blocks are verified, once they are, and without that.
 
     Cold are the digests, not the files: the first round, which is not kept, reads them all. The
     first 100 steps of an epoch are given too, when most windows are in blocks not yet verified.
@@ -184,15 +179,9 @@ def _stream(directory: Path, policy: str) -> tuple[BatchStream, int]:
 
 
 def starting(directory: Path, policy: str, step: int) -> dict:
-    """Seconds to the first batch of a fresh process, and its own memory after 200 more."""
-    done = subprocess.run(
-        [sys.executable, "-c", START, str(directory), policy, str(step)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    seconds, kilobytes = done.stdout.split()
-    return {"seconds_to_first_batch": float(seconds), "anonymous_bytes": 1024 * int(kilobytes)}
+    """Seconds to the first batch of a new process, and its anonymous memory after 200 more."""
+    seconds, anonymous = output_of_process(START, str(directory), policy, str(step)).split()
+    return {"seconds_to_first_batch": float(seconds), "anonymous_bytes": int(anonymous)}
 
 
 def main(_) -> None:
@@ -218,6 +207,6 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("directory", None, "scratch directory, for about 2 GB", required=True)
-    flags.DEFINE_integer("tokens", 550_000_000, "of the large store, two bytes each")
+    flags.DEFINE_string("directory", None, "Scratch directory, for about 2 GB", required=True)
+    flags.DEFINE_integer("tokens", 550_000_000, "Tokens of the large store, two bytes each")
     app.run(main)

@@ -1,9 +1,9 @@
-"""Time of one decoded token at an early and a late position, RetNet and Transformer.
+"""Time per decoded token at an early and at a late position, for RetNet and Transformer.
 
     python -m benchmarks.decoding [--near=100] [--far=10000] [--weights=int8]
 
-Both positions take turns in one process, on the quickstart's sizes, one row, random parameters.
-A Transformer's cache has as many slots as its position needs.
+Both positions take turns in one process, with one row, the quickstart's sizes and random
+parameters. A Transformer's cache is just large enough for its position.
 """
 
 import dataclasses
@@ -19,17 +19,19 @@ from retnet_jax.configs.quickstart import get_config
 from retnet_jax.generation.decode import decode, prefill, row_keys
 from retnet_jax.model import build_model, for_decoding
 
-flags.DEFINE_integer("near", 100, "position of the early token")
-flags.DEFINE_integer("far", 10_000, "position of the late token")
-flags.DEFINE_integer("tokens", 64, "tokens in a timed call")
-flags.DEFINE_integer("rounds", 15, "timed calls at each position")
-flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of activations and weights")
-flags.DEFINE_enum("weights", None, ["int8"], "of the matrices")
-flags.DEFINE_enum("state_dtype", None, ["float32", "bfloat16"], "of the RetNet's state")
+flags.DEFINE_integer("near", 100, "Position of the early token")
+flags.DEFINE_integer("far", 10_000, "Position of the late token")
+flags.DEFINE_integer("tokens", 64, "Number of tokens in a timed call")
+flags.DEFINE_integer("rounds", 15, "Number of timed calls at each position")
+flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Dtype of activations and weights")
+flags.DEFINE_enum("weights", None, ["int8"], "Format of the weight matrices; default: --dtype")
+flags.DEFINE_enum(
+    "state_dtype", None, ["float32", "bfloat16"], "Dtype of a RetNet's state; default: float32"
+)
 
 
 class Decoder:
-    """Decodes a few tokens at a time, on from a position."""
+    """Decodes the next `tokens` tokens in each call, beginning at a position."""
 
     def __init__(self, model, position: int, tokens: int, rounds: int):
         prompt = [i % model.config.vocab_size for i in range(position)]
@@ -62,7 +64,7 @@ def main(_) -> None:
             "median_ratio_far_to_near": ratio,
         }
         print(
-            f"{architecture:<12} {milliseconds[0]:.3f} ms a token at {args.near}, "
+            f"{architecture:<12} {milliseconds[0]:.3f} ms per token at {args.near}, "
             f"{milliseconds[1]:.3f} at {args.far}: ratio {ratio:.3f}"
         )
     options = [x for x in (args.weights, args.state_dtype and f"state_{args.state_dtype}") if x]

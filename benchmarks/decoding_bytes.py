@@ -1,9 +1,10 @@
-"""What a decoded token moves in memory, from programs compiled for a GPU or TPU that is not there.
+"""Memory traffic of a decoded token, in programs compiled ahead of time for a GPU or TPU.
 
     python -m benchmarks.decoding_bytes [--gpu=h200 | --topology=v5e:2x2] [--batch_sizes=1,64]
 
-The paper's sizes in bfloat16, one device. "least" is what has to be read and written: all weights
-but the embedding's, and the state in and out. Needs the compilers that `retnet_jax/aot` names.
+The paper's sizes in bfloat16 on one device, which need not exist. "least" is the unavoidable
+traffic: all weights except the embedding are read, and the state is read and written. Needs the
+compilers named in `retnet_jax/aot`.
 """
 
 import dataclasses
@@ -21,12 +22,12 @@ from retnet_jax.aot.traffic import memory_traffic
 from retnet_jax.generation.decode import Progress, decode, row_keys
 from retnet_jax.model import build_model, for_decoding
 
-flags.DEFINE_enum("gpu", "h200", topologies.GPUS, "kind of GPU")
-flags.DEFINE_string("topology", "", "TPUs instead, such as v5e:2x2")
-flags.DEFINE_list("sizes", ["1p3b", "6p7b"], "of configs/retnet_SIZE.py")
-flags.DEFINE_list("batch_sizes", ["1", "64"], "rows")
+flags.DEFINE_enum("gpu", "h200", topologies.GPUS, "Kind of GPU")
+flags.DEFINE_string("topology", "", "TPU topology to use instead of a GPU, such as v5e:2x2")
+flags.DEFINE_list("sizes", ["1p3b", "6p7b"], "Sizes of models: SIZE in configs/retnet_SIZE.py")
+flags.DEFINE_list("batch_sizes", ["1", "64"], "Numbers of rows in a batch")
 
-TOKENS = 16  # of a compiled loop
+TOKENS = 16  # decoded in a compiled loop
 MIB = 2**20
 
 
@@ -48,7 +49,7 @@ def main(_) -> None:
 
 
 def moved(device, size: str, batch_size: int, weights: str | None, state_dtype: str) -> dict:
-    """MiB of a token."""
+    """MiB of memory traffic per token."""
     model, progress, keys = abstract_arguments(size, batch_size, weights, state_dtype)
     place = jax.sharding.SingleDeviceSharding(device)
     arguments = jax.tree.map(
@@ -63,7 +64,7 @@ def moved(device, size: str, batch_size: int, weights: str | None, state_dtype: 
 
 
 def abstract_arguments(size: str, batch_size: int, weights: str | None, state_dtype: str):
-    """Shapes of a model, of its progress and of the rows' keys."""
+    """Shapes and dtypes of a model, its progress and the random keys of the rows."""
     config = importlib.import_module(f"retnet_jax.configs.retnet_{size}").get_config().model
     config = dataclasses.replace(config, dtype="bfloat16", remat="none")
 

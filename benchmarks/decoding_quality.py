@@ -1,11 +1,11 @@
-"""What a bfloat16 state and int8 weights cost in bits per byte.
+"""The loss in bits per byte from a bfloat16 state and from int8 weights.
 
     python -m benchmarks.decoding_quality --workdir=runs/a [--workdir=runs/b]
 
-The held-out text of each run's store, cut into rows, is read token by token in recurrent form: the
-program that decodes, given the true tokens. A row's state is carried from its first token to its
-last, across documents. Differences are to float32 weights and state, each with the standard error
-over rows, and for the four quarters of a row, since errors of a state could add up.
+The held-out text of each run's store is cut into rows and read token by token in recurrent form, as
+in decoding. The state is carried through a whole row, across documents. Reported are differences
+from float32 weights and state, with the standard error over rows. They are also given for each
+quarter of the rows, because errors of a state might accumulate.
 """
 
 import math
@@ -20,13 +20,15 @@ from absl import flags
 from benchmarks.measure import write_results
 from retnet_jax.data import open_store
 from retnet_jax.model import LanguageModel, for_decoding
-from retnet_jax.model import decoding as layout
+from retnet_jax.model.decoding import DecodingModel
 from retnet_jax.pretrained import load_pretrained, read_pretrained
 from retnet_jax.programs import command_line
 
-flags.DEFINE_multi_string("workdir", None, "directory of a training run", required=True)
-flags.DEFINE_integer("length", 4096, "tokens in a row")
-flags.DEFINE_integer("rows", 16, "at most so many")
+flags.DEFINE_multi_string(
+    "workdir", None, "Directory of a training run; may be given several times", required=True
+)
+flags.DEFINE_integer("length", 4096, "Number of tokens in a row")
+flags.DEFINE_integer("rows", 16, "Largest number of rows")
 
 
 def main() -> None:
@@ -63,7 +65,7 @@ OPTIONS = {
 
 
 def compared(differences: np.ndarray) -> dict[str, float | list[float]]:
-    """Mean, standard error over rows, and mean of each quarter, of differences [b t]."""
+    """Mean of differences [b t], its standard error over rows, and the mean of each quarter."""
     rows = differences.mean(1)
     return {
         "difference": float(rows.mean()),
@@ -73,7 +75,7 @@ def compared(differences: np.ndarray) -> dict[str, float | list[float]]:
 
 
 def bits_per_byte(model: LanguageModel, tokens: np.ndarray, tokens_per_byte: float) -> np.ndarray:
-    """Of each token but the first, as if it had the mean number of bytes [b t]."""
+    """Bits per byte [b t-1] of each token except the first, for tokens of average byte length."""
     state = model.init_state(*tokens.shape)
     nll = _nll(model, state, jnp.asarray(tokens, jnp.int32))
     return np.asarray(nll, np.float64) * tokens_per_byte / math.log(2)
@@ -91,8 +93,8 @@ def _nll(model, state, tokens):
     return nll.T
 
 
-class _ToTheNearest(layout.DecodingModel):
-    """What the bfloat16 state would be without rounding at random."""
+class _ToTheNearest(DecodingModel):
+    """A model that rounds its bfloat16 state to the nearest instead of stochastically."""
 
     def _stored(self, layer_state, position, number):
         return layer_state.swapaxes(-1, -2).astype(jnp.bfloat16)

@@ -1,26 +1,31 @@
-"""What the benchmarks share: interleaved timing, provenance, and where results go."""
+"""Shared by the benchmarks: interleaved timing, inputs of retention, child processes, results."""
 
 import json
 import platform
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
+# Heads of the benchmarks of single operations, and the widths of their q, k and of their v.
+HEADS, KEY_WIDTH, VALUE_WIDTH = 4, 64, 128
 
 
 def interleaved_seconds(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Wall seconds of each call in every round, all in turn, after a round that is not kept.
+    """Wall-clock seconds of each call in every round; all calls take turns.
 
-    Taking turns lets a machine whose speed drifts slow all of them alike; ratios are to be taken
-    round by round or of medians. A call of under half a second is made once more, untimed, before
-    it is timed, so that it does not pay for the memory and caches that a large one before it left.
+    The first round is a warm-up and is not returned. Taking turns slows all calls equally if the
+    speed of the machine drifts; compare them by ratios of each round or of medians. A call that
+    takes less than half a second is repeated untimed before it is timed, so that the memory and
+    caches of a large call before it have no effect.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):
@@ -37,12 +42,47 @@ def median_milliseconds(seconds: list[float]) -> float:
     return 1000 * statistics.median(seconds)
 
 
+def lengths(longest: int) -> Iterator[int]:
+    """Sequence lengths: powers of two from 512 to `longest`."""
+    length = 512
+    while length <= longest:
+        yield length
+        length *= 2
+
+
+def retention_inputs(length: int) -> list[np.ndarray]:
+    """Random q, k [1 t heads k], v and the gradient of y [1 t heads v], float32; q is scaled."""
+    rng = np.random.default_rng(0)
+    widths = (KEY_WIDTH, KEY_WIDTH, VALUE_WIDTH, VALUE_WIDTH)
+    q, k, v, d_y = (rng.normal(size=(1, length, HEADS, w)).astype(np.float32) for w in widths)
+    return [q * np.float32(KEY_WIDTH**-0.5), k, v, d_y]
+
+
+def output_of_process(program: str, *arguments: str) -> str:
+    """The stdout of Python code that runs in its own process.
+
+    The code can call `memory(name)`: a number of bytes in /proc/self/status, such as "VmHWM", the
+    peak of its resident memory.
+    """
+    command = [sys.executable, "-c", _MEMORY + program, *arguments]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+_MEMORY = """
+def memory(name):
+    import re
+    from pathlib import Path
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(name + r":\\s+(\\d+)", status)[1])
+"""
+
+
 def provenance() -> dict[str, str]:
-    """Date, device, versions and commit, to stand beside every number."""
+    """Date, device, versions and commit, which are recorded with all results."""
     try:
         command = ["git", "describe", "--always", "--dirty"]
         commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    except FileNotFoundError:  # no git here
+    except FileNotFoundError:  # git is not installed
         commit = ""
     device = jax.devices()[0]
     processor = device.device_kind
@@ -59,7 +99,7 @@ def provenance() -> dict[str, str]:
 
 
 def write_results(name: str, results: dict[str, Any]) -> Path:
-    """Writes `benchmarks/results/NAME.json` with its provenance."""
+    """Writes results and their provenance to `benchmarks/results/NAME.json`."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(provenance() | results, indent=2) + "\n")

@@ -1,12 +1,11 @@
-"""What it saves that shared prefixes are read once: scoring with and without, in turn.
+"""Time of scoring tasks with and without shared prefixes, in turn.
 
     python -m benchmarks.prefix_reuse [--questions=64] [--shots=4] [--rounds=1]
 
-Questions with four choices, in random tokens of the lengths that HellaSwag's and ARC's have. The
-examples are drawn for each question, or are the same for all. The models have 6 layers of width 256
-and a vocabulary of 2,048, so that the head is a tenth of them as in a model of 1.3B with 50,000
-words, and random parameters.
-Prints a table and writes benchmarks/results/prefix_reuse_cpu.json.
+Questions with four choices, as random tokens with the lengths of HellaSwag and ARC. Examples are
+drawn for each question, or are the same for all. The models have random parameters, 6 layers of
+width 256 and a vocabulary of 2,048: their output head has a tenth of the parameters, as in a model
+of 1.3B with 50,000 words. Prints a table and writes benchmarks/results/prefix_reuse_cpu.json.
 """
 
 import dataclasses
@@ -23,18 +22,18 @@ from retnet_jax.configs.quickstart import get_config
 from retnet_jax.evaluation import PrefixTrie, Request, score_trie
 from retnet_jax.model import build_model
 
-QUESTIONS = flags.DEFINE_integer("questions", 64, "of a file", 1)
-SHOTS = flags.DEFINE_integer("shots", 4, "examples before each question", 0)
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "as in `score`", 1)
-ROUNDS = flags.DEFINE_integer("rounds", 1, "timed runs of each", 1)
+QUESTIONS = flags.DEFINE_integer("questions", 64, "Number of questions in a file", 1)
+SHOTS = flags.DEFINE_integer("shots", 4, "Number of examples before each question", 0)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Batch size of `score`", 1)
+ROUNDS = flags.DEFINE_integer("rounds", 1, "Number of timed runs of each kind", 1)
 CHOICES = 4
 VOCABULARY = 2048
-# Least and most tokens of a question and of a choice.
+# The smallest and largest number of tokens of a question, and of a choice.
 FILES = {"like HellaSwag": ((50, 120), (15, 45)), "like ARC": ((15, 50), (2, 12))}
 
 
 def requests(file: str, fixed: bool) -> list[Request]:
-    """Random tokens in the shape of a task."""
+    """Requests of random tokens with the lengths of a task."""
     rng = np.random.default_rng(0)
     question, choice = FILES[file]
 
@@ -84,8 +83,8 @@ def main(_) -> None:
                 tokens, seconds = row["tokens"], row["seconds"]
                 print(
                     f"{architecture:<12}{file:<15}{mode:<13}{tokens['alone']:>9,} tokens in "
-                    f"{seconds['alone']:6.2f} s alone, {tokens['shared']:>7,} in "
-                    f"{seconds['shared']:5.2f} s shared: {row['ratio']:.1f} times as fast",
+                    f"{seconds['alone']:6.2f} s without sharing, {tokens['shared']:>7,} in "
+                    f"{seconds['shared']:5.2f} s with: {row['ratio']:.1f} times as fast",
                     flush=True,
                 )
                 path = write_results(

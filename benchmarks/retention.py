@@ -1,10 +1,10 @@
-"""Time and memory of each form of retention over the length, with attention beside them.
+"""Time and memory of each form of retention, and of attention, over the sequence length.
 
     python -m benchmarks.retention [--rounds=5] [--longest=8192]
 
 One row, four heads of 64/128 (key/value; attention 64/64, as in a Transformer of that width),
-float32 on a CPU and bfloat16 elsewhere. Forward is the output alone, forward+backward ("both") the
-gradients of q, k and v. The forms of a length are timed in turn.
+float32 on a CPU and bfloat16 elsewhere. "forward" computes only the output, "both" the gradients of
+q, k and v. The forms take turns at each length.
 Prints a table and writes benchmarks/results/retention_BACKEND.json and .png.
 """
 
@@ -15,13 +15,21 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from benchmarks.measure import RESULTS, interleaved_seconds, median_milliseconds, write_results
+from benchmarks.measure import (
+    HEADS,
+    KEY_WIDTH,
+    RESULTS,
+    interleaved_seconds,
+    lengths,
+    median_milliseconds,
+    retention_inputs,
+    write_results,
+)
 from retnet_jax.ops.retention import log_decay, retention
 
-flags.DEFINE_integer("rounds", 5, "timed calls of each")
-flags.DEFINE_integer("longest", 8192, "the longest row; lengths are powers of two from 512")
+flags.DEFINE_integer("rounds", 5, "Number of timed calls of each function")
+flags.DEFINE_integer("longest", 8192, "Longest sequence; lengths are powers of two from 512")
 
-HEADS, KEY_WIDTH, VALUE_WIDTH = 4, 64, 128
 DECAY = log_decay("log_spaced", HEADS, (1 / 32, 1 / 512))
 
 
@@ -40,14 +48,11 @@ def gradients(form: str, q, k, v):
 
 def inputs(length: int):
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    rng = np.random.default_rng(0)
-    widths = (KEY_WIDTH, KEY_WIDTH, VALUE_WIDTH)
-    q, k, v = (jnp.asarray(rng.normal(size=(1, length, HEADS, w)), dtype) for w in widths)
-    return q * KEY_WIDTH**-0.5, k, v
+    return [jnp.asarray(x, dtype) for x in retention_inputs(length)[:3]]
 
 
 def measure(length: int, rounds: int) -> list[dict]:
-    """A row for each form at one length."""
+    """A row of results for each form at one length."""
     arrays = inputs(length)
     forms = ["chunkwise", "recurrent", "parallel", "attention"]
     compiled, rows = {}, []
@@ -67,7 +72,7 @@ def measure(length: int, rounds: int) -> list[dict]:
 
 
 def exponents(rows: list[dict], form: str) -> dict[str, float]:
-    """Slopes of log time and log memory over log length, from 512 to 4096."""
+    """Slopes of log time and of log memory over log length, from 512 to 4096."""
     chosen = [row for row in rows if row["form"] == form and row["length"] <= 4096]
     lengths = np.log([row["length"] for row in chosen])
     names = ("forward_ms", "both_ms", "forward_temporary_bytes", "both_temporary_bytes")
@@ -106,8 +111,7 @@ def plot(rows: list[dict], path) -> None:
 def main(_) -> None:
     longest, rows = flags.FLAGS.longest, []
     print(f"{'length':>6}  {'form':<10}{'forward ms':>12}{'both ms':>10}{'MiB, both':>11}")
-    length = 512
-    while length <= longest:
+    for length in lengths(longest):
         for row in measure(length, flags.FLAGS.rounds):
             rows.append(row)
             print(
@@ -115,7 +119,6 @@ def main(_) -> None:
                 f"{row['both_temporary_bytes'] / 2**20:>11.1f}",
                 flush=True,
             )
-        length *= 2
     slopes = {form: exponents(rows, form) for form in dict.fromkeys(row["form"] for row in rows)}
     for form, slope in slopes.items():
         print(

@@ -1,10 +1,10 @@
-"""What it costs to compile a step and to save a state.
+"""Time to compile a training step and to save a checkpoint.
 
     python -m benchmarks.scaling --directory=SCRATCH [--topology=v5p:4x4x4]     needs 4 GB there
 
-Lowering and compiling of a step of 12 and of 48 layers on eight simulated devices, in turn; the
-paper's 6.7B for a topology, in a process of its own (needs libtpu); and a checkpoint of 1.1 GB: how
-long the call blocks training, and how long the writing takes.
+Measures the lowering and compilation of steps of 12 and of 48 layers on eight simulated devices, in
+turn; that of the paper's 6.7B model for a topology, in its own process (needs libtpu); and for a
+checkpoint of 1.1 GB, how long saving blocks training, and how long writing takes.
 """
 
 import contextlib
@@ -12,8 +12,6 @@ import dataclasses
 import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,28 +20,26 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 import jax
 from absl import flags
 
-from benchmarks.measure import write_results
+from benchmarks.measure import output_of_process, write_results
 from retnet_jax.aot.compile_step import compile_step
 from retnet_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from retnet_jax.programs import command_line
 from retnet_jax.runs.checkpoint import Checkpoints
 
-flags.DEFINE_string("directory", None, "where checkpoints are written", required=True)
-flags.DEFINE_string("topology", "", "of the 6.7B; empty: it is left out")
-flags.DEFINE_integer("rounds", 5, "measurements of each")
+flags.DEFINE_string("directory", None, "Directory for checkpoints, for 4 GB", required=True)
+flags.DEFINE_string("topology", "", "TPU topology of the 6.7B model; empty: skip this model")
+flags.DEFINE_integer("rounds", 5, "Number of measurements of each kind")
 
 PROGRAM = """
-import json, re, sys
-from pathlib import Path
+import json, sys
 from retnet_jax.aot import topologies
 topologies.prepare()
 from retnet_jax.aot.compile_step import compile_step
 from retnet_jax.aot.report import report
 from retnet_jax.configs.retnet_6p7b import get_config
 found = report(compile_step(get_config(), topologies.tpus(sys.argv[1])))
-peak = re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]
 print(json.dumps({"lower_seconds": found.lower_seconds, "compile_seconds": found.compile_seconds,
-                  "peak_memory_gib": int(peak) / 2**20}))
+                  "peak_memory_gib": memory("VmHWM") / 2**30}))
 """
 
 
@@ -51,15 +47,14 @@ def main() -> None:
     found = {"compiling": compiling(flags.FLAGS.rounds)}
     found["saving"] = saving(Path(flags.FLAGS.directory), flags.FLAGS.rounds)
     if flags.FLAGS.topology:
-        command = [sys.executable, "-c", PROGRAM, flags.FLAGS.topology]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        found["6.7B"] = {"topology": flags.FLAGS.topology} | json.loads(done.stdout)
+        compiled = json.loads(output_of_process(PROGRAM, flags.FLAGS.topology))
+        found["6.7B"] = {"topology": flags.FLAGS.topology} | compiled
     print(json.dumps(found, indent=2))
     print(f"written to {write_results('scaling', found)}")
 
 
 def compiling(rounds: int) -> dict:
-    """Seconds for 12 and for 48 layers."""
+    """Seconds to lower and to compile steps of 12 and of 48 layers."""
     config = Config(
         model=ModelConfig(d_model=512, n_heads=4, remat="full"),
         data=DataConfig(sequence_length=512),
@@ -81,14 +76,14 @@ def compiling(rounds: int) -> dict:
 
 
 def saving(directory: Path, rounds: int) -> dict:
-    """Seconds that a save blocks, and that it takes."""
+    """Seconds that saving a checkpoint blocks, and that it takes."""
     # Random, because checkpoints are compressed.
     keys = jax.random.split(jax.random.key(0), 8)
     state = {f"layer{i}": jax.random.normal(key, (36, 2**20)) for i, key in enumerate(keys)}
     jax.block_until_ready(state)
     blocked, written = [], []
     with contextlib.closing(Checkpoints(directory / "checkpoints", keep=1)) as checkpoints:
-        for step in range(rounds + 1):  # the first makes threads, and is not counted
+        for step in range(rounds + 1):  # the first one starts threads, and is not counted
             begin = time.perf_counter()
             checkpoints.save(step, {"model": state}, {"next_batch": step})
             blocked.append(time.perf_counter() - begin)

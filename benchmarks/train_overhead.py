@@ -1,9 +1,9 @@
-"""What train.py's loop costs beyond its compiled step: input, metrics and logging.
+"""Overhead of train.py's loop over its compiled step: input, metrics and logging.
 
     python -m benchmarks.train_overhead [--config=configs/quickstart.py] [--segments=6] [--steps=40]
 
-Segments of the real loop and of a bare loop over the same compiled step take turns. The bare loop
-has its batches on the device beforehand and waits only for its last step.
+Segments of the real loop and of a bare loop over the same compiled step take turns. The batches of
+the bare loop are on the device from the start, and it waits only for its last step.
 """
 
 import contextlib
@@ -26,13 +26,13 @@ from retnet_jax.training.loop import Run
 from retnet_jax.training.start import start_or_restore
 from retnet_jax.training.step import abstract_state, make_step
 
-flags.DEFINE_integer("segments", 6, "timed segments of each loop")
-flags.DEFINE_integer("steps", 40, "steps in a segment")
+flags.DEFINE_integer("segments", 6, "Number of timed segments of each loop")
+flags.DEFINE_integer("steps", 40, "Number of steps in a segment")
 
 
 def main() -> None:
     config, steps = command_line.given_config(), flags.FLAGS.steps
-    segments = flags.FLAGS.segments + 1  # the first compiles, and is not counted
+    segments = flags.FLAGS.segments + 1  # the first one compiles, and is not counted
     config.train.eval_every = config.train.checkpoint_every = 10**9
     mesh = make_mesh(config.mesh)
     stores = open_stores(config.data, config.model.vocab_size)
@@ -71,7 +71,7 @@ def main() -> None:
         "median_ratio": statistics.median(ratios),
     }
     print(
-        f"loop {statistics.median(results['loop_ms']):.1f} ms a step, bare "
+        f"loop {statistics.median(results['loop_ms']):.1f} ms per step, bare "
         f"{statistics.median(results['bare_ms']):.1f} ms; median of {len(ratios)} ratios "
         f"{results['median_ratio']:.4f} (lowest {min(ratios):.4f}, highest {max(ratios):.4f})"
     )

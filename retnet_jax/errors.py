@@ -1,16 +1,16 @@
-"""The errors that a person can act on; the programs print them without a traceback."""
+"""Errors that the user can fix; the programs print them without a traceback."""
 
 
 class ConfigError(ValueError):
-    """An option, a flag or an input that does not exist, has the wrong type or does not fit."""
+    """An option, a flag or an input does not exist, has the wrong type or does not fit."""
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be read, or could not be written."""
+    """A checkpoint cannot be read or written."""
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A checkpoint of which files are missing, cut off or unreadable."""
+    """Files of a checkpoint are missing, cut off or unreadable."""
 
 
 class DivergedError(Exception):
@@ -18,5 +18,5 @@ class DivergedError(Exception):
 
 
 def brief(error: Exception, most: int = 200) -> str:
-    """The beginning of another library's message, on one line."""
+    """The first `most` characters of another library's message, on one line."""
     return " ".join(str(error).split())[:most]

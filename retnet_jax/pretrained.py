@@ -1,4 +1,7 @@
-"""Loading a trained model from a directory: a training run's, or one that another program wrote."""
+"""Loads trained models from directories: training runs, and checkpoints of other programs.
+
+`load_pretrained` loads the model, `read_pretrained` reads the config and the tokenizer beside it.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -27,19 +30,18 @@ from retnet_jax.runs.workdir import read_workdir
 def load_pretrained(
     directory: str | Path, mesh: Mesh | None = None, **changes: Any
 ) -> LanguageModel:
-    """The model in a directory.
+    """Loads the model in a directory.
 
     Args:
-      directory: `--workdir` of train.py, whose newest checkpoint is read; or a checkpoint of
-        flash-linear-attention, torchscale or syncdoth, or one that `tools/convert_checkpoint.py`
-        wrote.
-      mesh: where the parameters go, laid out as in training; None: the first device.
-      changes: fields of `ModelConfig` that change no parameter, such as dtype="bfloat16".
+      directory: `--workdir` of train.py (its newest checkpoint is loaded), or a checkpoint of
+        flash-linear-attention, torchscale, syncdoth or `tools/convert_checkpoint.py`.
+      mesh: Devices for the parameters, sharded as in training; None: the first device.
+      changes: Fields of `ModelConfig` that change no parameter, such as dtype="bfloat16".
 
     Raises:
-      ConfigError: for a config that is missing or that this project cannot compute, and changes
-        that do not fit.
-      CheckpointError: for weights that are missing, damaged or not the config's.
+      ConfigError: for a config that is missing or that this project cannot compute, and for invalid
+        changes.
+      CheckpointError: for weights that are missing, damaged, or do not fit the config.
     """
     return load_checkpoint(place(directory), mesh, **changes)[0]
 
@@ -47,7 +49,7 @@ def load_pretrained(
 def load_checkpoint(
     directory: AnyPath, mesh: Mesh | None = None, **changes: Any
 ) -> tuple[LanguageModel, int | None]:
-    """As `load_pretrained`, and the step of a training run's newest checkpoint."""
+    """As `load_pretrained`; also returns the step of a training run's newest checkpoint."""
     from retnet_jax.runs.checkpoint import restore_model
 
     if not is_run(directory):
@@ -60,19 +62,19 @@ def load_checkpoint(
 
 
 def read_pretrained(directory: AnyPath) -> tuple[Config, Tokenizer]:
-    """The config and the tokenizer beside the weights in a directory as for `load_pretrained`.
+    """Reads the config and the tokenizer in a directory as for `load_pretrained`, not the weights.
 
     Raises:
-      ConfigError: as `load_pretrained`, and if there is no tokenizer or it is another model's.
+      ConfigError: as `load_pretrained`, and if the tokenizer is missing or does not fit the model.
     """
     if is_run(directory):
         _check_has_model(directory)
         return read_workdir(directory)
-    config = read_foreign_config(directory)
+    config = _read_foreign_config(directory)
     if not has_tokenizer(directory):
         raise ConfigError(
-            f"{directory} has no tokenizer.json or tokenizer.model: put the tokenizer there that "
-            "the model was trained with"
+            f"{directory} has no tokenizer.json or tokenizer.model: copy the model's tokenizer "
+            "there"
         )
     try:
         tokenizer = load_tokenizer(directory)
@@ -86,21 +88,21 @@ def checkpoint_sha256(directory: AnyPath, step: int | None) -> str:
     """SHA-256, in hex, of the names and contents of a checkpoint's files.
 
     Args:
-      directory: as for `load_pretrained`.
-      step: which checkpoint of a training run, as `load_checkpoint` gives it.
+      directory: Directory as for `load_pretrained`.
+      step: Step of a training run's checkpoint, as `load_checkpoint` returns it.
     """
     return files_sha256(directory if step is None else directory / "checkpoints" / str(step))
 
 
 def with_initial_model(config: Config, recorded: Config | None = None) -> Config:
-    """A run's config with the model and the tokenizer of `config.init_from`, if it names one.
+    """A run's config with the model and the tokenizer of `config.init_from`, if that is set.
 
-    Of `config.model` only dtype, remat and chunk_size are kept.
+    Only dtype, remat and chunk_size of `config.model` are kept.
 
     Args:
-      config: the run's.
-      recorded: what the workdir of the same run records, which is used: `init_from` may be gone
-        when the run is resumed.
+      config: Config of the run.
+      recorded: Config recorded in the run's workdir. When a run is resumed, it is used instead of
+        `init_from`, which may no longer exist.
 
     Raises:
       ConfigError, CheckpointError: as `load_pretrained`.
@@ -114,7 +116,7 @@ def with_initial_model(config: Config, recorded: Config | None = None) -> Config
         _check_has_model(directory)
         found = read_config(directory / "config.json")
     else:
-        found = read_foreign_config(directory)
+        found = _read_foreign_config(directory)
     tokenizer = str(directory) if has_tokenizer(directory) else config.data.tokenizer
     return _begun_from(
         config,
@@ -123,7 +125,7 @@ def with_initial_model(config: Config, recorded: Config | None = None) -> Config
 
 
 def run_options(model: ModelConfig) -> dict[str, Any]:
-    """The options of a model that say how it is computed, not which function it is."""
+    """The options of a model that change how it is computed, but not its function."""
     names = (name.removeprefix("model.") for name in marked("computation"))
     return {name: getattr(model, name) for name in names}
 
@@ -136,8 +138,8 @@ def _begun_from(config: Config, found: Config) -> Config:
     )
 
 
-def read_foreign_config(directory: AnyPath) -> Config:
-    """What a foreign checkpoint's config says of the model, and of the length it was trained on."""
+def _read_foreign_config(directory: AnyPath) -> Config:
+    """The config of a foreign checkpoint: its model, and its training length."""
     description = interop.open_source(directory).description
     return Config(
         model=description.model, data=DataConfig(sequence_length=description.context_length)
@@ -145,20 +147,17 @@ def read_foreign_config(directory: AnyPath) -> Config:
 
 
 def is_run(directory: AnyPath) -> bool:
-    """Whether a directory is a training run's workdir, or nothing that has weights."""
+    """Whether a directory is a training run's workdir, or has no weights of another kind either."""
     return (directory / "checkpoints").is_dir() or not has_tensor_files(directory)
 
 
 def _check_has_model(directory: AnyPath) -> None:
-    """Raises `ConfigError` that says what was looked for, if a directory is no run either."""
+    """Raises `ConfigError` if a directory is neither a training run nor a checkpoint."""
     config = directory / "config.json"
     if config.is_file() and ((directory / "checkpoints").is_dir() or not models_below(directory)):
         return
     try:
         check_has_model(directory)
     except CheckpointError as error:
-        found = f"{config} is that of no training run" if config.is_file() else ""
-        raise ConfigError(
-            f"{found or f'{config} does not exist'}: {directory} is not the --workdir of a "
-            f"training run, and no checkpoint either: {error}"
-        ) from error
+        problem = "is not that of a training run" if config.is_file() else "does not exist"
+        raise ConfigError(f"{config} {problem}, and {error}") from error

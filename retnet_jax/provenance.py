@@ -1,4 +1,4 @@
-"""Where results come from: versions of packages, and fingerprints of code and of files."""
+"""The origin of results: versions of packages, and fingerprints of code and files."""
 
 import hashlib
 import importlib.metadata
@@ -13,7 +13,7 @@ _PACKAGE = Path(__file__).parent
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """The version of Python, and of those of the packages that are installed."""
+    """The versions of Python and of the packages, without those that are not installed."""
     found = {"python": platform.python_version()}
     for package in packages:
         try:
@@ -24,12 +24,12 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def code_fingerprint(part: str = "") -> str:
-    """SHA-256, its first 16 hex digits, of this package's code or a part of it, such as "data"."""
+    """16 hex digits of the SHA-256 of this package's code, or of a part of it such as "data"."""
     return files_sha256(_PACKAGE / part, ".py")[:16]
 
 
 def files_sha256(directory: AnyPath, ending: str = "") -> str:
-    """SHA-256, in hex, of the names and contents of the files in a directory and below it."""
+    """The SHA-256, in hex, of the names and contents of all files under a directory."""
     digest = hashlib.sha256()
     for name in sorted(map(PurePosixPath, sizes(os.fspath(directory)))):
         if name.name.endswith(ending):

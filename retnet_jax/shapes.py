@@ -1,8 +1,9 @@
-"""Array types for public signatures: jaxtyping's where it is installed, plain arrays elsewhere.
+"""Array types for signatures, and names for the common ones.
 
-`Float[Array, "b t d"]` is read by people always and checked in the tests, where jaxtyping is
-installed with beartype; running a model needs neither. Letters: b batch, t query time, s key time,
-h head, k key width, v value width, d model width, f feed-forward width, w vocabulary, n layer.
+`Float[Array, "b t d"]` lists the dimensions of an array. The tests, which install jaxtyping and
+beartype, check them; where jaxtyping is missing the types are plain arrays, so a model runs without
+it. Letters: b batch, t query time, s key time, h head, k key width, v value width, d model width,
+f feed-forward width, w vocabulary, n layer.
 """
 
 from jax import Array
@@ -17,9 +18,37 @@ except ImportError:
 
     Bool = Float = Int = _AnyShape
 
-__all__ = ["Array", "Bool", "Float", "Int", "power_of_two"]
+__all__ = [
+    "Activations",
+    "Array",
+    "Bool",
+    "Float",
+    "Int",
+    "Keys",
+    "LogDecay",
+    "Logits",
+    "Queries",
+    "RetentionMatrix",
+    "SegmentIds",
+    "Tokens",
+    "Values",
+    "power_of_two",
+]
+
+Tokens = Int[Array, "b t"]
+SegmentIds = Int[Array, "b t"]  # the document of each token, 0 for padding; see `retention`
+Activations = Float[Array, "b t d"]
+Logits = Float[Array, "b t w"]
+Queries = Float[Array, "b t h k"]
+Keys = Float[Array, "b t h k"]
+Values = Float[Array, "b t h v"]
+LogDecay = Float[Array, " h"]  # log gamma of each head
+RetentionMatrix = Float[Array, "b h k v"]  # S, the state of one layer
 
 
 def power_of_two(least: int) -> int:
-    """The smallest power of two not less than `least`; lengths rounded so need few programs."""
+    """The smallest power of two that is at least `least`.
+
+    Lengths that are rounded up to one need few compiled programs.
+    """
     return 1 << max(0, least - 1).bit_length()

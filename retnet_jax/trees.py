@@ -1,4 +1,4 @@
-"""Names of the leaves of a tree of arrays, and trees as dictionaries by these names."""
+"""Names of the leaves of a tree of arrays, and dictionaries of leaves by name."""
 
 from typing import Any
 
@@ -6,18 +6,18 @@ import jax
 
 
 def leaf_name(path) -> str:
-    """The name of a leaf by its path, such as model/layers/mixer/q/kernel."""
+    """The name of the leaf at a path, such as model/layers/mixer/q/kernel."""
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     return name.removesuffix("/value")  # the array inside an nnx.Param
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """All leaves of a tree by their names."""
+    """All leaves of a tree by name."""
     return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def with_leaves(like: Any, leaves: dict[str, Any]) -> Any:
-    """A tree with the structure of `like` and the leaves of these names."""
+    """A tree with the structure of `like`, and leaves taken from `leaves` by name."""
     paths = jax.tree_util.tree_flatten_with_path(like)[0]
     return jax.tree.unflatten(
         jax.tree.structure(like), [leaves[leaf_name(path)] for path, _ in paths]
@@ -25,7 +25,7 @@ def with_leaves(like: Any, leaves: dict[str, Any]) -> Any:
 
 
 def nested(leaves: dict[str, Any]) -> dict[str, Any]:
-    """Leaves by name in nested dictionaries, one level for each part of a name."""
+    """Nested dictionaries of leaves, one level for each part of a name."""
     root: dict[str, Any] = {}
     for name, leaf in leaves.items():
         *parents, last = name.split("/")

@@ -1,6 +1,6 @@
-"""RetNets of other implementations in numpy: their equations, token by token, on their names.
+"""Other implementations of RetNet in numpy: their equations, token by token, with their names.
 
-None of our code is used, so that shapes can be held against it that no recorded fixture has.
+It uses no code of this package, and so can test shapes for which there is no recorded fixture.
 """
 
 import math
@@ -16,10 +16,10 @@ ACTIVATIONS = {
 
 
 def torchscale(weights, config, tokens):
-    """Logits [b t w] of torchscale, by its recurrent form.
+    """Logits [b t w] of torchscale, in its recurrent form.
 
-    Before October 2023 where there are biases: then with LayerNorm for RMSNorm, and no gate in the
-    feed-forward layer.
+    Weights with biases are of a version before October 2023, with LayerNorm instead of RMSNorm and
+    no gate in the feed-forward layer.
     """
     gammas = 1 - 2.0 ** (-5 - np.arange(config["decoder_retention_heads"]))
     old = "layers.0.retention.q_proj.bias" in weights
@@ -27,7 +27,7 @@ def torchscale(weights, config, tokens):
 
 
 def syncdoth(weights, config, tokens):
-    """Logits [b t w] of syncdoth/RetNet: torchscale's with other names, and some options more."""
+    """Logits [b t w] of syncdoth/RetNet: torchscale with other names and some more options."""
     heads = config["decoder_retention_heads"]
     gammas = 1 - 2.0 ** (-5 - np.arange(heads))
     if config["use_lm_decay"]:

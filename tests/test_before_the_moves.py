@@ -46,6 +46,7 @@ def test_old_names_of_options_are_read(here):
     assert all(old.split(".")[1] in written[old.split(".")[0]] for old in OLD_NAMES)
 
 
+@pytest.mark.compiles(60, reason="a whole run, resumed on another mesh")
 def test_a_workdir_resumes_with_the_losses_it_would_have_had(here):
     """From its checkpoint of step 4; what it logged after that is what comes now."""
     expected = logged(here / "run")

@@ -1,4 +1,4 @@
-"""benchmarks.accelerator: its bounds, its script on tiny shapes, and what it makes of failures."""
+"""benchmarks.accelerator: its bounds, the script on tiny shapes, and its handling of failures."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from benchmarks.accelerator.cases import BrokenDeviceError, Case, Results, run
 from benchmarks.accelerator.sections import SECTIONS, cases_of
 
 ROOT = Path(__file__).parent.parent
-# Of an H200: matrix products and copies, as measured on one.
+# Matrix products and copies, as measured on an H200.
 RATE, BANDWIDTH = 790e12, 4.3e12
 
 
@@ -32,15 +32,15 @@ def test_roofline_of_a_layer_of_6p7b(both, milliseconds):
     assert work.flops == 8192 * 16 * flops
 
 
-def test_short_sums_are_bound_by_bytes():
+def test_narrow_heads_are_bound_by_bytes():
     work = retention_work(1000, heads=2, key_width=8, value_width=16, both=False)
     assert work.bytes == 1000 * 2 * (8 + 8 + 16 + 16) * 2
     assert work.seconds(RATE, BANDWIDTH) == work.bytes / BANDWIDTH
 
 
-def test_attention_multiplies_with_half_of_the_keys():
+def test_causal_attention_uses_half_of_the_scores():
     work = attention_work(8, heads=3, width=4, length=8, both=False)
-    pairs = sum(range(1, 9))  # of a query and a key it sees
+    pairs = sum(range(1, 9))  # of a query and a visible key
     assert work.flops == 3 * pairs * 2 * 2 * 4
     assert attention_work(8, 3, 4, 8, both=True).flops == 3.5 * work.flops
 
@@ -53,8 +53,8 @@ def test_attention_multiplies_with_half_of_the_keys():
         (32, 4096, (317, 3.9e3, 9.0e3, 13.4e3)),
     ],
 )
-def test_decoding_bounds(layers, width, speeds):
-    """With 50,257 words, weights and state in bfloat16."""
+def test_bounds_of_decoding_speed(layers, width, speeds):
+    """With a vocabulary of 50,257, and weights and state in bfloat16."""
     weights = 2 * (12 * layers * width**2 + 50_257 * width)
     state = 2 * layers * (width // 256) * 256 * 512
     for batch, expected in zip((1, 16, 64, 256), speeds, strict=True):
@@ -63,8 +63,8 @@ def test_decoding_bounds(layers, width, speeds):
         assert shown == expected
 
 
-def test_configs_have_the_weights_and_states_of_the_bounds():
-    """The traffic that decoding counts, of a small model of known shapes."""
+def test_traffic_counts_weights_and_states():
+    """Checked for a small model of known shapes."""
     from benchmarks.accelerator import decoding
 
     model = decoding.random_model("tiny", "retnet")
@@ -80,7 +80,7 @@ def test_configs_have_the_weights_and_states_of_the_bounds():
     assert cached["state_written_bytes"] == 2 * config.n_layers * 2 * 16
 
 
-def test_layouts_are_of_one_kind_and_fall_in_memory(monkeypatch):
+def test_candidates_of_all_lengths_recompute_alike(monkeypatch):
     device = SimpleNamespace(device_kind="NVIDIA H200", platform="gpu")
     monkeypatch.setattr(jax, "devices", lambda: [device])
     for length, rows in ((2048, 8), (8192, 2), (32_768, 1)):
@@ -97,7 +97,7 @@ def test_layouts_are_of_one_kind_and_fall_in_memory(monkeypatch):
         assert found[0].train.batch_size // found[0].train.micro_batches == rows
 
 
-def test_batches_begin_with_the_largest_that_memory_holds(monkeypatch):
+def test_largest_batch_fits_in_memory(monkeypatch):
     from benchmarks.accelerator import decoding
 
     traffic = decoding.traffic(decoding.random_model("tiny", "retnet"), 5)
@@ -111,7 +111,7 @@ def test_batches_begin_with_the_largest_that_memory_holds(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.compiles(100, reason="each case of the benchmarks is a program or two")
 def test_all_sections_on_tiny_shapes(tmp_path):
-    """One test, so that one process measures once."""
+    """All checks in one test, so that the sections are measured only once."""
     path = tmp_path / "accelerator.json"
     for section in SECTIONS:
         run(Results(path), section, cases_of(section, tiny=True), time.time() + 600)
@@ -150,7 +150,7 @@ def check_speeds_follow_from_times(tiny):
         assert x["tokens_per_second"] == pytest.approx(1000 * x["rows"] * x["length"] / x["ms"])
         model = training.tiny_config(x["architecture"]).model
         assert x["flops_per_token"] == model.training_flops_per_token(x["length"])
-        # Near the logarithm of the vocabulary at first, and falling: the batch is always the same.
+        # The first loss is near log(vocabulary), and it falls because the batch is always the same.
         assert x["losses"][0] == pytest.approx(math.log(64), abs=0.5)
         assert x["losses"][-1] < x["losses"][0]
     for x in decoded:
@@ -171,7 +171,7 @@ def check_tables_show_every_case(tiny):
     speeds = found.measured("training") + found.measured("decoding")
     for record in speeds:
         assert f"| {record['tokens_per_second']:,.0f} |" in text
-    # All goals are of other sizes.
+    # The goals are for other sizes.
     assert report.goals_table(found).count(report.NOT_MEASURED) == len(report.GOALS)
 
 
@@ -182,7 +182,7 @@ def check_plots_are_drawn(tiny):
     assert tiny.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_best_batch_is_searched_from_the_largest(monkeypatch):
+def test_the_search_for_the_best_batch_begins_with_the_largest(monkeypatch):
     from benchmarks.accelerator import decoding
 
     speeds = {4: 30.0, 2: 40.0, 1: 20.0}
@@ -248,7 +248,7 @@ def test_goals_are_read_from_the_records():
     )
 
 
-def test_readme_has_the_table_of_what_was_measured():
+def test_readme_has_the_table_of_goals():
     path = ROOT / "benchmarks" / "results" / "accelerator.json"
     data = json.loads(path.read_text()) if path.exists() else {}
     assert report.goals_table(report.Report(data)) in (ROOT / "README.md").read_text()
@@ -271,7 +271,7 @@ def test_failures_are_recorded_and_the_next_case_runs(tmp_path):
         Case("number", lambda: {"ms": 1.0}),
     ]
     path = tmp_path / "results.json"
-    with pytest.raises(BrokenDeviceError):  # for a new process, which does what is left
+    with pytest.raises(BrokenDeviceError):  # a new process measures the remaining cases
         run(Results(path), "kernels", cases, time.time() + 60)
     run(Results(path), "kernels", cases, time.time() + 60)
     records = Results(path).records("kernels")
@@ -287,14 +287,14 @@ def test_failures_are_recorded_and_the_next_case_runs(tmp_path):
     }
 
 
-def test_what_is_not_reached_is_listed(tmp_path):
+def test_cases_that_were_not_reached_are_listed(tmp_path):
     path = tmp_path / "results.json"
     run(Results(path), "kernels", [Case("first", dict), Case("second", dict)], deadline=0)
     text = report.text(report.Report(json.loads(path.read_text())))
     assert "| kernels | first | not reached |\n| kernels | second | not reached |" in text
 
 
-# In the first process a case ends it, in the next another never ends.
+# A case ends the first process; another case hangs in the second process.
 FAILING = """
 import json, sys, time
 from pathlib import Path
@@ -312,7 +312,7 @@ time.sleep(600)
 """
 
 
-def test_processes_that_die_or_hang_are_survived(tmp_path, monkeypatch):
+def test_the_supervisor_survives_processes_that_die_or_hang(tmp_path, monkeypatch):
     program = tmp_path / "python"
     program.write_text(f"#!{sys.executable}\n{FAILING}")
     program.chmod(0o755)
@@ -321,14 +321,14 @@ def test_processes_that_die_or_hang_are_survived(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
     supervisor.run(["kernels"], path, seconds=3, options=[])
     assert Results(path).records("kernels") == {
-        "dies": {"ended": "the process ended with status 9, its output says why"},
+        "dies": {"ended": "the process ended with status 9; see its output"},
         "hangs": {"cut_off": "the section's time was over"},
     }
 
 
 @pytest.mark.slow
-def test_the_script_needs_no_library_of_data_or_checkpoints(tmp_path):
-    """Where they cannot be imported, torch neither, it runs, and so do the sections' modules."""
+def test_the_script_needs_no_libraries_of_data_or_checkpoints(tmp_path):
+    """The script and all sections run although importing these libraries or torch fails."""
     for name in ("grain", "orbax", "tokenizers", "ml_collections", "tensorboardX", "torch"):
         (tmp_path / f"{name}.py").write_text("raise ImportError(__name__)\n")
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "JAX_NUM_CPU_DEVICES": "1"}

@@ -24,7 +24,7 @@ def test_shares_of_a_mixture(text, shares):
 
 @pytest.mark.parametrize("text", ["data/pile", "data/pile:x", ":0.5", "data/a:1,"])
 def test_shares_that_are_none_are_named(text):
-    with pytest.raises(ValueError, match=r"is no store and share, such as data/pile:0.6"):
+    with pytest.raises(ValueError, match=r"expected STORE:SHARE such as data/pile:0.6, got"):
         shares_from_text(text)
 
 
@@ -166,7 +166,7 @@ def test_help_shows_the_values_of_a_config_and_of_what_changes_it():
     ("program", "group", "flag"),
     [
         ("eval.py", "Perplexity", "  --protocol=A,B,... (default window,stateful)\n"),
-        ("generate.py", "What is written", "  --temperature=X (default 0.0)\n"),
+        ("generate.py", "Sampling", "  --temperature=X (default 0.0)\n"),
         ("tools/inspect_data.py", "Flags", "  --split=train|held_out (default train)\n"),
     ],
 )

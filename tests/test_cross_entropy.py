@@ -1,4 +1,4 @@
-"""The chunked cross-entropy against the plain one."""
+"""The chunked cross-entropy equals the plain one."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ def test_chunks_do_not_change_loss_or_gradients(monkeypatch, most):
     assert_close((losses * weights).sum(), jax.jit(plain_sum)(hidden, head, targets, weights))
 
 
-def test_bfloat16_activations_give_float32_losses_near_float32s():
+def test_bfloat16_activations_give_float32_losses_close_to_those_of_float32():
     hidden, head, targets, weights = problem()
     loss = jax.jit(jax.value_and_grad(cross_entropy_sum, argnums=(0, 1)))
     rounded = hidden.astype(jnp.bfloat16)
@@ -54,7 +54,7 @@ def test_large_logits_stay_finite():
 
 
 def test_logits_of_all_positions_are_never_held():
-    """For 100,352 tokens, forward and backward take the room of one chunk of logits, not of all."""
+    """With a vocabulary of 100,352 forward and backward take less memory than all logits."""
     d, w, b, t = 16, 100_352, 4, 512
 
     def memory(function):

@@ -111,7 +111,9 @@ def test_an_empty_directory_is_a_new_store_and_a_file_is_none(config):
     Path(config.store).touch()
     with pytest.raises(ConfigError, match="missing or damaged"):
         open_or_build(config, 257)
-    with pytest.raises(ConfigError, match=r"data\.store='.*' cannot be used .*File exists"):
+    with pytest.raises(
+        ConfigError, match=r"data\.store='.*' cannot be used as a directory: .*File exists"
+    ):
         build_store(config, 0)
 
 

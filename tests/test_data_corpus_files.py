@@ -102,6 +102,16 @@ def test_names_do_not_depend_on_how_the_path_was_typed(tmp_path, monkeypatch):
     assert [x.name for x in read_documents(config, Skipped())] == ["1.txt"]
 
 
+def test_a_link_to_the_corpus_changes_no_name_of_what_links_in_it_lead_to(tmp_path):
+    """The real path names a file that has a shorter one over a link, and does so over another."""
+    make(tmp_path, "corpus/a/deep/1.txt", "corpus/2.txt")
+    (tmp_path / "corpus" / "l").symlink_to(tmp_path / "corpus/a/deep")
+    (tmp_path / "alias").symlink_to(tmp_path / "corpus")
+    for typed in ("corpus", "alias"):
+        path = f"{tmp_path}/{typed}/l/*,{tmp_path}/{typed}/**"
+        assert names_of(path) == ["2.txt", "a/deep/1.txt"]
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="no file whose reading fails")
 def test_files_that_cannot_be_read_are_counted_and_named(tmp_path):
     make(tmp_path, "good.txt")

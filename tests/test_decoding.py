@@ -1,4 +1,4 @@
-"""Models laid out for decoding: the same function, in fewer bytes."""
+"""Models for decoding: the same function with fewer bytes."""
 
 import dataclasses
 import functools
@@ -67,16 +67,16 @@ def token_by_token(model, row):
 
 @pytest.mark.parametrize("other", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_layout_changes_nothing(kind, other):
+def test_a_model_for_decoding_computes_the_same(kind, other):
     model, row = build(kind, other), tokens(2, 9)
-    laid_out, expected = for_decoding(model), run(model, row)
-    assert_close(run(laid_out, row), expected)
-    assert_close(token_by_token(laid_out, row), expected)
-    assert for_decoding(laid_out) is laid_out
+    decoder, expected = for_decoding(model), run(model, row)
+    assert_close(run(decoder, row), expected)
+    assert_close(token_by_token(decoder, row), expected)
+    assert for_decoding(decoder) is decoder
 
 
 @pytest.mark.parametrize("other", [False, True])
-def test_int8_weights_are_those_to_the_nearest_of_127_parts_of_an_outputs_largest(other):
+def test_int8_weights_are_multiples_of_the_largest_of_their_output_over_127(other):
     model, row = build(RetNet, other), tokens(2, 9)
     rounded = jax.tree.map(lambda x: x, model)
 
@@ -88,20 +88,20 @@ def test_int8_weights_are_those_to_the_nearest_of_127_parts_of_an_outputs_larges
         for linear in vars(module).values():
             if hasattr(linear, "kernel"):
                 linear.kernel = nearest(np.asarray(linear.kernel[...]), axis=1)
-    laid_out = for_decoding(model, weights="int8")
-    if other:  # tied: the words are looked up as they are
+    decoder = for_decoding(model, weights="int8")
+    if other:  # tied: the embedding itself is not rounded
         head = nearest(np.asarray(model.embedding[...]), axis=1)[...]
         hidden = jax.jit(lambda model, row: model.hidden(row)[0])(rounded, row)
-        assert_close(run(laid_out, row), hidden @ head.T)
+        assert_close(run(decoder, row), hidden @ head.T)
     else:
         rounded.head = nearest(np.asarray(model.head[...]), axis=1)
-        assert_close(run(laid_out, row), run(rounded, row))
-        assert_close(laid_out.head_matrix(), rounded.head_matrix())
-    kinds = {str(x.dtype) for x in jax.tree.leaves(laid_out) if x.ndim == 2}
+        assert_close(run(decoder, row), run(rounded, row))
+        assert_close(decoder.head_matrix(), rounded.head_matrix())
+    kinds = {str(x.dtype) for x in jax.tree.leaves(decoder) if x.ndim == 2}
     assert kinds == {"int8", "float32"}
 
 
-def test_rounding_at_random_keeps_the_mean_and_what_bfloat16_holds():
+def test_rounding_at_random_keeps_the_mean_and_bfloat16_numbers():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, 8, 8)), jnp.float32)
     rounded = jax.vmap(lambda seed: round_at_random(x, seed[None]))(jnp.arange(4000))
     rounded = np.asarray(rounded, np.float64)
@@ -113,8 +113,8 @@ def test_rounding_at_random_keeps_the_mean_and_what_bfloat16_holds():
     assert (round_at_random(held, jnp.zeros(1, int)) == held).all()
 
 
-def test_a_bfloat16_state_fades_by_gamma():
-    """1/512 of a number is less than half of what bfloat16 can tell it from."""
+def test_a_bfloat16_state_decays_by_gamma():
+    """1/512 of a number is less than half the distance to the next bfloat16 number."""
     steps, gamma = 1024, 1 - 1 / 512
     first = jnp.asarray(np.random.default_rng(1).uniform(1, 2, (1, 1, 64, 64)), jnp.float32)
 
@@ -123,7 +123,7 @@ def test_a_bfloat16_state_fades_by_gamma():
 
     last, _ = jax.lax.scan(fade, first.astype(jnp.bfloat16), jnp.arange(steps))
     ratio = float(last.astype(jnp.float32).mean() / first.mean())
-    # The errors of 1024 steps, each less than 2^-7, of 4096 numbers, that fade as well.
+    # The errors of 1024 steps, each less than 2^-7, of 4096 numbers; the errors decay as well.
     assert abs(ratio / gamma**steps - 1) < 5 * 2**-7 * np.sqrt(512 / 2 / 4096)
 
 
@@ -135,15 +135,15 @@ def test_a_bfloat16_state_stays_near_float32():
     assert {x.dtype for x in state.layers} == {jnp.dtype("bfloat16")}
     difference = token_by_token(model, row) - expected
     noise, scale = (np.sqrt(np.square(x).mean()) for x in (difference, expected))
-    # 200 independent errors in each number of the state, of 2^-8 of it or less by their root mean.
+    # Each number of the state has 200 independent errors, of root mean square 2^-8 of it or less.
     assert 0 < noise <= np.sqrt(200) * 2**-8 * scale
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_program_generates_what_a_stream_gives_and_talks_to_no_host(kind):
+def test_one_program_generates_what_a_stream_does_without_the_host(kind):
     model, prompts, end = for_decoding(build(kind)), [[1, 2, 3], [4]], 5
-    blocks = list(Stream(model, prompts, 40, end_id=end))
-    expected, log_p = (np.concatenate(parts, axis=1) for parts in zip(*blocks, strict=True))
+    pieces = list(Stream(model, prompts, 40, end_id=end))
+    expected, log_p = (np.concatenate(parts, axis=1) for parts in zip(*pieces, strict=True))
     progress, keys = prefill(model, prompts, room=64), row_keys(0, 2)
     limit = jnp.int32(40)
     complete.lower(model, progress, keys, limit, room=64, end_id=end).compile()
@@ -158,7 +158,7 @@ def test_one_program_generates_what_a_stream_gives_and_talks_to_no_host(kind):
 
 
 def compiled(device, batch_size, weights=None, state_dtype=None, length=8):
-    """Decoding on a device that may not be there, the bytes of its weights and of its state."""
+    """A program for decoding on a device, and the bytes of its weights and of its state."""
     config = ModelConfig(vocab_size=512, d_model=256, n_layers=3, n_heads=2, dtype="bfloat16")
 
     def build():
@@ -218,9 +218,9 @@ def test_arguments_that_do_not_fit_are_named(kind, arguments, message):
         for_decoding(build(kind), **arguments)
 
 
-def test_it_is_not_laid_out_twice_saved_or_trained(tmp_path):
+def test_a_model_for_decoding_is_not_converted_twice_saved_or_trained(tmp_path):
     model = for_decoding(build(RetNet), weights="int8")
-    with pytest.raises(ConfigError, match="already; give for_decoding the one"):
+    with pytest.raises(ConfigError, match="already; give for_decoding the model"):
         for_decoding(model, state_dtype="bfloat16")
     with pytest.raises(ConfigError, match="cannot be saved"):
         interop.save(model, tmp_path / "new", "own")

@@ -1,4 +1,4 @@
-"""Perplexity against plain loops over documents, and eval.py from workdir to table and JSON."""
+"""Perplexity equals plain loops over documents; eval.py from a workdir to tables and JSON."""
 
 import dataclasses
 import gzip
@@ -50,7 +50,7 @@ DOCUMENTS = documents_of(LENGTHS)
 @pytest.fixture(scope="module", params=[RetNet, Transformer])
 def model(request):
     model = request.param(SHAPE, rngs=nnx.Rngs(0))
-    # Drawn anew and larger: at the start every model's predictions are close to uniform.
+    # Larger parameters; otherwise the predictions of an untrained model are close to uniform.
     model.embedding = nnx.Param(model.embedding[...] * 50)
     model.head = nnx.Param(model.head[...] * 50)
     return model
@@ -63,7 +63,7 @@ def parallel_logits(model, tokens):
 
 def by_definition(model, tokens):
     """-log p of each token after the first, in one parallel pass and float64."""
-    # What comes after a token does not matter to it; with one length there is one compilation.
+    # Padding after a token does not change its logits; one length needs one compilation.
     padded = np.pad(tokens.astype(np.int32), (0, 1 + max(LENGTHS) - len(tokens)))
     logits = np.asarray(parallel_logits(model, padded[None])[0], np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -76,13 +76,13 @@ def whole(model):
 
 
 def assert_tokens(found, expected):
-    """Of every token of every document."""
+    """Compares -log p of every token of every document."""
     assert [len(x) for x in found] == [len(x) for x in expected]
     assert_close(np.concatenate(found), np.concatenate(expected))
 
 
 def rolling(model, document, length, stride):
-    """lm-evaluation-harness's rolling windows, one after the other: `get_rolling_token_windows`."""
+    """The windows of lm-evaluation-harness (`get_rolling_token_windows`), one after the other."""
     text, found = document[1:], []
     first = min(length, len(text))
     found.extend(by_definition(model, document[: first + 1]))
@@ -95,14 +95,14 @@ def rolling(model, document, length, stride):
 
 
 @pytest.mark.parametrize(("length", "stride"), [(6, None), (16, None), (16, 5), (6, 1)])
-def test_windows_are_a_loop_over_windows(model, length, stride):
+def test_window_nll_equals_a_loop_over_windows(model, length, stride):
     expected = [rolling(model, document, length, stride or length) for document in DOCUMENTS]
     found = window_nll(model, DOCUMENTS, window_length=length, stride=stride, batch_size=4)
     assert_tokens(found, expected)
 
 
 @pytest.mark.parametrize(("length", "stride"), [(4, 4), (4, 1), (7, 3), (100, 10)])
-def test_windows_score_every_token_once_and_see_enough(length, stride):
+def test_windows_score_every_token_once_with_full_context(length, stride):
     for tokens in range(1, 40):
         found = windows(tokens, length, stride)
         scored = [t for w in found for t in range(w.stop - w.scored, w.stop)]
@@ -110,13 +110,13 @@ def test_windows_score_every_token_once_and_see_enough(length, stride):
         assert all(w.stop - w.start == min(length, tokens) for w in found)
 
 
-def test_a_stride_that_leaves_gaps_is_refused(model):
+def test_a_stride_longer_than_the_window_is_refused(model):
     with pytest.raises(ConfigError, match=r"stride=7 is not in 1 \.\.\. 6"):
         window_nll(model, DOCUMENTS, window_length=6, stride=7, batch_size=4)
 
 
-def test_window_forgets_and_stateful_does_not(model, whole):
-    """A window as long as the documents is the same as the state; a shorter one is not."""
+def test_a_short_window_loses_context(model, whole):
+    """A window as long as the documents equals the stateful protocol; a shorter one does not."""
     long = window_nll(model, DOCUMENTS, window_length=40, batch_size=4)
     short = window_nll(model, DOCUMENTS, window_length=6, batch_size=4)
     assert_tokens(long, whole)
@@ -124,13 +124,13 @@ def test_window_forgets_and_stateful_does_not(model, whole):
 
 
 @pytest.mark.parametrize("piece_length", [5, 16])
-def test_stateful_is_one_pass_for_any_piece(model, whole, piece_length):
+def test_stateful_nll_equals_one_pass_for_any_piece_length(model, whole, piece_length):
     nll = stateful_nll(model, DOCUMENTS, batch_size=4, piece_length=piece_length)
     assert_tokens(nll, whole)
 
 
-def test_long_documents_in_pieces_of_any_length(model):
-    """The whole document is one piece of 512."""
+def test_long_documents_give_the_same_for_any_piece_length(model):
+    """Pieces of 512 tokens hold a whole document."""
     documents = documents_of((300, 290), seed=1)
     nll = {n: stateful_nll(model, documents, batch_size=2, piece_length=n) for n in (32, 64, 256)}
     whole = stateful_nll(model, documents, batch_size=2, piece_length=512)
@@ -140,11 +140,11 @@ def test_long_documents_in_pieces_of_any_length(model):
             assert abs(losses.sum(dtype=float) - expected.sum(dtype=float)) < 1e-4
 
 
-def test_company_in_the_batch_does_not_matter(model, whole):
+def test_other_documents_in_a_batch_change_nothing(model, whole):
     together = stateful_nll(model, DOCUMENTS, batch_size=7)
-    alone = stateful_nll(model, [DOCUMENTS[1]], batch_size=7)  # in one piece
+    single = stateful_nll(model, [DOCUMENTS[1]], batch_size=7)  # in one piece
     assert_tokens(together, whole)
-    assert_tokens(alone, whole[1:2])
+    assert_tokens(single, whole[1:2])
 
 
 def test_the_same_last_tokens_after_contexts_of_several_lengths(model):
@@ -159,7 +159,7 @@ def test_the_same_last_tokens_after_contexts_of_several_lengths(model):
         last_tokens_nll(model, DOCUMENTS, [3, 8], scored=4, batch_size=2)
 
 
-def test_positions_add_up_to_the_whole():
+def test_position_buckets_add_up_to_the_whole():
     rng = np.random.default_rng(0)
     nll = [rng.exponential(size=n).astype(np.float32) for n in (3, 9, 40)]
     buckets = position_buckets(nll, shortest=4)
@@ -187,7 +187,7 @@ def test_a_uniform_model_scores_every_token_once(model, protocol):
         assert sum(scored) == sum(w.stop - w.start for n in LENGTHS for w in windows(n, 6, stride))
     assert tuple(map(len, nll)) == LENGTHS
     assert_close(np.concatenate(nll), np.full(sum(LENGTHS), math.log(VOCABULARY)))
-    # Two bytes to the token: log2(VOCABULARY) / 2 bits per byte in each document alike.
+    # Two bytes per token: log2(VOCABULARY) / 2 bits per byte in every document.
     found = perplexity_report(nll, ["é" * n for n in LENGTHS])
     assert found.token_perplexity == pytest.approx(VOCABULARY, rel=1e-5)
     assert found.bits_per_byte == pytest.approx(math.log2(VOCABULARY) / 2, rel=1e-5)
@@ -212,7 +212,7 @@ def test_report_counts_words_bytes_and_tokens():
     assert found.mean_standard_error == pytest.approx(each.std(ddof=1) / math.sqrt(2))
 
 
-def test_a_word_too_long_for_a_perplexity():
+def test_word_perplexity_overflows_to_infinity():
     found = perplexity_report([np.full(9, 800 / 9)], ["字" * 300])
     assert found.word_perplexity == math.inf
     assert math.isnan(found.standard_error)
@@ -226,8 +226,8 @@ def test_standard_error_follows_the_formula():
     assert ratio_standard_error(np.array(x), np.array(y)) == pytest.approx(expected, rel=1e-12)
 
 
-def test_standard_error_is_the_spread_over_samples():
-    """Of 2000 corpora of 100 documents each, with bits that vary about 2 per byte."""
+def test_standard_error_is_the_deviation_over_samples():
+    """2000 corpora of 100 documents each, with about 2 bits per byte."""
     rng = np.random.default_rng(0)
     y = rng.integers(10, 1000, (2000, 100)).astype(float)
     x = y * rng.normal(2, 0.5, y.shape)
@@ -248,7 +248,7 @@ TINY = ModelConfig(vocab_size=257, d_model=16, n_layers=1, n_heads=2)
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A run as train.py leaves it, of a model that was never trained."""
+    """A run as train.py writes it, with an untrained model."""
     directory = tmp_path_factory.mktemp("run")
     for i in range(20):
         (directory / f"{i}.txt").write_text(f"document {i}: {'naïve ' * i}\n", encoding="utf-8")
@@ -287,7 +287,7 @@ def test_table_and_json_of_a_run(workdir, tmp_path, capsys):
     documents = [np.array([ByteTokenizer.bos_id, *text.encode()]) for text in texts]
     nll = stateful_nll(RetNet(TINY, rngs=nnx.Rngs(0)), documents, batch_size=4)
     expected = dataclasses.asdict(perplexity_report(nll, texts))
-    for protocol in PROTOCOLS:  # the same, as no document is longer than the window
+    for protocol in PROTOCOLS:  # all the same, because no document is longer than the window
         found = record["protocols"][protocol]
         assert found.pop("sources") == {}
         assert found == pytest.approx(expected, rel=1e-5)
@@ -309,8 +309,8 @@ def test_table_and_json_of_a_run(workdir, tmp_path, capsys):
     assert output.read_text() == before
 
 
-def test_given_files(workdir, tmp_path, capsys):
-    """The same texts as files and as JSON lines; what cannot be read is counted and named."""
+def test_text_files_and_json_lines_give_the_same(workdir, tmp_path, capsys):
+    """Unreadable files are counted and named."""
     texts = ["first text", "zweiter, schöner"]
     lines = [json.dumps({"text": text}) for text in texts]
     for i, text in enumerate(texts):
@@ -333,7 +333,7 @@ def test_given_files(workdir, tmp_path, capsys):
     assert records[0]["data"]["skipped"]["count"] == 2
 
 
-def test_no_standard_error_of_one_document(workdir, tmp_path, capsys):
+def test_one_document_has_no_standard_error(workdir, tmp_path, capsys):
     (tmp_path / "one.txt").write_text("字" * 300, encoding="utf-8")
     output = tmp_path / "one.json"
     run_eval(workdir, data=str(tmp_path / "one.txt"), protocols=["window"], output=output)
@@ -346,7 +346,7 @@ def test_no_standard_error_of_one_document(workdir, tmp_path, capsys):
     assert "inf" in capsys.readouterr().out
 
 
-def test_unusable_data(workdir, tmp_path):
+def test_data_without_documents_is_refused(workdir, tmp_path):
     with pytest.raises(ConfigError, match=r"--data: .*nothing\*.txt' matches no file"):
         run_eval(workdir, data=str(tmp_path / "nothing*.txt"))
     (tmp_path / "empty.txt").touch()
@@ -354,7 +354,7 @@ def test_unusable_data(workdir, tmp_path):
         run_eval(workdir, data=str(tmp_path / "*.txt"))
 
 
-def test_directories_that_do_not_fit(workdir, tmp_path):
+def test_directories_without_model_store_or_checkpoint_are_refused(workdir, tmp_path):
     with pytest.raises(ConfigError, match=r"has no weights|is no directory"):
         run_eval(tmp_path)
 
@@ -366,7 +366,7 @@ def test_directories_that_do_not_fit(workdir, tmp_path):
         run_eval(tmp_path / "untrained", data=str(workdir.parent / "*.txt"))
 
 
-def test_a_store_with_another_tokenizer(workdir, tmp_path):
+def test_a_store_with_another_tokenizer_is_refused(workdir, tmp_path):
     data = DataConfig(tokenizer="bpe", store=str(workdir.parent / "store"))
     config = Config(model=ModelConfig(vocab_size=259), data=data)
     record_start(tmp_path / "bpe", config, None, train_bpe(["abcabd" * 9], 259))
@@ -379,10 +379,10 @@ def test_a_store_with_another_tokenizer(workdir, tmp_path):
     [
         ([], "Exactly one of (workdir, checkpoint)"),
         (["--workdir=a", "--checkpoint=b"], "Exactly one of (workdir, checkpoint)"),
-        (["--checkpoint=b"], "--checkpoint is evaluated on --data"),
+        (["--checkpoint=b"], "--checkpoint needs --data"),
     ],
 )
-def test_command_lines_that_say_too_much_or_too_little(arguments, message):
+def test_command_lines_without_model_or_data_are_refused(arguments, message):
     found = programs.run("eval.py", *arguments)
     assert found.returncode == 2
     assert message in found.stderr
@@ -398,11 +398,11 @@ def test_command_lines_that_say_too_much_or_too_little(arguments, message):
         ),
         ([0, -1], "document 1 has the token id -1"),
         ([0.0, 4.0], r"document 1 has .*0.0.* \(float64\); token ids are integers"),
-        ([], "document 1 is empty; BOS"),
+        ([], "document 1 is empty; it must begin with BOS"),
         (7, "document 1 is '7', no list of token ids"),
     ],
 )
-def test_documents_that_are_no_ids_are_named(model, document, message):
+def test_documents_without_valid_token_ids_are_refused(model, document, message):
     documents = [DOCUMENTS[1], document]
     with pytest.raises(ConfigError, match=message):
         stateful_nll(model, documents, batch_size=2)
@@ -410,19 +410,19 @@ def test_documents_that_are_no_ids_are_named(model, document, message):
         window_nll(model, documents, window_length=8, batch_size=2)
 
 
-def test_a_model_with_nan_has_no_perplexity(model):
+def test_a_model_with_nan_raises_instead_of_a_perplexity(model):
     broken = jax.tree.map(lambda x: x, model)
     broken.embedding = nnx.Param(broken.embedding[...].at[5].set(np.nan))
     documents = [np.array([0, 1, 2]), np.array([0, 1, 5, 6])]
     message = (
-        "1 of 2 documents have tokens without a finite probability from this model, the first of "
-        r"them token \d of document 1: 16 of the 368 numbers of its parameter embedding are NaN"
+        r"not finite in 1 of 2 documents \(first: token \d of document 1\): "
+        "16 of the 368 numbers of its parameter embedding are NaN"
     )
     with pytest.raises(CheckpointError, match=message):
         stateful_nll(broken, documents, batch_size=2)
 
 
-def test_a_difference_without_error_is_infinitely_many_errors_on_its_side():
+def test_z_of_a_difference_without_standard_error_is_infinite():
     assert Difference(-0.5, 0.0).z == -math.inf
     assert Difference(0.5, 0.0).z == math.inf
     assert Difference(0.0, 0.0).z == 0

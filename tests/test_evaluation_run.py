@@ -1,4 +1,4 @@
-"""`evaluate`, as a notebook calls it: the numbers of eval.py, for a directory or a model."""
+"""`evaluate` gives the record of eval.py, for a directory or for a model in memory."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ BYTES = ByteTokenizer()
 TEXTS = ["first text", "zweiter, schöner", "a third, which is the longest of the three"]
 
 
-def test_it_returns_what_the_program_writes(workdir, tmp_path, capsys):
+def test_evaluate_returns_the_record_that_the_program_writes(workdir, tmp_path, capsys):
     output = tmp_path / "result.json"
     options = {"parts": ("paper", "recall"), "task_data": str(ROWS), "tasks": ["copa"]}
     options |= {"shots": [0, 0], "distances": (16,), "trials": 4, "compressors": True}
@@ -41,13 +41,13 @@ def test_it_returns_what_the_program_writes(workdir, tmp_path, capsys):
     assert capsys.readouterr().out == ""
     assert record["plan"]["parts"] == ("perplexity", "tasks", "recall")
     assert record["plan"]["shots"] == (0,)
-    # What was not given: as in training, and half of it.
+    # Defaults: the training length, and half of it.
     assert (record["plan"]["window_length"], record["plan"]["stride"]) == (32, 16)
     assert list(record["protocols"]) == ["window", "stateful"]
     assert (record["step"], record["checkpoint"]) == (3, str(workdir))
 
 
-def test_only_a_record_that_is_kept_needs_the_hash_of_a_checkpoint(workdir, tmp_path, monkeypatch):
+def test_the_checkpoint_is_hashed_only_for_a_written_record(workdir, tmp_path, monkeypatch):
     hashed = []
     monkeypatch.setattr(
         "retnet_jax.evaluation.run.checkpoint_sha256", lambda *of: hashed.append(of) or "digest"
@@ -70,7 +70,7 @@ def test_texts_are_a_glob_or_strings(workdir, tmp_path):
 
 
 @pytest.mark.parametrize("axes", [None, {"data": 4, "fsdp": 2}])
-def test_a_model_in_memory_is_evaluated_where_it_is(axes):
+def test_a_model_in_memory_is_evaluated_on_its_devices(axes):
     model = RetNet(TINY, rngs=nnx.Rngs(0))
     documents = [np.array([BYTES.bos_id, *text.encode()]) for text in TEXTS]
     nll = stateful_nll(model, documents, batch_size=4)
@@ -88,7 +88,7 @@ def test_a_model_in_memory_is_evaluated_where_it_is(axes):
     assert record["tokenizer"] == BYTES.fingerprint
 
 
-def test_a_model_in_memory_gives_what_its_directory_gives(workdir):
+def test_a_model_in_memory_gives_the_results_of_its_directory(workdir):
     model = load_pretrained(workdir, evaluation_mesh(4, fsdp=False))
     found = evaluate(model, TEXTS, tokenizer=BYTES, window_length=32)
     expected = evaluate(workdir, TEXTS)
@@ -96,7 +96,7 @@ def test_a_model_in_memory_gives_what_its_directory_gives(workdir):
     assert found["positions"] == expected["positions"]
 
 
-def test_input_that_does_not_fit(workdir):
+def test_invalid_input_of_evaluate_is_refused(workdir):
     model = RetNet(TINY, rngs=nnx.Rngs(0))
     bpe = train_bpe(["abcabd" * 9], 259)
     for options, message in (
@@ -109,18 +109,21 @@ def test_input_that_does_not_fit(workdir):
         ({"tokenizer": BYTES, "texts": []}, "texts is empty"),
         ({"tokenizer": BYTES, "texts": ["a", ""]}, r"texts\[1\] is empty"),
         ({"tokenizer": BYTES, "texts": ["a", "\ud800"]}, r"texts\[1\] cannot be written as UTF-8"),
-        ({"tokenizer": BYTES, "texts": ["a"], "dtype": "bfloat16"}, "stays as it is"),
+        (
+            {"tokenizer": BYTES, "texts": ["a"], "dtype": "bfloat16"},
+            "a model in memory is not changed",
+        ),
         ({"tokenizer": BYTES, "texts": ["a"], "parts": ["tasks"]}, "texts have no effect with"),
     ):
         with pytest.raises(ConfigError, match=message):
             evaluate(model, **options)
-    with pytest.raises(ConfigError, match="has a tokenizer of its own"):
+    with pytest.raises(ConfigError, match="has its own tokenizer"):
         evaluate(workdir, tokenizer=BYTES)
     with pytest.raises(ConfigError, match=r"has no weights|is no directory"):
         evaluate(Path("no/such/run"))
 
 
-def test_a_plan_has_numbers_only():
+def test_a_plan_fills_in_defaults():
     plan = make_plan(33, parts=["paper"])
     assert (plan.parts, plan.shots) == (("perplexity", "tasks"), (0, 4))
     assert (plan.window_length, plan.stride) == (33, 17)
@@ -131,15 +134,15 @@ def test_a_plan_has_numbers_only():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"parts": ["all"]}, "parts: 'all' is none of perplexity, tasks, recall"),
-        ({"protocols": []}, "protocols is empty; it takes some of window"),
-        ({"tasks": ["mmlu"]}, "tasks: 'mmlu' is none of hellaswag"),
-        ({"variant": "dirty"}, "variant: 'dirty' is none of lm_eval, clean"),
-        ({"window_length": 0}, "window_length=0: numbers of 1 or more"),
-        ({"context_lengths": (128, 100)}, r"context_lengths=\(128, 100\): numbers of 128 or more"),
+        ({"parts": ["all"]}, "parts: 'all' is not one of perplexity, tasks, recall"),
+        ({"protocols": []}, "protocols is empty; give at least one of window"),
+        ({"tasks": ["mmlu"]}, "tasks: 'mmlu' is not one of hellaswag"),
+        ({"variant": "dirty"}, "variant: 'dirty' is not one of lm_eval, clean"),
+        ({"window_length": 0}, "window_length=0: must be >= 1"),
+        ({"context_lengths": (128, 100)}, r"context_lengths=\(128, 100\): must be >= 128"),
         ({"protocols": ["sliding"], "stride": 9, "window_length": 8}, r"stride=9 is not in 1"),
     ],
 )
-def test_plans_that_do_not_fit(options, message):
+def test_invalid_plans_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         make_plan(32, **options)

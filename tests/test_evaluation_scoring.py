@@ -1,4 +1,4 @@
-"""Scores of continuations against plain loops; what is read, and that it is read once."""
+"""Scores of continuations equal those of plain loops, and shared prefixes are read once."""
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +19,15 @@ from retnet_jax.parallel.sharding import with_shardings
 VOCABULARY = 24
 CONFIG = ModelConfig(vocab_size=VOCABULARY, d_model=16, n_layers=2, n_heads=2, chunk_size=8)
 KINDS = (RetNet, Transformer)
-MOST = [RetNet, pytest.param(Transformer, marks=pytest.mark.slow)]  # of the tests that take long
+# For tests that take long.
+MOST = [RetNet, pytest.param(Transformer, marks=pytest.mark.slow)]
 
 
 def build(kind):
     @jax.jit
     def made():
         model = kind(CONFIG, rngs=nnx.Rngs(0))
-        # Drawn larger: at the start every model's predictions are close to uniform.
+        # Larger parameters; otherwise the predictions of an untrained model are close to uniform.
         model.embedding = nnx.Param(model.embedding[...] * 50)
         model.head = nnx.Param(model.head[...] * 50)
         return model
@@ -38,7 +39,7 @@ MODELS = {kind: build(kind) for kind in KINDS}
 
 
 def requests_of_a_task(rng, questions=7, choices=3, prompt=40):
-    """A prompt for all, questions of any length, choices that begin alike."""
+    """A shared prompt, questions of random lengths, and choices with a common beginning."""
     draw = lambda n: rng.integers(1, VOCABULARY, n).tolist()  # noqa: E731
     shared = [0, *draw(prompt)]
     requests = []
@@ -55,7 +56,7 @@ def parallel_log_p(model, tokens):
 
 
 def by_definition(model, requests):
-    """Each request alone, in one parallel pass; sums in float64."""
+    """Each request in its own parallel pass; sums in float64."""
     longest = max(len(context) + len(continuation) for context, continuation in requests)
     expected = []
     for context, continuation in requests:
@@ -75,11 +76,11 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_scores_are_those_of_each_request_alone_in_the_order_given(kind):
+def test_scores_equal_those_of_separate_requests_in_the_given_order(kind):
     rng = np.random.default_rng(0)
     model, requests = MODELS[kind], requests_of_a_task(rng)
-    # Continuations that the model itself would write, one that is asked twice, one of one token, a
-    # context that is another's continuation.
+    # Greedy continuations, a repeated request, a continuation of one token, and a context that is
+    # the continuation of another request.
     context = requests[0].context
     greedy = []
     for _ in range(3):
@@ -96,14 +97,14 @@ def test_scores_are_those_of_each_request_alone_in_the_order_given(kind):
 @pytest.mark.parametrize("kind", MOST)
 def test_sharing_prefixes_changes_no_score(kind):
     model, requests = MODELS[kind], requests_of_a_task(np.random.default_rng(1))
-    shared, alone = (PrefixTrie(requests, reuse=reuse) for reuse in (True, False))
-    assert shared.tokens < alone.tokens / 2
-    assert alone.tokens == alone.tokens_alone == shared.tokens_alone
-    found, expected = (score_trie(model, trie, batch_size=8) for trie in (shared, alone))
+    shared, separate = (PrefixTrie(requests, reuse=reuse) for reuse in (True, False))
+    assert shared.tokens < separate.tokens / 2
+    assert separate.tokens == separate.tokens_unshared == shared.tokens_unshared
+    found, expected = (score_trie(model, trie, batch_size=8) for trie in (shared, separate))
     assert_same(found, expected)
 
 
-def test_a_prompt_is_read_once_and_a_question_once():
+def test_prompt_and_questions_are_read_once():
     rng = np.random.default_rng(2)
     requests = requests_of_a_task(rng, questions=5, choices=4, prompt=100)
     read = []
@@ -115,7 +116,7 @@ def test_a_prompt_is_read_once_and_a_question_once():
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=12), min_size=1, max_size=20))
-def test_a_trie_has_each_distinct_prefix_once_and_asks_for_all(rows):
+def test_a_trie_has_each_prefix_once_and_queries_every_token(rows):
     requests = [Request(row[:1], row[1:]) for row in rows]
     trie = PrefixTrie(requests)
     inputs = [tuple(row[:-1]) for row in rows]
@@ -131,7 +132,7 @@ def test_a_trie_has_each_distinct_prefix_once_and_asks_for_all(rows):
                 offset, target = node.queries[query]
                 assert path[: start + offset + 1] == rows[request][: start + offset + 1]
                 asked[request][start + offset + 1] = target
-    # Each token of a continuation is asked for once, after the tokens before it.
+    # Each token of a continuation is queried once, after the tokens before it.
     assert asked == [dict(enumerate(row[1:], start=1)) for row in rows]
 
 
@@ -144,7 +145,7 @@ def test_prompts_longer_than_a_node(kind):
     assert_same(found, by_definition(MODELS[kind], requests))
 
 
-def test_requests_that_are_too_long_lose_their_beginning_and_are_counted():
+def test_too_long_requests_lose_their_beginning_and_are_counted():
     requests = requests_of_a_task(np.random.default_rng(4), questions=3)
     trie = PrefixTrie(requests, max_length=30)
     assert trie.truncated == len(requests)
@@ -158,7 +159,7 @@ def test_requests_that_are_too_long_lose_their_beginning_and_are_counted():
 
 
 @pytest.mark.parametrize("kind", MOST)
-def test_a_mesh_gives_the_same(kind):
+def test_scores_on_a_mesh_are_the_same(kind):
     model, requests = MODELS[kind], requests_of_a_task(np.random.default_rng(5))
     expected = score(model, requests, batch_size=8)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
@@ -168,8 +169,8 @@ def test_a_mesh_gives_the_same(kind):
     assert_same(found, expected)
 
 
-def test_states_are_few_whatever_the_number_of_requests():
-    """Those of the questions of a few batches, not of all."""
+def test_the_number_of_states_does_not_grow_with_the_requests():
+    """Only the states of a few batches are kept, not those of all questions."""
     from retnet_jax.evaluation import scoring
 
     sizes = []
@@ -189,7 +190,7 @@ def test_states_are_few_whatever_the_number_of_requests():
 
 
 def constant_model(log_p):
-    """Predicts one distribution whatever it read: the last norm's output is constant."""
+    """A model that always predicts one distribution: its last norm's output is constant."""
     model = RetNet(CONFIG, rngs=nnx.Rngs(0))
     unit = np.zeros(CONFIG.d_model, np.float32)
     unit[0] = 1.0
@@ -222,25 +223,25 @@ BAD = [
 
 
 @pytest.mark.parametrize(("requests", "message"), BAD)
-def test_requests_that_cannot_be_scored_are_named(requests, message):
+def test_invalid_requests_are_refused(requests, message):
     with pytest.raises(ConfigError, match=message):
         score(MODELS[RetNet], requests)
 
 
-def test_a_continuation_longer_than_what_is_read():
+def test_a_continuation_longer_than_max_length_is_refused():
     with pytest.raises(ConfigError, match=r"request 0 has .* of 9 tokens.*max_length=8"):
         score(MODELS[RetNet], [([0], [1] * 9)], max_length=8)
 
 
-def test_no_requests():
+def test_no_requests_give_no_scores():
     assert score(MODELS[RetNet], []) == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_model_with_nan_has_no_scores(kind):
+def test_a_model_with_infinity_raises_instead_of_scoring(kind):
     model = jax.tree.map(lambda x: x, MODELS[kind])
     model.embedding = nnx.Param(model.embedding[...].at[7].set(jnp.inf))
-    message = "1 of 2 requests, the first of them request 1, .* 16 of the 384 .* embedding"
+    message = r"1 of 2 requests \(first: request 1\): 16 of the 384 .* embedding"
     with pytest.raises(CheckpointError, match=message):
         score(model, [([0, 3], [4, 5]), ([0, 7], [4, 5])])
 
@@ -253,9 +254,9 @@ def test_a_model_with_nan_has_no_scores(kind):
         (([0, 1], [2**31]), "the continuation of request 0 has the token id 2147483648"),
         (([0, 24], [2]), "has the token id 24, but the model knows ids from 0 to 23"),
         ((0, 1), "the context of request 0 is '0', no list of token ids"),
-        ([0, 1, 2], r"request 0 is '\[0, 1, 2\]', no pair of a context and a continuation"),
+        ([0, 1, 2], r"request 0 is '\[0, 1, 2\]', not a pair of context and continuation"),
     ],
 )
-def test_requests_that_are_no_ids_are_named(request_, message):
+def test_requests_without_token_ids_are_refused(request_, message):
     with pytest.raises(ConfigError, match=message):
         score(MODELS[RetNet], [request_])

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -21,7 +20,6 @@ from retnet_jax.errors import ConfigError
 from retnet_jax.evaluation.measure import read_tasks
 from retnet_jax.evaluation.plan import Plan
 from retnet_jax.evaluation.prefix_trie import PrefixTrie
-from retnet_jax.evaluation.recall_probes import recall
 from retnet_jax.evaluation.run import evaluation_mesh
 from retnet_jax.evaluation.scoring import Score, score, score_trie
 from retnet_jax.evaluation.statistics import paired_difference
@@ -52,8 +50,8 @@ def rows_of(name):
 
 @pytest.mark.parametrize("shots", [0, 4])
 @pytest.mark.parametrize("name", TASKS)
-def test_texts_are_the_harnesss_own(name, shots):
-    """Golden texts by tests/make_lm_eval_requests.py; in wsc273 no row is its own example."""
+def test_texts_equal_those_of_the_harness(name, shots):
+    """The recorded texts are from tests/make_lm_eval_requests.py, without rows as own examples."""
     task, rows, pool = rows_of(name)
     examples = draw_shots(task, rows, pool, shots)
     asked = task_texts(task, rows, examples, "lm_eval")
@@ -63,7 +61,7 @@ def test_texts_are_the_harnesss_own(name, shots):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_clean_texts_have_single_spaces_and_sentences_as_they_are_written(name):
+def test_clean_texts_have_single_spaces_and_correct_punctuation(name):
     task, rows, pool = rows_of(name)
     examples = draw_shots(task, rows, pool, 4)
     dirty = 0
@@ -84,12 +82,12 @@ def test_no_row_is_its_own_example(name, mode):
     for seed in range(20):
         shots = draw_shots(task, rows, pool, 4, mode, seed)
         assert all(len(x) == 4 and row not in x for row, x in zip(rows.rows, shots, strict=True))
-        if mode == "fixed":  # but for the row's own place
+        if mode == "fixed":  # plus one, which replaces a row as its own example
             assert len({json.dumps(x) for examples in shots for x in examples}) <= 5
 
 
-def test_the_right_choice_and_lengths_decide():
-    """Scores that know the answers, that know nothing, and that prefer what is short."""
+def test_accuracy_by_likelihood_and_by_likelihood_per_character():
+    """Scores that know the answers, that prefer short choices, and that are all equal."""
     task, rows, _ = rows_of("hellaswag")
     requests = task_requests(task, rows, [()] * 8, BYTES, "lm_eval")
     labels = [question.label for question in requests.questions]
@@ -105,16 +103,16 @@ def test_the_right_choice_and_lengths_decide():
         int(np.argmin([len(b) for _, b in requests.texts[4 * i : 4 * i + 4]])) == labels[i]
         for i in range(8)
     ]
-    # Of equal log-likelihoods the longest choice has the highest for each character.
+    # With equal log-likelihoods the longest choice has the highest one per character.
     even = task_result(task, requests, [Score(-100.0, True)] * 32)
     endings = [[len(b) - 1 for _, b in requests.texts[4 * i : 4 * i + 4]] for i in range(8)]
     assert even.correct["acc_norm"].tolist() == [
         int(np.argmax(row)) == label for row, label in zip(endings, labels, strict=True)
     ]
-    assert lengths != endings  # lm-eval's texts are without the marks of WikiHow
+    assert lengths != endings  # the texts of lm-evaluation-harness leave out WikiHow's marks
 
 
-def test_standard_errors_and_paired_differences_are_the_formulas():
+def test_standard_errors_and_paired_differences_follow_the_formulas():
     one, other = np.array([1, 1, 0, 1, 1, 0]), np.array([1, 0, 0, 1, 0, 1])
     found = paired_difference(one, other)
     differences = np.array([0, 1, 0, 0, 1, -1])
@@ -125,7 +123,7 @@ def test_standard_errors_and_paired_differences_are_the_formulas():
     assert paired_difference(one, one).z == 0
 
 
-def test_pairs_are_divided_as_the_harness_divides_them():
+def test_pairs_are_split_as_in_the_harness():
     pairs = encode_pairs(BYTES, [("a b ", "c"), ("a b", " c"), ("", "xy")])
     assert pairs[0] == pairs[1] == ([256, *b"a b"], [*b" c"])
     assert pairs[2] == ([256], [*b"xy"])
@@ -147,7 +145,7 @@ def build(kind, seed=0):
 
 @pytest.mark.parametrize("mode", [pytest.param("per-document", marks=pytest.mark.slow), "fixed"])
 @pytest.mark.parametrize("kind", [RetNet, pytest.param(Transformer, marks=pytest.mark.slow)])
-def test_sharing_prefixes_of_a_task_changes_nothing(kind, mode):
+def test_sharing_prefixes_of_a_task_changes_no_result(kind, mode):
     task, rows, pool = rows_of("hellaswag")
     shots = draw_shots(task, rows, pool, 4, mode)
     requests = task_requests(task, rows, shots, BYTES, "lm_eval")
@@ -186,7 +184,7 @@ def runs(tmp_path_factory):
 @pytest.mark.compiles(70, reason="two models, two tasks, two numbers of shots")
 def test_eval_compares_two_models_in_one_table(runs, tmp_path, capsys):
     output = tmp_path / "result.json"
-    # Three rows at once do not divide over the eight devices: all is on one.
+    # A batch of three rows cannot be split over eight devices, so one device is used.
     options = {
         "parts": ("tasks",),
         "task_data": str(ROWS),
@@ -204,7 +202,7 @@ def test_eval_compares_two_models_in_one_table(runs, tmp_path, capsys):
             task, rows, pool = rows_of(found["task"])
             shots = draw_shots(task, rows, pool, found["shots"])
             requests = task_requests(task, rows, shots, BYTES, "lm_eval")
-            with jax.set_mesh(mesh):  # as the program, so that nothing is compiled again
+            with jax.set_mesh(mesh):  # as in the program, so that nothing is compiled twice
                 scores = score(model, requests.pairs, batch_size=3)
             expected = task_result(task, requests, scores)
             for metric in expected.correct:
@@ -228,133 +226,6 @@ def test_eval_compares_two_models_in_one_table(runs, tmp_path, capsys):
         print_evaluation(runs[0], output=output, **options)
 
 
-def run_harness(run, tmp_path, tasks, shots):
-    """Samples of each task, by lm-evaluation-harness's command."""
-    pytest.importorskip("lm_eval", reason="pip install lm-eval==0.4.13")
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
-    local = tmp_path / "tasks"
-    subprocess.run(
-        [sys.executable, ROOT / "tools/lm_eval_tasks.py", f"--data={ROWS}", f"--output={local}"],
-        check=True,
-    )
-    command = [sys.executable, "-m", "retnet_jax.evaluation.harness", "run", "--log_samples"]
-    command += ["--model", "retnet_jax", "--model_args", f"pretrained={run}", "--batch_size", "8"]
-    command += ["--include_path", local, "--tasks", ",".join(f"{name}_local" for name in tasks)]
-    command += ["--num_fewshot", str(shots), "--output_path", tmp_path / "out"]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
-    (results,) = (tmp_path / "out").rglob("results_*.json")
-    samples = {}
-    for name in tasks:
-        (path,) = (tmp_path / "out").rglob(f"samples_{name}_local_*.jsonl")
-        samples[name] = [json.loads(line) for line in path.read_text().splitlines()]
-    return json.loads(results.read_text())["results"], samples
-
-
-@pytest.mark.slow
-def test_the_harness_finds_what_eval_finds(runs, tmp_path):
-    names = ("hellaswag", "wsc273")
-    results, samples = run_harness(runs[0], tmp_path, names, shots=4)
-    for name in names:
-        task, rows, pool = rows_of(name)
-        requests = task_requests(task, rows, draw_shots(task, rows, pool, 4), BYTES, "lm_eval")
-        scores = score(build(RetNet), requests.pairs)
-        expected = task_result(task, requests, scores)
-        for metric in expected.correct:
-            assert results[f"{name}_local"][f"{metric},none"] == expected.accuracy(metric)
-            error = results[f"{name}_local"][f"{metric}_stderr,none"]
-            assert error == pytest.approx(expected.standard_error(metric))
-        found = [x for sample in samples[name] for x in sample["filtered_resps"]]
-        for (likelihood, greedy), one in zip(found, scores, strict=True):
-            assert float(likelihood) == pytest.approx(one.log_likelihood, abs=1e-3)
-            assert (greedy in (True, "True")) == one.is_greedy
-
-
-HARNESS = """
-import json, sys
-from lm_eval.api.instance import Instance
-from retnet_jax.evaluation.harness import RetNetLM
-options = dict(dtype="auto", trust_remote_code=True, add_bos_token=True, device="cuda")
-lm = RetNetLM({run!r}, batch_size=2, max_length={length}, **options)
-make = lambda kind, *args: Instance(kind, {{}}, args, 0)
-texts = {texts!r}
-rolling = lm.loglikelihood_rolling([make("loglikelihood_rolling", text) for text in texts])
-options = {{"until": ["e", "\\n\\n"], "max_gen_toks": 20}}
-generated = lm.generate_until([make("generate_until", text, options) for text in texts])
-try:
-    lm.generate_until([make("generate_until", "a", {{"num_beams": 3}})])
-except ValueError as error:
-    said = str(error)
-for refused in (
-    lambda: RetNetLM({run!r}, add_bos_token="False"),
-    lambda: lm.chat_template(True),
-    lambda: lm.loglikelihood([make("loglikelihood", "the end of a context", "")]),
-):
-    try:
-        refused()
-    except ValueError as error:
-        said += " | " + str(error)
-json.dump([rolling, generated, said], open({output!r}, "w"))
-"""
-
-
-@pytest.mark.parametrize("length", [None, pytest.param(16, marks=pytest.mark.slow)])
-def test_the_harness_reads_whole_texts_and_generates(runs, tmp_path, length):
-    pytest.importorskip("lm_eval", reason="pip install lm-eval==0.4.13")
-    from retnet_jax.evaluation.held_out_texts import encoded
-    from retnet_jax.evaluation.perplexity import stateful_nll, window_nll
-    from retnet_jax.generation.texts import Writer
-
-    texts, output = ["Once upon a time there was", "x", "Grüße " * 20], str(tmp_path / "out.json")
-    program = HARNESS.format(run=str(runs[0]), texts=texts, output=output, length=length)
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True)
-    rolling, generated, said = json.loads(Path(output).read_text())
-    documents = encoded(texts, BYTES)
-    if length is None:
-        expected = stateful_nll(build(RetNet), documents, batch_size=2)
-    else:
-        expected = window_nll(build(RetNet), documents, window_length=length, batch_size=2)
-    assert rolling == pytest.approx([-x.sum() for x in expected], rel=1e-5)
-    writer = Writer(build(RetNet), BYTES, texts, 20, stop=["e", "\n\n"])
-    list(writer)
-    assert generated == [found.text for found in writer.continuations]
-    assert not any("e" in text for text in generated)
-    assert "generation arguments ['num_beams'] are none of" in said
-    assert "add_bos_token=False: here every text begins with BOS" in said
-    assert "--apply_chat_template: no model here has the template" in said
-    assert "continuation '' is no token of its own after a context that ends in 'the end" in said
-
-
-def test_recall_of_a_model_that_knows_nothing_is_chance():
-    uniform = nnx.clone(build(RetNet))
-    uniform.head = nnx.Param(0 * uniform.head[...])
-    found = recall(uniform, range(50), bos_id=256, distances=(8, 40), trials=20, vocab_size=256)
-    assert [(x.probe, x.distance) for x in found] == [
-        (probe, distance) for distance in (8, 40) for probe in ("associative", "copying")
-    ]
-    for result in found:
-        assert result.nll_per_token == pytest.approx(np.log(257), rel=1e-5)
-        assert result.accuracy == 0  # of equal values none is the likeliest
-        assert result.random == (1 / 8 if result.probe == "associative" else 0)
-
-
-def test_recall_asks_for_what_was_said_before():
-    from retnet_jax.evaluation.recall_probes import PAIRS, SPAN, _associative, _copying
-
-    rng, between = np.random.default_rng(0), np.full(30, 7)
-    ids = rng.permutation(np.arange(10, 200))
-    requests = _associative(256, ids, between, rng)
-    context = requests[0].context
-    key = context[-1]
-    assert len(context) == 1 + 2 * PAIRS + 30 + 1
-    assert requests[0].continuation == [context[context.index(key) + 1]]
-    assert {x.continuation[0] for x in requests} == set(context[2 : 1 + 2 * PAIRS : 2])
-    (request,) = _copying(256, ids, between, rng)
-    span = [*request.context[-SPAN // 2 :], *request.continuation]
-    assert request.context[1 : 1 + SPAN] == span
-    assert request.context[1 + SPAN : -SPAN // 2] == [7] * 30
-
-
 def write_rows(directory, name, split, rows):
     path = directory / name / f"{split}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -368,35 +239,37 @@ BAD = [
     ("piqa", [PIQA, {k: v for k, v in PIQA.items() if k != "sol2"}], "line 2: .*'sol2'.* missing"),
     ("piqa", [PIQA | {"goal": 3}], "line 1: goal=3 is of type int; piqa needs str"),
     ("piqa", [PIQA, "{"], "line 2: not JSON"),
-    ("piqa", ["[1]"], r"line 1: \[1\] is no object"),
-    ("piqa", [PIQA | {"label": 2}], "line 1: piqa has 2 choices; .* number 2"),
+    ("piqa", ["[1]"], r"line 1: \[1\] is not an object"),
+    ("piqa", [PIQA | {"label": 2}], "line 1: piqa has 2 choices; .* label is choice 2"),
     ("piqa", [], "piqa has no rows in split 'validation'"),
-    ("winogrande", [WINOGRANDE | {"sentence": "no blank"}], "line 1: this is no row of winogrande"),
-    ("copa", [COPA | {"question": "why"}], "line 1: this is no row of copa .KeyError: 'why'"),
-    ("copa", [COPA | {"choice1": ""}], "line 1: this is no row of copa .IndexError"),
+    ("winogrande", [WINOGRANDE | {"sentence": "no blank"}], "line 1: not a row of winogrande"),
+    ("copa", [COPA | {"question": "why"}], "line 1: not a row of copa .KeyError: 'why'"),
+    ("copa", [COPA | {"choice1": ""}], "line 1: not a row of copa .IndexError"),
 ]
 
 
 @pytest.mark.parametrize(("name", "rows", "message"), BAD)
-def test_rows_that_do_not_fit_are_named(name, rows, message, tmp_path):
+def test_invalid_rows_are_refused(name, rows, message, tmp_path):
     write_rows(tmp_path, name, "validation", rows)
     with pytest.raises(ConfigError, match=message):
         read_rows(TASKS[name], "validation", str(tmp_path))
 
 
-def test_a_missing_split_and_too_few_examples(tmp_path):
+def test_a_missing_split_and_too_few_examples_are_refused(tmp_path):
     write_rows(tmp_path, "piqa", "validation", [PIQA])
     plan = Plan(parts=("tasks",), task_data=str(tmp_path), tasks=("piqa",), shots=(4,))
-    with pytest.raises(ConfigError, match=r"piqa/train\.jsonl is not there: .* goal, sol1"):
+    with pytest.raises(ConfigError, match=r"piqa/train\.jsonl does not exist: .* goal, sol1"):
         read_tasks(plan)
     write_rows(tmp_path, "piqa", "train", [PIQA] * 3)
-    with pytest.raises(ConfigError, match=r"4 shots need 5 rows .* there are 3.*train\.jsonl"):
+    with pytest.raises(ConfigError, match=r"4 shots need 5 rows .* only 3 \(.*train\.jsonl"):
         read_tasks(plan)
-    with pytest.raises(ConfigError, match="the tasks need --data: a directory with"):
+    with pytest.raises(
+        ConfigError, match=r"the tasks need --data \(task_data in Python\): a directory with"
+    ):
         read_tasks(Plan(parts=("tasks",)))
 
 
-def test_a_choice_that_becomes_no_token_is_named():
+def test_a_choice_without_a_token_is_refused():
     class Deaf(ByteTokenizer):
         def encode_batch(self, texts):
             return [list(x.removesuffix(" no").encode()) for x in texts]
@@ -406,8 +279,8 @@ def test_a_choice_that_becomes_no_token_is_named():
         task_requests(task, rows, [()] * 8, Deaf(), "lm_eval")
 
 
-def test_the_program_runs_the_suite_and_loads_no_foreign_library(runs, tmp_path):
-    """eval.py in a process whose imports of them fail."""
+def test_the_program_needs_none_of_the_optional_libraries(runs, tmp_path):
+    """eval.py in a process in which importing them fails."""
     (tmp_path / "text.txt").write_text("some text of more than a few words\n" * 20)
     program = (
         "import sys, runpy\n"
@@ -435,17 +308,20 @@ def test_the_program_runs_the_suite_and_loads_no_foreign_library(runs, tmp_path)
 
 
 COMMAND_LINES = [
-    (["--tasks=mmlu"], "--tasks: 'mmlu' is none of hellaswag"),
-    (["--suite=all"], "--suite: 'all' is none of perplexity"),
-    (["--shots=few", "--suite=tasks"], "--shots=few: numbers of 0 or more"),
-    (["--suite=tasks"], "the tasks need --data: a directory with TASK/SPLIT.jsonl"),
-    (["--data=a*.txt", "--data=b*.txt"], "--data names of text files more than one"),
-    ([f"--data={ROWS}"], "is a place for tasks' rows, which --suite=perplexity does not use"),
+    (["--tasks=mmlu"], "--tasks: 'mmlu' is not one of hellaswag"),
+    (["--suite=all"], "--suite: 'all' is not one of perplexity"),
+    (["--shots=few", "--suite=tasks"], "--shots=few: each must be an integer >= 0"),
+    (
+        ["--suite=tasks"],
+        "the tasks need --data (task_data in Python): a directory with TASK/SPLIT.jsonl",
+    ),
+    (["--data=a*.txt", "--data=b*.txt"], "--data names more than one set of text files"),
+    ([f"--data={ROWS}"], "gives the rows of tasks, but --suite=perplexity has no tasks"),
     (["--suite=tasks", "--data=no/such"], "--data=no/such is no directory; the tasks need one"),
     (["--stride=4"], "--stride has no effect with --suite=perplexity and --protocol=window,"),
     (["--trials=4"], "--trials has no effect"),
     (["--seed=4"], "--seed has no effect"),
-    (["--protocol="], "--protocol is empty; it takes some of window"),
+    (["--protocol="], "--protocol is empty; give at least one of window"),
     (["--output=result.md"], "name the JSON file; the Markdown goes beside it"),
     (
         ["--protocol=sliding", "--stride=9", "--window-length=8", f"--data={ROOT}/eval.py"],
@@ -456,7 +332,7 @@ COMMAND_LINES = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), COMMAND_LINES)
-def test_command_lines_that_do_not_fit(runs, arguments, message):
+def test_invalid_command_lines_are_refused(runs, arguments, message):
     done = programs.run("eval.py", f"--workdir={runs[0]}", *arguments)
     assert done.returncode == 2
     assert message in done.stderr

@@ -329,8 +329,8 @@ def wrong(directory):
         ),
         (DataConfig(loss_weights="answers"), "loss_weights='answers' is not one of"),
         (DataConfig(source="wrong:OnlyReads"), r"not have both pieces\(path\) and read\(piece\)"),
-        (DataConfig(source="wrong:Twice"), r"returned 2 pieces, 1 .* different, such as \['a'\]"),
-        (DataConfig(source="wrong:Strings"), "returned a str, not a .*sources.Document"),
+        (DataConfig(source="wrong:Twice"), r"2 pieces, 1 of them different, such as \['a'\]"),
+        (DataConfig(source="wrong:Strings"), "a str, not a retnet_jax.data.sources.Document"),
         (
             DataConfig(source="wrong:Short", strict=True, max_document_bytes=9),
             "a:9: too long: 10 b",

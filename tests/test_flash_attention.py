@@ -1,4 +1,4 @@
-"""Flash attention is attention: in outputs, gradients, documents, and on a mesh."""
+"""Flash attention equals plain attention: outputs, gradients, documents, and on a mesh."""
 
 import dataclasses
 from functools import partial
@@ -23,7 +23,7 @@ from retnet_jax.parallel.mesh import make_mesh
 __all__ = ["tpus"]  # a fixture
 
 T = 384  # three tiles
-# Documents, one of them with padding inside, and padding at both ends.
+# Documents; padding at both ends and inside one of them.
 SEGMENTS = np.zeros((2, T), np.int32)
 SEGMENTS[0, 9:130], SEGMENTS[0, 140:170], SEGMENTS[0, 170:] = 1, 1, 2
 SEGMENTS[1, :370] = 5
@@ -103,12 +103,12 @@ def test_a_step_for_tpus_has_no_scores(tpus):
     )
     text = compile_step(config, tpus).compiled.as_text()
     assert f"{length},{length}]" not in text
-    # One kernel forward, not computed again for the two backward.
+    # One kernel forward, which is not repeated for the two backward.
     assert text.count('custom_call_target="tpu_custom_call"') == 3
 
 
 def test_a_program_for_gpus_has_no_scores(monkeypatch):
-    """As far as it can be seen without one: cuDNN compiles where it runs."""
+    """Only the lowered program is checked: compiling for cuDNN needs a GPU."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
@@ -127,13 +127,13 @@ def test_a_program_for_gpus_has_no_scores(monkeypatch):
     assert calls("full", jnp.asarray(SEGMENTS)) == (True, 0, 0)
 
 
-def test_what_has_no_flash_attention(monkeypatch):
+def test_cases_without_flash_attention(monkeypatch):
     q = jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16)
     assert flash_attention.best(q, True) is None  # on a CPU
     x = jnp.zeros((2, 200, 4, 64))
     for name, reason in {
         "splash": "200 tokens are not a multiple of 128",
-        "cudnn": "for GPUs that are there, not for 'cpu'",
+        "cudnn": "it needs a GPU in this machine, not 'cpu'",
         "flash": "none of that name",
         None: "none of that name for 'cpu'",
     }.items():
@@ -146,5 +146,5 @@ def test_what_has_no_flash_attention(monkeypatch):
     assert flash_attention.best(q, False) == "splash"
     for other in (q.update(dtype=jnp.float32), q.update(shape=(2, 64, 4, 64))):
         assert flash_attention.best(other, False) is None
-    with pytest.raises(NotImplementedError, match="for GPUs that are there, not for 'tpu'"):
+    with pytest.raises(NotImplementedError, match="it needs a GPU in this machine, not 'tpu'"):
         flash_attention.flash_attention(x, x, x, implementation="cudnn")

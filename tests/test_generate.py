@@ -1,4 +1,4 @@
-"""Generation against full forward passes, samplers against their distributions, and the program."""
+"""Generation equals full forward passes, samplers follow their distributions; generate.py."""
 
 import functools
 import inspect
@@ -36,7 +36,7 @@ def build(kind):
     @jax.jit
     def made():
         model = kind(CONFIG, rngs=nnx.Rngs(2))
-        # So that tokens vary more, and what is likeliest is so by more than rounding.
+        # Larger logits, so that tokens vary and the most likely one wins by more than rounding.
         model.embedding = nnx.Param(25 * model.embedding[...])
         return model
 
@@ -57,8 +57,7 @@ def random_prompt(length):
     return np.random.default_rng(length).integers(CONFIG.vocab_size, size=length).tolist()
 
 
-# Most tests continue three prompts of up to 64 tokens, 16 at once: each such program is
-# compiled once for all of them.
+# Most tests continue these three prompts, 16 tokens at once, so that they share compiled programs.
 PROMPTS = [random_prompt(length) for length in (5, 1, 40)]
 
 
@@ -66,8 +65,7 @@ PROMPTS = [random_prompt(length) for length in (5, 1, 40)]
 def test_greedy_tokens_are_the_argmax_of_the_parallel_form(kind):
     model = build(kind)
     rows = generate(model, PROMPTS, max_tokens=256)
-    # Causality makes one pass over the whole the same as one over each of its beginnings, whatever
-    # comes after them.
+    # The model is causal, so one pass over the whole text gives the logits after each prefix.
     whole = np.zeros((3, 296), np.int32)
     for row, tokens in enumerate(map(operator.add, PROMPTS, rows)):
         whole[row, : len(tokens)] = tokens
@@ -78,32 +76,32 @@ def test_greedy_tokens_are_the_argmax_of_the_parallel_form(kind):
         assert len(set(rows[row])) > 8
 
 
-def test_what_is_drawn_for_a_row_does_not_depend_on_other_rows():
+def test_sampled_tokens_do_not_depend_on_other_rows():
     first, second, third = PROMPTS
     rows = generate(build(RetNet), [first, second, third], 20, WARM)
     others = generate(build(RetNet), [first, third, third], 20, WARM)
     assert [a == b for a, b in zip(rows, others, strict=True)] == [True, False, True]
 
 
-def test_equal_prompts_in_a_batch_are_continued_differently():
+def test_equal_prompts_in_a_batch_get_different_samples():
     rows = generate(build(RetNet), PROMPTS[:1] * 3, 20, WARM)
     assert len(set(map(tuple, rows))) == 3
 
 
-def test_the_seed_decides_what_is_drawn():
+def test_the_seed_determines_the_samples():
     texts = [generate(build(RetNet), PROMPTS, 20, WARM, seed) for seed in (3, 3, 4)]
     assert texts[0] == texts[1]
     assert all(a != b for a, b in zip(texts[0], texts[2], strict=True))
 
 
-def test_the_number_of_tokens_at_once_changes_nothing():
+def test_tokens_at_once_changes_no_token():
     pieces = list(stream(build(RetNet), PROMPTS, 20, WARM, tokens_at_once=7))
     assert [piece.shape for piece in pieces] == [(3, 7), (3, 7), (3, 6)]
     assert np.concatenate(pieces, axis=1).tolist() == generate(build(RetNet), PROMPTS, 20, WARM)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_prompt_read_in_pieces_equals_the_whole(kind):
+def test_reading_a_prompt_in_pieces_equals_reading_it_whole(kind):
     model, prompts = build(kind), [random_prompt(length) for length in (1100, 520, 3)]
     progress = prefill(model, prompts, room=1)
     whole = np.zeros((3, 1100), np.int32)
@@ -116,7 +114,7 @@ def test_a_prompt_read_in_pieces_equals_the_whole(kind):
         assert_close(progress.state.layers[:, 0], state.layers[:, 0])
 
 
-def test_draws_among_one_likeliest_token_are_greedy():
+def test_top_k_of_1_is_greedy():
     drawn = generate(build(RetNet), PROMPTS, 20, Sampler(temperature=3.0, top_k=1))
     assert drawn == generate(build(RetNet), PROMPTS, 20)
 
@@ -137,23 +135,23 @@ DISTRIBUTIONS = {
 
 
 @pytest.mark.parametrize(("sampler", "expected"), DISTRIBUTIONS.values(), ids=DISTRIBUTIONS.keys())
-def test_samplers_draw_from_their_distribution(sampler, expected):
+def test_samplers_follow_their_distribution(sampler, expected):
     draws = 20_000
     logits = jnp.broadcast_to(jnp.log(jnp.array(PROBABILITIES)), (draws, len(PROBABILITIES)))
     tokens = jax.jit(Samplers.sample)(Samplers.of(sampler, draws), row_keys(0, draws), logits)
     share = np.bincount(tokens, minlength=len(PROBABILITIES)) / draws
     expected = np.array(expected) / sum(expected)
-    # Five standard deviations, which is 0 where nothing may be drawn.
+    # Five standard deviations: 0 for tokens that are never sampled.
     assert (abs(share - expected) <= 5 * np.sqrt(expected * (1 - expected) / draws)).all()
 
 
 @pytest.mark.parametrize("sampler", [Sampler(), Sampler(temperature=1.0, top_k=1)])
-def test_of_equal_logits_the_lower_id_is_the_likelier(sampler):
+def test_of_equal_logits_the_lowest_id_is_chosen(sampler):
     logits = jnp.array([[0.0, 3.0, 1.0, 3.0, 3.0]] * 50)
     assert Samplers.of(sampler, 50).sample(row_keys(0, 50), logits).tolist() == [1] * 50
 
 
-def test_a_row_stops_at_the_end_and_others_go_on():
+def test_a_row_stops_at_its_end_id_and_others_continue():
     model = build(RetNet)
     first, second, third = generate(model, PROMPTS, 40)
     end = next(token for token in first[10:] if token not in second + third)
@@ -161,10 +159,10 @@ def test_a_row_stops_at_the_end_and_others_go_on():
     assert generate(model, PROMPTS, 40, end_id=end) == [first[:length], second, third]
     filled = np.concatenate(list(stream(model, PROMPTS, 40, end_id=end)), axis=1)
     assert filled[0].tolist() == first[:length] + [end] * (40 - length)
-    # With no row left there is nothing after the piece of the end.
+    # The stream ends with the piece in which the last row ends.
     pieces = list(stream(model, PROMPTS[:1] * 3, 1000, end_id=end))
     assert len(pieces) == length // 16 + 1
-    # In a prompt it ends nothing.
+    # An end id in a prompt does not end the row.
     assert generate(model, [[end], [end], [*PROMPTS[0], end]], 40, end_id=end)[0]
 
 
@@ -175,7 +173,7 @@ def test_ids_beyond_the_tokenizer_are_never_generated(sampler):
     assert max(map(max, generate(build(RetNet), PROMPTS, 40, WARM))) >= 11
 
 
-def test_a_retnets_state_keeps_its_size():
+def test_the_state_of_a_retnet_keeps_its_size():
     model, keys = build(RetNet), row_keys(0, 3)
     progress = prefill(model, PROMPTS, room=1024)
     sizes = jax.tree.map(jnp.shape, progress)
@@ -199,18 +197,18 @@ def test_a_model_on_a_mesh_generates_the_same_and_is_compiled_once(axes):
 
 
 BAD_SAMPLERS = [
-    ({"temperature": -0.5}, "temperature=-0.5 is not 0"),
-    ({"temperature": float("nan")}, "temperature=nan is not 0"),
+    ({"temperature": -0.5}, "temperature=-0.5 is not >= 0"),
+    ({"temperature": float("nan")}, "temperature=nan is not >= 0"),
     ({"temperature": 1.0, "top_k": 0}, "top_k=0 leaves no token"),
     ({"temperature": 1.0, "top_p": 0.0}, r"top_p=0.0 is not in \(0, 1\]"),
     ({"temperature": 1.0, "top_p": 1.5}, r"top_p=1.5 is not in \(0, 1\]"),
-    ({"top_k": 5}, "top_k=5 has no effect at temperature=0.*set temperature"),
-    ({"top_p": 0.9}, "top_p=0.9 has no effect at temperature=0.*set temperature"),
+    ({"top_k": 5}, "top_k=5 has no effect at temperature=0.*set the temperature"),
+    ({"top_p": 0.9}, "top_p=0.9 has no effect at temperature=0.*set the temperature"),
 ]
 
 
 @pytest.mark.parametrize(("values", "message"), BAD_SAMPLERS)
-def test_a_sampler_out_of_range_is_refused(values, message):
+def test_invalid_samplers_are_refused(values, message):
     with pytest.raises(ConfigError, match=message):
         Sampler(**values)
 
@@ -221,33 +219,33 @@ BAD_INPUT = [
     ({"prompts": [[3, 264, 4]]}, r"prompts\[0\] has the token id 264, .* ids from 0 to 263"),
     ({"prompts": [[3], [-1]]}, r"prompts\[1\] has the token id -1"),
     ({"max_tokens": 0}, "max_tokens=0 is less than 1"),
-    ({"vocab_size": 265}, "vocab_size=265 does not fit a model with 264 ids.*tokenizer"),
+    ({"vocab_size": 265}, "vocab_size=265 does not fit a model with 264 token ids.*tokenizer"),
     ({"vocab_size": 0}, "vocab_size=0 does not fit"),
     ({"prompts": [3, 4]}, r"prompts\[0\] is '3', no list of token ids"),
     ({"prompts": [[3, 4.0]]}, r"prompts\[0\] has .*3.0.* \(float64\); token ids are integers"),
     ({"prompts": ["text"]}, r"prompts\[0\] is 'text', no list of token ids"),
     ({"prompts": [[2**40]]}, r"prompts\[0\] has the token id 1099511627776"),
-    ({"max_tokens": 5.0}, "max_tokens=5.0 is not a whole number"),
-    ({"end_id": 264}, "end_id=264 is never generated: ids are from 0 to 263"),
-    ({"end_id": -1}, "end_id=-1 is never generated"),
-    ({"end_id": 260, "vocab_size": 257}, "end_id=260 is never generated: ids are from 0 to 256"),
-    ({"end_id": (3, 300)}, "end_id=300 is never generated"),
+    ({"max_tokens": 5.0}, "max_tokens=5.0 is not an integer"),
+    ({"end_id": 264}, "end_id=264 can never be generated: ids are 0 to 263"),
+    ({"end_id": -1}, "end_id=-1 can never be generated"),
+    ({"end_id": 260, "vocab_size": 257}, "end_id=260 can never be generated: ids are 0 to 256"),
+    ({"end_id": (3, 300)}, "end_id=300 can never be generated"),
     ({"seed": 2**32}, "seed=4294967296 is not between 0 and 4294967295"),  # jax would take 0
     ({"seed": -1}, "seed=-1 is not between"),
-    ({"seed": 0.5}, "seed=0.5 is not a whole number"),
+    ({"seed": 0.5}, "seed=0.5 is not an integer"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD_INPUT)
-def test_input_that_does_not_fit_is_refused(arguments, message):
-    unchecked = inspect.unwrap(generated)  # without the annotations that the tests check
+def test_invalid_input_of_generate_is_refused(arguments, message):
+    unchecked = inspect.unwrap(generated)  # without the type checks of the tests
     with pytest.raises(ValueError, match=message):
         unchecked(build(RetNet), **{"prompts": [[1]], "max_tokens": 5} | arguments)
 
 
 @pytest.fixture
 def workdir(tmp_path):
-    """What training leaves, with a model that has more ids than its tokenizer."""
+    """A training run whose model has more token ids than its tokenizer."""
     config = Config(model=CONFIG, data=DataConfig(tokenizer="byte"))
     record_start(tmp_path, config, None, ByteTokenizer())
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
@@ -274,7 +272,7 @@ def test_the_program_prints_what_generate_returns(workdir):
     assert three.stdout == "".join(headed), three.stderr
 
 
-def test_the_program_names_what_does_not_fit(workdir):
+def test_the_program_reports_invalid_arguments(workdir):
     config = workdir / "config.json"
     config.write_text(config.read_text().replace('"vocab_size": 264', '"vocab_size": 200'))
     for arguments, message in (
@@ -288,7 +286,7 @@ def test_the_program_names_what_does_not_fit(workdir):
         assert "Traceback" not in done.stderr
 
 
-def test_numbers_of_numpy_are_numbers():
+def test_numpy_integers_are_accepted():
     prompts = [np.array(prompt, np.uint16) for prompt in PROMPTS]
     unchecked = inspect.unwrap(generated)
     found = unchecked(build(RetNet), prompts, np.int64(16), end_id=np.int32(263))
@@ -308,7 +306,7 @@ def test_any_of_several_ids_ends_a_row():
 
 
 @pytest.mark.parametrize("temperature", [1e-37, 1e-300])
-def test_the_lowest_temperatures_take_the_likeliest(temperature):
+def test_tiny_temperatures_are_greedy(temperature):
     logits = np.array([[100.0, 99.0, 101.0, 100.99999]], np.float32)
     draw = jax.jit(lambda samplers, logits: samplers.sample(row_keys(0, 1), logits))
     samplers = [
@@ -320,23 +318,27 @@ def test_the_lowest_temperatures_take_the_likeliest(temperature):
         assert draw(Samplers.of(sampler, 1), logits).tolist() == [2]
 
 
-def test_progress_that_does_not_fit_is_named():
+def test_progress_of_other_rows_or_too_far_is_refused():
     model = for_decoding(build(RetNet))
     progress = prefill(model, [[3], [4]], 4)
-    with pytest.raises(ConfigError, match=r"progress is of 2 texts .*; there are 3 prompts"):
+    with pytest.raises(ConfigError, match=r"progress is of 2 texts .* there are 3 prompts"):
         prefill(model, [[3], [4], [5]], 4, progress)
     late = progress.state._replace(position=np.array([7, 2**31 - 3], np.int32))
-    with pytest.raises(ConfigError, match=r"has 2147483645 tokens, and 5 more would pass position"):
+    with pytest.raises(
+        ConfigError, match=r"has 2147483645 tokens, and 5 more would exceed the last"
+    ):
         prefill(model, [[3], [4]], 4, progress._replace(state=late))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_model_with_nan_generates_nothing(kind):
+def test_a_model_with_nan_raises_instead_of_generating(kind):
     model = jax.tree.map(lambda x: x, build(kind))
     model.embedding = nnx.Param(model.embedding[...].at[7, 3].set(jnp.nan))
     reason = "1 of the 8448 numbers of its parameter embedding are NaN or infinite"
     for prompts in ([[5, 7, 9]], [[7], [3], [5, 7]]):
         with pytest.raises(CheckpointError, match=reason):
             generate(model, prompts, 16)
-        with pytest.raises(CheckpointError, match="the first of them prompt 0, have no finite"):
+        with pytest.raises(
+            CheckpointError, match=r"not finite for \d of \d prompts \(first: prompt 0\)"
+        ):
             list(stream(model, prompts, 16))

@@ -1,4 +1,4 @@
-"""What of a directory is read as a model: which files, on which disk, and what is refused."""
+"""Which files of a directory are read as a model, locally and on an object store."""
 
 import json
 import shutil
@@ -8,9 +8,9 @@ import fsspec
 import numpy as np
 import pytest
 from flax import nnx
+from foreign_checkpoints import FIXTURES, copy_of, edit_config, leaves, tensors
 from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.numpy import load_file, save_file
-from test_interop import FIXTURES, copy_of, edit_config, leaves, tensors
 
 from retnet_jax import interop, load_pretrained
 from retnet_jax.data.tokenizers import ByteTokenizer
@@ -39,7 +39,7 @@ def weight_map(directory):
 
 
 def test_a_tensor_is_read_from_the_file_that_the_index_names(parts):
-    """Whatever copies of it other files have."""
+    """Other files may hold stale copies of it."""
     files = weight_map(parts)
     last = sorted(set(files.values()))[-1]
     stale = next(name for name, file in files.items() if file != last)
@@ -48,16 +48,16 @@ def test_a_tensor_is_read_from_the_file_that_the_index_names(parts):
     assert_same_model(interop.load(parts), interop.load(FIXTURES / "fla/default"))
 
 
-def test_a_tensor_that_is_not_where_the_index_says_is_named(parts):
+def test_a_tensor_missing_from_the_file_in_the_index_is_named(parts):
     file = parts / weight_map(parts)[NORM]
     found = load_file(file)
     del found[NORM]
     save_file(found, file)
-    with pytest.raises(CheckpointError, match=f"{file.name} does not hold {NORM}, which"):
+    with pytest.raises(CheckpointError, match=f"{file.name} does not hold {NORM}, although"):
         interop.load(parts)
 
 
-def test_a_file_and_an_index_that_differ_are_refused(parts):
+def test_a_single_file_that_contradicts_the_index_is_refused(parts):
     shutil.copy(FIXTURES / "fla/default/model.safetensors", parts)
     assert_same_model(interop.load(parts), interop.load(FIXTURES / "fla/default"))
     for change in (
@@ -75,11 +75,13 @@ def test_a_file_and_an_index_that_differ_are_refused(parts):
         assert f"the first difference is in {NORM}" in str(error.value)
 
 
-def test_an_index_without_its_files_is_left_aside_and_said(parts):
+def test_an_index_without_its_files_is_ignored_with_a_warning(parts):
     for path in parts.glob("model-*.safetensors"):
         path.unlink()
     shutil.copy(FIXTURES / "fla/default/model.safetensors", parts)
-    with pytest.warns(UserWarning, match=r"model.safetensors is read: .*model-00001-of-00004"):
+    with pytest.warns(
+        UserWarning, match=r"model.safetensors is read and .*: .*model-00001-of-00004"
+    ):
         model = interop.load(parts)
     assert_same_model(model, interop.load(FIXTURES / "fla/default"))
 
@@ -91,7 +93,7 @@ def test_an_index_without_its_files_is_left_aside_and_said(parts):
         *("sentencepiece.bpe.model", "vocab.bpe", "vocab.txt", "merges.txt", "tekken.json"),
     ],
 )
-def test_every_file_of_a_tokenizer_comes_along(name, tmp_path):
+def test_every_file_of_a_tokenizer_is_copied(name, tmp_path):
     directory = copy_of("fla/default", tmp_path / "in")
     for other in (name, "README.md", "training_args.bin.txt", "optimizer.json"):
         (directory / other).write_text(other)
@@ -110,13 +112,13 @@ def test_values_too_large_for_the_dtype_are_refused(dtype, value, tmp_path):
     with pytest.raises(CheckpointError, match=r"final_norm/scale: .*is too large for " + dtype):
         interop.fla.save(model, tmp_path / "half", dtype=dtype)
     assert not any(tmp_path.iterdir())
-    scale[3] = np.inf  # of which nothing is lost
+    scale[3] = np.inf  # infinity has a value in every dtype
     model.final_norm.scale = nnx.Param(scale)
     interop.fla.save(model, tmp_path / "half", dtype=dtype)
     assert np.isinf(tensors(tmp_path / "half")[NORM][3])
 
 
-def test_fields_that_are_null_or_have_a_fraction(tmp_path):
+def test_config_fields_may_be_null_but_not_of_another_type(tmp_path):
     directory = copy_of("fla/default", tmp_path / "in")
     edit_config(directory, max_position_embeddings=None)
     expected = interop.load(FIXTURES / "fla/default")
@@ -133,7 +135,7 @@ def test_fields_that_are_null_or_have_a_fraction(tmp_path):
         interop.load(directory)
 
 
-def test_what_holds_no_model_is_told_apart(tmp_path, monkeypatch):
+def test_paths_without_a_model_are_refused_with_advice(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trainers = copy_of("fla/default", tmp_path / "trainer/checkpoint-100").parent
     (trainers / "config.json").write_text((trainers / "checkpoint-100/config.json").read_text())
@@ -142,10 +144,13 @@ def test_what_holds_no_model_is_told_apart(tmp_path, monkeypatch):
     (tmp_path / "notes/text.txt").touch()
     for directory, message in (
         ("fla-hub/retnet-1.3B-100B", "hf download fla-hub/retnet-1.3B-100B --local-dir DIRECTORY"),
-        (file, f"{file} is a file: name the directory that it is in"),
-        (trainers, f"name one, such as {trainers}/checkpoint-100"),
-        (tmp_path / "notes", "checkpoints/; in a checkpoint model.safetensors.index.json, model"),
-        (tmp_path / "notes", "there is text.txt"),
+        (file, f"{file} is a file: name the directory it is in"),
+        (trainers, f"name one of them, such as {trainers}/checkpoint-100"),
+        (
+            tmp_path / "notes",
+            "checkpoints/) or a checkpoint with model.safetensors.index.json, model",
+        ),
+        (tmp_path / "notes", "found text.txt"),
     ):
         with pytest.raises(CheckpointError) as error:
             interop.load(directory)
@@ -164,11 +169,11 @@ def test_tensors_inside_a_torch_file(key, tmp_path):
     torch.save({key: state, "epoch": 3}, directory / "model.pt")
     assert_same_model(interop.load(directory), interop.load(FIXTURES / "torchscale_head/a_h4"))
     torch.save({"network": state, "epoch": 3}, directory / "model.pt")
-    with pytest.raises(CheckpointError, match=r"no tensors by name, .*; it has epoch, network"):
+    with pytest.raises(CheckpointError, match=r"no named tensors, .*; found epoch, network"):
         interop.load(directory)
 
 
-# On object stores. `epath` asks fsspec for these; here fsspec has a bucket in memory.
+# Object stores: `epath` uses fsspec for them, and fsspec gets a bucket in memory here.
 
 
 class Bucket(MemoryFileSystem):
@@ -207,7 +212,7 @@ def test_a_model_on_an_object_store_is_read_like_a_local_one(bucket, parts, tmp_
     expected = interop.load(FIXTURES / "fla/default")
     assert_same_model(load_pretrained(bucket(FIXTURES / "fla/default", "s3://b/fla")), expected)
     assert_same_model(load_pretrained(bucket(parts, "s3://b/parts")), expected)
-    # Our own layout has all layers in one tensor, of which one at a time is read.
+    # The own layout stacks all layers in one tensor, which is read one layer at a time.
     ByteTokenizer().save(parts)
     model = build_model(presets.fla(vocab_size=257, d_model=16, n_heads=2), rngs=nnx.Rngs(0))
     interop.save(model, tmp_path / "own", "own")
@@ -230,5 +235,5 @@ def test_a_damaged_file_on_an_object_store_is_refused(bucket, tmp_path):
             load_pretrained(bucket(directory, "s3://b/in"))
     with pytest.raises(ConfigError, match=r"s3://b/none is no directory"):
         load_pretrained("s3://b/none")
-    with pytest.raises(ConfigError, match=r"s3://b/out cannot be written to: name a directory on"):
+    with pytest.raises(ConfigError, match=r"s3://b/out is not on a local disk: write to a local"):
         interop.convert(FIXTURES / "fla/default", "s3://b/out", "own")

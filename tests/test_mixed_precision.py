@@ -19,7 +19,7 @@ STEPS = 500
 
 @pytest.mark.slow
 def test_bfloat16_follows_float32_for_500_steps_of_32_layers(tmp_path):
-    # Text that does not change with the code: the paragraphs of the licence.
+    # The text is the licence, which does not change with the code.
     text = (Path(__file__).parent.parent / "LICENSE").read_text(encoding="utf-8")
     for number, paragraph in enumerate(text.split("\n\n")):
         (tmp_path / f"{number}.txt").write_text(paragraph, encoding="utf-8")
@@ -53,6 +53,6 @@ def test_bfloat16_follows_float32_for_500_steps_of_32_layers(tmp_path):
     half, full = curve("bfloat16"), curve("float32")
     assert np.isfinite(half).all()
     assert full[-20:].mean() < 0.6 * full[0]
-    # Single batches differ by more than their models do: means over 20 steps are compared.
+    # Losses of single batches vary more than the models differ, so means of 20 steps are compared.
     smooth = [x.reshape(-1, 20).mean(1) for x in (half, full)]
     assert np.abs(smooth[0] / smooth[1] - 1).max() <= 0.01

@@ -1,7 +1,7 @@
-"""The Hopper kernels against the XLA form, in Pallas's interpreter, and as an H200 would have them.
+"""The Hopper kernels: compared with XLA in Pallas's interpreter, and compiled for an H200.
 
-Nothing here has a GPU. The interpreter for Mosaic GPU came with jax 0.11, which needs Python 3.12;
-under an older jax these tests run again in `.venv/py312`, which the Makefile makes.
+No test needs a GPU. The interpreter for Mosaic GPU came with jax 0.11, which needs Python 3.12;
+with an older jax one test runs the others in `.venv/py312`, which the Makefile makes.
 """
 
 import json
@@ -28,14 +28,14 @@ interpreted = pytest.mark.skipif(not HAS_INTERPRETER, reason="interpreted by jax
 
 @pytest.fixture(autouse=True)
 def races_are_errors(monkeypatch):
-    """Of warpgroups and TMA, wherever no barrier or fence orders what they do to shared memory."""
+    """Races of warpgroups and TMA: accesses to shared memory that no barrier or fence orders."""
     if HAS_INTERPRETER:
-        detective = plgpu.InterpretGPUParams(detect_races=True)
-        monkeypatch.setattr(memory, "interpreter", lambda: detective)
+        detecting = plgpu.InterpretGPUParams(detect_races=True)
+        monkeypatch.setattr(memory, "interpreter", lambda: detecting)
 
 
 def inputs(b, t, h, k, v, seed=0):
-    """Numbers of mean 1/2: log gamma's gradient would else be what is left of sums that cancel."""
+    """Mean 1/2; with mean 0 the gradient of log gamma would be a sum of numbers that cancel."""
     rng = np.random.default_rng(seed)
     q, k, v = (
         jnp.asarray(scale * rng.normal(0.5, size=(b, t, h, width)), jnp.bfloat16)
@@ -71,7 +71,7 @@ def assert_same_as_xla(arrays, row):
 
 @interpreted
 def test_documents_and_padding():
-    """Borders and padding at the start, within chunks, at their ends and over whole ones."""
+    """Borders and padding at the start, within chunks, at their ends and over whole chunks."""
     documents_of = [
         np.repeat([1, 2, 3, 4, 0], [60, 4, 6, 62, 1]),
         np.repeat([0, 1, 0, 2], [3, 60, 67, 3]),
@@ -83,13 +83,13 @@ def test_documents_and_padding():
 @interpreted
 @pytest.mark.parametrize(("k", "v"), [(72, 64), (256, 512)])
 def test_widths(k, v):
-    """One warpgroup; and heads of 256/512, whose d_q and d_k two warpgroups add up."""
+    """One warpgroup; and heads of 256/512, for which two warpgroups add their d_q and d_k."""
     assert_same_as_xla(inputs(b=1, t=70, h=1, k=k, v=v), None)
 
 
 @interpreted
 def test_rows_in_segments(monkeypatch):
-    """Three segments of two chunks; a document over the first cut, a border at the second one."""
+    """Three segments of two chunks; a document across the first cut, a border at the second."""
     monkeypatch.setattr(entry, "SHORTEST_SEGMENT", 1)
     monkeypatch.setattr(entry, "PROCESSORS", 3)
     ends = np.array([100, 256, 310])
@@ -109,7 +109,7 @@ def test_in_an_environment_with_the_interpreter():
     suite = ROOT / "tests/test_retention_implementations.py"
     command = [python, "-m", "pytest", "-q", "-k", "mosaic_gpu and not compiled"]
     command += [Path(__file__), suite]
-    # Another jax takes other flags and has a cache of its own.
+    # Another jax takes other flags and must not use the same cache.
     ours = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
     environment = {name: x for name, x in os.environ.items() if name not in ours}
     environment["PYTHONPATH"] = str(ROOT)
@@ -118,15 +118,15 @@ def test_in_an_environment_with_the_interpreter():
     assert "11 passed" in run.stdout, run.stdout[-4000:]
 
 
-def test_what_is_not_supported_is_said():
+def test_reasons_for_unsupported_arrays():
     q, k, v, *_ = inputs(b=1, t=8, h=1, k=64, v=72)
     wide = jnp.zeros((1, 8, 1, 428), jnp.bfloat16)
     reason = mosaic_gpu.unsupported
     assert "only bfloat16" in reason(*(x.astype(jnp.float32) for x in (q, k, v)))
-    assert "value heads are 428 wide; only multiples of 8" in reason(q, k, wide)
+    assert "value heads are 428 wide; it takes only multiples of 8" in reason(q, k, wide)
     assert "chunk_size=128" in reason(q, k, v, 128)
     on_cpu = reason(q, k, v)
-    assert on_cpu is None if HAS_INTERPRETER else "no interpreter" in on_cpu
+    assert on_cpu is None if HAS_INTERPRETER else "cannot interpret it on a CPU" in on_cpu
     with pytest.raises(NotImplementedError, match="chunk_size=32"):
         mosaic_gpu.chunkwise(*inputs(b=1, t=8, h=1, k=64, v=64), None, chunk_size=32)
 
@@ -139,7 +139,7 @@ OTHER_WIDTHS = [(64, 64), (64, 128), (128, 256), (256, 432), (256, 512)]
     ("k", "v"), [(128, 128), *(pytest.param(*x, marks=pytest.mark.slow) for x in OTHER_WIDTHS)]
 )
 def test_compiled_for_an_h200(k, v, tmp_path):
-    """No spills, and in the GPU's memory no temporaries but scores, factors and states."""
+    """No register spills, and no temporaries in memory except scores, factors and states."""
     wheels = ROOT / ".venv/cuda"
     if not wheels.exists():
         pytest.skip("no .venv/cuda with XLA's compiler for GPUs: `make .venv/cuda` makes it")
@@ -162,7 +162,7 @@ def test_compiled_for_an_h200(k, v, tmp_path):
 
 
 def compile_for_an_h200(k: int, v: int) -> dict:
-    """Outputs and gradients of heads k/v, compiled: the numbers the test above is about."""
+    """Compiles outputs and gradients of heads k/v, and returns the numbers for the test above."""
     from retnet_jax.aot import topologies
 
     topologies.prepare()

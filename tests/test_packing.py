@@ -1,4 +1,4 @@
-"""Packed is separate: through the real store, the real batches and the real models."""
+"""Packed documents equal separate ones, with a real store, real batches and real models."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def batch(tmp_path_factory):
     directory = tmp_path_factory.mktemp("packing")
     texts = [{"text": f"{number} " * (1 + number * 7 % 11)} for number in range(30)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(directory)  # names, and with them the split, should not depend on the place
+        patch.chdir(directory)  # the split depends on file names, so the path must be fixed
         Path("corpus.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
         config = DataConfig(
             source="jsonl", path="corpus.jsonl", tokenizer="byte", store="store", held_out=0.2
@@ -46,9 +46,9 @@ def batch(tmp_path_factory):
     "name",
     ["chunkwise", *(pytest.param(x, marks=pytest.mark.slow) for x in MODELS if x != "chunkwise")],
 )
-def test_logits_and_gradients_of_a_batch_are_those_of_its_documents_alone(name, batch):
+def test_logits_and_gradients_of_a_batch_are_those_of_its_documents(name, batch):
     kind, form = MODELS[name]
-    # In float64, so that what remains is not rounding.
+    # In float64, so that differences are not rounding errors.
     config = ModelConfig(
         vocab_size=257, d_model=16, n_layers=2, n_heads=2, chunk_size=8, dtype="float64"
     )
@@ -71,7 +71,7 @@ def check_packing(model, form, batch):
         logits, _ = model(tokens, segment_ids=segments, form=form)
         return logits * (segments > 0)[..., None]
 
-    def alone(model):
+    def separate(model):
         logits = jnp.zeros((*tokens.shape, 257))
         for row, places in parts:
             found, _ = model(tokens[row, places][None], form=form)
@@ -85,6 +85,7 @@ def check_packing(model, form, batch):
 
         return jax.jit(jax.grad(loss, has_aux=True))(model)
 
-    (gradient, logits), (gradient_alone, logits_alone) = map(gradient_and_logits, (packed, alone))
-    assert_close(logits, logits_alone, "float64")
-    assert_close(gradient, gradient_alone)  # parameters are float32, and so are these
+    gradient, logits = gradient_and_logits(packed)
+    expected_gradient, expected_logits = gradient_and_logits(separate)
+    assert_close(logits, expected_logits, "float64")
+    assert_close(gradient, expected_gradient)  # float32, as the parameters

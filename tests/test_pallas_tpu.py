@@ -1,4 +1,4 @@
-"""Kernels as TPUs would have them, compiled without one; what surrounds retention in one pass."""
+"""Kernels compiled for TPUs without having one, and the one-pass operations around retention."""
 
 import re
 from functools import partial
@@ -28,7 +28,8 @@ CHIPS = {
     "v6e": "v6e:2x2",
     "tpu7x": "tpu7x:2x2x1",
 }
-# Keys, values, heads; torchscale's heads of 432 and 428, which fill whole lanes all together only.
+# Key width, value width, heads. torchscale's heads of 432 and 428 fill whole lanes only if all
+# heads are together.
 WIDTHS = [(64, 128, 8), (128, 128, 8), (128, 256, 8), (256, 512, 4), (256, 432, 8), (256, 428, 10)]
 OFTEN = [("v5e", *widths) for widths in WIDTHS[:4]] + [
     (chip, 256, 512, 4) for chip in CHIPS if chip != "v5e"
@@ -41,7 +42,7 @@ def on_first(chip):
 
 
 def row_major(mesh, shape, dtype=jnp.bfloat16):
-    """An argument that lies as activations do; a program's own choice may need copies."""
+    """An argument in the memory order of activations; one that XLA chooses may need copies."""
     place = Format(Layout(tuple(range(len(shape)))), NamedSharding(mesh, PartitionSpec()))
     return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
@@ -52,7 +53,7 @@ def row_major(mesh, shape, dtype=jnp.bfloat16):
 )
 def test_kernels_compile_without_temporaries(tpu_compiler, chip, k, v, heads):
     """Outputs and gradients, with documents, states and a length that chunks do not divide."""
-    # Long rows: what is short XLA moves to the chip beforehand, and counts that as temporary.
+    # Long rows: XLA copies short ones to the chip first, and counts the copies as temporaries.
     mesh, b, t = on_first(chip), 4, 10_000
     arguments = {
         "q": row_major(mesh, (b, t, heads * k)),
@@ -81,11 +82,11 @@ def test_kernels_compile_without_temporaries(tpu_compiler, chip, k, v, heads):
         assert pallas_tpu.unsupported(*heads_of) is None
         compiled = jax.jit(step, out_shardings=formats).lower(**arguments).compile()
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3
-    # Numbers of documents: the five of each token, filled up to tiles, and what they come from.
+    # The document numbers: five for each token, padded to tiles, and their intermediates.
     assert compiled.memory_analysis().temp_size_in_bytes <= b * t * 4 * 128
 
 
-def test_more_heads_than_a_v4_can_hold_are_refused_with_the_reason(tpu_compiler):
+def test_heads_too_large_for_a_v4_are_refused_with_the_reason(tpu_compiler):
     with jax.set_mesh(on_first("v4")):
         shapes = [
             jax.ShapeDtypeStruct((1, 512, 20, width), jnp.bfloat16) for width in (256, 256, 428)
@@ -95,7 +96,7 @@ def test_more_heads_than_a_v4_can_hold_are_refused_with_the_reason(tpu_compiler)
 
 
 def test_a_layer_keeps_no_float32_copies(tpu_compiler):
-    """Projections, rotation, retention, norm and gate, forward and backward, in bfloat16 alone."""
+    """Projections, rotation, retention, norm and gate, forward and backward, only in bfloat16."""
     b, t, heads, v = 2, 512, 2, 384
     config = ModelConfig(
         d_model=256, n_heads=heads, key_dim=256, value_dim=heads * v, dtype="bfloat16"
@@ -117,7 +118,7 @@ def test_a_layer_keeps_no_float32_copies(tpu_compiler):
         x = row_major(mesh, (b, t, 256))
         text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(abstract, x).compile().as_text()
     assert text.count('custom_call_target="tpu_custom_call"') >= 6
-    # Fused computations hold such values in registers; what is in memory has a layout.
+    # Values inside fused computations are in registers; those of the entry are in memory.
     entry = text[text.index("ENTRY ") :]
     assert not re.search(rf"= f32\[{b},{t},({heads},{v}|{heads * v})\]", entry)
 
@@ -130,7 +131,7 @@ def gated_norm_arrays(dtype):
 
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("kind", ["layer", "rms"])
-def test_gradient_of_the_gated_norm_is_autodiffs(kind, scaled):
+def test_gradient_of_the_gated_norm_is_that_of_autodiff(kind, scaled):
     y, gate, scale, d_out = gated_norm_arrays(jnp.float32)
     scale = scale if scaled else None
 
@@ -165,7 +166,7 @@ def test_a_kernel_maps_heads_as_xla_does(mesh):
 
 
 @pytest.mark.parametrize("convention", ["rope", "torchscale"])
-def test_rotation_turns_pairs_and_its_gradient_turns_them_back(convention):
+def test_rotation_rotates_pairs_and_its_gradient_rotates_them_back(convention):
     x = jax.random.normal(jax.random.key(0), (1, 9, 2, 8))
     turn = rotation(jnp.arange(9)[None], 8, convention)
     y, backward = jax.vjp(lambda x: rotate(x, turn, convention, 0.5), x)

@@ -1,4 +1,4 @@
-"""The numbers of torchscale, flash-linear-attention and syncdoth's RetNet, recorded and derived."""
+"""Logits equal those of torchscale, flash-linear-attention and syncdoth: recorded, or in numpy."""
 
 import functools
 import json
@@ -84,8 +84,8 @@ def test_torchscale_in_float64_with_its_clamp(case):
 
 
 @pytest.mark.parametrize("case", [*HEAD, *LEGACY, *FLA])
-def test_forms_are_equal_and_where_no_clamp_is_active_torchscales(case):
-    """Also the one that torchscale's own chunkwise form differs from."""
+def test_forms_are_equal_and_equal_the_recorded_logits_without_a_clamp(case):
+    """This includes a case in which torchscale's own chunkwise form differs."""
     io = recorded(case)
     expected = io["logits_f64_T37" if case in FLA else "parallel_f64_T37"]
     with jax.enable_x64(True):
@@ -143,7 +143,7 @@ def test_syncdoth_padded_on_the_left(case, form):
     assert difference(logits[real], io["leftpad_parallel_f32"][real]) <= FLOAT32
 
 
-def test_the_clamp_knows_padding():
+def test_the_clamp_ignores_padding():
     io = recorded("syncdoth/glu")
     real = io["leftpad_mask"].astype(bool)
     model = load("syncdoth/glu", **clamp("syncdoth/glu"))
@@ -190,7 +190,7 @@ def test_gradients(case):
 
     value, gradient = loss(model)
     assert_close(value[None], expected.pop("loss_f32"))
-    # A gradient has the structure of a model, so the layout names its parts.
+    # A gradient has the structure of a model, so the layout gives the names of its tensors.
     found = {
         tensor.name: np.concatenate([np.asarray(piece) for piece in tensor.pieces])
         for tensor in layout.tensors(ModelSource(gradient), None)
@@ -245,7 +245,7 @@ def test_one_retention_layer(case):
 
 
 def random_checkpoint(layout, config, rng):
-    """The tensors of a checkpoint, all of them random, and its config."""
+    """The tensors of a checkpoint with random values, and its config."""
     model = jax.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0)))
     model = jax.tree.map(lambda x: np.float32(rng.normal(size=x.shape) * 0.4), model)
     source = ModelSource(model)

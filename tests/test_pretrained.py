@@ -9,7 +9,7 @@ import numpy as np
 import programs
 import pytest
 from flax import nnx
-from test_pretrained_tokenizer import llama
+from pretrained_tokenizers import llama
 
 from retnet_jax import RetNet, generate, interop, load_pretrained
 from retnet_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
@@ -32,7 +32,7 @@ def sizes(**options):
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """An untrained model of fla with a tokenizer, as one is downloaded."""
+    """An untrained model in fla's format with a tokenizer, as downloaded from the hub."""
     directory = tmp_path_factory.mktemp("hub") / "retnet"
     model = jax.jit(lambda: RetNet(presets.fla(**sizes()), rngs=nnx.Rngs(3)))()
     interop.fla.save(model, directory)
@@ -49,7 +49,7 @@ def corpus(tmp_path_factory):
     return directory
 
 
-def test_evaluation(directory, corpus, tmp_path, capsys):
+def test_evaluation_of_a_foreign_checkpoint(directory, corpus, tmp_path, capsys):
     print_evaluation(
         directory,
         protocols=("window",),
@@ -67,7 +67,7 @@ def test_evaluation(directory, corpus, tmp_path, capsys):
     assert (record["step"], record["plan"]["window_length"]) == (None, 2048)
 
 
-def test_generation(directory):
+def test_generation_from_a_foreign_checkpoint(directory):
     tokenizer = load_tokenizer(directory)
     prompt = tokenizer.encode("def state")
     ((ids, _),) = generate(
@@ -86,7 +86,7 @@ def test_generation(directory):
 
 
 def run_config(begin, corpus, store, **data):
-    """A run whose own model and tokenizer are others than those it begins with."""
+    """A run that begins from a checkpoint with another model and another tokenizer."""
     return Config(
         init_from=str(begin),
         data=DataConfig(
@@ -111,13 +111,13 @@ def losses(workdir):
 
 @pytest.mark.slow
 @pytest.mark.compiles(90, reason="Orbax, and models loaded and placed leaf by leaf")
-def test_continued_training(directory, corpus, tmp_path):
+def test_continued_training_of_a_foreign_checkpoint(directory, corpus, tmp_path):
     begin = tmp_path / "begin"
     shutil.copytree(directory, begin)
     config = run_config(begin, corpus, tmp_path / "store")
     config.model.chunk_size = 8
     assert train(config, tmp_path / "run").status == "finished"
-    # The first loss is the foreign model's, on the batch that comes first.
+    # The first loss is that of the foreign model on the first batch.
     store = open_store(tmp_path / "store")
     stream = BatchStream([store.train], [1.0], sequence_length=16, batch_size=8, bos_id=1, seed=0)
     _, sums = jax.jit(loss_sum)(interop.load(begin), stream[0])
@@ -125,7 +125,7 @@ def test_continued_training(directory, corpus, tmp_path):
     assert found[0] == pytest.approx(float(sums.loss / sums.weight), rel=1e-5)
     assert len(found) == 8
     assert found[-1] < found[0] - 0.5
-    # The run stands by itself.
+    # The run is resumed without the foreign checkpoint.
     shutil.rmtree(begin)
     shutil.rmtree(tmp_path / "run/checkpoints/8")
     assert train(config, tmp_path / "run").status == "finished"
@@ -134,7 +134,7 @@ def test_continued_training(directory, corpus, tmp_path):
     assert recorded.model == load_pretrained(tmp_path / "run").config
     assert (recorded.model.vocab_size, recorded.model.chunk_size) == (330, 8)
     assert (tokenizer.bos_id, tokenizer.end_id) == (1, 2)
-    # And goes back to where it came from.
+    # The run can be converted back to the foreign format.
     interop.convert(tmp_path / "run", tmp_path / "back", "fla")
     written = json.loads((tmp_path / "back/config.json").read_text())
     assert (written["bos_token_id"], written["eos_token_id"]) == (1, 2)
@@ -144,7 +144,7 @@ def test_continued_training(directory, corpus, tmp_path):
         strict=True,
     ):
         assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
-    # A run can begin with another run, which has a tokenizer too.
+    # A run can also begin from another run, with its tokenizer.
     again = run_config(tmp_path / "run", corpus, tmp_path / "store")
     assert train(again, tmp_path / "again").status == "finished"
     assert losses(tmp_path / "again")[0] < found[0] - 0.5
@@ -152,10 +152,10 @@ def test_continued_training(directory, corpus, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.compiles(150, reason="a whole run, saved from eight devices")
-def test_continued_training_without_a_tokenizer_makes_its_own(corpus, tmp_path):
+def test_continued_training_makes_a_tokenizer_if_there_is_none(corpus, tmp_path):
     config = presets.paper(**sizes(post_norm=True, deepnorm=True, ffn_norm=None))
     interop.torchscale.save(RetNet(config, rngs=nnx.Rngs(0)), tmp_path / "begin")
-    with pytest.raises(ConfigError, match=r"has no tokenizer.json or tokenizer.model: put"):
+    with pytest.raises(ConfigError, match=r"has no tokenizer.json or tokenizer.model: copy"):
         read_pretrained(tmp_path / "begin")
     run = run_config(tmp_path / "begin", corpus, tmp_path / "store", tokenizer="byte")
     assert train(run, tmp_path / "run").status == "finished"
@@ -163,7 +163,7 @@ def test_continued_training_without_a_tokenizer_makes_its_own(corpus, tmp_path):
     assert load_tokenizer(tmp_path / "run").vocab_size == 257
 
 
-def test_what_does_not_fit_is_named(directory, tmp_path):
+def test_unusable_checkpoints_are_refused(directory, tmp_path):
     interop.fla.save(RetNet(presets.fla(**sizes(vocab_size=200)), rngs=nnx.Rngs(0)), tmp_path / "x")
     llama(tmp_path / "x")
     with pytest.raises(

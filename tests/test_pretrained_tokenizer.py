@@ -1,13 +1,19 @@
-"""Tokenizers of other models: their texts, their special ids, and texts that come in pieces."""
+"""Tokenizers of other models: their texts, their special ids, and streamed texts."""
 
-import base64
-import functools
-import io
 import json
 import sys
 
 import pytest
 import tokenizers as hf
+from pretrained_tokenizers import (
+    TEXTS,
+    byte_level_with,
+    cl100k,
+    gpt,
+    llama,
+    llama_like,
+    sentencepiece,
+)
 
 from retnet_jax.config import DataConfig
 from retnet_jax.data.stores import open_or_build
@@ -15,112 +21,12 @@ from retnet_jax.data.tokenizers import BPETokenizer, TextStream, load_tokenizer
 from retnet_jax.data.tokenizers.pretrained import HuggingFaceTokenizer, SentencePieceTokenizer
 from retnet_jax.errors import ConfigError
 
-TEXTS = [
-    "def return self retention state chunk",
-    "größer → 😀 naïve 你好",
-    "for i in range(10):\n    x\n\n",
-    "a  b   c",
-    "",
-]
-
-
-@functools.cache
-def llama_like():
-    """BPE with byte fallback, spaces as U+2581, one put in front: <unk> 0, <s> 1, </s> 2."""
-    tokenizer = hf.Tokenizer(hf.models.BPE(byte_fallback=True, unk_token="<unk>"))
-    tokenizer.normalizer = hf.normalizers.Sequence(
-        [hf.normalizers.Prepend("▁"), hf.normalizers.Replace(" ", "▁")]
-    )
-    tokenizer.decoder = hf.decoders.Sequence(
-        [
-            hf.decoders.Replace("▁", " "),
-            hf.decoders.ByteFallback(),
-            hf.decoders.Fuse(),
-            hf.decoders.Strip(" ", 1, 0),
-        ]
-    )
-    specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = hf.trainers.BpeTrainer(vocab_size=320, special_tokens=specials, show_progress=False)
-    tokenizer.train_from_iterator(["def return self state range"] * 3, trainer)
-    values = json.loads(tokenizer.to_str())
-    values["added_tokens"] = values["added_tokens"][:3]  # the bytes are no added tokens
-    tokenizer = hf.Tokenizer.from_str(json.dumps(values))
-    tokenizer.post_processor = hf.processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
-    tokenizer.enable_truncation(3)
-    return tokenizer.to_str()
-
-
-@functools.cache
-def gpt_like():
-    """Byte-level BPE with <|endoftext|> alone."""
-    tokenizer = hf.Tokenizer(hf.models.BPE())
-    tokenizer.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = hf.decoders.ByteLevel()
-    trainer = hf.trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(TEXTS * 3, trainer)
-    return tokenizer.to_str()
-
-
-@functools.cache
-def sentencepiece_model():
-    spm = pytest.importorskip("sentencepiece")
-    model = io.BytesIO()
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(["def return self retention state chunk"] * 9),
-        model_writer=model,
-        vocab_size=300,
-        hard_vocab_limit=False,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
-    return model.getvalue()
-
-
-def llama(directory):
-    (directory / "tokenizer.json").write_text(llama_like())
-    tokens = {"bos_token": "<s>", "eos_token": {"content": "</s>"}}
-    (directory / "tokenizer_config.json").write_text(json.dumps(tokens))
-    return load_tokenizer(directory)
-
-
-def gpt(directory):
-    (directory / "tokenizer.json").write_text(gpt_like())
-    (directory / "special_tokens_map.json").write_text('{"eos_token": "<|endoftext|>"}')
-    return load_tokenizer(directory)
-
-
-def sentencepiece(directory):
-    (directory / "tokenizer.model").write_bytes(sentencepiece_model())
-    return load_tokenizer(directory)
-
-
-def cl100k(directory):
-    """The tokenizer on ranks of its own: the bytes, and some words."""
-    pytest.importorskip("tiktoken")
-    tokens = [bytes([byte]) for byte in range(256)]
-    for word in (b"return", b" self", b"chunk"):
-        tokens += [word[:n] for n in range(2, len(word) + 1) if word[:n] not in tokens]
-    lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)]
-    (directory / "cl100k_base.tiktoken").write_bytes(b"".join(lines))
-    return load_tokenizer(directory)
-
-
 KINDS = pytest.mark.parametrize("make", [llama, gpt, sentencepiece, cl100k])
 
 
 @KINDS
 @pytest.mark.parametrize("text", TEXTS)
-def test_texts_come_back_without_special_tokens(make, text, tmp_path):
+def test_encoding_and_decoding_gives_the_text_back(make, text, tmp_path):
     tokenizer = make(tmp_path)
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
@@ -132,7 +38,7 @@ def test_texts_come_back_without_special_tokens(make, text, tmp_path):
 
 @KINDS
 @pytest.mark.parametrize("text", ["<s>x</s>", "a <|endoftext|>"])
-def test_special_tokens_in_a_text_are_text(make, text, tmp_path):
+def test_special_tokens_in_a_text_are_encoded_as_text(make, text, tmp_path):
     tokenizer = make(tmp_path)
     ids = tokenizer.encode(text)
     assert not {tokenizer.bos_id, tokenizer.end_id} & set(ids)
@@ -140,7 +46,7 @@ def test_special_tokens_in_a_text_are_text(make, text, tmp_path):
 
 
 @KINDS
-def test_what_is_saved_is_the_same_tokenizer(make, tmp_path):
+def test_a_saved_tokenizer_is_the_same(make, tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "out").mkdir()
     tokenizer = make(tmp_path / "in")
@@ -154,7 +60,7 @@ def test_what_is_saved_is_the_same_tokenizer(make, tmp_path):
 
 @KINDS
 @pytest.mark.parametrize("size", [1, 2, 3, 16])
-def test_text_that_comes_in_pieces_is_the_whole(make, size, tmp_path):
+def test_streamed_text_equals_decoded_text(make, size, tmp_path):
     tokenizer = make(tmp_path)
     text = " ".join(TEXTS) + "🦑" * 30 + "  x"
     ids = tokenizer.encode(text)
@@ -168,7 +74,7 @@ def test_text_that_comes_in_pieces_is_the_whole(make, size, tmp_path):
 
 
 @KINDS
-def test_a_continuation_begins_with_its_space(make, tmp_path):
+def test_a_continuation_keeps_its_leading_space(make, tmp_path):
     tokenizer = make(tmp_path)
     ids = tokenizer.encode("def state return 1 2 3")
     spaces = 0
@@ -181,7 +87,7 @@ def test_a_continuation_begins_with_its_space(make, tmp_path):
 
 
 @KINDS
-def test_a_torn_end_is_shown_at_the_end(make, tmp_path):
+def test_an_incomplete_character_at_the_end_is_shown(make, tmp_path):
     tokenizer = make(tmp_path)
     stream = TextStream(tokenizer)
     assert stream.add(tokenizer.encode("def🦑")[:-1]) == "def"
@@ -205,7 +111,7 @@ def test_a_torn_end_is_shown_at_the_end(make, tmp_path):
         ),
     ],
 )
-def test_where_the_special_ids_come_from(files, expected, tmp_path):
+def test_special_ids_are_read_from_the_files_in_order(files, expected, tmp_path):
     (tmp_path / "tokenizer.json").write_text(llama_like())
     for name, values in files.items():
         (tmp_path / name).write_text(json.dumps(values))
@@ -214,7 +120,7 @@ def test_where_the_special_ids_come_from(files, expected, tmp_path):
     assert (tokenizer.bos_id, tokenizer.end_id) == expected
 
 
-def test_special_tokens_that_the_file_does_not_mark_are_text_too(tmp_path):
+def test_unmarked_special_tokens_are_encoded_as_text(tmp_path):
     values = json.loads(llama_like())
     for token in values["added_tokens"]:
         token["special"] = False
@@ -226,13 +132,13 @@ def test_special_tokens_that_the_file_does_not_mark_are_text_too(tmp_path):
     assert tokenizer.decode(ids) == "<s>x</s>"
 
 
-def test_sentencepiece_knows_its_own(tmp_path):
+def test_sentencepiece_models_have_their_special_ids(tmp_path):
     tokenizer = sentencepiece(tmp_path)
     assert isinstance(tokenizer, SentencePieceTokenizer)
     assert (tokenizer.bos_id, tokenizer.end_id) == (1, 2)
 
 
-def test_what_is_missing_or_damaged_is_named(tmp_path, monkeypatch):
+def test_missing_or_damaged_tokenizer_files_are_named(tmp_path, monkeypatch):
     with pytest.raises(
         FileNotFoundError, match=r"has none of tokenizer.json, tokenizer.model, cl100k"
     ):
@@ -259,7 +165,7 @@ def test_what_is_missing_or_damaged_is_named(tmp_path, monkeypatch):
         load_tokenizer(tmp_path)
 
 
-def test_ranks_of_something_else_are_refused(tmp_path):
+def test_files_without_ranks_are_refused(tmp_path):
     pytest.importorskip("tiktoken")
     for contents in (b"not base64 at all", b"YQ== 0\n"):
         (tmp_path / "cl100k_base.tiktoken").write_bytes(contents)
@@ -269,7 +175,7 @@ def test_ranks_of_something_else_are_refused(tmp_path):
             load_tokenizer(tmp_path)
 
 
-def test_a_corpus_in_the_tokens_of_a_model(tmp_path):
+def test_a_store_with_the_tokenizer_of_a_model(tmp_path):
     for name in ("model", "moved"):
         (tmp_path / name).mkdir()
         tokenizer = llama(tmp_path / name)
@@ -288,7 +194,7 @@ def test_a_corpus_in_the_tokens_of_a_model(tmp_path):
     first = store.train.document(0).tolist()
     assert first[0] == tokenizer.bos_id == 1
     assert store.tokenizer.decode(first) == (tmp_path / "corpus" / store.train.names[0]).read_text()
-    # The same tokenizer elsewhere is the same; another one is not.
+    # The same tokenizer in another directory fits the store; another tokenizer does not.
     config.tokenizer = str(tmp_path / "moved")
     assert open_or_build(config, vocab_size=400).manifest == store.manifest
     (tmp_path / "moved/tokenizer_config.json").write_text('{"bos_token": "</s>"}')
@@ -297,7 +203,7 @@ def test_a_corpus_in_the_tokens_of_a_model(tmp_path):
     config.tokenizer = str(tmp_path / "model")
     with pytest.raises(ConfigError, match=r"model.vocab_size=260 is less than the 2\d\d tokens"):
         open_or_build(config, vocab_size=260)
-    # What is in the store is enough; to build another, the directory is needed.
+    # An existing store does not need the directory of the tokenizer; a new one does.
     config.tokenizer = str(tmp_path / "gone")
     assert open_or_build(config, vocab_size=400).manifest == store.manifest
     config.tokenizer, config.store = "bep", str(tmp_path / "other")
@@ -307,8 +213,8 @@ def test_a_corpus_in_the_tokens_of_a_model(tmp_path):
 
 @KINDS
 @pytest.mark.parametrize("size", [1, 3, 40])
-def test_a_continuation_is_what_the_whole_has_more_than_the_prompt(make, size, tmp_path):
-    """Wherever a prompt ends: within a character, before and after U+FFFD that is text."""
+def test_prompt_and_continuation_make_up_the_whole_text(make, size, tmp_path):
+    """For every end of the prompt: within a character, before and after a U+FFFD in the text."""
     tokenizer = make(tmp_path)
     text = "def \ufffd" + "🦑" * 12 + "\ufffd\ufffd x " + "ደ" * 9 + " self"
     ids = tokenizer.encode(text)
@@ -320,12 +226,12 @@ def test_a_continuation_is_what_the_whole_has_more_than_the_prompt(make, size, t
         assert prompt.endswith("\ufffd") or prompt + whole == text
         assert text.endswith(whole)
         assert text[: len(text) - len(whole)] == prompt[: len(text) - len(whole)]
-        last = TextStream(tokenizer, before=ids[:cut][-TextStream.context :])  # a saved state's
+        last = TextStream(tokenizer, before=ids[:cut][-TextStream.context :])  # as in a saved state
         assert last.add(ids[cut:]) + last.rest() == whole
 
 
-@pytest.mark.parametrize("make", [llama, sentencepiece, cl100k])  # in which bytes are tokens
-def test_a_torn_character_tears_no_other(make, tmp_path):
+@pytest.mark.parametrize("make", [llama, sentencepiece, cl100k])  # with bytes as tokens
+def test_an_incomplete_character_does_not_affect_others(make, tmp_path):
     tokenizer = make(tmp_path)
     ids = tokenizer.encode("x🦑🦑🦑")
     ids = [*ids[:-5], *ids[-4:]]
@@ -337,7 +243,7 @@ def test_a_torn_character_tears_no_other(make, tmp_path):
     assert "".join(stream.add([i]) for i in ids) + stream.rest() == tokenizer.decode(ids)
 
 
-def test_torn_bytes_without_end_are_given_and_forgotten(tmp_path):
+def test_endless_incomplete_bytes_are_output_and_freed(tmp_path):
     tokenizer = llama(tmp_path)
     byte = tokenizer.encode("🦑")[-1]
     stream = TextStream(tokenizer)
@@ -348,15 +254,7 @@ def test_torn_bytes_without_end_are_given_and_forgotten(tmp_path):
     assert len(stream._ids) < 100
 
 
-def byte_level_with(specials):
-    """Byte-level BPE with these tokens in front."""
-    values = json.loads(gpt_like().replace("<|endoftext|>", specials[0]))
-    tokenizer = hf.Tokenizer.from_str(json.dumps(values))
-    tokenizer.add_special_tokens([*specials])
-    return tokenizer.to_str()
-
-
-def test_bos_and_eos_of_others_are_not_ours(tmp_path):
+def test_bos_and_eos_of_other_tokenizers(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text(byte_level_with(["<bos>", "<eos>"]))
     with pytest.raises(ValueError, match="which token opens or ends a text"):
@@ -368,13 +266,13 @@ def test_bos_and_eos_of_others_are_not_ours(tmp_path):
     assert (tokenizer.bos_id, tokenizer.end_id) == (0, end)
     path.write_text(byte_level_with(["<bos>"]))
     (tmp_path / "config.json").write_text('{"bos_token_id": 0, "eos_token_id": 0}')
-    assert isinstance(load_tokenizer(tmp_path), BPETokenizer)  # as our own is exported
+    assert isinstance(load_tokenizer(tmp_path), BPETokenizer)  # as this project exports its own
     (tmp_path / "config.json").write_text('{"bos_token_id": 0, "eos_token_id": 5}')
     assert load_tokenizer(tmp_path).end_id == 5
 
 
 @pytest.mark.parametrize("newer", [False, True])
-def test_tokens_added_to_sentencepiece(newer, tmp_path):
+def test_tokens_added_to_a_sentencepiece_model(newer, tmp_path):
     plain = sentencepiece(tmp_path)
     pieces = plain.vocab_size
     tokens = {"<|im_end|>": pieces, "<|im_start|>": pieces + 1}
@@ -423,7 +321,7 @@ def test_tokens_added_to_sentencepiece(newer, tmp_path):
         ),
     ],
 )
-def test_every_id_that_ends_a_text_is_kept(files, ends, tmp_path):
+def test_all_end_ids_are_kept(files, ends, tmp_path):
     (tmp_path / "tokenizer.json").write_text(llama_like())
     for name, values in files.items():
         (tmp_path / name).write_text(json.dumps(values))
@@ -438,7 +336,7 @@ def test_every_id_that_ends_a_text_is_kept(files, ends, tmp_path):
 
 
 @pytest.mark.parametrize("special", [True, False])
-def test_one_more_id_than_the_model_has_matters_if_a_text_can_have_it(special, tmp_path):
+def test_surplus_tokens_are_refused_unless_they_are_special(special, tmp_path):
     tokenizer = hf.Tokenizer.from_str(llama_like())
     size = tokenizer.get_vocab_size()
     (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(["<pad>"])
@@ -469,7 +367,7 @@ def test_one_more_id_than_the_model_has_matters_if_a_text_can_have_it(special, t
 
 
 @KINDS
-def test_tokens_are_shown_and_unknown_ones_have_an_id(make, tmp_path):
+def test_every_token_has_a_text_to_show(make, tmp_path):
     tokenizer = make(tmp_path)
     shown = [tokenizer.token(i) for i in range(tokenizer.vocab_size)]
     assert all(shown[i] for i in (tokenizer.bos_id, tokenizer.end_id))

@@ -1,4 +1,4 @@
-"""Several real processes on this machine: training, evaluation, checkpoints, and their deaths."""
+"""Several real processes on this machine, which train, evaluate, save, and are killed."""
 
 import json
 import os
@@ -21,11 +21,11 @@ from retnet_jax.parallel import processes, rendezvous
 from retnet_jax.training.loop import train
 
 ROOT = Path(__file__).parent.parent
-DEVICES = 8  # in all, as in the tests' own process
+DEVICES = 8  # of all processes together; the process of the tests has the same number
 
 
 def assert_losses_of(workdir, expected):
-    """To rounding: processes sum up in another order than devices of one."""
+    """Equal up to rounding: several processes sum in another order than one."""
     actual, expected = metrics(workdir), metrics(expected)
     assert list(actual) == list(range(1, STEPS + 1))
     for step in actual:
@@ -40,7 +40,7 @@ def free_port():
 
 
 class Group:
-    """Processes of one program that find each other."""
+    """Processes of one program that connect to each other."""
 
     def __init__(self, program, count, *arguments, each=lambda index: [], devices=None):
         address = f"localhost:{free_port()}"
@@ -63,7 +63,7 @@ class Group:
         ]
 
     def ends(self, seconds=120):
-        """The exit status, output and messages of each, which have so long to end."""
+        """The exit status, output and messages of each process, which must end within `seconds`."""
         found = []
         end = time.monotonic() + seconds
         try:
@@ -76,7 +76,7 @@ class Group:
         return found
 
     def wait_for_step(self, step):
-        """Reads what the first says until it has logged a step."""
+        """Reads the log of process 0 until it has a step."""
         for line in self.members[0].stderr:
             if line.startswith(f"step {step}/"):
                 return
@@ -89,8 +89,8 @@ def training(count, config_file, workdir, *arguments):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
-def test_processes_train_what_one_does(count, config_file, uninterrupted, tmp_path):
-    """Before and after one of them had a SIGTERM, which ends all at the same step."""
+def test_several_processes_train_like_one(count, config_file, uninterrupted, tmp_path):
+    """Before and after a SIGTERM to one of them, which stops all at the same step."""
     group = training(count, config_file, tmp_path / "run")
     group.wait_for_step(5)
     group.members[-1].send_signal(signal.SIGTERM)
@@ -99,7 +99,7 @@ def test_processes_train_what_one_does(count, config_file, uninterrupted, tmp_pa
     assert "SIGTERM: stopping after step" in ends[0][2]
     stopped = latest_step(tmp_path / "run")
     assert 5 <= stopped < STEPS
-    assert all("step" not in errors for _, _, errors in ends[1:])  # one logs
+    assert all("step" not in errors for _, _, errors in ends[1:])  # only process 0 logs
     ends = training(count, config_file, tmp_path / "run").ends()
     assert [status for status, *_ in ends] == [0] * count, ends
     assert f"steps {stopped} to {STEPS}" in ends[0][2]
@@ -110,7 +110,7 @@ def test_processes_train_what_one_does(count, config_file, uninterrupted, tmp_pa
 
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.slow
-def test_when_one_is_killed_the_others_end_and_fewer_go_on(
+def test_when_one_process_is_killed_the_others_end_and_fewer_resume(
     victim, config, config_file, uninterrupted, tmp_path
 ):
     group = training(2, config_file, tmp_path / "run")
@@ -122,7 +122,8 @@ def test_when_one_is_killed_the_others_end_and_fewer_go_on(
     assert re.search(f"process {1 - victim} of 2 end.* another", errors), errors
     assert "The same command resumes from the newest checkpoint" in errors
     assert latest_step(tmp_path / "run") in (4, 8)
-    assert train(config, tmp_path / "run").status == "finished"  # one process, as many devices
+    # One process with the devices of both.
+    assert train(config, tmp_path / "run").status == "finished"
     assert_losses_of(tmp_path / "run", uninterrupted)
 
 
@@ -144,20 +145,20 @@ def test_processes_agree_on_the_evaluation_that_is_missing(config_file, uninterr
 
 
 @pytest.mark.slow
-def test_processes_evaluate_what_one_does(uninterrupted, tmp_path):
+def test_several_processes_evaluate_like_one(uninterrupted, tmp_path):
     arguments = [f"--workdir={uninterrupted}", "--batch_size=8", "--suite=paper", "--shots=1"]
     arguments += ["--tasks=copa", f"--data={ROOT}/tests/tasks"]
     ends = Group("eval.py", 2, *arguments, f"--output={tmp_path / 'two.json'}").ends()
     assert [status for status, *_ in ends] == [0, 0], ends
     assert "bits/byte" in ends[0][1]
     assert "bits/byte" not in ends[1][1]
-    alone = subprocess.run(
+    single = subprocess.run(
         [sys.executable, "eval.py", *arguments, f"--output={tmp_path / 'one.json'}"],
         cwd=ROOT,
         check=True,
         capture_output=True,
     )
-    assert b"bits/byte" in alone.stdout
+    assert b"bits/byte" in single.stdout
     one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("one", "two"))
     for protocol in ("window", "stateful"):
         bits = [x["protocols"][protocol]["bits_per_byte"] for x in (one, two)]
@@ -165,7 +166,7 @@ def test_processes_evaluate_what_one_does(uninterrupted, tmp_path):
     assert one["tasks"] == two["tasks"]
 
 
-def test_processes_that_were_not_started_alike_are_refused(config_file, tmp_path):
+def test_processes_with_different_configs_are_refused(config_file, tmp_path):
     group = Group(
         "train.py",
         2,
@@ -180,18 +181,18 @@ def test_processes_that_were_not_started_alike_are_refused(config_file, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_a_coordinator_that_is_not_there_is_named(config_file, tmp_path):
+def test_an_unreachable_coordinator_is_named(config_file, tmp_path):
     command = ["train.py", f"--config={config_file}", f"--workdir={tmp_path}/run"]
     flags = ["--coordinator_address=localhost:1", "--num_processes=2", "--process_id=1"]
     done = programs.run(*command, *flags, "--connect_seconds=2")
     assert done.returncode == 2, done.stderr
-    assert "--coordinator_address=localhost:1 cannot be reached" in done.stderr
+    assert "--coordinator_address=localhost:1 could not be reached" in done.stderr
     done = programs.run(*command, *flags[:2])
     assert done.returncode == 2, done.stderr
     assert "belong together" in done.stderr
 
 
-# Its arguments are those of `connect`. Process 1 asks for more memory than there is.
+# A program with the arguments of `connect`. Process 1 allocates more memory than there is.
 OUT_OF_MEMORY = """
 import sys
 import jax.numpy as jnp
@@ -206,12 +207,12 @@ with processes.ending_with_the_others("Advice."):
 
 
 @pytest.mark.slow
-def test_an_error_of_one_process_is_its_own(tmp_path):
-    """The other one waits for HEARTBEAT_SECONDS."""
+def test_an_error_in_one_process_is_reported_there_as_its_own(tmp_path):
+    """It takes HEARTBEAT_SECONDS until the other process ends."""
     program = tmp_path / "program.py"
     program.write_text(OUT_OF_MEMORY)
     (first, _, gone), (second, _, own) = Group(str(program), 2).ends()
-    # JAX may end the other from within (-6), before it sees that an operation has failed.
+    # JAX may kill the other process (-6) before that sees that an operation has failed.
     assert first in (1, -signal.SIGABRT), gone
     assert second == 1, own
     assert "Traceback" in own
@@ -232,7 +233,7 @@ def test_an_error_of_one_process_is_its_own(tmp_path):
         ("UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats)", True),
     ],
 )
-def test_messages_of_xla_are_told_apart(message, others):
+def test_messages_of_xla_about_other_processes_are_recognised(message, others):
     assert processes.is_about_others(message) == others
 
 
@@ -278,7 +279,7 @@ def test_a_process_by_itself_ends_with_one_line(config_file, tmp_path):
 
 
 def meet(*arguments):
-    """What `meet` says, run in a thread."""
+    """The error of `meet`, or "met"."""
     try:
         rendezvous.meet(*arguments)
     except ConfigError as error:
@@ -291,29 +292,29 @@ def together(calls):
         return list(threads.map(lambda arguments: meet(*arguments), calls))
 
 
-def test_processes_meet_or_say_in_one_line_why_not():
+def test_processes_meet_or_raise_an_error_of_one_line():
     port = free_port()
     address = f"localhost:{port}"
-    for _ in range(2):  # the port is free again
+    for _ in range(2):  # the second time shows that the port is free again
         assert together([(address, 3, i, 60) for i in (2, 0, 1)]) == ["met"] * 3
     missing, waiting = together([(address, 3, 0, 1), (address, 3, 2, 1)])
-    assert "waited 1 s, but of --num_processes=3 these did not come: 1; start them" in missing
-    assert f"{address} cannot be reached" in waiting
+    assert "waited 1 s, but of --num_processes=3 these did not connect: 1; start them" in missing
+    assert f"{address} could not be reached" in waiting
     with socket.create_server(("", port)) as other:
-        assert f"another program has port {port} of this" in meet(address, 2, 0, 1)
+        assert f"another program uses port {port} of this" in meet(address, 2, 0, 1)
         with ThreadPoolExecutor(1) as thread:
             asked = thread.submit(meet, address, 2, 1, 60)
             with other.accept()[0] as connection:
                 connection.sendall(b"SSH-2.0\n")
-            assert "something else than process 0 of this run answers there" in asked.result()
+            assert "another program than process 0 of this run answers there" in asked.result()
     assert "is not HOST:PORT" in meet("localhost", 2, 0, 1)
 
 
-def test_processes_that_are_counted_otherwise_are_told(tmp_path):
+def test_processes_with_another_count_or_an_equal_number_are_refused(tmp_path):
     address = f"localhost:{free_port()}"
     with ThreadPoolExecutor(4) as threads:
         first = threads.submit(meet, address, 3, 0, 60)
-        assert "process 0 has --num_processes=3, this one 2" in meet(address, 2, 1, 60)
+        assert "process 0 has --num_processes=3, but process 1 has 2" in meet(address, 2, 1, 60)
         one, other = (threads.submit(meet, address, 3, 1, 60) for _ in range(2))
         told = next(iter(as_completed([one, other]))).result()
         assert "another process has --process_id=1 too" in told
@@ -322,17 +323,17 @@ def test_processes_that_are_counted_otherwise_are_told(tmp_path):
         assert {one.result(), other.result()} == {"met", told}
 
 
-def test_what_clusters_say_of_themselves(monkeypatch):
+def test_the_environment_of_slurm_and_mpi(monkeypatch):
     for name in ("SLURM_NTASKS", "SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JAX_COORDINATOR_ADDRESS"):
         monkeypatch.setenv(name, "")
-    processes.connect(None, None, None)  # alone
+    processes.connect(None, None, None)  # a single process
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "two")
-    with pytest.raises(ConfigError, match="OMPI_COMM_WORLD_SIZE=two in the environment is no num"):
+    with pytest.raises(ConfigError, match="OMPI_COMM_WORLD_SIZE=two in the environment is not a"):
         processes.connect(None, None, None)
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "1")
     monkeypatch.setenv("SLURM_NTASKS", "4")
     with pytest.raises(ConfigError, match=r"SLURM_NTASKS=4 .* srun did not start it .*--num_proc"):
         processes.connect(None, None, None)
-    processes.connect(None, 1, None)  # by itself all the same
+    processes.connect(None, 1, None)  # a single process in spite of SLURM_NTASKS

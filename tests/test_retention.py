@@ -87,7 +87,7 @@ def test_no_segment_ids_is_one_document_a_row(form, rule):
 
 @functools.cache
 def gradient_of(form, chunk_size, chunks_of_a_span):
-    """Compiled; the last argument is one that the tests set in `xla`."""
+    """Compiled; the last argument is a value in `xla` that tests patch, part of the cache's key."""
 
     def loss(q, k, v, decay, state, segments, weight_y, weight_state):
         y, final = retention(q, k, v, decay, state, segments, form=form, chunk_size=chunk_size)
@@ -101,12 +101,12 @@ def outputs_and_gradients(form, chunk_size, arrays, decay, state, segments, mean
     b, t, h, _ = arrays[0].shape
     weight_y = jnp.asarray(rng.normal(mean, size=(b, t, h, arrays[2].shape[-1])), jnp.float32)
     weight_state = jnp.asarray(rng.normal(mean, size=state.shape), jnp.float32)
-    gradient = gradient_of(form, chunk_size, xla._chunks_of_a_span())
+    gradient = gradient_of(form, chunk_size, xla._chunks_per_span())
     gradients, results = gradient(*arrays, decay, state, segments, weight_y, weight_state)
     return results, gradients
 
 
-# Lengths, heads, widths of values and chunk sizes: each is compiled, and then has many inputs.
+# Length, heads, width of values and chunk size: each is compiled once, for many inputs.
 SHAPES = [(1, 2, 3, 4), (19, 3, 5, 8), (16, 1, 1, 4), (13, 2, 4, 1), (6, 3, 2, 8)]
 
 
@@ -117,7 +117,7 @@ def test_forms_agree_in_outputs_states_and_gradients(t, h, v, chunk_size, data):
     rule, seed = data.draw(st.sampled_from(RULES)), data.draw(st.integers(0, 99))
     ids = st.lists(st.sampled_from([0, 1, 1, 1, 2, 3]), min_size=t, max_size=t)
     segments = data.draw(st.none() | st.lists(ids, min_size=2, max_size=2))
-    # Of mean 1/2: the gradient of log gamma would else be what is left of sums that cancel.
+    # Mean 1/2, since with mean 0 the gradient of log gamma would be a sum of numbers that cancel.
     arrays, decay, state = inputs(t=t, h=h, v=v, rule=rule, seed=seed, mean=0.5)
     given_all = (arrays, decay, state, None if segments is None else jnp.asarray(segments), 0.5)
     expected = outputs_and_gradients("parallel", None, *given_all)
@@ -126,7 +126,7 @@ def test_forms_agree_in_outputs_states_and_gradients(t, h, v, chunk_size, data):
 
 
 def test_recurrent_gradient_equals_differentiating_its_own_steps():
-    """The rule of its own is checked against autodiff through one-token calls."""
+    """The custom gradient rule equals autodiff through one-token calls."""
     arrays, decay, state = inputs(t=6)
 
     def steps(q, k, v, decay, state):
@@ -196,15 +196,15 @@ def test_chunkwise_gradient_memory_is_linear_in_length():
 
     for form in ("chunkwise", "recurrent"):
         assert temporary_bytes(form, 4096) <= 2.2 * temporary_bytes(form, 2048)
-    # A state for each position would take 4096 * 2 * 8 * 8 floats of 4 bytes alone.
+    # The states of all positions would take 4096 * 2 * 8 * 8 floats of 4 bytes.
     assert temporary_bytes("recurrent", 4096) < 4096 * 2 * 8 * 8 * 4
 
 
 @pytest.mark.parametrize("chunks", [2, 4])
 @pytest.mark.parametrize("segments", ["none", "padding inside"])
 def test_any_number_of_chunks_at_once_is_the_same_function(monkeypatch, segments, chunks):
-    """A loop of more than four spans, chunks and tokens that are left, as CPUs and others have."""
-    monkeypatch.setattr(xla, "_chunks_of_a_span", lambda: chunks)
+    """Rows of more than four spans, with chunks and tokens left over, for any span."""
+    monkeypatch.setattr(xla, "_chunks_per_span", lambda: chunks)
     arrays, decay, state = inputs(t=21)
     ids = None if segments == "none" else jnp.asarray(SEGMENTS[segments])
     expected = outputs_and_gradients("parallel", None, arrays, decay, state, ids)
@@ -214,8 +214,8 @@ def test_any_number_of_chunks_at_once_is_the_same_function(monkeypatch, segments
 
 
 @pytest.mark.parametrize("chunks", [1, 4])
-def test_a_gradient_keeps_inputs_and_states_between_spans_alone(monkeypatch, chunks):
-    monkeypatch.setattr(xla, "_chunks_of_a_span", lambda: chunks)
+def test_a_gradient_keeps_only_inputs_and_states_between_spans(monkeypatch, chunks):
+    monkeypatch.setattr(xla, "_chunks_per_span", lambda: chunks)
     (q, k, v), decay, state = inputs(b=1, t=128, h=2, k=8, v=8)
 
     def kept_numbers(size):
@@ -255,7 +255,7 @@ def test_float64_inputs_are_computed_in_float64():
 
 @pytest.mark.parametrize("rule", RULES)
 def test_131_072_tokens_lose_no_accuracy_against_float64(rule):
-    """Outputs, the final state and all gradients but that of log gamma, over the whole row."""
+    """Outputs, the final state and all gradients except that of log gamma."""
     arrays, decay, state = inputs(b=1, t=131_072, h=8, k=2, v=2, rule=rule)
 
     def results(*inputs):
@@ -282,7 +282,7 @@ def test_recurrent_and_chunkwise_agree_at_length_100_000(rule):
 
 
 def test_a_long_memory_decays_by_the_exact_gamma():
-    """Where float32 cannot hold gamma itself, 100,000 steps must still shrink S by gamma^t."""
+    """100,000 steps shrink S by gamma^t, even where float32 cannot represent gamma."""
     (q, k, v), decay, state = inputs(b=1, t=100_000, h=32, k=1, v=1, rule="powers_of_two")
     q, v = jnp.ones_like(q), v * 1e-3
     for form in ("chunkwise", "recurrent"):
@@ -310,7 +310,7 @@ def test_positions_count_the_real_tokens_of_a_document(segments):
 
 @pytest.mark.parametrize("length", [511, 512, 513, 1500, 2**18 + 7])
 def test_documents_of_long_rows(length):
-    """Counted token by token; rows of more than a block, and of more than a block of blocks."""
+    """Compared with counting token by token, for rows of several pieces and pieces of pieces."""
     rng = np.random.default_rng(length)
     segments = np.cumsum(rng.random((2, length)) < 0.01, axis=1) % 5
     start = np.array([3, 0])
@@ -353,17 +353,20 @@ def test_decay_rules_are_the_papers():
         ({"implementation": "cuda"}, "implementation='cuda' is none of"),
         ({"chunk_size": 0}, "chunk_size=0 is less than 1"),
         ({"chunk_size": 4, "form": "parallel"}, "chunk_size=4 is for form='chunkwise'"),
-        ({"log_decay": jnp.zeros(5)}, r"log_decay \(5,\) does not fit q .*: \(3,\) would"),
+        (
+            {"log_decay": jnp.zeros(5)},
+            r"log_decay \(5,\) does not fit .*; its shape must be \(3,\)",
+        ),
         ({"state": jnp.zeros((2, 3, 6, 4))}, r"state \(2, 3, 6, 4\) does not fit"),
         ({"segment_ids": jnp.ones((2, 20), int)}, r"segment_ids \(2, 20\) does not fit"),
         ({"state": jnp.zeros((2, 3, 4, 6), jnp.bfloat16)}, "state is bfloat16"),
-        ({"q": jnp.ones((2, 21, 3, 4), int)}, "q is int32; float32 or bfloat16 is needed"),
-        ({"v": jnp.ones((2, 21, 3, 6), int)}, "v is int32; float32 or bfloat16 is needed"),
+        ({"q": jnp.ones((2, 21, 3, 4), int)}, "q is int32; it must be float32 or bfloat16"),
+        ({"v": jnp.ones((2, 21, 3, 6), int)}, "v is int32; it must be float32 or bfloat16"),
     ],
 )
 def test_bad_arguments_are_named(changes, message):
     (q, k, v), decay, _ = inputs()
-    unchecked = inspect.unwrap(retention)  # without the annotations that the tests check
+    unchecked = inspect.unwrap(retention)  # without the tests' check of annotations
     with pytest.raises(ValueError, match=message):
         unchecked(**({"q": q, "k": k, "v": v, "log_decay": decay} | changes))
 
@@ -372,7 +375,7 @@ def test_bad_arguments_are_named(changes, message):
     ("rule", "heads", "decay_range"),
     [("powers_of_two", 1024, (0.5, 0.5)), ("log_spaced", 4, (1e-2, 1e-40))],
 )
-def test_the_slowest_decays_are_none_to_rounding(rule, heads, decay_range):
+def test_the_slowest_decays_round_to_no_decay(rule, heads, decay_range):
     decay = log_decay(rule, heads, decay_range)
     places = np.array([[0, 1, 9, 2**31 - 2]])
     found = np.asarray(row_normalizer(decay, jnp.asarray(places, jnp.int32)))
@@ -386,8 +389,8 @@ def test_the_slowest_decays_are_none_to_rounding(rule, heads, decay_range):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("segments", [None, SEGMENTS["padding inside"]])
-def test_without_memory_a_token_sees_itself_alone(form, segments):
-    """Log gamma of -inf: gamma^0 is 1, all else 0; gradients are those of that function."""
+def test_without_memory_a_token_sees_only_itself(form, segments):
+    """Log gamma of -inf: gamma^0 is 1, all other powers are 0; with the gradients of that."""
     (q, k, v), decay, state = inputs()
     decay = jnp.full_like(decay, -jnp.inf)
 
@@ -427,7 +430,7 @@ def test_forward_mode_is_for_the_parallel_form():
             along(form)
 
 
-def test_what_runs_is_said_with_the_reason(monkeypatch):
+def test_the_choice_of_an_implementation_is_explained(monkeypatch):
     def said(dtype, t=256, width=64):
         q = jax.ShapeDtypeStruct((2, t, 2, width), dtype)
         return explain_choice(q, q, q)

@@ -1,4 +1,4 @@
-"""Every implementation of the chunkwise form computes the same, and says why where it cannot."""
+"""Every implementation of the chunkwise form computes the same, or says why it cannot run."""
 
 import functools
 from functools import partial
@@ -25,7 +25,7 @@ DECAY = log_decay("log_spaced", H, (1 / 8, 1 / 256))
 
 
 def inputs(t, k, v, dtype=jnp.bfloat16, b=2, seed=0):
-    """Numbers of mean 1/2: log gamma's gradient would else be what is left of sums that cancel."""
+    """Mean 1/2; with mean 0 the gradient of log gamma would be a sum of numbers that cancel."""
     rng = np.random.default_rng(seed)
     q, k, v = (rng.normal(0.5, size=(b, t, H, width)) for width in (k, k, v))
     state = jnp.asarray(rng.normal(0.5, size=(b, H, k.shape[3], v.shape[3])), jnp.float32)
@@ -33,7 +33,7 @@ def inputs(t, k, v, dtype=jnp.bfloat16, b=2, seed=0):
 
 
 def packed(t, b=2, seed=1):
-    """Several documents a row, one of them long, with padding in front, between and behind."""
+    """Several documents in a row, one of them long; padding before, between and after them."""
     rng = np.random.default_rng(seed)
     segments = np.cumsum(rng.random((b, t)) < 8 / t, axis=1) % 3 + 1
     segments[0, : t // 9] = 0
@@ -74,7 +74,7 @@ CASES = {
 
 @functools.cache
 def inputs_and_expected(case):
-    """What the parallel form has, which is differentiated by jax, in float32."""
+    """Inputs, and the outputs and gradients of the parallel form in float32, by autodiff."""
     case = CASES[case]
     arrays, state = inputs(case["t"], case["k"], case["v"])
     state = state if case.get("state", True) else None
@@ -112,7 +112,7 @@ def test_split_anywhere_and_carry_the_state_equals_whole(implementation):
     run = jax.jit(partial(retention, implementation=implementation))
     whole = run(*arrays, DECAY, state, segments)
     cut = 100
-    assert segments[0, cut - 1] == segments[0, cut] != 0  # a document goes on behind the cut
+    assert segments[0, cut - 1] == segments[0, cut] != 0  # the cut is inside a document
     found, outputs = state, []
     for part in (np.s_[:, :cut], np.s_[:, cut:]):
         y, found = run(*(x[part] for x in arrays), DECAY, found, segments[part])
@@ -124,7 +124,7 @@ def test_split_anywhere_and_carry_the_state_equals_whole(implementation):
 
 @pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
 def test_131072_tokens_lose_no_accuracy(implementation):
-    """Against float64, in numpy."""
+    """Compared with float64 in numpy."""
     t, k, v = 131_072, 2, 2
     arrays, state = inputs(t, k, v, jnp.float32, b=1)
     y, final = retention(*arrays, DECAY, state, implementation=implementation)
@@ -150,7 +150,7 @@ def test_kernels_on_a_mesh(mesh):
 
 
 def test_a_decay_that_is_not_trained_costs_nothing():
-    """Neither its gradient nor the final state, which only that needs, is kept or computed."""
+    """The final state, which only the gradient of log gamma needs, is not kept."""
     arrays, _ = inputs(64, 16, 16, b=1)
 
     def loss(q, k, v):
@@ -166,13 +166,13 @@ def test_a_decay_that_is_not_trained_costs_nothing():
     [
         (
             {"implementation": "pallas_tpu", "form": "recurrent"},
-            "'pallas_tpu' has form='chunkwise'",
+            "'pallas_tpu' computes form='chunkwise' only",
         ),
         ({"implementation": "mosaic_gpu", "dtype": jnp.float32}, "cannot run here: .*bfloat16"),
-        ({"implementation": "mosaic_gpu", "chunk_size": 32}, "chunk_size=32; chunks are of 64"),
+        ({"implementation": "mosaic_gpu", "chunk_size": 32}, "chunk_size=32; its chunks have 64"),
     ],
 )
-def test_a_name_never_falls_back(arguments, message):
+def test_a_named_implementation_never_falls_back(arguments, message):
     arguments = dict(arguments)
     arrays, _ = inputs(8, 64, 64, arguments.pop("dtype", jnp.bfloat16))
     with pytest.raises(NotImplementedError, match=message):
@@ -180,7 +180,7 @@ def test_a_name_never_falls_back(arguments, message):
 
 
 def test_documents_of_chunks():
-    """What the kernel is told of each token, against a count by hand."""
+    """The numbers that the kernel gets for each token, counted by hand."""
     row = number_documents(jnp.asarray([[0, 1, 1, 2, 2, 0, 2, 3, 3]]))
     numbers = np.asarray(pallas_tpu.document_numbers(row, 4))
     assert numbers.shape == (1, 3, 5, 4)

@@ -33,7 +33,7 @@ def inputs(length=T):
 
 
 def documents():
-    """Borders inside parts, at cuts and across several; padding in front, within and behind."""
+    """Borders inside parts and at cuts, documents over several parts; padding everywhere."""
     rng = np.random.default_rng(1)
     segments = np.sort(rng.integers(1, 5, (B, T)), axis=1)
     segments[0, 20:30] = 0
@@ -56,14 +56,15 @@ def outputs_and_gradients(q, k, v, state, segment_ids):
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_split_rows_are_whole_rows(packed, exchange, mesh, monkeypatch):
     arguments = (*inputs(), documents() if packed else None)
-    expected = outputs_and_gradients(*arguments)
+    expected = jax.jit(outputs_and_gradients)(*arguments)
     monkeypatch.setattr(on_mesh, "MOST_GATHERED", 8 if exchange == "gathered" else 1)
     with jax.set_mesh(mesh_of(**mesh)):
+        # A new function, so that it is traced again with the patch.
         found = jax.jit(lambda *x: outputs_and_gradients(*x))(*arguments)
     assert_close(jax.device_get(found), jax.device_get(expected))
 
 
-def test_without_a_state_and_with_rows_numbered_before():
+def test_without_a_state_and_with_documents_that_were_numbered_before():
     q, k, v, _ = inputs()
     expected = retention(q, k, v, LOG_DECAY, None, documents())
     with jax.set_mesh(mesh_of(seq=8)):
@@ -85,7 +86,7 @@ def collectives(text):
 
 @pytest.mark.parametrize("length", [64, 512])
 def test_bytes_between_devices_do_not_grow_with_the_row(length):
-    """A layer's forward pass receives (n - 1) states, its backward pass as many."""
+    """A device receives n - 1 states in a layer's forward pass, and n - 1 in its backward pass."""
     n = 8
     q, k, v, _ = inputs(length)
     mesh = mesh_of(seq=n)
@@ -102,7 +103,7 @@ def test_bytes_between_devices_do_not_grow_with_the_row(length):
         one_way = collectives(forward.lower(*qkv, rows).compile().as_text())
         both = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*qkv, rows).compile().as_text()
     states = B * H * K * V
-    # The result of an all-gather has a device's own part too, that of a reduce-scatter its own.
+    # The result of an all-gather includes the device's own part; a reduce-scatter's is that part.
     assert one_way == [("all-gather", n * states, 4)]
     assert sorted(collectives(both)) == [
         ("all-gather", n * states, 4),
@@ -166,7 +167,7 @@ def test_a_row_of_a_million_tokens_trains():
     "remat",
     ["full", "dots", "q,k,v,up", "offload:q,k,v,up"],
 )
-def test_what_is_computed_again_changes_nothing(remat):
+def test_rematerialisation_does_not_change_the_losses(remat):
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, n_layers=5))
     kept = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
     mesh = MeshConfig(data=2, seq=4)

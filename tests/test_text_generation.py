@@ -1,4 +1,4 @@
-"""Texts: log-probabilities, samplers of each row, stop strings, and states that are kept."""
+"""Generation of texts: log-probabilities, samplers per row, stop strings, saved states."""
 
 import functools
 import io
@@ -24,7 +24,7 @@ from retnet_jax.generation.texts import Writer, _Row
 from retnet_jax.runs.checkpoint import Checkpoints
 from retnet_jax.runs.workdir import record_start
 
-# Alone; after other tests many of them are there already.
+# When run alone; after other tests many programs are compiled already.
 pytestmark = pytest.mark.compiles(80, reason="samplers and progress are prepared outside of jit")
 
 ROOT = Path(__file__).parents[1]
@@ -60,7 +60,7 @@ def written(*args, **kwargs):
 
 
 @pytest.mark.parametrize("sampler", [Sampler(), Sampler(0.7, top_k=20, top_p=0.9)])
-def test_log_probabilities_are_the_models_own(sampler):
+def test_log_probabilities_are_those_of_the_model(sampler):
     model = jax.jit(lambda: RetNet(CONFIG, rngs=nnx.Rngs(2)))()
     prompts = [[256, 3, 5], [256]]
     found = generate(model, prompts, 20, sampler, vocab_size=257)
@@ -72,13 +72,13 @@ def test_log_probabilities_are_the_models_own(sampler):
 
 
 def test_each_row_has_its_own_sampler():
-    """What a row gets is what it gets where all have that sampler."""
+    """A row gets the same tokens as in a batch where all rows have its sampler."""
     samplers = [Sampler(), Sampler(1.0), Sampler(2.0, top_k=7), Sampler(0.5, top_p=0.8)]
     prompts = [[256, 1], [256, 2], [256, 3], [256, 4]]
     together = generate(build(RetNet), prompts, 16, samplers, seed=5)
     for row, sampler in enumerate(samplers):
-        alone = generate(build(RetNet), prompts, 16, sampler, seed=5)
-        assert together[row].tokens == alone[row].tokens
+        same = generate(build(RetNet), prompts, 16, sampler, seed=5)
+        assert together[row].tokens == same[row].tokens
     with pytest.raises(ConfigError, match="2 samplers for 4 prompts"):
         generate(build(RetNet), prompts, 16, samplers[:2])
 
@@ -86,7 +86,7 @@ def test_each_row_has_its_own_sampler():
 def test_a_stop_string_spread_over_tokens_ends_a_text_and_is_not_part_of_it():
     whole = written(build(RetNet), BYTES, PROMPTS, 80, WARM, seed=1)
     text = whole.continuations[1].text
-    # Three characters, each of them at least one token, from anywhere but the beginning.
+    # Three characters, each at least one token, not at the beginning.
     stop = text[20:23]
     assert len(stop.encode()) >= 3
     place = text.index(stop)
@@ -101,10 +101,10 @@ def test_a_stop_string_spread_over_tokens_ends_a_text_and_is_not_part_of_it():
 
 
 def shown(text, stop, size=1):
-    """What a row gives for each token of a text, by bytes, and in all."""
+    """The text that a row returns for every `size` bytes, and its whole continuation."""
     row, ids = _Row(TextStream(BYTES, before=[256]), stop), list(text.encode())
-    blocks = [ids[i : i + size] for i in range(0, len(ids), size)]
-    parts = [row.add(block, [0.0] * len(block), BYTES.end_ids) for block in blocks]
+    pieces = [ids[i : i + size] for i in range(0, len(ids), size)]
+    parts = [row.add(piece, [0.0] * len(piece), BYTES.end_ids) for piece in pieces]
     return [*parts, row.rest()], row.continuation
 
 
@@ -131,7 +131,7 @@ def test_text_before_a_stop_string(text, stop, expected, size):
         assert parts[:3] == ["a", "b", ""]  # the newline is held back
 
 
-def test_the_end_of_a_text_is_no_text():
+def test_the_end_id_is_not_part_of_the_text():
     row = _Row(TextStream(BYTES, before=[256]), ["\n\n"])
     assert row.add([97, 10, 256, 98], [0.0] * 4, (256,)) + row.rest() == "a\n"
     assert row.continuation.ended_by == "end"
@@ -139,33 +139,33 @@ def test_the_end_of_a_text_is_no_text():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_text_read_in_parts_is_the_whole(kind):
+def test_reading_a_text_in_parts_equals_reading_it_whole(kind):
     rng = np.random.default_rng(0)
     whole = [rng.integers(0, 256, n).tolist() for n in (700, 40, 3)]
-    cut = [600, 40, 1]  # one has nothing more to read
+    cut = [600, 40, 1]  # the second has nothing left to read
     first = prefill(build(kind), [row[:n] for row, n in zip(whole, cut, strict=True)], room=4)
     rest = [row[n:] for row, n in zip(whole, cut, strict=True)]
     found = prefill(build(kind), rest, 4, first)
     expected = prefill(build(kind), whole, room=4)
     assert_close(found.logits, expected.logits)
     assert found.state.position.tolist() == [700, 40, 3]
-    # The first is still there to go on from again.
+    # The first progress can be continued again.
     assert_close(prefill(build(kind), rest, 4, first).logits, expected.logits)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sampler", [Sampler(), WARM])
-def test_a_saved_state_goes_on_exactly_where_it_stopped(kind, sampler, tmp_path):
+def test_continuing_a_saved_state_equals_generating_at_once(kind, sampler, tmp_path):
     model, path = build(kind), tmp_path / "new" / "text.state"
     whole = written(model, BYTES, ["Grüße, "], 40, sampler, seed=3).continuations[0]
     first = written(model, BYTES, ["Grüße, "], 13, sampler, seed=3, tokens_at_once=1)
     save_reading(path, first.reading, model, BYTES)
     after = load_reading(path, model, BYTES)
     writer = Writer(model, BYTES, [""], 27, sampler, seed=3, after=after)
-    blocks = iter(writer)
-    next(blocks)
+    pieces = iter(writer)
+    next(pieces)
     compiled = decode._cache_size()
-    list(blocks)
+    list(pieces)
     assert decode._cache_size() == compiled
     rest = writer.continuations[0]
     assert first.continuations[0].tokens + rest.tokens == whole.tokens
@@ -175,7 +175,7 @@ def test_a_saved_state_goes_on_exactly_where_it_stopped(kind, sampler, tmp_path)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_text_is_asked_many_questions(kind):
+def test_several_prompts_continue_one_text(kind):
     model, text, questions = build(kind), "a long text " * 9, ["Who?", "Why not?", ""]
     read = written(model, BYTES, [text], 0)
     assert read.continuations[0].text == ""
@@ -185,7 +185,7 @@ def test_one_text_is_asked_many_questions(kind):
     assert [x.text for x in answers.continuations] == [x.text for x in expected.continuations]
 
 
-def test_after_its_end_a_text_needs_a_prompt():
+def test_an_ended_text_needs_a_prompt():
     reading = written(build(RetNet), BYTES, ["x"], 3, tokens_at_once=1).reading
     ended = reading.progress._replace(ended=np.array([True]))
     reading = type(reading)(ended, reading.last_ids)
@@ -203,7 +203,7 @@ def test_a_state_with_nan_is_not_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_states_that_cannot_be_used_are_refused(tmp_path):
+def test_unusable_saved_states_are_refused(tmp_path):
     model, path = build(RetNet), tmp_path / "text.state"
     save_reading(path, written(model, BYTES, ["x"], 3, tokens_at_once=1).reading, model, BYTES)
     intact = path.read_bytes()
@@ -219,7 +219,7 @@ def test_states_that_cannot_be_used_are_refused(tmp_path):
         (lambda: load_reading(path, other, BYTES), "saved with another model"),
         (lambda: load_reading(path, half, BYTES), "saved with another model"),
         (lambda: load_reading(path, model, bpe), "saved with another tokenizer"),
-        (lambda: load_reading(tmp_path / "none", model, BYTES), "is not there"),
+        (lambda: load_reading(tmp_path / "none", model, BYTES), "does not exist"),
     ):
         with pytest.raises(CheckpointError, match=message):
             refused()
@@ -250,7 +250,7 @@ def run(*arguments, status=0):
     return done.stdout if status == 0 else done.stderr
 
 
-def test_requests_have_samplers_of_their_own(tmp_path):
+def test_requests_have_their_own_samplers(tmp_path):
     path = tmp_path / "requests.jsonl"
     first = '{"prompt": "a", "top_k": 5, "id": 7, "seed": null}'
     second = '{"prompt": "é", "temperature": 0, "top_p": null}'
@@ -264,24 +264,27 @@ def test_requests_have_samplers_of_their_own(tmp_path):
     assert read_requests(path, defaults, may_be_empty=True)[0].prompt == ""
     for line, message in (
         ('{"prompt": ""}', r"line 1: prompt='' is empty"),
-        ("[1]", "line 1: no object with a prompt"),
+        ("[1]", "line 1: not a JSON object with a prompt"),
         ('{"prompt": "a", "top_k": 0}', "line 1: top_k=0 leaves no token"),
         ('{"prompt": "a", "Temprature": 1}', "Temprature=1 does not fit; did you mean temperature"),
-        ('{"prompt": "a", "max_new_tokens": 9}', "max_new_tokens=9 is .*: give --max_tokens"),
+        (
+            '{"prompt": "a", "max_new_tokens": 9}',
+            "max_new_tokens=9 cannot be set .*: use --max_tokens",
+        ),
         (
             '{"prompt": "a", "stop": ["x"]}',
-            r"stop=\['x'\] is not a request's own here",
+            r"stop=\['x'\] cannot be set for each request",
         ),
-        ('{"prompt": "a", "repetition_penalty": 1.2}', "repetition_penalty=1.2 is not done here"),
-        ('{"prompt": "a", "text": "b"}', "text='b' would be overwritten in --output"),
-        ("", "has no requests"),
+        ('{"prompt": "a", "repetition_penalty": 1.2}', "repetition_penalty=1.2 is not supported"),
+        ('{"prompt": "a", "text": "b"}', "text='b' would be overwritten by the answer"),
+        ("", "is empty; each line must be like"),
     ):
         path.write_text(line)
         with pytest.raises(ConfigError, match=message):
             read_requests(path, defaults)
 
 
-def test_the_program_keeps_and_continues_a_state(workdir, tmp_path):
+def test_the_program_saves_and_continues_a_state(workdir, tmp_path):
     state, lines = tmp_path / "x.state", tmp_path / "requests.jsonl"
     output, rest = tmp_path / "answers.jsonl", tmp_path / "rest.jsonl"
     run(f"--workdir={workdir}", "--prompt=once", "--max-tokens=9", f"--save-state={state}")
@@ -325,18 +328,19 @@ def test_a_prompt_from_a_file_or_standard_input(workdir, tmp_path, monkeypatch):
     assert "cannot be read: No such file" in run(part, "--prompt_file=none", status=2)
 
 
-def test_the_program_refuses_what_does_not_fit(workdir, tmp_path):
+def test_the_program_refuses_invalid_arguments(workdir, tmp_path):
     state, requests = tmp_path / "bad.state", tmp_path / "requests.jsonl"
     state.write_bytes(b"x" * 100)
     null = tmp_path / "null.jsonl"
     null.write_text('{"prompt": "a", "temperature": null}\n')
     requests.write_text('{"prompt": "a"}\n{"prompt": "b", "top_q": 1}\n')
     for arguments, message in (
-        (("--prompt=a", f"--load_state={state}"), "bad.state is no saved state, or is damaged"),
-        (("--prompt=a", "--prompt=b", "--save_state=x"), "keeps one text; there are 2 prompts"),
+        (("--prompt=a", f"--load_state={state}"), "bad.state is not a saved state, or is damaged"),
+        (("--prompt=a", "--prompt=b", "--save_state=x"), "takes a single prompt; there are 2"),
         ((f"--requests={requests}",), "requests.jsonl, line 2: top_q=1 does not fit"),
         ((f"--requests={null}",), "null.jsonl, line 1: temperature=None does not fit"),
         (("--prompt=a", "--stop="), "a stop string is empty"),
-        ((), "give the texts to continue as --prompt or as --requests"),
+        ((), "no prompts: give --prompt, or --prompt_file for a long text"),
+        (("--prompt=a", f"--requests={requests}"), "give either --requests, or --prompt"),
     ):
         assert message in run(f"--workdir={workdir}", *arguments, status=2)

@@ -1,4 +1,4 @@
-"""The data tools as programs: a tokenizer, stores in its tokens, and a look at them."""
+"""The data tools as programs: they train tokenizers, and prepare and inspect stores."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def corpora(tmp_path_factory):
     return directory
 
 
-def test_from_text_to_a_look_at_a_batch(corpora, tmp_path):
+def test_training_a_tokenizer_preparing_and_inspecting_a_store(corpora, tmp_path):
     config = ["--config=configs/quickstart.py", "--config.data.source=jsonl"]
     config += ["--config.model.vocab_size=300", "--config.data.held_out=0.1"]
     paths = [f"--corpus=jsonl:{corpora}/{name}.jsonl" for name in ("one", "two")]
@@ -68,7 +68,7 @@ def test_from_text_to_a_look_at_a_batch(corpora, tmp_path):
     assert (done.returncode, "give either --store=DIRECTORY" in done.stderr) == (2, True)
 
 
-def test_a_tokenizer_says_what_it_could_not_read_and_where_it_cannot_write(corpora, tmp_path):
+def test_train_tokenizer_reports_skipped_documents_and_unusable_outputs(corpora, tmp_path):
     config = ["--config=configs/quickstart.py", "--vocab_size=260"]
     config.append(f"--corpus=jsonl:{corpora}/one.jsonl")
     said = run("train_tokenizer", *config, f"--output={tmp_path}/new").stdout
@@ -89,7 +89,7 @@ def test_a_tokenizer_says_what_it_could_not_read_and_where_it_cannot_write(corpo
     assert "no documents to train a tokenizer on; 1 skipped: 1 invalid JSON" in done.stderr
 
 
-def test_names_that_are_no_utf8_are_shown_escaped(tmp_path):
+def test_names_that_are_not_utf8_are_shown_escaped(tmp_path):
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     for number in range(20):
@@ -106,7 +106,7 @@ def test_names_that_are_no_utf8_are_shown_escaped(tmp_path):
         said = run("prepare_data", *options).stdout
         assert ("empty: 1" if source == "text" else "no field 'text'") in said or "1 empty" in said
         said += run("inspect_data", f"--store={tmp_path}/{source}", "--documents=9").stdout
-        said.encode()  # as a terminal gets it
+        said.encode()  # a terminal can show it
         assert ("--- \\udcff" if source == "text" else "--- a.jsonl:\\ud800") in said
 
 
@@ -139,8 +139,8 @@ def test_a_document_of_200_megabytes(tmp_path):
 
 
 @pytest.mark.slow
-def test_preparation_killed_again_and_again(tmp_path):
-    """kill -9 at random moments, with two processes at work."""
+def test_a_preparation_killed_repeatedly_gives_the_same_store(tmp_path):
+    """kill -9 at random moments, with two worker processes."""
     for number in range(4):
         with (tmp_path / f"{number}.jsonl").open("w") as file:
             for line in range(70_000):
@@ -179,7 +179,7 @@ def test_preparation_killed_again_and_again(tmp_path):
         for name in ("whole", "killed")
     )
     assert whole == killed
-    # The manifests differ in nothing but how the builds were called.
+    # The manifests differ only in the commands of the builds.
     manifests = [
         json.loads((tmp_path / x / "manifest.json").read_text()) for x in ("whole", "killed")
     ]

@@ -1,6 +1,6 @@
-"""The one table of tolerances, by dtype: the largest difference over the largest expected value.
+"""The table of tolerances by dtype: the largest difference over the largest expected value.
 
-They follow from the rounding of the dtype and are never fitted to an error that was seen.
+They follow from the rounding of the dtype and are never fitted to an observed error.
 """
 
 import numpy as np
@@ -18,7 +18,7 @@ def relative_difference(actual, expected) -> float:
 
 
 def assert_close(actual, expected, dtype="float32", what="") -> None:
-    """Holds two arrays, or two trees of them, against the table."""
+    """Checks that two arrays, or two trees of arrays, agree within the table's tolerance."""
     import jax
 
     leaves, structure = jax.tree.flatten(actual)

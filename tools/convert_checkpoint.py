@@ -4,10 +4,10 @@ r"""Rewrites a checkpoint in another layout, tensor by tensor.
     python tools/convert_checkpoint.py --source=runs/mine --target=NEW --layout=torchscale \
         --dtype=bfloat16
 
-The source is a directory of flash-linear-attention, torchscale, syncdoth/RetNet, or our own: a
-training run, of which the newest checkpoint is read, or what this program wrote. The tokenizer's
-files come along. A model that the layout cannot express with the same outputs is refused, and
-nothing is written.
+The source is a checkpoint directory of flash-linear-attention, torchscale or syncdoth/RetNet, a
+training run (its newest checkpoint is read), or a directory written by this program. The
+tokenizer's files are copied. If the layout cannot express the model with the same outputs, the
+reasons are printed and nothing is written.
 """
 
 from absl import flags
@@ -15,23 +15,37 @@ from absl import flags
 from retnet_jax import interop
 from retnet_jax.programs import command_line
 
-flags.DEFINE_string("source", None, "directory of a checkpoint", required=True)
-flags.DEFINE_string("target", None, "directory to write; must not exist", required=True)
-flags.DEFINE_enum(
-    "layout", None, ["own", *interop.LAYOUTS], "layout to write", required=True, case_sensitive=True
+flags.DEFINE_string("source", None, "Directory of a checkpoint or a training run", required=True)
+flags.DEFINE_string(
+    "target", None, "Directory to write; must not exist, or be empty", required=True
 )
 flags.DEFINE_enum(
-    "dtype", None, ["float32", "float16", "bfloat16"], "of the parameters; else as they are"
+    "layout",
+    None,
+    ["own", *interop.LAYOUTS],
+    "Checkpoint format to write; fla_unfused: fla with fuse_norm=False",
+    required=True,
+    case_sensitive=True,
+)
+flags.DEFINE_enum(
+    "dtype",
+    None,
+    ["float32", "float16", "bfloat16"],
+    "Dtype of the written parameters; default: that of the source",
 )
 flags.DEFINE_bool(
-    "fold_head_norm", False, "multiply the head norm's scale (fla) into the output projection"
+    "fold_head_norm", False, "Multiply fla's head norm scale into the output projection"
 )
-flags.DEFINE_float("max_file_gb", 5.0, "largest safetensors file, in 10^9 bytes", lower_bound=0.001)
-flags.DEFINE_bool("torch_file", False, "write one PyTorch file, nested as fairseq's, instead")
+flags.DEFINE_float(
+    "max_file_gb", 5.0, "Largest size of a safetensors file, in 10^9 bytes", lower_bound=0.001
+)
+flags.DEFINE_bool(
+    "torch_file", False, "Write one PyTorch file as fairseq's instead of safetensors files"
+)
 
 
 def main() -> None:
-    """Converts as the flags say."""
+    """Converts a checkpoint as the flags say."""
     given = flags.FLAGS
     interop.convert(
         given.source,

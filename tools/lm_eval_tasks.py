@@ -1,12 +1,12 @@
-r"""Task files with which lm-evaluation-harness reads the seven tasks from local data.
+r"""Writes task files with which lm-evaluation-harness reads the paper's tasks from local data.
 
     python tools/lm_eval_tasks.py --data=TASKS --output=tasks_local
     python -m retnet_jax.evaluation.harness run --model retnet_jax \
         --model_args pretrained=runs/mine --include_path tasks_local --tasks hellaswag_local
 
-TASKS is what eval.py takes as --data: a directory with TASK/SPLIT.jsonl. Each file includes the
-harness's own of that task, so prompts and metrics are its own. In wsc273_local examples are never
-the row that is asked: there the harness's own task draws from all rows, the asked one among them.
+TASKS is a directory with TASK/SPLIT.jsonl, as for eval.py. Each task file includes the harness's
+own file, so prompts and metrics are the same. One difference: the harness's wsc273 may show the
+evaluated row itself as an example; wsc273_local never does.
 """
 
 import importlib.util
@@ -29,12 +29,12 @@ FILES = {
     "storycloze_2016": "storycloze/storycloze_2016.yaml",
 }
 
-flags.DEFINE_string("data", None, "directory with TASK/SPLIT.jsonl", required=True)
-flags.DEFINE_string("output", None, "directory to write; it must not exist", required=True)
+flags.DEFINE_string("data", None, "Directory with TASK/SPLIT.jsonl", required=True)
+flags.DEFINE_string("output", None, "Directory to write; must not exist", required=True)
 
 
 def main() -> None:
-    """Writes a file for each task that has data."""
+    """Writes a file for each task for which there is data."""
     data, output = Path(flags.FLAGS.data).absolute(), Path(flags.FLAGS.output)
     if output.exists():
         raise ConfigError(f"--output={output} exists already: name another directory")
@@ -64,7 +64,7 @@ def task_files(data: Path, harness: Path) -> dict[str, str]:
         task = TASKS[name]
         splits = {split: data / name / f"{split}.jsonl" for split in (task.split, task.shots_from)}
         if not splits[task.split].is_file():
-            raise ConfigError(f"{splits[task.split]} is not there: {name} is evaluated on it")
+            raise ConfigError(f"{splits[task.split]} does not exist; {name} is evaluated on it")
         there = {split: str(path) for split, path in splits.items() if path.is_file()}
         # JSON is YAML as well.
         options = {

@@ -1,34 +1,33 @@
-"""What one accelerator does with this project, beside what it could do.
+"""The speed of this project on one accelerator, compared with the limits of the device.
 
     python -m benchmarks.accelerator [--minutes=10] [--sections=limits,kernels,training,decoding]
-    python -m benchmarks.accelerator --tiny          # small shapes, to see that the script works
-    python -m benchmarks.accelerator --resume        # goes on where the last call was out of time
-    python -m benchmarks.accelerator --plot_only     # table and plots again, from the JSON
+    python -m benchmarks.accelerator --tiny          # small shapes, to test the script
+    python -m benchmarks.accelerator --resume        # continues a run that was out of time
+    python -m benchmarks.accelerator --plot_only     # only tables and plots, from the JSON
 
-It runs on whatever jax finds, and writes `accelerator.json`, `.md` (the tables) and `.png` into
-`benchmarks/results/`, or where `--output=FILE.json` says. It needs jax, flax and optax; torch and
-fla where they are to be compared with, and matplotlib for the plots.
+It runs on the first device of jax, and writes `accelerator.json`, `.md` (the tables) and `.png` to
+`benchmarks/results/`, or beside `--output=FILE.json`. It needs jax, flax and optax; for comparisons
+also torch and fla, and for plots matplotlib.
 
-    limits.py     what the device can do: its copy bandwidth, and its rate of matrix products
-    kernels.py    retention by each implementation, beside fla (fla_kernel.py) and cuDNN attention
+    limits.py     limits of the device: copy bandwidth, and rate of matrix products
+    kernels.py    implementations of retention, fla (fla_kernel.py), and cuDNN attention
     training.py   the training step: tokens/s, model FLOPs utilisation, memory
-    decoding.py   reading prompts and generating: latency, tokens/s, the best batch
-    bounds.py     the least time that any of these can take
-    report.py     tables, goals and plots, from the JSON alone
-    sections.py   what belongs together; cases.py: measured case by case, into the JSON
-    supervisor.py a process for each section, and the time
+    decoding.py   reading prompts and generating: latency, tokens/s, the best batch size
+    bounds.py     lower bounds of their times
+    report.py     tables and goals, and plots.py: plots, from the JSON
+    sections.py   the sections; cases.py: measures case by case and writes the JSON
+    supervisor.py runs each section in a process, within the time
 
-How it measures. Time of kernels is device time: one program computes two independent sets of
-inputs, each larger than caches, a few such programs are enqueued, and the host waits once; the
-median of five such rounds counts. XLA cannot lift anything out of that, and `host_share`, the
-part of a round in which the host was still enqueuing, says whether the host was the limit. fla is
-timed by CUDA events around as many calls, in the same process and on the same arrays. Steps of
-training are enqueued together and timed by when their metrics arrive; decoding runs in one compiled
-loop. Memory is the compiler's: arguments, results and all between.
+How it measures. Times of kernels are device times: one program computes two independent sets of
+inputs, each larger than the caches; a few such programs are enqueued, and the host waits once. The
+median of five such rounds is reported. XLA cannot simplify such a program. `host_share`, the part
+of a round in which the host was still enqueuing, shows whether the host was the limit. fla is timed
+by CUDA events around a similar number of calls, in the same process and on the same arrays.
+Training steps are enqueued together and timed by the arrival of their metrics; decoding runs in one
+compiled loop. Memory is the compiler's count of arguments, results and temporaries.
 
-Each section runs in a process of its own, so that none finds the memory of another in use, the
-most important first and in each the most important case first. What is not possible is recorded
-with its reason, and the script goes on: a case that raises, one that ends its process, and one that
-never ends. The JSON is written after every case. It keeps to `--minutes`: what was not reached is
-listed as that.
+Each section runs in its own process, so that its memory is free at the start. The most important
+section comes first, and in each section the most important case. A case that raises, ends its
+process or never ends is recorded with the reason, and the script continues. The JSON is written
+after every case. When `--minutes` are over, the remaining cases are listed as not reached.
 """

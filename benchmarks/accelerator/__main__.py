@@ -1,23 +1,24 @@
-"""The command line of `benchmarks.accelerator`; see there."""
+"""The command line of `benchmarks.accelerator`; see its docstring."""
 
+import json
 import tempfile
 import time
 from pathlib import Path
 
 from absl import app, flags
 
-from benchmarks.accelerator import cases, sections, supervisor
+from benchmarks.accelerator import cases, report, sections, supervisor
 from benchmarks.measure import RESULTS
 
-flags.DEFINE_float("minutes", 10.0, "for all, plots included")
-flags.DEFINE_list("sections", list(sections.SECTIONS), "what to measure")
-flags.DEFINE_string("output", None, "the JSON; .md and .png are written beside it")
-flags.DEFINE_bool("tiny", False, "small shapes, to see that the script works")
-flags.DEFINE_bool("resume", False, "keep the records there are, measure what has none")
-flags.DEFINE_bool("plot_only", False, "tables and plots of the JSON that is there")
-# Of the processes that the script starts.
-flags.DEFINE_enum("section", None, list(sections.SECTIONS), "measure one in this process")
-flags.DEFINE_float("deadline", 0.0, "seconds since 1970, for --section")
+flags.DEFINE_float("minutes", 10.0, "Time for all sections and plots, in minutes")
+flags.DEFINE_list("sections", list(sections.SECTIONS), "Sections to measure")
+flags.DEFINE_string("output", None, "JSON file to write, with .md and .png beside it")
+flags.DEFINE_bool("tiny", False, "Small shapes, to test the script")
+flags.DEFINE_bool("resume", False, "Keep existing records, and measure the missing cases")
+flags.DEFINE_bool("plot_only", False, "Only write the tables and plots of an existing JSON file")
+# For the processes that the script starts.
+flags.DEFINE_enum("section", None, list(sections.SECTIONS), "Section to measure in this process")
+flags.DEFINE_float("deadline", 0.0, "Deadline of --section, in seconds since 1970")
 
 _FOR_REPORT = 15  # seconds
 
@@ -29,7 +30,9 @@ def main(_) -> None:
         sections.measure(args.section, output, args.tiny, args.deadline)
         return
     if unknown := set(args.sections) - set(sections.SECTIONS):
-        raise app.UsageError(f"--sections: there is no {', '.join(sorted(unknown))}")
+        raise app.UsageError(
+            f"--sections: {', '.join(sorted(unknown))} is not one of {', '.join(sections.SECTIONS)}"
+        )
     if args.plot_only and not output.exists():
         raise app.UsageError(f"--plot_only: {output} does not exist")
     if not args.plot_only:
@@ -41,13 +44,29 @@ def main(_) -> None:
         ordered = [name for name in sections.SECTIONS if name in args.sections]
         seconds = 60 * args.minutes - _FOR_REPORT - (time.time() - begin)
         supervisor.run(ordered, output, seconds, ["--tiny"] if args.tiny else [])
-    from benchmarks.accelerator.report import write
+    write_report(output)
 
-    write(output)
+
+def write_report(path: Path) -> None:
+    """Writes the tables, and the plots if matplotlib is installed, beside the JSON file."""
+    found = report.Report(json.loads(path.read_text()))
+    tables = report.text(found)
+    path.with_suffix(".md").write_text(tables)
+    print(tables)
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"no plots without matplotlib; with it, use --plot_only --output={path}")
+        return
+    matplotlib.use("Agg")
+    from benchmarks.accelerator.plots import plot
+
+    plot(found, path.with_suffix(".png"))
+    print(f"written to {path}, .md and .png")
 
 
 def default_output(tiny: bool) -> Path:
-    """Results of tiny shapes are no results."""
+    """The default of --output; results of tiny shapes are temporary."""
     if tiny:
         return Path(tempfile.gettempdir()) / "accelerator_tiny.json"
     return RESULTS / "accelerator.json"

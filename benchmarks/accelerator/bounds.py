@@ -1,17 +1,17 @@
-"""The least time of a computation: its FLOPs at the matrix rate, or its bytes at the bandwidth.
+"""Lower bounds of times: FLOPs at the matrix rate, or bytes at the bandwidth.
 
-Bytes are counted once: each input read, each output written; states stay on the chip.
+Each input is read once and each output is written once; states stay on the chip.
 """
 
 from typing import NamedTuple
 
-# Of the roofline: with states on the chip the score products are cheapest in short chunks, but the
-# matrix units want no fewer rows than this.
+# Chunk size of the roofline. With states on the chip, short chunks have the cheapest score
+# products, but matrix units need at least this number of rows.
 CHUNK = 128
 
 
 class Work(NamedTuple):
-    """What has to be computed and moved, at least."""
+    """The minimal work of a computation."""
 
     flops: float
     bytes: float
@@ -30,11 +30,11 @@ def retention_work(
     chunk: int = CHUNK,
     itemsize: int = 2,
 ) -> Work:
-    """Chunkwise retention, forward or forward and backward ("both").
+    """The work of chunkwise retention, forward or forward and backward ("both").
 
-    A token and head take 4KV + c(K+V) FLOPs forward: writing and reading the state, and half
-    of the c by c scores and of their product with v. Backward takes 10KV + c(3K+2V): states again
-    and four products with states, five with scores. Forward reads q, k, v and writes y; backward
+    Forward takes 4KV + c(K+V) FLOPs per token and head: writing and reading the state, and half of
+    the c by c scores and of their product with v. Backward takes 10KV + c(3K+2V): the states again,
+    four products with states and five with scores. Forward reads q, k, v and writes y; backward
     reads q, k, v, dy and writes dq, dk, dv.
     """
     k, v = key_width, value_width
@@ -49,7 +49,7 @@ def retention_work(
 def attention_work(
     tokens: int, heads: int, width: int, length: int, both: bool, itemsize: int = 2
 ) -> Work:
-    """Causal attention in blocks: two products with half of the scores forward, five backward."""
+    """The work of tiled causal attention: per half of the scores 2 products forward, 5 backward."""
     products = 7 if both else 2
     moved = (4 + 7) if both else 4
     flops = products * 2 * width * (length + 1) / 2
@@ -57,8 +57,8 @@ def attention_work(
 
 
 def decoding_bytes(weights: float, state_read: float, state_written: float, batch: int) -> float:
-    """Of one step of a batch: all weights once, and of each row what it reads and writes.
+    """Bytes moved in a decoding step: all weights once, and each row's reads and writes of state.
 
-    A RetNet reads and writes its whole state; a Transformer reads the keys and values so far.
+    A RetNet reads and writes its whole state; a Transformer reads all earlier keys and values.
     """
     return weights + batch * (state_read + state_written)

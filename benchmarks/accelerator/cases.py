@@ -1,8 +1,8 @@
-"""Measuring case by case, into one JSON file that is whole after each of them.
+"""Measures case by case, and writes one JSON file that is complete after each case.
 
-A record of a case holds its numbers, or one of `not_here` (this device or installation has no such
-thing), `out_of_memory`, `error`; the supervisor adds `ended` (the process died of it, or it never
-ended) and `cut_off` (the section's time was over).
+The record of a case has its numbers, or one of `not_here` (not supported by this device or
+installation), `out_of_memory` and `error`; the supervisor adds `ended` (the process died or did not
+end) and `cut_off` (the time of the section was over).
 """
 
 import gc
@@ -21,18 +21,18 @@ PROBLEMS = ("not_here", "out_of_memory", "error", "ended", "cut_off")
 
 
 class Case(NamedTuple):
-    """One measurement: its name in the section, and what makes its record."""
+    """One measurement: its name in the section, and the function that returns its record."""
 
     name: str
     measure: Callable[[], dict[str, Any]]
 
 
 class BrokenDeviceError(Exception):
-    """After an error of the device, which a process does not recover from."""
+    """An error of the device, after which the process cannot measure any more."""
 
 
 class Results:
-    """The JSON file."""
+    """The JSON file of results."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -41,7 +41,7 @@ class Results:
             self.data = json.loads(path.read_text())
 
     def plan(self, section: str, names: list[str]) -> None:
-        """All cases of a section, so that those not reached can be told."""
+        """Records the names of all cases of a section, so that unreached ones can be listed."""
         self._section(section)["planned"] = names
         self._section(section).pop("problem", None)
         self._save()
@@ -56,7 +56,7 @@ class Results:
         self._save()
 
     def fail_running(self, problem: str, reason: str) -> bool:
-        """Records why the running case has no numbers; False if none is running."""
+        """Records why the running case has no numbers; returns False if no case is running."""
         running = self.data.get("running")
         if running is None:
             return False
@@ -64,19 +64,19 @@ class Results:
         return True
 
     def fail_section(self, section: str, problem: str, reason: str) -> None:
-        """Records what went wrong outside of its cases."""
+        """Records a problem outside the cases of a section."""
         self._section(section)["problem"] = f"{problem.replace('_', ' ')}: {reason}"
         self._save()
 
     def forget(self, problem: str) -> None:
-        """Drops the records with this problem, so that their cases are measured again."""
+        """Removes the records with this problem, so that their cases are measured again."""
         for section in self.data["sections"].values():
             kept = {name: x for name, x in section["cases"].items() if problem not in x}
             section["cases"] = kept
         self._save()
 
     def describe(self, **facts: Any) -> None:
-        """Device, versions, commit and the like."""
+        """Records facts such as device, versions and commit."""
         self.data |= facts
         self._save()
 
@@ -94,10 +94,10 @@ class Results:
 
 
 def run(results: Results, section: str, cases: Iterable[Case], deadline: float) -> None:
-    """Measures what has no record yet, until the deadline (seconds since 1970).
+    """Measures the cases without a record, until the deadline (seconds since 1970).
 
     Raises:
-      BrokenDeviceError: to be called again for the other cases, in a new process.
+      BrokenDeviceError: if the other cases must be measured in a new process.
     """
     cases = list(cases)
     results.plan(section, [case.name for case in cases])
@@ -117,7 +117,7 @@ def run(results: Results, section: str, cases: Iterable[Case], deadline: float) 
 
 
 def _measured(case: Case) -> tuple[dict[str, Any], bool]:
-    """The record, and whether the device may be of no more use to this process."""
+    """The record of a case, and whether the device may be broken for this process."""
     try:
         return case.measure(), False
     except Exception as error:
@@ -130,7 +130,7 @@ def _measured(case: Case) -> tuple[dict[str, Any], bool]:
         else:
             record = {"error": f"{type(error).__name__}: {message}"}
             broken = isinstance(error, jax.errors.JaxRuntimeError) or "CUDA" in message
-    gc.collect()  # what the error's frames held
+    gc.collect()  # frees arrays held by the frames of the error
     return record, broken
 
 
@@ -139,7 +139,7 @@ def _says_out_of_memory(message: str) -> bool:
 
 
 def _shown(record: dict[str, Any]) -> str:
-    """The few numbers of a record that a person wants to see come in."""
+    """The main numbers of a record, to print while measuring."""
     for problem in PROBLEMS:
         if problem in record:
             return f"{problem.replace('_', ' ')}: {record[problem]}"

@@ -1,12 +1,12 @@
-"""Reading prompts and generating, of the paper's sizes with random parameters.
+"""Reading prompts and generating, with models of the paper's sizes and random parameters.
 
-Models are laid out for decoding (`for_decoding`), weights and states in bfloat16.
+Models are prepared by `for_decoding`, with weights and states in bfloat16.
 
-`generate.decode` is timed from a random state at a position: for a RetNet that is a number beside a
-state of one size, for a Transformer a cache with as many filled slots. One call generates so many
-tokens in one compiled loop. `weight_bytes` are of all parameters but the embedding, of which a
-token reads one line; with the bytes of the state they give the bound (`bounds.decoding_bytes`).
-`generate.prefill` is timed on the host's clock, with all it does there.
+`decode` is timed from a random state at a position. The position does not change the size of a
+RetNet's state; a Transformer's cache has that number of filled slots. One call generates `_TOKENS`
+tokens in one compiled loop. `weight_bytes` counts all parameters except the embedding, because a
+token reads only one of its rows; with the bytes of the state they give the bound
+(`bounds.decoding_bytes`). `prefill` is timed on the host, including its work there.
 """
 
 import dataclasses
@@ -40,12 +40,12 @@ CONFIGS = {
     "2.7B": retnet_2p7b.get_config,
     "tiny": tiny_config,
 }
-_TOKENS = 32  # of a timed call
-_PROMPT_TOKENS = 16_384  # of all rows together, at most
+_TOKENS = 32  # tokens in a timed call
+_PROMPT_TOKENS = 16_384  # most prompt tokens of all rows together
 
 
 def cases(tiny: bool) -> Iterator[Case]:
-    """6.7B before the others; of each size what the goals speak of, then all else."""
+    """The 6.7B size before the others; in each size the cases of the goals before the others."""
     for size in ("tiny",) if tiny else ("6.7B", "1.3B", "2.7B"):
         for part in (_goals_of, _others_of):
             for architecture in ("retnet", "transformer"):
@@ -97,7 +97,7 @@ def _batches(size: str) -> tuple[int, ...]:
 def measure(size: str, architecture: str, batch: int, position: int) -> dict:
     """A record of decoding a batch, all rows at one position."""
     model = random_model(size, architecture)
-    # The same for all positions of a RetNet, so that its program is.
+    # The same for all positions of a RetNet, so that they share a program.
     capacity = 0 if architecture == "retnet" else position + _TOKENS * (REPEATS + 2)
     decoder = _decoder(size, architecture, batch, capacity)
     progress, seconds = start(model, batch, position, capacity), []
@@ -120,9 +120,9 @@ def measure(size: str, architecture: str, batch: int, position: int) -> dict:
 
 
 def best_batch(size: str, architecture: str, position: int, most: int) -> dict:
-    """The record of the batch, a power of two, with the most tokens/s, and what all tried gave.
+    """The record of the fastest batch size, a power of two, and the tokens/s of all sizes tried.
 
-    It begins with the largest that fits, and ends where a smaller one is slower.
+    The search begins with the largest size that fits, and ends when a smaller one is slower.
     """
     tried, best, batch = {}, None, largest_batch(size, architecture, position, most)
     while batch >= 1:
@@ -139,12 +139,12 @@ def best_batch(size: str, architecture: str, position: int, most: int) -> dict:
             best = record
         batch //= 2
     if best is None:
-        raise MemoryError("not even one row fits")
+        raise MemoryError("not even a batch of one row fits")
     return best | {"tried": tried}
 
 
 def largest_batch(size: str, architecture: str, position: int, most: int) -> int:
-    """The largest power of two whose weights and states leave nothing but a little memory."""
+    """The largest power of two for which the weights and the states of all rows fit in memory."""
     limit = memory_limit()
     if limit is None:
         return most
@@ -171,13 +171,13 @@ def measure_prefill(size: str, architecture: str, batch: int, length: int) -> di
     return found | described | {"tokens_per_second": speed}
 
 
-_models: dict[tuple[str, str], LanguageModel] = {}  # the last
+_models: dict[tuple[str, str], LanguageModel] = {}  # only the last model
 
 
 def random_model(size: str, architecture: str) -> LanguageModel:
-    """Parameters made on the device; kept until another model is asked for."""
+    """A model with random parameters, kept until another model is asked for."""
     if (size, architecture) not in _models:
-        _models.clear()  # before there is a second
+        _models.clear()  # frees the last model before the next is made
         config = dataclasses.replace(CONFIGS[size](architecture).model, remat="none")
         _models[size, architecture] = _drawn(config)
     return _models[size, architecture]
@@ -194,7 +194,7 @@ def _drawn(config: ModelConfig) -> LanguageModel:
 
 
 def start(model: LanguageModel, batch: int, position: int, capacity: int) -> Progress:
-    """Rows that have read as many tokens, with random states."""
+    """The progress of rows at `position`, with random states."""
 
     @jax.jit
     def draw():
@@ -220,7 +220,7 @@ def start(model: LanguageModel, batch: int, position: int, capacity: int) -> Pro
 
 
 def traffic(model: LanguageModel, position: int) -> dict[str, int]:
-    """Bytes of the weights a step reads, and of the state that a row reads and writes."""
+    """Bytes of weights read in a step, and of state read and written for a row."""
     weights = sum(x.nbytes for x in jax.tree.leaves(model))
     if not model.config.tie_embeddings:
         weights -= model.embedding[...].nbytes

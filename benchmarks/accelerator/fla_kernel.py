@@ -8,21 +8,21 @@ from benchmarks.accelerator.timing import REPEATS, Measured, rounds
 
 
 def measure(sets: Sequence[tuple], kind: str) -> Measured:
-    """Times it on jax's own arrays.
+    """Times chunk_retention on jax's arrays.
 
     Args:
-      sets: of q, k, v and dy, as of `kernels.inputs`.
-      kind: "forward", or "both": with the gradients of q, k and v.
+      sets: Sets of q, k, v and dy from `kernels.inputs`.
+      kind: "forward", or "both" with the gradients of q, k and v.
 
     Raises:
-      ImportError: where torch or fla is not installed.
-      NotImplementedError: where torch has no GPU.
+      ImportError: if torch or fla is not installed.
+      NotImplementedError: if torch has no GPU.
     """
     import torch
     from fla.ops.retention import chunk_retention
 
     if not torch.cuda.is_available():
-        raise NotImplementedError("torch sees no GPU, and fla has no kernels for anything else")
+        raise NotImplementedError("torch finds no GPU, and fla's kernels need one")
     shared = [[torch.from_dlpack(x) for x in arguments] for arguments in sets]
 
     def forward(q, k, v, dy):
@@ -35,7 +35,7 @@ def measure(sets: Sequence[tuple], kind: str) -> Measured:
         return y.detach(), *torch.autograd.grad(y, (q, k, v), dy)
 
     function = {"forward": forward, "both": both}[kind]
-    first = function(*shared[0])  # compiles and tunes, too
+    first = function(*shared[0])  # also compiles and tunes
     times = rounds(
         lambda: [function(*arguments) for arguments in shared],
         lambda _: torch.cuda.synchronize(),
@@ -46,7 +46,7 @@ def measure(sets: Sequence[tuple], kind: str) -> Measured:
 
 
 def _event_times(torch, function, shared, host_ms: float) -> dict:
-    """Milliseconds of the device between two events, around as many calls as in a round."""
+    """Device milliseconds between two events around the calls of a round."""
     calls = max(1, min(24, round(50 / (host_ms * len(shared)))))
     samples = []
     for _ in range(REPEATS):

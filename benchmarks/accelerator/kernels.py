@@ -1,9 +1,9 @@
-"""Retention by each implementation, fla's chunk_retention and cuDNN attention, on the same tokens.
+"""Implementations of retention, fla's chunk_retention and cuDNN attention, on the same tokens.
 
-All have the same width over all heads, as in the paper's models: 2048 of q and k, so 8 heads of 256
-or 16 of 128, and attention 16 heads of 128. "both" is a forward and a backward pass, with a random
-cotangent, that returns the outputs and the gradients of q, k and v. Decays are fla's.
-`relative_error` is the largest over those arrays of |x - r| / |r|, for the first row, from the
+q and k always have width 2048 over all heads, as in the paper's 1.3B model: 8 heads of 256 or 16 of
+128, and 16 heads of 128 in attention. "both" is a forward and a backward pass with a random
+cotangent; it returns the outputs and the gradients of q, k and v. Decays are fla's.
+`relative_error` is the largest |x - r| / |r| of these arrays, in the first row, where r is from the
 chunkwise XLA form in float32.
 """
 
@@ -22,7 +22,7 @@ from benchmarks.accelerator.timing import device_time
 from retnet_jax.ops.retention import IMPLEMENTATIONS, log_decay, retention
 
 KINDS = ("both", "forward")
-# Widths of q, k and of v, or attention's 128; and length.
+# Widths of q and k, and of v (or attention, with 128 for both); and length.
 _ORDER = [
     ((256, 512), 8192),
     ((128, 128), 8192),
@@ -43,7 +43,7 @@ _ORDER = [
 
 
 class Shape(NamedTuple):
-    """Of q, k [rows length heads key_width] and v [rows length heads value_width]."""
+    """Shapes of q, k [rows length heads key_width] and v [rows length heads value_width]."""
 
     key_width: int
     value_width: int
@@ -60,7 +60,7 @@ class Shape(NamedTuple):
 
 
 def cases(tiny: bool) -> Iterator[Case]:
-    """Each shape by all implementations before the next, the widest heads at 8k first."""
+    """All implementations of a shape, then those of the next; the widest heads at 8k first."""
     if tiny:
         width, tokens, square = 32, 128, (8, 8)
         order = [((16, 32), 32), ("attention", 32)]
@@ -75,7 +75,7 @@ def cases(tiny: bool) -> Iterator[Case]:
 
 def _retention_cases(shape: Shape) -> Iterator[Case]:
     for kind in KINDS:
-        # Kernels before the general form: those are what is waited for.
+        # Kernels before the XLA form, because they are more important.
         for name in reversed(tuple(IMPLEMENTATIONS)):
             yield Case(f"{name} {shape} {kind}", partial(measure_own, name, shape, kind))
         yield Case(f"fla {shape} {kind}", partial(measure_fla, shape, kind))
@@ -96,14 +96,14 @@ def measure_own(implementation: str, shape: Shape, kind: str) -> dict:
 
 
 def measure_fla(shape: Shape, kind: str) -> dict:
-    """A record of fla's chunk_retention, where it can run."""
+    """A record of fla's chunk_retention."""
     found = fla_kernel.measure(inputs(shape), kind)
     first = [x[:1].float().cpu().numpy() for x in found.result]
     return _described("fla", shape, kind) | found.times | _error(first, shape)
 
 
 def measure_attention(shape: Shape, kind: str) -> dict:
-    """A record of causal softmax attention by cuDNN; scores are its own matter."""
+    """A record of causal softmax attention by cuDNN."""
     if jax.default_backend() != "gpu":
         raise NotImplementedError("cuDNN is for NVIDIA GPUs")
     attention = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
@@ -112,7 +112,7 @@ def measure_attention(shape: Shape, kind: str) -> dict:
 
 
 def computing(outputs: Callable, kind: str) -> Callable:
-    """A function of q, k, v and the cotangent dy: the outputs, for "both" and the gradients."""
+    """A function of q, k, v and dy that returns the outputs, and for "both" the gradients too."""
 
     def forward(q, k, v, dy):
         return (outputs(q, k, v),)
@@ -150,21 +150,21 @@ def _reference(shape: Shape) -> list[np.ndarray]:
     """Outputs and gradients of the first row in float32."""
     function = computing(partial(_retained, "xla", shape.heads), "both")
     arrays = [x[:1].astype(jnp.float32) for x in inputs(shape)[0]]
-    # GPUs would else round operands to tf32.
+    # Otherwise GPUs would round operands to tf32.
     with jax.default_matmul_precision("highest"):
         return [np.asarray(x) for x in jax.jit(function)(*arrays)]
 
 
 def _error(found: list[np.ndarray], shape: Shape) -> dict:
-    """Of the outputs, and of the gradients if they are there."""
+    """The largest relative error of the outputs, and of the gradients if they were computed."""
     pairs = zip(found, _reference(shape)[: len(found)], strict=True)
     errors = [float(np.linalg.norm(x - r) / np.linalg.norm(r)) for x, r in pairs]
-    # Not max, which can pass over a NaN.
+    # Python's max could miss a NaN.
     return {"relative_error": float(np.max(errors))}
 
 
 def _described(implementation: str, shape: Shape, kind: str) -> dict:
-    """What the numbers are of, and the least work for it."""
+    """The fields of a record that describe the case, and its minimal work."""
     both = kind == "both"
     if implementation == "cudnn attention":
         work = attention_work(shape.tokens, shape.heads, shape.key_width, shape.length, both)

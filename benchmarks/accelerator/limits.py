@@ -1,4 +1,4 @@
-"""What the device can do at best, by the simplest programs there are."""
+"""The limits of the device, measured by the simplest programs."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -20,7 +20,7 @@ def cases(tiny: bool) -> Iterator[Case]:
 
 
 def bandwidth(function, count: int) -> dict:
-    """Of a function that reads and writes so many bfloat16 numbers."""
+    """The record of a function that reads and writes `count` bfloat16 numbers."""
     sets = [(x,) for x in _random((count,))]
     found = device_time(function, sets).times
     moved = 2 * sets[0][0].nbytes
@@ -28,7 +28,7 @@ def bandwidth(function, count: int) -> dict:
 
 
 def matrix_rate(width: int) -> dict:
-    """On random numbers: on zeros it would be higher."""
+    """The record of a matrix product of random numbers; zeros would be faster."""
     sets = [(x, x) for x in _random((width, width))]
     found = device_time(jnp.matmul, sets).times
     flops = 2 * width**3

@@ -1,4 +1,4 @@
-"""One figure: kernels, training, decoding over the position, and over the batch."""
+"""A figure of kernels, training, decoding by position, and decoding by batch size."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -9,7 +9,7 @@ from benchmarks.accelerator.report import NOT_MEASURED, Report
 
 
 def plot(report: Report, path: Path) -> None:
-    """Draws what was measured; a panel of what was not says so."""
+    """Plots the measurements of a report to `path`; panels without any say so."""
     figure, axes = plt.subplots(2, 2, figsize=(13, 9), layout="constrained")
     _kernels(report, axes[0, 0])
     _training(report, axes[0, 1])
@@ -21,7 +21,7 @@ def plot(report: Report, path: Path) -> None:
 
 
 def _kernels(report: Report, axis) -> None:
-    """Time of a token over the length, forward and backward, widest heads and attention."""
+    """Time per token of forward+backward by length, for the widest heads and for attention."""
     records = report.measured("kernels", kind="both")
     widest = max((x["key_width"] for x in records), default=0)
     lines = defaultdict(list)
@@ -29,7 +29,7 @@ def _kernels(report: Report, axis) -> None:
         if x["key_width"] == widest or "attention" in x["implementation"]:
             name = f"{x['implementation']} {x['key_width']}/{x['value_width']}"
             lines[name].append((x["length"], 1e6 * x["ms"] / x["tokens"]))
-    _draw(axis, lines, "length", "ns a token, forward+backward", "kernels")
+    _draw(axis, lines, "length", "ns per token, forward+backward", "kernels")
 
 
 def _training(report: Report, axis) -> None:
@@ -40,16 +40,16 @@ def _training(report: Report, axis) -> None:
 
 
 def _over_position(report: Report, axis) -> None:
-    """One row of each model."""
+    """Time per token by position, with one row of each model."""
     lines = defaultdict(list)
     for x in report.measured("decoding", batch=1):
         if "position" in x and "tried" not in x:
             lines[f"{x['size']} {x['architecture']}"].append((x["position"], x["ms"]))
-    _draw(axis, lines, "position", "ms a token", "decoding, batch 1")
+    _draw(axis, lines, "position", "ms per token", "decoding, batch 1")
 
 
 def _over_batch(report: Report, axis) -> None:
-    """The largest model at each position, with all batches that were tried for the best."""
+    """Tokens/s of the largest model by batch size, with all sizes tried for the best one."""
     records = [x for x in report.measured("decoding") if "position" in x]
     size = records[0]["size"] if records else ""
     lines = defaultdict(list)
@@ -59,7 +59,7 @@ def _over_batch(report: Report, axis) -> None:
         points = lines[f"{x['architecture']} at {x['position']:,}"]
         speeds = x.get("tried", {str(x["batch"]): x["tokens_per_second"]})
         points += [(int(b), speed) for b, speed in speeds.items() if not isinstance(speed, str)]
-    # A position of one batch stands in the other panel.
+    # Positions with a single batch size are in the other panel.
     lines = {name: points for name, points in lines.items() if len({b for b, _ in points}) > 1}
     _draw(axis, lines, "batch", "tokens/s", f"decoding, {size}", y_scale="log")
 

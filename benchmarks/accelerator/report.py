@@ -1,12 +1,10 @@
-"""Tables, goals and plots of the JSON that `benchmarks.accelerator` writes.
+"""Tables and goals, from the JSON that `benchmarks.accelerator` writes.
 
-Nothing here measures: shares of what the device can do are taken against the copy bandwidth and the
-matrix rate in the same file, and what was not measured is said to be just that.
+Nothing is measured here. Shares of the device's limits refer to the copy bandwidth and the matrix
+rate in the same file; missing measurements are marked as not yet measured.
 """
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.accelerator.bounds import Work, decoding_bytes
@@ -18,14 +16,14 @@ Record = dict[str, Any]
 
 
 class Goal(NamedTuple):
-    """What one H200 is to reach, at least and at best, and how it is read from a report."""
+    """A goal for one H200: the required number, the desired one, and the measured one."""
 
     what: str
     must: float | None
     stretch: float
-    found: Callable[["Report"], float | None]
+    found: Callable[["Report"], float | None]  # reads the number from a report
     percent: bool = False
-    at_most: bool = False  # the measured number is to be no more than that
+    at_most: bool = False  # whether the numbers are upper limits
 
     def row(self, report: "Report") -> str:
         found = self.found(report)
@@ -39,14 +37,14 @@ class Goal(NamedTuple):
 
 
 class Report:
-    """The records of a JSON, and what follows from them."""
+    """The records in a JSON file, and the numbers that follow from them."""
 
     def __init__(self, data: dict[str, Any]):
         self.data = data
 
     @property
     def title(self) -> str:
-        """The device."""
+        """The name of the device."""
         tiny = ", tiny shapes: these are no measurements" if self.data.get("tiny") else ""
         return self.data.get("device", "no device") + tiny
 
@@ -54,7 +52,7 @@ class Report:
         return self.data.get("sections", {}).get(section, {}).get("cases", {})
 
     def measured(self, section: str, **wanted: Any) -> list[Record]:
-        """Records with numbers whose fields are as wanted."""
+        """The records with numbers and with the given values of fields."""
         return [
             record
             for record in self.records(section).values()
@@ -63,7 +61,7 @@ class Report:
 
     @property
     def bandwidth(self) -> float | None:
-        """Bytes/s, read and written, of the better of the copies."""
+        """Bytes/s, read plus written, of the faster copy."""
         speeds = [x["bytes_per_second"] for x in self.measured("limits") if "bytes_per_second" in x]
         return max(speeds, default=None)
 
@@ -74,14 +72,14 @@ class Report:
         return max(speeds, default=None)
 
     def roofline_share(self, record: Record) -> float | None:
-        """Of a kernel: the least time over its own."""
+        """The minimal time of a kernel divided by its measured time."""
         if self.bandwidth is None or self.matrix_rate is None:
             return None
         work = Work(record["flops"], record["bytes"])
         return 1000 * work.seconds(self.matrix_rate, self.bandwidth) / record["ms"]
 
     def utilisation(self, record: Record) -> dict[str, float | None]:
-        """Model FLOPs of a training step over the data sheet's peak, and over the matrix rate."""
+        """Model FLOP/s of a training step, as shares of the data sheet and of the matrix rate."""
         speed = record["tokens_per_second"] * record["flops_per_token"]
         known = chip(self.data.get("device", ""))
         return {
@@ -90,7 +88,7 @@ class Report:
         }
 
     def decoding_share(self, record: Record) -> float | None:
-        """Of a decoded step: the time of its bytes at the copy bandwidth over its own."""
+        """The time of a decoding step's bytes at the copy bandwidth, divided by its own time."""
         if self.bandwidth is None:
             return None
         state = record["state_read_bytes"], record["state_written_bytes"]
@@ -98,7 +96,7 @@ class Report:
         return 1000 * moved / self.bandwidth / record["ms"]
 
     def kernel(self, widths: tuple[int, int], length: int, kind: str) -> Record | None:
-        """The fastest of our own implementations."""
+        """The record of this project's fastest implementation."""
         wanted = {"key_width": widths[0], "value_width": widths[1], "length": length, "kind": kind}
         others = ("fla", "cudnn attention")
         own = [x for x in self.measured("kernels", **wanted) if x["implementation"] not in others]
@@ -107,7 +105,7 @@ class Report:
     def times_faster(
         self, than: str, widths: tuple[int, int], length: int, kind: str
     ) -> float | None:
-        """Our fastest beside fla on the same arrays, or beside cuDNN attention of that length."""
+        """The speed of the fastest implementation, relative to fla or to cuDNN attention."""
         own = self.kernel(widths, length, kind)
         wanted = {"implementation": than, "length": length, "kind": kind}
         if than == "fla":
@@ -120,7 +118,7 @@ class Report:
         return own and self.roofline_share(own)
 
     def training(self, length: int) -> Record | None:
-        """The step of the 1.3B RetNet."""
+        """The training step of the 1.3B RetNet."""
         found = self.measured("training", size="1.3B", architecture="retnet", length=length)
         return found[0] if found else None
 
@@ -135,7 +133,7 @@ class Report:
         return long["tokens_per_second"] / short["tokens_per_second"]
 
     def decoded(self, batch: int, position: int) -> Record | None:
-        """Of the 6.7B RetNet."""
+        """A decoding step of the 6.7B RetNet."""
         wanted = {"size": "6.7B", "architecture": "retnet", "batch": batch, "position": position}
         found = self.measured("decoding", **wanted)
         return found[0] if found else None
@@ -149,7 +147,7 @@ class Report:
         return far["ms"] / near["ms"] if near and far else None
 
     def throughput_ratio(self) -> float | None:
-        """Best tokens/s of the 6.7B RetNet over the Transformer's, at 8k."""
+        """The best tokens/s of the 6.7B RetNet at 8k, divided by the Transformer's."""
         best = [
             self.records("decoding").get(f"6.7B {name} best batch position 8192", {})
             for name in ("retnet", "transformer")
@@ -255,24 +253,6 @@ def goals_table(report: Report) -> str:
     return "\n".join(lines + [goal.row(report) for goal in GOALS])
 
 
-def write(path: Path) -> None:
-    """Writes the tables and, where matplotlib is, the plots beside the JSON; prints the tables."""
-    report = Report(json.loads(path.read_text()))
-    tables = text(report)
-    path.with_suffix(".md").write_text(tables)
-    print(tables)
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"no plots: matplotlib is not installed; --plot_only --output={path} where it is")
-        return
-    matplotlib.use("Agg")
-    from benchmarks.accelerator.plots import plot
-
-    plot(report, path.with_suffix(".png"))
-    print(f"written to {path}, .md and .png")
-
-
 def text(report: Report) -> str:
     """All tables, in Markdown."""
     data = report.data
@@ -340,7 +320,7 @@ def _decoding(report: Report) -> str:
         for x in report.measured("decoding")
         if "position" in x
     ]
-    names = ["decoding", "batch", "position", "ms a token", "tokens/s", "of the bound", "GiB"]
+    names = ["decoding", "batch", "position", "ms per token", "tokens/s", "of the bound", "GiB"]
     return _table("Decoding", names, rows)
 
 
@@ -363,7 +343,7 @@ def _without_numbers(report: Report) -> str:
     rows = []
     for section, found in report.data.get("sections", {}).items():
         if "problem" in found:
-            rows.append([section, "all that follow", found["problem"]])
+            rows.append([section, "all remaining cases", found["problem"]])
         for name in found["planned"]:
             record = found["cases"].get(name)
             if record is None:

@@ -1,4 +1,4 @@
-"""The sections, and what the process of one does."""
+"""The sections, and the work of the process that measures one."""
 
 import os
 import sys
@@ -8,13 +8,13 @@ from benchmarks.accelerator.cases import BrokenDeviceError, Case, Results, run
 from benchmarks.accelerator.timing import memory_limit
 from benchmarks.measure import provenance
 
-# In the order of importance, with shares of the time; what one leaves is for those behind it.
+# In order of importance, with shares of the time; the time that one leaves goes to later ones.
 SECTIONS = {"limits": 0.06, "kernels": 0.36, "training": 0.28, "decoding": 0.30}
-BROKEN = 75  # exit status of a process that is to be started again
+BROKEN = 75  # exit status of a process that must be started again
 
 
 def measure(section: str, output: Path, tiny: bool, deadline: float) -> None:
-    """What a process of the supervisor does."""
+    """Measures a section, in a process started by the supervisor."""
     results = Results(output)
     describe(results, tiny)
     try:
@@ -25,10 +25,10 @@ def measure(section: str, output: Path, tiny: bool, deadline: float) -> None:
 
 
 def describe(results: Results, tiny: bool) -> None:
-    """Date, device, versions and commit, and what of the device's memory is to be had.
+    """Records date, device, versions, commit and the available memory of the device.
 
     Raises:
-      SystemExit: if the file holds the records of another device.
+      SystemExit: if the file has the records of another device.
     """
     facts = provenance() | {"memory_limit": memory_limit(), "tiny": tiny}
     for name in ("device", "tiny"):
@@ -40,7 +40,7 @@ def describe(results: Results, tiny: bool) -> None:
 
 def cases_of(section: str, tiny: bool) -> list[Case]:
     """All cases of a section, the most important first."""
-    # Imported here, so that a section does not fail with another's libraries.
+    # Imported here, so that a section needs only its own libraries.
     if section == "limits":
         from benchmarks.accelerator import limits as module
     elif section == "kernels":

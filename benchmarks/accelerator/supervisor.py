@@ -1,4 +1,4 @@
-"""A process for each section, which is given up when it dies, hangs or is out of time."""
+"""Runs each section in a process, and stops it if it hangs or its time is over."""
 
 import contextlib
 import os
@@ -11,18 +11,18 @@ from benchmarks.accelerator.cases import Results
 from benchmarks.accelerator.sections import BROKEN, SECTIONS
 
 ROOT = Path(__file__).parents[2]
-_PATIENCE = 150  # seconds for one case; compilation is in it
-_MEMORY_SECONDS = 2  # until a killed process's memory is the next one's
+_PATIENCE = 150  # seconds for one case, including compilation
+_MEMORY_SECONDS = 2  # until the memory of a killed process is free
 
 
 def run(sections: list[str], output: Path, seconds: float, options: list[str]) -> None:
-    """Measures the sections, each in its share of the time.
+    """Measures the sections, each within its share of the time.
 
     Args:
-      sections: some of `sections.SECTIONS`.
-      output: the JSON file.
-      seconds: for all.
-      options: of the command line, for the processes.
+      sections: Names from `sections.SECTIONS`.
+      output: JSON file of results.
+      seconds: Time for all sections.
+      options: Command-line options for the processes.
     """
     end = time.time() + seconds
     for i, section in enumerate(sections):
@@ -33,7 +33,7 @@ def run(sections: list[str], output: Path, seconds: float, options: list[str]) -
 
 
 def _ended(section: str, output: Path, deadline: float, options: list[str]) -> bool:
-    """Runs a process for a section; whether it did all it could, or the time is over."""
+    """Runs a process for a section; returns whether the section is finished or out of time."""
     command = [sys.executable, "-m", "benchmarks.accelerator", *options]
     command += [f"--section={section}", f"--deadline={deadline}", f"--output={output}"]
     process = subprocess.Popen(command, cwd=ROOT, env=environment(section))
@@ -41,16 +41,16 @@ def _ended(section: str, output: Path, deadline: float, options: list[str]) -> b
     status = process.poll()
     results = Results(output)
     if problem is None and status not in (0, BROKEN):
-        problem = ("ended", f"the process ended with status {status}, its output says why")
+        problem = ("ended", f"the process ended with status {status}; see its output")
     if problem is not None and not results.fail_running(*problem):
-        # Not in a case: another process would do no better.
+        # It failed outside a case, so another process would fail too.
         results.fail_section(section, *problem)
         return True
     return status == 0 or time.time() >= deadline
 
 
 def _watch(process: subprocess.Popen, output: Path, deadline: float) -> tuple[str, str] | None:
-    """Waits for a process; ends it, and says why, when it hangs or its time is over."""
+    """Waits for a process; if it hangs or its time is over, kills it and returns the problem."""
     last = _written(output)
     since = time.time()
     while process.poll() is None:
@@ -65,7 +65,7 @@ def _watch(process: subprocess.Popen, output: Path, deadline: float) -> tuple[st
         if problem is not None:
             process.kill()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_MEMORY_SECONDS)  # one that waits for the device may not end
+                process.wait(_MEMORY_SECONDS)  # may fail if it waits for the device
             time.sleep(_MEMORY_SECONDS)
             return problem
     return None
@@ -76,7 +76,7 @@ def _written(path: Path) -> float:
 
 
 def environment(section: str) -> dict[str, str]:
-    """Where torch has memory too, jax takes what it needs; elsewhere nearly all, at once."""
+    """The environment of a process: jax preallocates, except beside torch in the kernels."""
     memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.93"}
     if section == "kernels":
         memory = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.6"}

@@ -8,30 +8,31 @@ from typing import Any, NamedTuple
 import jax
 
 REPEATS = 5
-# Programs that are enqueued at once: fewer than jax lets be under way, so that enqueuing does not
-# wait for the device.
+# Most programs enqueued at once. This is below jax's limit, so enqueuing does not wait for the
+# device.
 _MOST_ENQUEUED = 24
 _ROUND_SECONDS = 0.05
 
 
 class Measured(NamedTuple):
-    """Numbers for a record, and what the function returned for the first arguments."""
+    """Numbers for a record, and the function's result for the first set of arguments."""
 
     times: dict[str, Any]
     result: Any
 
 
 def device_time(function: Callable, sets: Sequence[tuple], repeats: int = REPEATS) -> Measured:
-    """Milliseconds that a function takes for one set of arguments, on the device.
+    """Measures the device time of a function for one set of arguments.
 
     Args:
-      function: of the arguments in a set; not jitted.
-      sets: independent arguments, for which one program calls it one after the other.
-      repeats: rounds.
+      function: Function of the arguments in a set; not jitted.
+      sets: Independent sets of arguments; one program calls the function for all of them.
+      repeats: Number of rounds.
 
     Returns:
-      Times: ms, the median; samples_ms of the rounds; host_share, in which the host was enqueuing
-      (near 1: ms is the host's time, and the device's is less); temporary_bytes of the program.
+      Times: ms, the median; samples_ms of the rounds; host_share, the part of a round in which the
+      host was enqueuing (near 1, the host is the limit and the device faster than ms); and
+      temporary_bytes of the program.
     """
     program = jax.jit(lambda sets: [function(*arguments) for arguments in sets])
     compiled = program.lower(sets).compile()
@@ -41,7 +42,7 @@ def device_time(function: Callable, sets: Sequence[tuple], repeats: int = REPEAT
 
 
 def rounds(call: Callable[[], Any], wait: Callable[[Any], Any], parts: int, repeats: int) -> dict:
-    """Times rounds of enqueued calls, each of so many parts, as `device_time` says."""
+    """Times rounds of enqueued calls as in `device_time`; each call computes `parts` sets."""
     wait(call())
     begin = time.perf_counter()
     wait(call())
@@ -51,7 +52,7 @@ def rounds(call: Callable[[], Any], wait: Callable[[Any], Any], parts: int, repe
     for _ in range(repeats):
         begin = time.perf_counter()
         for _ in range(calls):
-            last = call()  # earlier results are freed in the order of the device's work
+            last = call()  # earlier results are freed when the device is done with them
         enqueued = time.perf_counter() - begin
         wait(last)
         total = time.perf_counter() - begin
@@ -61,26 +62,26 @@ def rounds(call: Callable[[], Any], wait: Callable[[Any], Any], parts: int, repe
 
 
 def summary(seconds: Sequence[float]) -> dict:
-    """The median, and all of them, in milliseconds."""
+    """The median and all samples, in milliseconds."""
     samples = [1000 * x for x in seconds]
     return {"ms": statistics.median(samples), "samples_ms": samples}
 
 
 def peak_bytes(compiled: jax.stages.Compiled) -> int:
-    """Most memory of a program: arguments, results that are none of them, and all between."""
+    """Peak memory of a program: arguments, results that do not alias them, and temporaries."""
     memory = compiled.memory_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
 
 
 def memory_limit() -> int | None:
-    """Bytes that jax can have of the device; None where it does not say."""
+    """Bytes of device memory available to jax; None if unknown."""
     stats = jax.devices()[0].memory_stats() or {}
     return stats.get("bytes_limit")
 
 
 def check_memory(needed: int) -> None:
-    """Raises `MemoryError` for a program that needs more than there is."""
+    """Raises `MemoryError` for a program that needs more memory than the device has."""
     limit = memory_limit()
     if limit is not None and needed > limit:
         raise MemoryError(f"needs {needed / 2**30:.1f} GiB of {limit / 2**30:.1f} GiB")

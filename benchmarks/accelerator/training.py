@@ -1,12 +1,12 @@
-"""The training step of the paper's configs on one device, on rows of one document each.
+"""The training step of the paper's configs on one device, with one document in each row.
 
-It is train.py's step, but told that there are no borders of documents in the rows: with them a
-Transformer on a GPU has no flash attention (`retnet_jax/ops/flash_attention.py`).
+It is train.py's step, compiled for rows without document borders: with borders, a Transformer on a
+GPU cannot use flash attention (`retnet_jax/ops/flash_attention.py`).
 
-A step has 32,768 tokens, in micro-batches of 16,384 or a row and with as little recomputed as
-fits: `retnet_jax/aot/fit.py` proposes, the compiler says whether it fits. Steps follow each other
-without a pause; the time of one is that from its predecessor's metrics to its own. MFU counts
-`ModelConfig.training_flops_per_token`, nothing that is computed twice.
+A step has 32,768 tokens, in micro-batches of 16,384 tokens or of one row, and recomputes only as
+much as memory requires: `retnet_jax/aot/fit.py` proposes an arrangement, and the compiler checks
+that it fits. Steps run without pauses; the time of a step is the time between the previous step's
+metrics and its own. MFU counts `ModelConfig.training_flops_per_token`, without recomputation.
 """
 
 import dataclasses
@@ -29,13 +29,13 @@ from retnet_jax.parallel.sharding import batch_shardings
 from retnet_jax.training.step import initial_state
 
 CONFIGS = {"1.3B": retnet_1p3b.get_config, "2.7B": retnet_2p7b.get_config}
-_TOKENS = 32_768  # of a step
-_MICRO_BATCH = 16_384  # tokens beyond which a larger micro-batch is no faster, by expectation
+_TOKENS = 32_768  # tokens in a step
+_MICRO_BATCH = 16_384  # tokens in a micro-batch; larger ones are not expected to be faster
 _TRIES = 3
 
 
 def cases(tiny: bool) -> Iterator[Case]:
-    """The goals' cases first: 1.3B at 8k, 32k and 2k."""
+    """The cases of the goals first: 1.3B at 8k, 32k and 2k."""
     if tiny:
         yield Case("tiny retnet t 32", partial(measure, "tiny", "retnet", tiny_config("retnet")))
         return
@@ -60,7 +60,7 @@ def tiny_config(architecture: str) -> Config:
 
 
 def on_one_device(config: Config, length: int) -> Config:
-    """A config with rows of this length, and a step of few tokens."""
+    """A config with rows of this length, and a step of `_TOKENS` tokens."""
     rows = max(1, _TOKENS // length)
     return dataclasses.replace(
         config,
@@ -70,7 +70,7 @@ def on_one_device(config: Config, length: int) -> Config:
 
 
 def measure(size: str, architecture: str, config: Config) -> dict:
-    """A record of one config's step."""
+    """A record of the step of a config."""
     step = compiled(config)
     config = step.config
     length, rows = config.data.sequence_length, config.train.batch_size
@@ -93,10 +93,10 @@ def measure(size: str, architecture: str, config: Config) -> dict:
 
 
 def compiled(config: Config) -> CompiledStep:
-    """The step in the first arrangement that fits.
+    """The compiled step in the first arrangement that fits.
 
     Raises:
-      MemoryError: if none of a few does.
+      MemoryError: if none of the first `_TRIES` fits.
     """
     problems = []
     for candidate in candidates(config)[:_TRIES]:
@@ -111,7 +111,7 @@ def compiled(config: Config) -> CompiledStep:
 
 
 def candidates(config: Config) -> list[Config]:
-    """Configs that are expected to fit, each smaller than the last; at the end the smallest."""
+    """Configs that are expected to fit, each with less memory than the last; the smallest ends."""
     smallest = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, remat="full"),
@@ -128,14 +128,14 @@ def candidates(config: Config) -> list[Config]:
     chosen = []
     for one in ranked:
         less = not chosen or one.bytes < 0.9 * chosen[-1].bytes
-        # Not "none", which the longest rows leave no room for: all lengths are to compute alike.
+        # Not remat="none", which does not fit for the longest rows; all lengths should be alike.
         if less and one.config.model.remat != "none":
             chosen.append(one)
     return [one.config for one in chosen[: _TRIES - 1]] + [smallest]
 
 
 def step_seconds(step: CompiledStep) -> tuple[list[float], list[float]]:
-    """Seconds of each of some steps on random tokens, and the losses of all."""
+    """The seconds of each timed step on random tokens, and the losses of all steps."""
     config, mesh = step.config, step.mesh
     shardings = jax.tree.map(lambda x: x.sharding, step.state)
     batch = random_batch(config)
@@ -150,12 +150,12 @@ def step_seconds(step: CompiledStep) -> tuple[list[float], list[float]]:
         for metrics in enqueued:
             jax.block_until_ready(metrics)
             arrived.append(time.perf_counter())
-    # The first is warm-up, and the second step's predecessor.
+    # The first step is a warm-up; the second is timed from its metrics.
     return np.diff(arrived[1:]).tolist(), [float(metrics.loss) for metrics in enqueued]
 
 
 def random_batch(config: Config) -> Batch:
-    """One document a row, of random tokens."""
+    """A batch of random tokens, with one document in each row."""
     shape = (config.train.batch_size, config.data.sequence_length)
     tokens = np.random.default_rng(0).integers(
         0, config.model.vocab_size, (shape[0], shape[1] + 1), np.int32

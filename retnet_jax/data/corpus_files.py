@@ -40,19 +40,22 @@ def corpus_files(patterns: str) -> list[CorpusFile]:
     Raises:
       ConfigError: if one of the patterns matches no file.
     """
-    once: dict[str, tuple[bool, int, str, str]] = {}
+    once: dict[str, tuple[int, int, str, str]] = {}
+    links = {"/": 0}  # number of links in the path of a directory
     directories: dict[str, str] = {}  # real paths of directories; many files share each
     for path in _all_matches(patterns):
         absolute = path if files.is_remote(path) else os.path.abspath(path)
-        real = absolute
+        real, followed = absolute, 0
         if not files.is_remote(path):
             parent, name = os.path.split(absolute)
             if parent not in directories:
                 directories[parent] = os.path.realpath(parent)
             real = os.path.join(directories[parent], name)
-            real = os.path.realpath(real) if os.path.islink(real) else real
-        # If a file has several paths, its name is from the real path, or else the shortest.
-        candidate = (absolute != real, absolute.count("/"), absolute, path)
+            is_link = os.path.islink(real)
+            real = os.path.realpath(real) if is_link else real
+            followed = _links_to(parent, links) + is_link
+        # A file with several paths is named by the one with the fewest links, then by the shortest.
+        candidate = (followed, absolute.count("/"), absolute, path)
         once[real] = min(candidate, once.get(real, candidate))
     absolutes = {path: absolute for _, _, absolute, path in once.values()}
     split = {path: absolute.split("/") for path, absolute in absolutes.items()}
@@ -60,6 +63,13 @@ def corpus_files(patterns: str) -> list[CorpusFile]:
     common = sum(1 for _ in itertools.takewhile(lambda column: len({*column}) == 1, columns))
     found = [CorpusFile(path, "/".join(parts[common:])) for path, parts in split.items()]
     return sorted(found, key=lambda file: file.name)
+
+
+def _links_to(directory: str, known: dict[str, int]) -> int:
+    """How many links an absolute path follows."""
+    if directory not in known:
+        known[directory] = _links_to(os.path.dirname(directory), known) + os.path.islink(directory)
+    return known[directory]
 
 
 def _all_matches(patterns: str) -> Iterable[str]:

@@ -1,19 +1,19 @@
-"""How good a model is: perplexity by three protocols, tasks, and what it can recall.
+"""Evaluation of a model: perplexity by three protocols, tasks, and recall.
 
-run.py            evaluate(): from a model or a directory to the record of its results
-plan.py           what is evaluated, and how; measure.py: one model, as planned
-results.py        what came out, and how two models differ
-tables.py         results for people; record.py: results as JSON
+run.py            `evaluate`: from a model or a directory to the record of its results
+plan.py           options of an evaluation; measure.py: evaluates one model by a plan
+results.py        results of a model, and differences of two models
+tables.py         results as tables; record.py: results as JSON
 
 perplexity.py     -log p of every token of documents
-held_out_texts.py the documents; compressors.py: the same through gzip and xz, for scale
-statistics.py     perplexities, positions, standard errors, paired differences
+held_out_texts.py the documents; compressors.py: gzip and xz on them, as a baseline
+statistics.py     perplexities, loss by position, standard errors, paired differences
 
-tasks.py          the seven tasks of the paper as data; task_rows.py: their rows
-task_requests.py  rows as requests to a model, scores as accuracy
-prefix_trie.py    requests with what they share; scoring.py reads it and gives log-likelihoods
-recall_probes.py  synthetic probes of the memory
-harness.py        the model behind the interface of lm-evaluation-harness
+tasks.py          the seven tasks of the paper; task_rows.py: reads their data
+task_requests.py  task rows to requests, scores to accuracies
+prefix_trie.py    requests with shared prefixes; scoring.py: their log-likelihoods
+recall_probes.py  synthetic probes of the model's memory
+harness.py        adapter for lm-evaluation-harness
 """
 
 from retnet_jax.evaluation.perplexity import stateful_nll, window_nll

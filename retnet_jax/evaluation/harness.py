@@ -1,11 +1,11 @@
-r"""The model behind the interface of EleutherAI's lm-evaluation-harness, under the name retnet_jax.
+r"""Adapter for EleutherAI's lm-evaluation-harness, which calls the model retnet_jax.
 
     python -m retnet_jax.evaluation.harness run --model retnet_jax \
         --model_args pretrained=runs/mine --batch_size 32 --tasks hellaswag
 
-is the harness's own command with the model registered; in Python import this module and give
-`lm_eval.simple_evaluate(model="retnet_jax", model_args={"pretrained": ...})`. Needs lm-eval
-(`pip install lm-eval`), which nothing else here imports.
+This is the harness's own command, with the model registered. In Python, import this module and call
+`lm_eval.simple_evaluate(model="retnet_jax", model_args={"pretrained": ...})`. Only this module
+needs lm-eval (`pip install lm-eval`).
 """
 
 from collections import defaultdict
@@ -30,30 +30,31 @@ from retnet_jax.model import for_decoding
 from retnet_jax.parallel.mesh import first_device
 from retnet_jax.pretrained import load_checkpoint, read_pretrained
 
-# What of a request's generation arguments is used; more would be another distribution.
+# The supported generation arguments; ignoring others would change the distribution.
 _GENERATION = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
 
 
 @register_model("retnet_jax")
 class RetNetLM(TemplateLM):
-    """A trained model of this project, or any that `load_pretrained` reads.
+    """Any trained model that `load_pretrained` reads, as a model of the harness.
 
     Args:
-      pretrained: directory of a training run or a checkpoint.
-      batch_size: rows at once; "auto": 32.
-      max_length: most tokens that are read for a log-likelihood, cut at their beginning, and the
-        length of the windows of `loglikelihood_rolling`. None: nothing is cut, and rolling carries
-        the state through the whole text, which a RetNet can. Prompts to generate from are not cut.
-      dtype: of activations; None or "auto": that of the run.
-      max_gen_toks: tokens to generate where a task does not say.
-      seed: of random choices in generation.
-      add_bos_token: whether BOS opens every text, which it does here: False is refused.
-      device: taken because the harness passes it; jax chooses the device.
-      max_batch_size: taken likewise.
-      trust_remote_code: taken likewise; no code is loaded.
+      pretrained: Directory of a training run or a checkpoint.
+      batch_size: Rows in a batch; "auto": 32.
+      max_length: Largest number of tokens read for a log-likelihood (longer requests lose their
+        beginning), and the window length of `loglikelihood_rolling`. None: nothing is cut, and
+        `loglikelihood_rolling` carries the state through the whole text. Prompts for generation are
+        never cut.
+      dtype: Dtype of activations; None or "auto": that of the run.
+      max_gen_toks: Number of tokens to generate if a task does not give one.
+      seed: Seed of the sampling in generation.
+      add_bos_token: Whether BOS begins every text. It always does here, so False is refused.
+      device: Ignored, accepted because the harness passes it; jax chooses the device.
+      max_batch_size: Ignored, accepted because the harness passes it.
+      trust_remote_code: Ignored, accepted because the harness passes it.
 
     Raises:
-      ConfigError, CheckpointError: for a directory or an argument that does not fit.
+      ConfigError, CheckpointError: for an unusable directory or an invalid argument.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class RetNetLM(TemplateLM):
         _, self.tokenizer = read_pretrained(directory)
         if str(add_bos_token).lower() == "false":
             raise ConfigError(
-                "add_bos_token=False: here every text begins with BOS, as in training; leave it out"
+                "add_bos_token=False is not supported: every text begins with BOS, as in training"
             )
         changes = {} if dtype in (None, "auto") else {"dtype": dtype}
         self.model, self.step = load_checkpoint(directory, first_device(), **changes)
@@ -92,40 +93,40 @@ class RetNetLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The id that opens every text."""
+        """The id that begins every text."""
         return self.tokenizer.bos_id
 
     @property
     def tokenizer_name(self) -> str:
-        """Tells tokenizers apart in the harness's cache of requests."""
+        """Identifies the tokenizer in the harness's cache of requests."""
         return self.tokenizer.fingerprint
 
     def tok_encode(self, string: str, add_special_tokens=None, **kwargs) -> list[int]:
-        """The ids of a text; BOS is put before contexts where they are scored."""
+        """The token ids of a text, without BOS, which is added when contexts are scored."""
         return self.tokenizer.encode(string)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The template of a conversation, which no model of this project has.
+        """The chat template, which no model of this project has.
 
         Raises:
-          ConfigError: if one is asked for.
+          ConfigError: if a chat template is asked for.
         """
         if chat_template:
             raise ConfigError(
-                "--apply_chat_template: no model here has the template of a conversation; run "
-                "without it, with texts as the tasks have them"
+                "--apply_chat_template: this model has no chat template; leave the flag out"
             )
         return None
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Log p of continuations, and whether each is greedy, by `score`."""
+        """The log-likelihood of each continuation, and whether greedy decoding would give it."""
         pairs = encode_pairs(self.tokenizer, [request.args for request in requests])
         for request, pair in zip(requests, pairs, strict=True):
             if not pair.continuation:
                 context, continuation = request.args
                 raise ConfigError(
-                    f"the continuation {continuation!r} is no token of its own after a context "
-                    f"that ends in {context[-40:]!r}: one token spans both, or it becomes none"
+                    f"the continuation {continuation!r} after a context that ends in "
+                    f"{context[-40:]!r} has no token of its own: one token spans both, or it is "
+                    "encoded as nothing"
                 )
         return self._loglikelihood_tokens(
             [
@@ -148,7 +149,7 @@ class RetNetLM(TemplateLM):
         return found
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """Log p of whole texts, in windows of `max_length` or else in one piece."""
+        """Log p of whole texts: in windows of `max_length`, or if that is None in one piece."""
         documents = encoded([request.args[0] for request in requests], self.tokenizer)
         if self.max_length is None:
             nll = stateful_nll(self.model, documents, batch_size=self.batch_size)
@@ -165,10 +166,10 @@ class RetNetLM(TemplateLM):
         return found
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """Texts up to a stop string, which they are without.
+        """Generates texts up to a stop string, which is not included.
 
         Raises:
-          ConfigError: for generation arguments that are not known here.
+          ConfigError: for unsupported generation arguments.
         """
         model = for_decoding(self.model)
         groups = defaultdict(list)
@@ -178,7 +179,8 @@ class RetNetLM(TemplateLM):
                 del options["num_beams"]
             if unknown := set(options) - _GENERATION:
                 raise ConfigError(
-                    f"generation arguments {sorted(unknown)} are none of {sorted(_GENERATION)}"
+                    f"unsupported generation arguments {sorted(unknown)}; supported: "
+                    f"{sorted(_GENERATION)}"
                 )
             until = options.get("until") or []
             until = [until] if isinstance(until, str) else until
@@ -194,7 +196,7 @@ class RetNetLM(TemplateLM):
                         [requests[number].args[0] for number, _ in part],
                         max_tokens,
                         [_sampler(options) for _, options in part],
-                        # A request may be asked several times, to be answered differently.
+                        # A task may repeat a request to get different samples.
                         self.seed + part[0][0],
                         stop=stop,
                     )
@@ -208,7 +210,7 @@ class RetNetLM(TemplateLM):
         return texts
 
     def get_model_info(self) -> dict:
-        """What the harness writes beside its results."""
+        """The description of the model that the harness writes with its results."""
         return {
             "model": type(self.model).__name__,
             "model_num_parameters": self.model.config.parameter_count(),

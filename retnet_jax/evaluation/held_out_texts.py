@@ -1,4 +1,4 @@
-"""The documents that a model is evaluated on: what its run held out, given files, or strings."""
+"""The documents that a model is evaluated on: held-out documents of its run, files, or strings."""
 
 import hashlib
 import sys
@@ -22,12 +22,12 @@ class Text:
     """Documents to evaluate on.
 
     Attributes:
-      tokens: ids of each, BOS first.
-      texts: the documents.
-      byte_counts: of each as it was before it became tokens.
-      sources: the store of each, or nothing.
-      description: for people.
-      origin: for the record.
+      tokens: Token ids of each document, BOS first.
+      texts: The documents as strings.
+      byte_counts: Number of UTF-8 bytes of each document before it was tokenized.
+      sources: Store of each document, or "".
+      description: Description to print.
+      origin: Description for the JSON record.
     """
 
     tokens: list[np.ndarray]
@@ -39,12 +39,12 @@ class Text:
 
     @property
     def joined(self) -> bytes:
-        """All documents in one."""
+        """All documents joined, as UTF-8."""
         return "".join(self.texts).encode("utf-8")
 
     @property
     def record(self) -> dict[str, Any]:
-        """Where the documents are from, and what tells them from others."""
+        """The origin of the documents, and the SHA-256 that identifies them."""
         return self.origin | {"sha256": hashlib.sha256(self.joined).hexdigest()}
 
 
@@ -54,18 +54,18 @@ def encoded(texts: list[str], tokenizer: Tokenizer) -> list[np.ndarray]:
 
 
 def held_out_text(config: Config, tokenizer: Tokenizer, workdir: Path) -> Text:
-    """The held-out documents of the store that a run was trained on.
+    """The held-out documents of the stores that a run was trained on.
 
     Raises:
-      ConfigError: if the store is not there, is damaged, or has another tokenizer.
+      ConfigError: if a store is missing, is damaged, or has another tokenizer.
     """
     directories = list(config.data.mixture) or [config.data.store]
     tokens, byte_counts, sources, stores = [], [], [], []
     for directory in directories:
         if not files.exists(directory):
             raise ConfigError(
-                f"data.store={directory!r} of {workdir / 'config.json'} does not exist (from "
-                f"{Path.cwd()}): start where the run was trained, or give other text with --data"
+                f"data.store={directory!r} of {workdir / 'config.json'} does not exist in "
+                f"{Path.cwd()}: start where the run was trained, or give text with --data"
             )
         store = open_store(directory)
         check_store(workdir, store)
@@ -73,8 +73,8 @@ def held_out_text(config: Config, tokenizer: Tokenizer, workdir: Path) -> Text:
             raise ConfigError(
                 f"data.store={directory!r} has another tokenizer "
                 f"({store.tokenizer.fingerprint[:12]}) than {workdir} "
-                f"({tokenizer.fingerprint[:12]}): it is not the store that the run was trained on; "
-                "give text with --data"
+                f"({tokenizer.fingerprint[:12]}), so the run was not trained on it; give text with "
+                "--data"
             )
         tokens += [store.held_out.document(i) for i in range(len(store.held_out))]
         byte_counts.append(store.held_out.byte_counts)
@@ -91,10 +91,10 @@ def held_out_text(config: Config, tokenizer: Tokenizer, workdir: Path) -> Text:
 
 
 def given_text(pattern: str, text_field: str, tokenizer: Tokenizer) -> Text:
-    """The documents in files; what cannot be used is left out, and said on stderr.
+    """The documents in files; unusable ones are skipped and listed on stderr.
 
     Raises:
-      ConfigError: if no file matches or none has a document.
+      ConfigError: if no file matches, or no file has a document.
     """
     source = _source_of(pattern)
     skipped = Skipped()
@@ -120,13 +120,13 @@ def given_text(pattern: str, text_field: str, tokenizer: Tokenizer) -> Text:
 
 
 def text_of_documents(texts: Sequence[str], tokenizer: Tokenizer) -> Text:
-    """Documents that are strings.
+    """Documents given as strings.
 
     Raises:
-      ConfigError: if there is none, or one is empty or no valid Unicode.
+      ConfigError: if there is none, or one is empty or not valid Unicode.
     """
     if not texts:
-        raise ConfigError("texts is empty: give a document at least, or None for the held-out ones")
+        raise ConfigError("texts is empty: give at least one document, or None for held-out ones")
     for number, text in enumerate(texts):
         if not text:
             raise ConfigError(f"texts[{number}] is empty")
@@ -146,7 +146,7 @@ def text_of_documents(texts: Sequence[str], tokenizer: Tokenizer) -> Text:
 
 
 def _source_of(pattern: str) -> str:
-    """The source that reads the files of a glob."""
+    """The value of `data.source` that reads the files of a glob."""
     if pattern.endswith(".parquet"):
         return "parquet"
     lines = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")

@@ -1,4 +1,4 @@
-"""Evaluates one model as a plan says."""
+"""Evaluates one model by a plan."""
 
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -35,11 +35,11 @@ from retnet_jax.model import LanguageModel
 
 @dataclass(frozen=True)
 class TaskRows:
-    """The rows of a task that are evaluated, and those that examples are drawn from."""
+    """A task with the rows to evaluate, and the rows from which examples are drawn."""
 
     task: Task
     rows: Rows
-    pool: Rows | None  # None: there are no examples
+    pool: Rows | None  # None: no examples are needed
 
 
 def evaluate_model(
@@ -49,23 +49,23 @@ def evaluate_model(
     tasks: Sequence[TaskRows],
     plan: Plan,
 ) -> Results:
-    """Evaluates a model as planned, with progress bars on a terminal.
+    """Evaluates a model by a plan, with progress bars on a terminal.
 
     Args:
-      model: on the mesh that is set, if one is.
-      tokenizer: the model's.
-      text: for perplexity, and as filler of the recall probes; its tokens are the tokenizer's.
-      tasks: from `read_tasks`.
-      plan: what to do.
+      model: Model on the current mesh, if one is set.
+      tokenizer: Tokenizer of the model.
+      text: Documents for perplexity and for the filler of recall probes, as tokens of `tokenizer`.
+      tasks: Rows of the tasks, from `read_tasks`.
+      plan: Options of the evaluation.
 
     Raises:
-      ConfigError: for input that the model cannot take.
+      ConfigError: for input that the model cannot process.
     """
     results = Results(text)
     perplexity = "perplexity" in plan.parts
     if perplexity and plan.context_lengths:
         check_contexts(text.tokens, plan.context_lengths)
-    # All of them before anything is computed, so that a row that does not fit costs nothing.
+    # All requests are made first, so that an unusable row is found before anything is computed.
     prepared = [
         (of_task, shots, _requests(of_task, shots, tokenizer, plan))
         for of_task in tasks
@@ -92,17 +92,17 @@ def evaluate_model(
 
 
 def read_tasks(plan: Plan) -> list[TaskRows]:
-    """The rows of the plan's tasks; examples' too, where there are to be some.
+    """Reads the rows of the plan's tasks, and those for examples if the plan has any.
 
     Raises:
-      ConfigError: as `read_rows`.
+      ConfigError: if no task data is given, there are too few examples, or as `read_rows`.
     """
     if "tasks" not in plan.parts:
         return []
     if plan.task_data is None:
         raise ConfigError(
-            "the tasks need --data: a directory with TASK/SPLIT.jsonl, such as "
-            f"{plan.tasks[0]}/{TASKS[plan.tasks[0]].split}.jsonl, or hf, or tfds"
+            "the tasks need --data (task_data in Python): a directory with TASK/SPLIT.jsonl, such "
+            f"as {plan.tasks[0]}/{TASKS[plan.tasks[0]].split}.jsonl, or hf, or tfds"
         )
     found = []
     for task in map(TASKS.__getitem__, plan.tasks):
@@ -111,7 +111,7 @@ def read_tasks(plan: Plan) -> list[TaskRows]:
         if any(plan.shots):
             same = task.shots_from == task.split
             pool = rows if same else read_rows(task, task.shots_from, plan.task_data)
-            draw_shots(task, rows, pool, max(plan.shots))  # before anything is computed
+            draw_shots(task, rows, pool, max(plan.shots))  # raises if there are too few rows
         found.append(TaskRows(task, rows, pool))
     return found
 
@@ -119,7 +119,7 @@ def read_tasks(plan: Plan) -> list[TaskRows]:
 def _nll(
     model: LanguageModel, documents: Sequence[np.ndarray], protocol: str, plan: Plan
 ) -> list[np.ndarray]:
-    """Of each document the -log p of its tokens by a protocol."""
+    """The -log p of each document's tokens by a protocol."""
     lengths = [len(tokens) - 1 for tokens in documents]
     if protocol == "stateful":
         with progress_bar(protocol, sum(lengths)) as progress:
@@ -160,7 +160,7 @@ def _task(
     trie = PrefixTrie(requests.pairs, plan.max_length)
     with progress_bar(f"{task.name}, {shots} shots", trie.tokens) as progress:
         scores = score_trie(model, trie, batch_size=plan.batch_size, progress=progress)
-    read = TokensRead(trie.tokens, trie.tokens_alone, trie.truncated)
+    read = TokensRead(trie.tokens, trie.tokens_unshared, trie.truncated)
     return task_result(task, requests, scores), read
 
 
@@ -184,7 +184,7 @@ def _recall(
 
 @contextmanager
 def progress_bar(description: str, total: int):
-    """A bar of tokens, if stderr is a terminal; gives what to call with the number of new ones."""
+    """A progress bar of tokens, if stderr is a terminal; yields the function that advances it."""
     from tqdm import tqdm
 
     with tqdm(

@@ -1,14 +1,15 @@
 """-log p of every token of documents, by three protocols.
 
-A document is its tokens d_0 = BOS, d_1 ... d_n. Scored are d_1 ... d_n, each given the tokens
-before it that the protocol lets the model see; BOS is not, nor is the end of a document.
+A document is a sequence of tokens d_0 = BOS, d_1 ... d_n. The tokens d_1 ... d_n are scored, each
+given the earlier tokens that the protocol shows to the model. The end of a document is not scored.
 
-    stateful   d_i given d_0 ... d_{i-1}: the state is carried through the document
-    window     windows of L tokens, each read from zero state. Every token is scored once, the first
-               from BOS. The last window of a document begins as early as L inputs allow and is
-               scored where the one before ended: `loglikelihood_rolling` of lm-evaluation-harness
-    sliding    windows of which each is scored for `stride` tokens and has the L - stride before
-               them as context; `window` is the case stride = L
+    stateful   d_i is predicted from d_0 ... d_{i-1}: the state is carried through the document
+    window     windows of L input tokens, each read from the zero state. Every token is scored
+               once. The last window of a document also has L inputs if the document is long enough;
+               it is scored only after the end of the previous window. This is
+               `loglikelihood_rolling` of lm-evaluation-harness
+    sliding    overlapping windows of L inputs, each scored on its last `stride` tokens, with the
+               L - stride tokens before them as context; `window` is the case stride = L
 """
 
 import math
@@ -27,8 +28,8 @@ from retnet_jax.ops.cross_entropy import token_cross_entropy
 from retnet_jax.parallel.sharding import constrain
 from retnet_jax.shapes import Array, Float, Int, power_of_two
 
-# Most tokens of a document that are read at once. What bounds it is a Transformer's attention to
-# its whole cache: batch * heads * piece * capacity scores.
+# Largest number of tokens of a document read at once. A Transformer's attention to its whole cache
+# limits it: batch * heads * piece * capacity scores.
 _PIECE_LENGTH = 512
 
 
@@ -40,22 +41,22 @@ def stateful_nll(
     piece_length: int = _PIECE_LENGTH,
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> list[np.ndarray]:
-    """-log p(d_i | d_0 ... d_{i-1}) of each document, in nats.
+    """-log p(d_i | d_0 ... d_{i-1}) of each document's tokens, in nats.
 
-    Documents of similar length go through the model together, piece by piece.
+    Documents of similar length are read together in a batch, piece by piece.
 
     Args:
-      model: scores the tokens.
-      documents: token ids [n + 1] of each, BOS first.
-      batch_size: documents at once.
-      piece_length: most tokens at once; to rounding the result is the same for all.
-      progress: called with the number of tokens read since the last call.
+      model: Model that scores the tokens.
+      documents: Token ids [n + 1] of each document, BOS first.
+      batch_size: Documents in a batch.
+      piece_length: Largest number of tokens read at once; it changes results only by rounding.
+      progress: Called with the number of tokens read since the last call.
 
     Returns:
-      float32 [n] of each.
+      float32 [n] for each document.
 
     Raises:
-      ConfigError: for a document that is empty, or has ids that the model does not know.
+      ConfigError: for a document that is empty or has ids unknown to the model.
       CheckpointError: for a model whose probabilities are not finite.
     """
     _check_documents(model, documents)
@@ -64,8 +65,8 @@ def stateful_nll(
     some = [number for number, length in enumerate(lengths) if length]
     if not some:
         return nll
-    # One length for all groups, so that few programs are compiled; where most documents are short
-    # it is short, so that little of it is padding.
+    # All groups use the same piece length, so that few programs are compiled. It is short if most
+    # documents are short, to avoid padding.
     piece_length = min(piece_length, power_of_two(math.ceil(np.mean(lengths))))
     rows = min(batch_size, len(some))
     longest_first = sorted(some, key=lambda number: -lengths[number])
@@ -78,9 +79,8 @@ def stateful_nll(
     if wrong:
         first = np.flatnonzero(~np.isfinite(nll[wrong[0]]))[0]
         raise CheckpointError(
-            f"{len(wrong)} of {len(documents)} documents have tokens without a finite probability "
-            f"from this model, the first of them token {first + 1} of document {wrong[0]}: "
-            f"{why_not_finite(model)}"
+            f"the model's probabilities are not finite in {len(wrong)} of {len(documents)} "
+            f"documents (first: token {first + 1} of document {wrong[0]}): {why_not_finite(model)}"
         )
     return nll
 
@@ -88,7 +88,7 @@ def stateful_nll(
 def _check_documents(model: LanguageModel, documents: Sequence[np.ndarray]) -> None:
     for number, document in enumerate(documents):
         if not len(checked_ids(document, model.config.vocab_size, f"document {number}")):
-            raise ConfigError(f"document {number} is empty; BOS, the first token, is needed")
+            raise ConfigError(f"document {number} is empty; it must begin with BOS")
 
 
 def window_nll(
@@ -100,19 +100,18 @@ def window_nll(
     batch_size: int,
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> list[np.ndarray]:
-    """-log p(d_i | what its window has before it) of each document, in nats.
+    """-log p(d_i | the tokens before it in its window) of each document's tokens, in nats.
 
     Args:
-      model: scores the tokens.
-      documents: token ids [n + 1] of each, BOS first.
-      window_length: inputs of a window, the protocol's L.
-      stride: tokens that a window is scored for; None: all, so that windows do not overlap.
-      batch_size: windows at once.
-      progress: called with the number of tokens read since the last call, of those that
-        `windows` has.
+      model: Model that scores the tokens.
+      documents: Token ids [n + 1] of each document, BOS first.
+      window_length: Number of input tokens of a window, L in the protocols.
+      stride: Number of tokens scored in each window; None: `window_length`, without overlap.
+      batch_size: Windows in a batch.
+      progress: Called with the number of tokens read since the last call.
 
     Returns:
-      float32 [n] of each.
+      float32 [n] for each document.
 
     Raises:
       ConfigError: for a stride that is not in 1 ... `window_length`; and as `stateful_nll`.
@@ -138,7 +137,7 @@ def window_nll(
 
 
 class Window(NamedTuple):
-    """Inputs d_start ... d_{stop-1} of a document, scored on the last `scored` of their targets."""
+    """Inputs d_start ... d_{stop-1} of a document; the last `scored` of their targets count."""
 
     start: int
     stop: int
@@ -146,10 +145,10 @@ class Window(NamedTuple):
 
 
 def windows(tokens: int, length: int, stride: int | None = None) -> list[Window]:
-    """The windows of a document of so many tokens after BOS; see `window_nll`."""
+    """The windows of a document that has `tokens` tokens after BOS; see `window_nll`."""
     stride = length if stride is None else stride
     if not 1 <= stride <= length:
-        raise ConfigError(f"stride={stride} is not in 1 ... {length}, the window's length")
+        raise ConfigError(f"stride={stride} is not in 1 ... {length} (the window length)")
     found = [Window(0, min(length, tokens), min(length, tokens))]
     while (done := found[-1].stop) < tokens:
         stop = min(tokens, done + stride)
@@ -168,11 +167,13 @@ def last_tokens_nll(
 ) -> dict[int, np.ndarray]:
     """-log p of the same tokens after contexts of several lengths (arXiv 2307.08621, Table 8).
 
-    Of each document that is long enough, the `scored` tokens that end the longest context's window
-    are scored in windows that end there and have that many inputs in all.
+    Only documents of at least the longest context length count. In each, the `scored` tokens that
+    end at the longest context length are scored in windows that end there. The input length of a
+    window is its context length.
 
     Returns:
-      For each length float64 [documents that are long enough], the sum over the tokens in nats.
+      For each context length, the sum over the scored tokens of each such document, in nats:
+      float64 [documents].
 
     Raises:
       ConfigError: if no document is as long as the longest context, or a context is shorter than
@@ -193,7 +194,7 @@ def last_tokens_nll(
 def check_contexts(
     documents: Sequence[np.ndarray], context_lengths: Sequence[int], scored: int = 128
 ) -> None:
-    """Raises what `last_tokens_nll` raises."""
+    """Raises the errors of `last_tokens_nll` for its documents and context lengths."""
     longest, most = max(context_lengths), max(len(document) - 1 for document in documents)
     if min(context_lengths) < scored:
         raise ConfigError(
@@ -213,24 +214,25 @@ def _group_nll(
     piece_length: int,
     progress: Callable[[int], object],
 ) -> list[np.ndarray]:
-    """As `stateful_nll` of at most `rows` documents, the longest first."""
+    """`stateful_nll` of at most `rows` documents, sorted with the longest first."""
     n_pieces = math.ceil((len(documents[0]) - 1) / piece_length)
-    # A Transformer is compiled for each capacity: rounded up, at most by a quarter, they are few.
+    # A Transformer is compiled for each cache capacity. Rounding it up, by at most a quarter, keeps
+    # the number of capacities small.
     step = max(1, power_of_two(n_pieces) // 8)
     state = model.init_state(rows, piece_length * step * math.ceil(n_pieces / step))
     nll = []
     for start in range(0, n_pieces * piece_length, piece_length):
-        # One token more than is read: the target of the last.
+        # One token more than is read, the target of the last one.
         tokens = np.zeros((rows, piece_length + 1), np.int32)
-        real = np.zeros((rows, piece_length), np.int32)
+        segment_ids = np.zeros((rows, piece_length), np.int32)  # 0: padding
         for row, document in enumerate(documents):
             piece = document[start : start + piece_length + 1]
             tokens[row, : len(piece)] = piece
-            real[row, : max(0, len(piece) - 1)] = 1
-        losses, state = _piece_nll(model, state, tokens[:, :-1], tokens[:, 1:], real)
+            segment_ids[row, : max(0, len(piece) - 1)] = 1
+        losses, state = _piece_nll(model, state, tokens[:, :-1], tokens[:, 1:], segment_ids)
         nll.append(np.asarray(losses))
-        progress(int(real.sum()))
-    joined = np.concatenate(nll, axis=1)
+        progress(int(segment_ids.sum()))
+    joined = np.concatenate(nll, axis=1)  # [rows, all tokens]
     return [joined[row, : len(document) - 1] for row, document in enumerate(documents)]
 
 
@@ -242,6 +244,7 @@ def _piece_nll(
     targets: Int[Array, "b t"],
     segment_ids: Int[Array, "b t"],
 ) -> tuple[Float[Array, "b t"], State]:
-    hidden, state = model.hidden(constrain(tokens, "bt"), state, segment_ids)
+    """The -log p of targets, and the state after the tokens."""
+    hidden, state = model.hidden(constrain(tokens, "bt"), state, segment_ids)  # [b t d]
     losses = token_cross_entropy(hidden, model.head_matrix(), targets)
-    return constrain(losses, "  "), state  # whole, for every process to read
+    return constrain(losses, "  "), state  # replicated, so that every process can read them

@@ -1,4 +1,4 @@
-"""What is evaluated of a model, and how: names that are known, and numbers that are settled."""
+"""The plan of an evaluation: all its options, checked, with their defaults filled in."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from retnet_jax.evaluation.tasks import TASKS, VARIANTS
 
 PARTS = ("perplexity", "tasks", "recall")
 PROTOCOLS = ("window", "sliding", "stateful")
-# The smallest value of each field of a plan that is a number, or several.
+# The smallest value of each numeric field of a plan.
 _LEAST = {
     **{"window_length": 1, "stride": 1, "context_lengths": 128, "shots": 0, "seed": 0},
     **{"max_length": 1, "distances": 1, "trials": 2, "batch_size": 1},
@@ -21,27 +21,27 @@ _LEAST = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What is evaluated, and how.
+    """The options of an evaluation.
 
     Attributes:
-      parts: of PARTS.
-      protocols: of PROTOCOLS.
-      window_length: tokens of a window.
-      stride: tokens scored in each window of the sliding protocol.
-      context_lengths: contexts after which the same last 128 tokens are scored.
-      tasks: names of tasks.
-      task_data: where their rows are, as in `read_rows`.
-      shots: examples before a question; each number gives a result of its own.
-      shot_mode: as in `draw_shots`.
-      variant: of a task's texts, of VARIANTS.
-      seed: of the examples and the recall probes.
-      max_length: of a request, as in `PrefixTrie`.
-      distances: of the recall probes.
-      trials: of each probe and distance.
-      batch_size: rows at once.
+      parts: Parts of the evaluation, from PARTS.
+      protocols: Protocols of perplexity, from PROTOCOLS.
+      window_length: Number of tokens in a window.
+      stride: Number of tokens scored in each window of the sliding protocol.
+      context_lengths: Context lengths at which the same last 128 tokens are scored.
+      tasks: Names of the tasks.
+      task_data: Source of the tasks' rows, as in `read_rows`.
+      shots: Numbers of examples before a question; each number is evaluated separately.
+      shot_mode: How examples are drawn, as in `draw_shots`.
+      variant: Variant of the tasks' texts, from VARIANTS.
+      seed: Seed of the examples and of the recall probes.
+      max_length: Largest number of tokens of a request, as in `PrefixTrie`.
+      distances: Distances of the recall probes, in tokens.
+      trials: Number of trials of each probe and distance.
+      batch_size: Rows in a batch.
 
     Raises:
-      ConfigError: for a name that is not known, and a number out of range.
+      ConfigError: for an unknown name, and for a number out of range.
     """
 
     parts: Sequence[str] = ("perplexity",)
@@ -70,17 +70,17 @@ class Plan:
             value = getattr(self, name)
             for number in value if isinstance(value, Sequence) else [value]:
                 if number is not None and number < least:
-                    raise ConfigError(f"{name}={value}: numbers of {least} or more are needed")
+                    raise ConfigError(f"{name}={value}: must be >= {least}")
         if "sliding" in self.protocols:
             windows(1, self.window_length, self.stride)  # raises for a stride that does not fit
 
     @property
     def needs_text(self) -> bool:
-        """Whether documents are read: for perplexity, or as filler of the recall probes."""
+        """Whether documents are needed, for perplexity or as filler of the recall probes."""
         return "perplexity" in self.parts or "recall" in self.parts
 
     def label(self, protocol: str) -> str:
-        """A protocol with its lengths."""
+        """The name of a protocol with its lengths, for tables."""
         if protocol == "window":
             return f"window of {self.window_length}"
         if protocol == "sliding":
@@ -97,15 +97,15 @@ def make_plan(
     shots: Sequence[int] | None = None,
     **fields: Any,
 ) -> Plan:
-    """A plan from options of which some are not given.
+    """Makes a plan and fills in defaults that depend on the model or on other options.
 
     Args:
-      trained_length: tokens of the windows that the model was trained on.
-      parts: of PARTS and "paper", which stands for perplexity and tasks.
-      window_length: None: as in training.
-      stride: None: half a window.
-      shots: None: 0, and with "paper" 0 and 4.
-      fields: others of `Plan`.
+      trained_length: Training length of the model, in tokens.
+      parts: Parts from PARTS, or "paper" for perplexity and tasks.
+      window_length: Number of tokens in a window; None: `trained_length`.
+      stride: Number of tokens scored in a sliding window; None: half of `window_length`.
+      shots: Numbers of examples; None: 0, and with "paper" 0 and 4.
+      fields: Other fields of `Plan`.
 
     Raises:
       ConfigError: as `Plan`.
@@ -127,7 +127,7 @@ def make_plan(
 
 
 def expanded(parts: Iterable[str]) -> list[str]:
-    """Parts with those that "paper" stands for."""
+    """The parts with "paper" replaced by perplexity and tasks."""
     found = []
     for part in parts:
         found += ("perplexity", "tasks") if part == "paper" else (part,)
@@ -135,12 +135,12 @@ def expanded(parts: Iterable[str]) -> list[str]:
 
 
 def check_names(option: str, names: Sequence[str], known: Iterable[str]) -> None:
-    """Raises `ConfigError` unless there are names, and all of them are known."""
+    """Raises `ConfigError` if there are no names, or if one is unknown."""
     if not names:
-        raise ConfigError(f"{option} is empty; it takes some of {', '.join(known)}")
+        raise ConfigError(f"{option} is empty; give at least one of {', '.join(known)}")
     for name in names:
         if name not in known:
-            raise ConfigError(f"{option}: {name!r} is none of {', '.join(known)}")
+            raise ConfigError(f"{option}: {name!r} is not one of {', '.join(known)}")
 
 
 def _once_each(values: Iterable) -> tuple:

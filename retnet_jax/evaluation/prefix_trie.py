@@ -1,4 +1,4 @@
-"""The tokens of many requests as a trie, in which what several begin with is there once."""
+"""The tokens of many requests as a trie, in which a shared prefix occurs once."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -10,39 +10,45 @@ import numpy as np
 from retnet_jax.errors import ConfigError
 from retnet_jax.model.token_ids import checked_ids
 
-# Most tokens of a node; a longer stretch of a trie is a chain of nodes.
+# Largest number of tokens of a node; a longer stretch of a trie is a chain of nodes.
 LONGEST_NODE = 512
 
 
 class Request(NamedTuple):
-    """Asks for log p(continuation | context)."""
+    """A request for log p(continuation | context)."""
 
-    context: Sequence[int]  # token ids; the first is BOS or what else opens a text
+    context: Sequence[int]  # token ids; the first one is usually BOS
     continuation: Sequence[int]
 
 
 class Asked(NamedTuple):
-    """What a request wants of a node: its inner queries from `first` on, and `last`."""
+    """The queries of a node that a request needs: the inner ones from `first` on, and `last`."""
 
-    request: int  # its number in the order given
-    first: int
-    last: int
+    request: int  # index of the request in the given order
+    first: int  # index in the node's queries
+    last: int  # index in the node's queries
 
 
 @dataclass(eq=False)
 class Node:
-    """A stretch of tokens, read after those of the parent.
+    """A stretch of tokens that is read after the parent's tokens.
 
-    `queries` are the probabilities asked for: an offset in `tokens`, and the id that may come after
-    the token there. First those of tokens that follow in the node itself, in order (`inner`), then
-    those after its last token, of which there may be several.
+    Attributes:
+      parent: Parent of the node; None for a root.
+      tokens: Token ids, int32 [n].
+      children: Nodes that continue this one.
+      queries: Probabilities to compute, as pairs of an offset in `tokens` and the next token id.
+        First the `inner` queries, whose next token is in this node, in order; then those after the
+        last token, one for each different next token.
+      inner: Number of inner queries.
+      asked: The queries that each request needs.
     """
 
     parent: "Node | None"
-    tokens: np.ndarray  # int32
+    tokens: np.ndarray
     children: list["Node"] = field(default_factory=list)
     queries: list[tuple[int, int]] = field(default_factory=list)
-    inner: int = 0  # how many queries are not after the last token
+    inner: int = 0
     asked: list[Asked] = field(default_factory=list)
 
     def __post_init__(self):
@@ -53,35 +59,35 @@ class Node:
 
 
 class PrefixTrie:
-    """What has to be read for a list of requests.
+    """The tokens that must be read for a list of requests.
 
     Args:
-      requests: contexts and continuations.
-      max_length: most tokens that may be read for a request. Longer ones lose tokens at their
-        beginning, as in lm-evaluation-harness; None: none is too long.
-      reuse: False gives each request a path of its own, to see what sharing saves.
+      requests: Contexts and continuations.
+      max_length: Largest number of tokens to read for a request. Longer ones lose their beginning,
+        as in lm-evaluation-harness; None: no limit.
+      reuse: Whether prefixes are shared; False is for measuring what sharing saves.
 
     Raises:
-      ConfigError: for a context or a continuation without a token, and for a continuation longer
-        than `max_length`.
+      ConfigError: for an empty context or continuation, and for a continuation longer than
+        `max_length`.
 
     Attributes:
-      requests: how many there are.
-      roots: nodes without a parent.
-      tokens: to read: those of all nodes.
-      tokens_alone: to read if nothing were shared.
-      truncated: requests that lost tokens to `max_length`.
+      requests: Number of requests.
+      roots: Nodes without a parent.
+      tokens: Number of tokens to read, over all nodes.
+      tokens_unshared: Number of tokens to read if no prefix were shared.
+      truncated: Number of requests cut to `max_length`.
     """
 
     def __init__(
         self, requests: Sequence[Request], max_length: int | None = None, reuse: bool = True
     ):
         rows = [_row(number, *request, max_length) for number, request in enumerate(requests)]
-        # Big-endian, so that the order of the bytes is that of the ids.
+        # Big-endian bytes sort in the order of the ids.
         rows.sort(key=lambda row: row.inputs.astype(">i4").tobytes())
         self.requests = len(rows)
         self.truncated = sum(row.truncated for row in rows)
-        self.tokens_alone = sum(len(row.inputs) for row in rows)
+        self.tokens_unshared = sum(len(row.inputs) for row in rows)
         self.tokens = 0
         self.roots: list[Node] = []
         common = [_common(a.inputs, b.inputs) for a, b in itertools.pairwise(rows)]
@@ -104,7 +110,7 @@ class PrefixTrie:
             pending += [(parent, child, end) for child in _parts(rest, common, end)]
 
     def nodes(self) -> Iterator[Node]:
-        """All of them, parents first."""
+        """All nodes, parents before their children."""
         pending = list(self.roots)
         while pending:
             node = pending.pop()
@@ -113,12 +119,12 @@ class PrefixTrie:
 
 
 class _Row(NamedTuple):
-    """A request as it is read: all its tokens but the last, which is only predicted."""
+    """A request as a row of inputs: all its tokens except the last, which is only predicted."""
 
-    number: int
+    number: int  # index of the request in the given order
     inputs: np.ndarray
-    last: int
-    scored_from: int  # the offset of the input after which the continuation begins
+    last: int  # the last token
+    scored_from: int  # offset of the last input before the continuation
     truncated: bool
 
 
@@ -127,11 +133,11 @@ def _row(
 ) -> _Row:
     for name, tokens in (("context", context), ("continuation", continuation)):
         if not len(checked_ids(tokens, None, f"the {name} of request {number}")):
-            raise ConfigError(f"request {number} has an empty {name}: at least a token is needed")
+            raise ConfigError(f"request {number} has an empty {name}: give at least one token")
     if max_length is not None and len(continuation) > max_length:
         raise ConfigError(
-            f"request {number} has a continuation of {len(continuation)} tokens, of which "
-            f"max_length={max_length} would lose some; {len(continuation)} or more would do"
+            f"request {number} has a continuation of {len(continuation)} tokens, more than "
+            f"max_length={max_length}"
         )
     inputs = np.array([*context, *continuation[:-1]], np.int32)
     truncated = max_length is not None and len(inputs) > max_length
@@ -141,14 +147,14 @@ def _row(
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:
-    """How many tokens two rows begin with alike."""
+    """The length of the common prefix of two rows."""
     length = min(len(a), len(b))
     different = np.flatnonzero(a[:length] != b[:length])
     return int(different[0]) if len(different) else length
 
 
 def _parts(rows: range, common: np.ndarray, length: int) -> list[range]:
-    """Sorted rows that share `length` tokens, in parts that share more than that."""
+    """Divides sorted rows that share `length` tokens into parts that share more."""
     if not rows:
         return []
     inside = common[rows.start + 1 : rows.stop]
@@ -158,7 +164,7 @@ def _parts(rows: range, common: np.ndarray, length: int) -> list[range]:
 
 
 def _ask(node: Node, start: int, rows: Sequence[_Row]) -> None:
-    """Puts into a node what rows through it ask for; it begins at their offset `start`."""
+    """Adds the queries of `rows` to a node on their paths, which begins at their offset `start`."""
     end = start + len(node.tokens)
     rows = [row for row in rows if row.scored_from < end]
     if not rows:

@@ -1,12 +1,12 @@
-"""Synthetic probes of what a model still knows of a text it has read: recall and copying.
+"""Synthetic probes of a model's memory: associative recall, and copying.
 
-    associative   pairs of a key and a value, then `distance` tokens of other text, then one of the
-                  keys: is its value likelier than those of the other keys? (arXiv 2312.04927)
+    associative   key-value pairs, then `distance` tokens of other text, then one of the keys: is
+                  its value more likely than those of the other keys? (arXiv 2312.04927)
     copying       a span of random tokens, then `distance` tokens of other text, then the first half
-                  of the span: is the second half what the model itself would write?
+                  of the span: does greedy decoding give the second half?
 
-A state of one size cannot hold everything, and this is where retention is said to be weak; these
-probes say from which distance on.
+A state of fixed size cannot hold everything, which is considered the weakness of retention. These
+probes show up to which distance a model remembers.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,28 +21,28 @@ from retnet_jax.evaluation.statistics import standard_error
 from retnet_jax.model import LanguageModel
 
 DISTANCES = (32, 128, 512, 2048, 8192)
-PAIRS = 8  # keys, each with a value
-SPAN = 16  # tokens that are copied, the first half of which is the cue
+PAIRS = 8  # number of key-value pairs
+SPAN = 16  # number of tokens in a span; the first half is the cue
 
 
 @dataclass(frozen=True)
 class RecallResult:
-    """What a probe found at one distance."""
+    """The result of a probe at one distance."""
 
     probe: str
     distance: int
-    correct: np.ndarray  # of each trial
-    nll_per_token: float  # of the right answer, in nats
-    random: float  # the share that guessing gets right
+    correct: np.ndarray  # whether each trial was correct
+    nll_per_token: float  # of the correct answer, in nats
+    random: float  # accuracy of guessing
 
     @property
     def accuracy(self) -> float:
-        """The share of trials that are right."""
+        """The fraction of correct trials."""
         return float(self.correct.mean())
 
     @property
     def standard_error(self) -> float:
-        """Of the accuracy, over trials."""
+        """The standard error of the accuracy, over trials."""
         return standard_error(self.correct.astype(np.float64))
 
 
@@ -58,28 +58,30 @@ def recall(
     batch_size: int = 16,
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> list[RecallResult]:
-    """Both probes at each distance.
+    """Runs both probes at each distance.
 
     Args:
       model: RetNet or Transformer.
-      filler: token ids of some text, from which what lies between is cut; a text shorter than a
-        distance is repeated.
-      bos_id: opens each trial.
-      vocab_size: keys, values and spans are ids below it; None: all that the model knows.
-      distances: tokens between what is to be remembered and the question.
-      trials: of each probe and distance.
-      seed: of all that is drawn.
-      batch_size: as in `score`.
-      progress: as in `score`.
+      filler: Token ids of some text, from which the text in between is cut; it is repeated if it is
+        shorter than a distance.
+      bos_id: Token id that begins each trial.
+      vocab_size: Keys, values and spans are ids below it; None: the model's vocabulary size.
+      distances: Numbers of tokens between the text to remember and the question.
+      trials: Number of trials of each probe and distance.
+      seed: Seed of the random trials.
+      batch_size: As in `score`.
+      progress: As in `score`.
 
     Raises:
-      ConfigError: for an empty filler, and a vocabulary too small for different keys and values.
+      ConfigError: for an empty filler, and for a vocabulary smaller than the keys and values.
     """
     vocab_size = model.config.vocab_size if vocab_size is None else vocab_size
     if not len(filler):
-        raise ConfigError("recall needs text to put between: the filler is empty")
+        raise ConfigError("filler is empty; recall needs text to put before the question")
     if vocab_size <= 2 * PAIRS:
-        raise ConfigError(f"vocab_size={vocab_size} has no {2 * PAIRS} different keys and values")
+        raise ConfigError(
+            f"vocab_size={vocab_size} is too small for {2 * PAIRS} different keys and values"
+        )
     results = []
     for distance in distances:
         for number, (probe, make) in enumerate(_MAKERS.items()):
@@ -100,14 +102,14 @@ def _cut(filler: Sequence[int], length: int, rng: np.random.Generator) -> np.nda
 
 
 def _apart(between: np.ndarray, bos_id: int, vocab_size: int) -> np.ndarray:
-    """Ids that the text between does not have, if there are enough of them."""
+    """Ids that do not occur in the text between, or all ids if these are too few."""
     all_ids = np.setdiff1d(np.arange(vocab_size), [bos_id])
     apart = np.setdiff1d(all_ids, between)
     return apart if len(apart) >= 2 * PAIRS else all_ids
 
 
 def _associative(bos_id, ids, between, rng) -> list[Request]:
-    """One context, and a request for each value; the first is the right one."""
+    """Requests for each value after one context; the first value is the correct one."""
     pairs = ids[: 2 * PAIRS].reshape(PAIRS, 2)
     asked = rng.integers(PAIRS)
     context = [bos_id, *pairs.ravel().tolist(), *between.tolist(), int(pairs[asked, 0])]

@@ -1,4 +1,4 @@
-"""The JSON record of an evaluation and its files: results, and all that it takes to repeat them."""
+"""The JSON record of an evaluation: its results, and everything needed to repeat them."""
 
 import dataclasses
 import json
@@ -34,17 +34,17 @@ def evaluation_record(
     mesh: jax.sharding.Mesh,
     fsdp: bool,
 ) -> dict[str, Any]:
-    """What was found of one model, or of two, and how.
+    """The record of the results of one model, or of two.
 
     Args:
-      models: the `model_record` of each.
-      differences: of the two; None: there is one.
-      text: what perplexity was computed on.
-      tasks: whose rows were evaluated.
-      plan: what was done.
-      compressed: bits per byte by compressor.
-      mesh: the first model's.
-      fsdp: whether its devices shared the parameters.
+      models: The `model_record` of each model.
+      differences: Differences of the two models; None for one model.
+      text: Documents of perplexity and recall.
+      tasks: Rows of the tasks.
+      plan: Options of the evaluation.
+      compressed: Bits per byte by compressor.
+      mesh: Mesh of the first model.
+      fsdp: Whether the parameters were sharded over its devices.
     """
     first, against = models[0], None if differences is None else models[1]
     return {
@@ -73,15 +73,15 @@ def model_record(
     tokenizer: Tokenizer,
     results: Results,
 ) -> dict[str, Any]:
-    """Which model it was, and its results.
+    """The record of one model and its results.
 
     Args:
-      checkpoint: its directory; None: it was in memory.
-      sha256: of the checkpoint's files.
-      step: of a training run's checkpoint.
-      config: the model's.
-      tokenizer: the model's.
-      results: the model's.
+      checkpoint: Directory of the model; None for a model in memory.
+      sha256: SHA-256 of the checkpoint's files.
+      step: Step of a training run's checkpoint.
+      config: Config of the model.
+      tokenizer: Tokenizer of the model.
+      results: Results of the model.
     """
     place = checkpoint if checkpoint is None or is_remote(checkpoint) else checkpoint.absolute()
     return {
@@ -95,7 +95,7 @@ def model_record(
 
 
 def results_as_json(results: Results) -> dict[str, Any]:
-    """The results of a model; None stands for what is no number: JSON has neither NaN nor inf."""
+    """The results of a model; None replaces NaN and infinity, which JSON does not have."""
     record: dict[str, Any] = {}
     if results.nll:
         record["protocols"] = {
@@ -154,7 +154,7 @@ def _task(name: str, shots: int, result: TaskResult, read: TokensRead) -> dict[s
 
 
 def differences_as_json(differences: Differences) -> dict[str, Any]:
-    """The first model's results less the second's, by protocol and by task."""
+    """The first model's results minus the second's, by protocol and by task."""
     record: dict[str, Any] = {
         protocol: _difference(found) for protocol, found in differences.bits_per_byte.items()
     }
@@ -170,7 +170,7 @@ def _difference(found: Difference) -> dict[str, float | None]:
 
 
 def _rows_record(found: TaskRows) -> dict[str, Any]:
-    """Which rows a task had."""
+    """The SHA-256 of a task's rows."""
     return {
         "task": found.task.name,
         "rows_sha256": found.rows.sha256,
@@ -187,7 +187,7 @@ def _number(value: float) -> float | None:
 
 
 def write_report(path: Path, record: dict[str, Any], tables: Sequence[Table]) -> None:
-    """Writes JSON, and the tables as Markdown beside it; neither exists yet."""
+    """Writes the record as JSON, and the tables as Markdown beside it; neither file may exist."""
     text = json.dumps(record, indent=2, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("x", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""The results of a model, what they say of it, and how those of two models differ."""
+"""The results of a model, statistics of them, and differences of two models."""
 
 import math
 from collections.abc import Sequence
@@ -23,38 +23,38 @@ from retnet_jax.evaluation.statistics import (
 )
 from retnet_jax.evaluation.task_requests import TaskResult
 
-LAST_TOKENS = 128  # that are scored after contexts of several lengths
+LAST_TOKENS = 128  # number of tokens scored after contexts of several lengths
 
 
 class TokensRead(NamedTuple):
-    """What a task took to read."""
+    """The number of tokens read for a task."""
 
     tokens: int
-    without_sharing: int  # what it would have taken without shared prefixes
-    truncated: int  # requests that were longer than `Plan.max_length`
+    without_sharing: int  # tokens that would be read without shared prefixes
+    truncated: int  # number of requests cut to `Plan.max_length`
 
 
 class ContextLoss(NamedTuple):
     """The loss on the same last tokens after a context of some length."""
 
-    context: int  # tokens
-    documents: int  # that are long enough
+    context: int  # length of the context in tokens
+    documents: int  # number of documents that are long enough
     nll_per_token: float  # in nats
-    standard_error: float  # of that, over documents
+    standard_error: float  # of nll_per_token, over documents
 
 
 @dataclass(frozen=True)
 class Results:
-    """What a model gave.
+    """The results of a model.
 
     Attributes:
-      text: what perplexity was computed on; None where there is none.
-      nll: by protocol, of each document the -log p of its tokens.
-      last_nll: by context length, of each document that is long enough the -log p of its last
-        `LAST_TOKENS` tokens.
-      tasks: by name and shots.
-      read: what each of these read.
-      recall: of each probe and distance.
+      text: Documents of perplexity and recall; None if the plan needs none.
+      nll: -log p of each document's tokens, by protocol.
+      last_nll: -log p of the last `LAST_TOKENS` tokens of each document that is long enough, by
+        context length.
+      tasks: Task results, by name and shots.
+      read: Tokens read for each task result.
+      recall: Results of each probe and distance.
     """
 
     text: Text | None
@@ -66,9 +66,9 @@ class Results:
 
     @cached_property
     def perplexity(self) -> dict[str, dict[str, PerplexityReport]]:
-        """By protocol: the report of all documents as "", and of each source if there are several.
+        """Reports by protocol, then by source: "" is all documents, others are single stores.
 
-        The sources are stores.
+        Single stores are reported only if there are several.
         """
         return {protocol: _by_source(nll, self.text) for protocol, nll in self.nll.items()}
 
@@ -89,7 +89,7 @@ class Results:
 
     @property
     def total_read(self) -> TokensRead:
-        """What all tasks took to read."""
+        """The number of tokens read for all tasks."""
         return TokensRead(*np.sum(list(self.read.values()), axis=0).tolist())
 
 
@@ -108,11 +108,11 @@ def _by_source(nll: Sequence[np.ndarray], text: Text) -> dict[str, PerplexityRep
 
 @dataclass(frozen=True)
 class Differences:
-    """How much larger the results of one model are than those of another.
+    """The results of one model minus those of another.
 
     Attributes:
-      bits_per_byte: by protocol.
-      tasks: by name and shots, then by metric.
+      bits_per_byte: Differences of perplexity, by protocol.
+      tasks: Differences of accuracy, by task and shots, then by metric.
     """
 
     bits_per_byte: dict[str, Difference]
@@ -120,7 +120,7 @@ class Differences:
 
 
 def differences(one: Results, other: Results) -> Differences:
-    """The first model's results less the second's, which are of the same documents and rows."""
+    """The first model's results minus the second's, on the same documents and rows."""
     return Differences(
         bits_per_byte={
             protocol: bits_difference(nll, other.nll[protocol], one.text)
@@ -139,7 +139,7 @@ def differences(one: Results, other: Results) -> Differences:
 def bits_difference(
     one: Sequence[np.ndarray], other: Sequence[np.ndarray], text: Text
 ) -> Difference:
-    """How many bits per byte more `one` needs than `other` for the same documents."""
+    """The bits per byte of `one` minus those of `other`, on the same documents."""
     bits = (sums(one) - sums(other)) / math.log(2)
     mean = float(bits.sum() / text.byte_counts.sum())
     return Difference(mean, ratio_standard_error(bits, text.byte_counts))

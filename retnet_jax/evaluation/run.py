@@ -1,4 +1,4 @@
-"""Evaluation: from a model to the record of its results, for programs and notebooks alike."""
+"""Evaluation of a model, for programs and notebooks."""
 
 import dataclasses
 import math
@@ -44,34 +44,34 @@ def evaluate(
     compressors: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """The results of a model: what eval.py writes as JSON.
+    """Evaluates a model and returns the record that eval.py writes as JSON.
 
         record = evaluate("runs/quickstart")
         record = evaluate(model, ["a text", "another"], tokenizer=tokenizer)
         record["protocols"]["window"]["bits_per_byte"]
 
-    Prints nothing to stdout; progress bars go to stderr, on a terminal.
+    Nothing is printed to stdout; progress bars go to stderr if it is a terminal.
 
     Args:
-      model_or_directory: a model, which stays where its parameters are; or the directory of a run
-        or a checkpoint, loaded onto as many devices as divide `batch_size`.
-      texts: a glob of text files, as --data of eval.py; a list of documents; None: what the run
-        held out.
-      tokenizer: the model's; for a model only, a directory has its own.
-      dtype: of activations; None: as the directory says.
-      fsdp: split the parameters of a directory over the devices.
-      compressors: also compress the texts, with gzip and xz.
-      options: of `make_plan` and `Plan`, such as parts=("perplexity", "tasks", "recall"),
+      model_or_directory: Model, evaluated on the devices of its parameters; or directory of a
+        training run or a checkpoint, loaded onto a number of devices that divides `batch_size`.
+      texts: Glob of text files, as --data of eval.py, or a list of documents; None: the held-out
+        documents of the run.
+      tokenizer: Tokenizer of a model; not for a directory, which has its own.
+      dtype: Dtype of activations; None: that of the directory.
+      fsdp: Whether to shard the parameters of a directory over the devices.
+      compressors: Whether to compress the texts with gzip and xz as a baseline.
+      options: Options of `make_plan` and `Plan`, such as parts=("perplexity", "tasks", "recall"),
         protocols=("window", "sliding", "stateful"), window_length, stride, tasks, task_data, shots,
-        distances, batch_size; with the defaults of eval.py. Of a model in memory it is not known
-        how long its training windows were: `window_length` is 2048 if not given.
+        distances, batch_size, with the defaults of eval.py. The training length of a model in
+        memory is unknown, so its default `window_length` is 2048.
 
     Returns:
-      The record, all of which json.dumps takes. With several processes each gets it; only the first
-      one's has `checkpoint_sha256` and `compressors`.
+      The record, which json.dumps accepts. With several processes each returns it, but
+      `checkpoint_sha256` and `compressors` are only in that of the first process.
 
     Raises:
-      ConfigError, CheckpointError: before anything is computed, for input that does not fit.
+      ConfigError, CheckpointError: for unusable input, before anything is computed.
     """
     evaluation = evaluate_models(
         [subject(model_or_directory, tokenizer)],
@@ -86,12 +86,12 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that is evaluated.
+    """A model to evaluate.
 
     Attributes:
-      source: the model, or the directory that it is in.
-      config: of its run; of a model in memory and a checkpoint what is known of it.
-      tokenizer: the model's.
+      source: The model, or its directory.
+      config: Config of its run; for a checkpoint or a model in memory, the known part of it.
+      tokenizer: Tokenizer of the model.
     """
 
     source: LanguageModel | epath.Path
@@ -101,11 +101,11 @@ class Subject:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The results of one model, or of two beside each other.
+    """The results of one model, or of two.
 
     Attributes:
-      record: for JSON.
-      tables: for people.
+      record: Results for JSON.
+      tables: Results as tables.
     """
 
     record: dict[str, Any]
@@ -113,15 +113,15 @@ class Evaluation:
 
 
 def subject(source: LanguageModel | str | Path, tokenizer: Tokenizer | None = None) -> Subject:
-    """A model with what belongs to it; the weights of a directory are not loaded yet.
+    """A model with its config and tokenizer; the weights of a directory are not loaded yet.
 
     Raises:
-      ConfigError: as `read_pretrained`; for a model without a tokenizer or with another model's,
-        and for a directory with one.
+      ConfigError: as `read_pretrained`; for a model with no tokenizer or an unsuitable one, and for
+        a directory with a `tokenizer` argument.
     """
     if not isinstance(source, LanguageModel):
         if tokenizer is not None:
-            raise ConfigError(f"{source} has a tokenizer of its own: leave out `tokenizer`")
+            raise ConfigError(f"{source} has its own tokenizer: leave out `tokenizer`")
         directory = place(source)
         return Subject(directory, *read_pretrained(directory))
     if tokenizer is None:
@@ -144,14 +144,14 @@ def evaluate_models(
     """Evaluates one model, or two on the same texts and tasks.
 
     Args:
-      subjects: the models. The first one's config names the texts and the length of windows.
-      texts: as of `evaluate`.
-      dtype: as of `evaluate`.
-      fsdp: as of `evaluate`.
-      compressors: as of `evaluate`.
-      hashed: whether the record gets `checkpoint_sha256`, for which every file is read once more.
-      say: called in the first process with a description of each model before it is evaluated.
-      options: as of `evaluate`.
+      subjects: The models. The config of the first gives the held-out texts and the window length.
+      texts: As in `evaluate`.
+      dtype: As in `evaluate`.
+      fsdp: As in `evaluate`.
+      compressors: As in `evaluate`.
+      hashed: Whether the record has `checkpoint_sha256`, which takes reading every file again.
+      say: Called in the first process with a description of each model before it is evaluated.
+      options: As in `evaluate`.
 
     Raises:
       As `evaluate`.
@@ -162,7 +162,7 @@ def evaluate_models(
         raise ConfigError(f"texts have no effect with parts={','.join(plan.parts)}: leave them out")
     in_memory = any(isinstance(each.source, LanguageModel) for each in subjects)
     if in_memory and (fsdp or dtype is not None):
-        raise ConfigError("fsdp and dtype are for a directory: a model in memory stays as it is")
+        raise ConfigError("fsdp and dtype are for directories: a model in memory is not changed")
     text = _read_text(first, texts) if plan.needs_text else None
     tasks = read_tasks(plan)
     meshes = [_mesh(each.source, plan.batch_size, fsdp) for each in subjects]
@@ -201,7 +201,7 @@ def _evaluate_one(
     hashed: bool,
     say: Callable[[str], object],
 ) -> tuple[Results, dict[str, Any]]:
-    """The results of one model, and its part of the record; the weights are let go of."""
+    """The results of one model, and its part of the record; its weights are freed."""
     directory = None if isinstance(of.source, LanguageModel) else of.source
     if directory is None:
         model, step = of.source, None
@@ -214,10 +214,10 @@ def _evaluate_one(
             f"{type(model).__name__} of {model.config.parameter_count():,} parameters, "
             f"{model.config.dtype}\n{text.description if text else f'tasks of {plan.task_data}'}"
         )
-    # On the mesh from the start, or the first piece's state would have a compilation of its own.
+    # With the mesh set from the start; otherwise the first piece would be compiled separately.
     with jax.set_mesh(mesh):
         results = evaluate_model(model, of.tokenizer, text, tasks, plan)
-    # Hashed by one process, the one that writes the record.
+    # Only the first process, which writes the record, computes the hash.
     sha256 = checkpoint_sha256(directory, step) if directory and hashed and first else None
     return results, model_record(directory, sha256, step, model.config, of.tokenizer, results)
 
@@ -230,20 +230,20 @@ def _read_text(of: Subject, texts: str | Sequence[str] | None) -> Text:
         return text_of_documents(texts, of.tokenizer)
     if isinstance(of.source, LanguageModel) or not is_run(of.source):
         raise ConfigError(
-            "only a training run has held-out documents: give texts, such as 'corpus/**/*.txt'"
+            "only a training run has held-out documents: give texts such as 'corpus/**/*.txt'"
         )
     return held_out_text(of.config, of.tokenizer, of.source)
 
 
 def _text_for(tokenizer: Tokenizer, of_text: Tokenizer, text: Text | None) -> Text | None:
-    """The same documents in the tokens of another model."""
+    """The same documents, encoded by the tokenizer of this model if it is another one."""
     if text is None or tokenizer.fingerprint == of_text.fingerprint:
         return text
     return dataclasses.replace(text, tokens=encoded(text.texts, tokenizer))
 
 
 def _mesh(source: LanguageModel | epath.Path, batch_size: int, fsdp: bool) -> Mesh:
-    """The mesh that a model is on, or that one is loaded onto."""
+    """The mesh of a model, or the mesh onto which a directory is loaded."""
     if not isinstance(source, LanguageModel):
         return evaluation_mesh(batch_size, fsdp)
     sharding = jax.tree.leaves(source)[0].sharding
@@ -253,7 +253,7 @@ def _mesh(source: LanguageModel | epath.Path, batch_size: int, fsdp: bool) -> Me
 
 
 def evaluation_mesh(batch_size: int, fsdp: bool) -> Mesh:
-    """A mesh of as many devices as divide the rows of a batch; of several processes, of all."""
+    """A mesh of the most devices that divide `batch_size`; of all, with several processes."""
     devices = jax.devices()
     if jax.process_count() == 1:
         devices = devices[: math.gcd(len(devices), batch_size)]
@@ -262,7 +262,7 @@ def evaluation_mesh(batch_size: int, fsdp: bool) -> Mesh:
 
 
 def _names(subjects: Sequence[Subject]) -> list[str]:
-    """A short name for each, a longer one where the short ones are alike."""
+    """A short name for each model, or the whole path if short names are not unique."""
     if any(isinstance(x.source, LanguageModel) for x in subjects):
         return [f"model {number}" for number in range(1, len(subjects) + 1)]
     names = [x.source.name for x in subjects]

@@ -1,11 +1,11 @@
-"""Log-likelihoods of continuations. What requests begin with alike is read once.
+"""Log-likelihoods of continuations; shared prefixes of the requests are read once.
 
     score(model, [(context_ids, continuation_ids), ...])  ->  [(log-likelihood, is_greedy), ...]
 
-The requests' tokens are a trie (`prefix_trie.py`). Its nodes are read in chunkwise form, many at
-once, each from the state that its parent left: a RetNet's state is one array, so a prompt is read
+The tokens of the requests form a trie (`prefix_trie.py`). Its nodes are read in chunkwise form, in
+batches, each from the state after its parent. A RetNet's state is one array, so a prompt is read
 once for all questions, and a question once for all its answers. A Transformer does the same with
-its cache. States wait in a pool of slots until all children have been read.
+its cache. The state after a node is kept in a slot of a pool until all children have been read.
 """
 
 from collections import defaultdict
@@ -27,18 +27,25 @@ from retnet_jax.ops.cross_entropy import logits_at_once
 from retnet_jax.parallel.sharding import constrain
 from retnet_jax.shapes import Array, Bool, Float, Int, power_of_two
 
-# Few shapes are compiled: tokens and queries of nodes are padded to these sizes (a request can ask
-# for more than a node has tokens: see `_padded`), and batches to powers of two. With powers of two
-# alone half of what is read is padding where questions have 50 to 120 tokens; with these a fifth.
+# To compile few shapes, tokens and queries of nodes are padded to these sizes (larger numbers of
+# queries to powers of two, see `_padded`), and batches to powers of two. With questions of 50 to
+# 120 tokens, a fifth of the tokens read is padding; with only powers of two it would be half.
 _SIZES = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, LONGEST_NODE)
 _FEWEST_QUERIES = 8
 
 
+class Answers(NamedTuple):
+    """The answers to the queries of a batch of nodes; padding where a node has fewer."""
+
+    log_p: Float[Array, "b s"]  # of each query's next token
+    is_argmax: Bool[Array, "b s"]  # whether that token is the most likely one
+
+
 class Score(NamedTuple):
-    """What a model thinks of a continuation."""
+    """The score of a continuation."""
 
     log_likelihood: float  # log p(continuation | context), in nats
-    is_greedy: bool  # whether each of its tokens is the likeliest
+    is_greedy: bool  # whether greedy decoding would give the continuation
 
 
 def score(
@@ -51,26 +58,27 @@ def score(
 ) -> list[Score]:
     """The log-likelihood of each continuation after its context, in the order of the requests.
 
-    The log-softmax is float32, sums are float64. On a mesh (`jax.set_mesh`) rows are split.
+    The log-softmax is float32, sums are float64. On a mesh (`jax.set_mesh`) batches are split over
+    the devices.
 
     Args:
       model: RetNet or Transformer.
-      requests: token ids of context and continuation; the model reads nothing before a context, so
-        it opens with BOS where texts do.
-      batch_size: nodes of the trie that are read at once. There are states of about three times as
-        many.
-      max_length: as in `PrefixTrie`.
-      progress: called with the number of tokens read since the last call, of those that
-        `PrefixTrie(requests).tokens` says.
+      requests: Token ids of contexts and continuations. Nothing is added before a context, so it
+        should begin with BOS.
+      batch_size: Number of nodes of the trie read at once. About three times this number of states
+        is kept.
+      max_length: As in `PrefixTrie`.
+      progress: Called with the number of tokens read since the last call; in total
+        `PrefixTrie(requests).tokens`.
 
     Raises:
-      ConfigError: as `PrefixTrie`, and for an id that the model does not know.
+      ConfigError: as `PrefixTrie`, and for an id unknown to the model.
       CheckpointError: for a model whose probabilities are not finite.
     """
     for number, request in enumerate(requests):
         if not isinstance(request, Sequence) or len(request) != 2:
             raise ConfigError(
-                f"request {number} is {str(request)[:40]!r}, no pair of a context and a "
+                f"request {number} is {str(request)[:40]!r}, not a pair of context and "
                 "continuation such as ([256, 72], [101])"
             )
     trie = PrefixTrie([Request(*request) for request in requests], max_length)
@@ -84,14 +92,14 @@ def score_trie(
     batch_size: int = 32,
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> list[Score]:
-    """As `score`, of requests that are a trie already."""
+    """As `score`, for a given trie of requests."""
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size} is less than 1")
     _check_ids(trie, model.config.vocab_size)
     log_likelihood = np.zeros(trie.requests)
     is_greedy = np.ones(trie.requests, bool)
 
-    def collect(batch: list[Node], answers: tuple[Array, Array]) -> None:
+    def collect(batch: list[Node], answers: Answers) -> None:
         log_p, greedy = (np.asarray(x) for x in answers)
         for row, node in enumerate(batch):
             for request, first, last in node.asked:
@@ -101,7 +109,7 @@ def score_trie(
         progress(sum(len(node.tokens) for node in batch))
 
     pool = _Pool(model, batch_size, _capacity(trie))
-    # One batch is awaited while the next is computed.
+    # The results of a batch are fetched while the next batch is computed.
     waiting = None
     for batch in _schedule(trie, batch_size):
         answers = pool.read(batch)
@@ -113,8 +121,8 @@ def score_trie(
     wrong = np.flatnonzero(~np.isfinite(log_likelihood))
     if len(wrong):
         raise CheckpointError(
-            f"{len(wrong)} of {trie.requests} requests, the first of them request {wrong[0]}, "
-            f"have no finite log-likelihood from this model: {why_not_finite(model)}"
+            f"the model's probabilities are not finite for {len(wrong)} of {trie.requests} "
+            f"requests (first: request {wrong[0]}): {why_not_finite(model)}"
         )
     return [
         Score(float(x), bool(greedy)) for x, greedy in zip(log_likelihood, is_greedy, strict=True)
@@ -129,16 +137,16 @@ def _check_ids(trie: PrefixTrie, vocab_size: int) -> None:
             if not 0 <= token < vocab_size:
                 raise ConfigError(
                     f"a request has the token id {token}, but the model knows ids from 0 to "
-                    f"{vocab_size - 1}; is the tokenizer another model's?"
+                    f"{vocab_size - 1}; does the tokenizer belong to another model?"
                 )
 
 
 def _schedule(trie: PrefixTrie, batch_size: int) -> Iterator[list[Node]]:
-    """All nodes in batches of about one length, parents before their children.
+    """Yields all nodes in batches of similar length, parents before their children.
 
-    A batch is full where it can be, and of the full ones the deepest comes first: it frees states.
-    Otherwise shallower nodes are read until there are more children. So a length has less than a
-    batch of nodes waiting, and what waits has states of a few batches.
+    Full batches come first, and among them the one with the deepest node, which frees states. If no
+    batch is full, the deepest waiting nodes are read, which may add children. Thus fewer nodes than
+    a batch wait for each length, and their states are those of a few batches.
     """
     ready, order = defaultdict(list), count()
 
@@ -150,7 +158,7 @@ def _schedule(trie: PrefixTrie, batch_size: int) -> Iterator[list[Node]]:
     while waiting := [length for length, heap in ready.items() if heap]:
         length = max(waiting, key=lambda x: (len(ready[x]) >= batch_size, -ready[x][0][0], x))
         batch = [heappop(ready[length])[-1] for _ in range(min(batch_size, len(ready[length])))]
-        # Rows that would be padding are filled with shorter nodes.
+        # Shorter nodes fill the rows that would otherwise be padding.
         for shorter in sorted((x for x in waiting if x < length), reverse=True):
             while ready[shorter] and len(batch) < _rows(len(batch), batch_size):
                 batch.append(heappop(ready[shorter])[-1])
@@ -161,17 +169,20 @@ def _schedule(trie: PrefixTrie, batch_size: int) -> Iterator[list[Node]]:
 
 
 class _Slots:
-    """Which row of the pool has the state of which node.
+    """Assigns the slots of the pool to nodes.
 
-    A node has a slot from when it is read until its last child is. Two more belong to no node.
+    A node has a slot from the time it is read until its last child is read. Two slots are special:
+
+      START: The state before the first token, from which roots are read; never written.
+      UNUSED: Receives the states that are never read: of leaves, and of padding rows.
 
     Attributes:
-      free: slots that no node has.
-      used: of each slot, places of a Transformer's cache that are in use.
+      free: Slots of no node.
+      used: For each slot, the number of used places of a Transformer's cache.
     """
 
-    START = 0  # the state before the first token, from which roots are read; never written
-    UNUSED = 1  # takes the states that nobody reads: of leaves, and of rows that are padding
+    START = 0
+    UNUSED = 1
 
     def __init__(self, nodes: int):
         self.free = list(range(nodes + 1, self.UNUSED, -1))
@@ -183,11 +194,11 @@ class _Slots:
         return len(self.used)
 
     def before(self, node: Node) -> int:
-        """The slot with the state that a node is read from."""
+        """The slot with the state from which a node is read."""
         return self._of.get(node.parent, self.START)
 
     def has_read(self, node: Node) -> None:
-        """Frees the slot of a node's parent, if this was its last child."""
+        """Frees the slot of a node's parent if this was its last unread child."""
         if node.parent is None:
             return
         self._unread[node.parent] -= 1
@@ -196,21 +207,21 @@ class _Slots:
             self.free.append(self._of.pop(node.parent))
 
     def give(self, node: Node, used: int) -> int:
-        """A free slot for a node with children."""
+        """Assigns a free slot to a node with children."""
         slot = self._of[node] = self.free.pop()
         self._unread[node] = len(node.children)
         self.used[slot] = used
         return slot
 
     def double(self) -> None:
-        """As many slots again, all free."""
+        """Doubles the number of slots; the new ones are free."""
         count = len(self)
         self.free += range(2 * count - 1, count - 1, -1)
         self.used += [0] * count
 
 
 class _Pool:
-    """The states of nodes whose children are still to be read, a row of one batch for each."""
+    """The states of nodes with unread children, each a row of one batched state."""
 
     def __init__(self, model: LanguageModel, batch_size: int, capacity: int):
         self._model = model
@@ -219,8 +230,8 @@ class _Pool:
         self.slots = _Slots(2 * batch_size)
         self._state = model.init_state(len(self.slots), capacity)
 
-    def read(self, batch: Sequence[Node]) -> tuple[Float[Array, "b s"], Bool[Array, "b s"]]:
-        """Reads nodes, and answers their queries: log p of the target, whether it is likeliest."""
+    def read(self, batch: Sequence[Node]) -> Answers:
+        """Reads nodes, and answers their queries."""
         rows = _rows(len(batch), self._batch_size)
         length = _padded(max(len(node.tokens) for node in batch))
         asked = max(len(node.queries) for node in batch)
@@ -246,7 +257,7 @@ class _Pool:
         return answers
 
     def _places(self, batch: Sequence[Node], length: int) -> tuple[list[int], list[int]]:
-        """The slots that nodes start from, and those that their states go to."""
+        """The slots from which nodes are read, and the slots of the states after them."""
         sources = [self.slots.before(node) for node in batch]
         for node in batch:
             self.slots.has_read(node)
@@ -276,22 +287,23 @@ def _read(
     tokens: Int[Array, "b t"],
     counts: Int[Array, " b"],
     queries: Int[Array, "b s 2"],
-) -> tuple[State, tuple[Float[Array, "b s"], Bool[Array, "b s"]]]:
-    """The pool after reading tokens from the slots `sources` on into `targets`; and the answers."""
+) -> tuple[State, Answers]:
+    """Reads tokens from the states in slots `sources`, and puts the new states into `targets`."""
     segment_ids = (jnp.arange(tokens.shape[1]) < counts[:, None]).astype(jnp.int32)
     hidden, state = model.hidden(constrain(tokens, "bt"), pool.take(sources), segment_ids)
     if targets is not None:
         pool = pool.put(targets, state)
-    offsets, ids = queries[..., 0], queries[..., 1]
-    asked = jnp.take_along_axis(hidden, offsets[..., None], axis=1)
+    offsets, ids = queries[..., 0], queries[..., 1]  # [b s]
+    asked = jnp.take_along_axis(hidden, offsets[..., None], axis=1)  # [b s d]
     answers = _answers(model, asked, ids)
-    return pool, jax.tree.map(lambda x: constrain(x, "  "), answers)  # whole, for every process
+    # Replicated, so that every process can read them.
+    return pool, jax.tree.map(lambda x: constrain(x, "  "), answers)
 
 
 def _answers(
     model: LanguageModel, hidden: Float[Array, "b s d"], ids: Int[Array, "b s"]
-) -> tuple[Float[Array, "b s"], Bool[Array, "b s"]]:
-    """The log p of ids, and whether each is the likeliest, with the logits of a part at a time."""
+) -> Answers:
+    """The log p of ids, and whether each is the argmax; logits are computed in parts."""
     b, s, d = hidden.shape
     part = s
     while part % 2 == 0 and b * part * model.config.vocab_size > logits_at_once():
@@ -299,22 +311,22 @@ def _answers(
 
     def of_part(inputs):
         hidden, ids = inputs
-        logits = model.logits(hidden)
+        logits = model.logits(hidden)  # [b part w]
         log_p = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
         log_p -= jax.nn.logsumexp(logits, axis=-1)
-        return log_p, logits.argmax(-1) == ids
+        return Answers(log_p, logits.argmax(-1) == ids)
 
     if part == s:
         return of_part((hidden, ids))
     parts = (
-        hidden.reshape(b, s // part, part, d).swapaxes(0, 1),
+        hidden.reshape(b, s // part, part, d).swapaxes(0, 1),  # [s/part b part d]
         ids.reshape(b, s // part, part).swapaxes(0, 1),
     )
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(b, s), jax.lax.map(of_part, parts))
 
 
 def _capacity(trie: PrefixTrie) -> int:
-    """Slots of a cache for the longest path through a trie, whose nodes are padded."""
+    """Capacity of a cache for the longest path through a trie, with padded nodes."""
     end, longest = {}, 1
     for node in trie.nodes():
         end[node] = end.get(node.parent, 0) + _padded(len(node.tokens))
@@ -327,5 +339,5 @@ def _padded(size: int) -> int:
 
 
 def _rows(nodes: int, batch_size: int) -> int:
-    """Rows of a batch of so many nodes: a power of two, or what a full batch has."""
+    """Number of rows of a batch with `nodes` nodes: a power of two, at most `batch_size`."""
     return min(batch_size, power_of_two(nodes))

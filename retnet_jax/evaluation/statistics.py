@@ -1,4 +1,4 @@
-"""What is said of -log p of documents: perplexities, their errors, and their course by position."""
+"""Statistics of -log p of documents: perplexities, standard errors, and the loss by position."""
 
 import math
 from collections.abc import Sequence
@@ -9,32 +9,32 @@ import numpy as np
 
 @dataclass(frozen=True)
 class PerplexityReport:
-    """What one protocol gives on a set of documents."""
+    """Perplexity on a set of documents, by one protocol."""
 
     bits_per_byte: float  # nll / ln 2 / bytes
     standard_error: float  # of bits_per_byte, by `ratio_standard_error` over documents
-    mean_bits_per_byte: float  # of the documents' own bits per byte, each counting alike
-    mean_standard_error: float  # of that, over documents
+    mean_bits_per_byte: float  # mean of the bits per byte of single documents
+    mean_standard_error: float  # of mean_bits_per_byte, over documents
     token_perplexity: float  # exp(nll / tokens)
     word_perplexity: float  # exp(nll / words)
     byte_perplexity: float  # exp(nll / bytes)
     nll: float  # -log p of all documents, in nats
     documents: int
-    tokens: int  # scored, so without BOS
+    tokens: int  # scored tokens, without BOS
     words: int  # separated by whitespace
-    bytes: int  # of UTF-8
+    bytes: int  # UTF-8
 
 
 def perplexity_report(
     nll: Sequence[np.ndarray], texts: Sequence[str], byte_counts: np.ndarray | None = None
 ) -> PerplexityReport:
-    """Sums up documents.
+    """The report of a set of documents.
 
     Args:
-      nll: of each document the -log p of its tokens, in nats.
-      texts: the same documents as text, for their words and bytes.
-      byte_counts: bytes of each document's UTF-8, where the texts were decoded from tokens and may
-        have lost some; None: those of the texts.
+      nll: -log p of each document's tokens, in nats.
+      texts: The same documents as text, to count words and bytes.
+      byte_counts: Number of UTF-8 bytes of each document, for texts that were decoded from tokens
+        and may have lost bytes; None: those of `texts`.
     """
     if byte_counts is None:
         byte_counts = np.array([len(text.encode("utf-8")) for text in texts])
@@ -60,12 +60,12 @@ def perplexity_report(
 
 
 def sums(nll: Sequence[np.ndarray]) -> np.ndarray:
-    """The -log p of each document, float64."""
+    """The -log p of each whole document, float64."""
     return np.array([losses.sum(dtype=np.float64) for losses in nll])
 
 
 def count_words(text: str) -> int:
-    """What lies between whitespace."""
+    """The number of words separated by whitespace."""
     return len(text.split())
 
 
@@ -76,8 +76,8 @@ class PositionBucket:
     first: int
     last: int
     nll_per_token: float  # in nats
-    standard_error: float  # of that, by `ratio_standard_error` over documents
-    documents: int  # that reach here
+    standard_error: float  # of nll_per_token, by `ratio_standard_error` over documents
+    documents: int  # number of documents that reach this bucket
     tokens: int
 
     @property
@@ -87,11 +87,11 @@ class PositionBucket:
 
 
 def position_buckets(nll: Sequence[np.ndarray], shortest: int = 128) -> list[PositionBucket]:
-    """The loss by position in the document: does context help, and how far does that go?
+    """The loss by position in the document, which shows up to which length context helps.
 
     Args:
-      nll: of each document the -log p of its tokens.
-      shortest: positions of the first bucket; each later one ends at twice the position.
+      nll: -log p of each document's tokens.
+      shortest: Number of positions in the first bucket; each later one ends at twice the position.
     """
     found, first, end = [], 0, shortest
     while here := [losses[first:end] for losses in nll if len(losses) > first]:
@@ -111,7 +111,7 @@ def position_buckets(nll: Sequence[np.ndarray], shortest: int = 128) -> list[Pos
 
 
 def ratio_standard_error(x: np.ndarray, y: np.ndarray) -> float:
-    """Standard error of R = sum x / sum y over n units drawn at random, such as documents.
+    """Standard error of R = sum x / sum y over n randomly drawn units, such as documents.
 
     sqrt(n / (n - 1) * sum (x_i - R y_i)^2) / sum y: the delta method (Cochran, Sampling Techniques,
     1977, chapter 6, without its correction for a finite population). NaN for a single unit.
@@ -124,20 +124,20 @@ def ratio_standard_error(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def standard_error(x: np.ndarray) -> float:
-    """Of the mean of x, over units drawn at random; NaN for a single one."""
+    """Standard error of the mean of x, over randomly drawn units; NaN for a single one."""
     return float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else math.nan
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two models on the same rows or documents: the mean difference, and what it is worth."""
+    """The mean difference of two models on the same rows or documents, and its standard error."""
 
     mean: float
     standard_error: float
 
     @property
     def z(self) -> float:
-        """The mean in standard errors; 0 where the two never differ."""
+        """The mean in units of the standard error; 0 if the two never differ."""
         if self.mean == 0:
             return 0.0
         if self.standard_error == 0:
@@ -146,11 +146,11 @@ class Difference:
 
 
 def paired_difference(one: np.ndarray, other: np.ndarray) -> Difference:
-    """How much larger `one` is than `other`, which are of the same rows or documents."""
+    """The mean of `one` minus `other`, on the same rows or documents."""
     differences = one.astype(np.float64) - other.astype(np.float64)
     return Difference(float(differences.mean()), standard_error(differences))
 
 
 def _exp(x: float) -> float:
-    """exp(x), infinite where that is beyond float64: text without spaces can be one long word."""
+    """exp(x), infinity if it overflows: a text without spaces can be a single long word."""
     return math.exp(x) if x < 709 else math.inf

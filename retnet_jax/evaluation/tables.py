@@ -1,4 +1,4 @@
-"""Results as tables: for the terminal, and in Markdown."""
+"""Results as tables, for the terminal and in Markdown."""
 
 import math
 from collections.abc import Sequence
@@ -17,21 +17,21 @@ def result_tables(
     plan: Plan,
     compressed: dict[str, float],
 ) -> list["Table"]:
-    """All tables that the results fill.
+    """The tables of all results.
 
     Args:
-      names: of the models.
-      results: of each model: of one, or of two on the same texts and tasks.
-      differences: of two models; None: there is one.
-      plan: how they were evaluated.
-      compressed: bits per byte by compressor.
+      names: Names of the models.
+      results: Results of one model, or of two on the same texts and tasks.
+      differences: Differences of two models; None for one model.
+      plan: Options of the evaluation.
+      compressed: Bits per byte by compressor.
     """
     first = results[0]
     found = []
     if first.nll:
         found.append(_perplexity(names, results, plan))
     for name, of_model in zip(names, results, strict=True):
-        # A table for each: their tokens may differ.
+        # One table for each model, because their tokens may differ.
         of_name = f", {name}" if len(names) > 1 else ""
         if "stateful" in of_model.nll:
             found.append(_positions(of_name, of_model))
@@ -50,15 +50,15 @@ def result_tables(
 
 @dataclass
 class Table:
-    """A heading, and rows of cells; the first cell of a row is its name."""
+    """A title and rows of cells; the first cell of a row is its name."""
 
     title: str
     columns: Sequence[str]
     rows: list[Sequence[str]] = field(default_factory=list)
-    note: str = ""  # below
+    note: str = ""  # text below the table
 
     def add(self, name: str, *cells: str) -> None:
-        """Appends a row; cells that are not given are empty."""
+        """Appends a row; missing cells are empty."""
         self.rows.append((name, *cells, *[""] * (len(self.columns) - 1 - len(cells))))
 
     def __str__(self) -> str:
@@ -72,7 +72,7 @@ class Table:
 
     @property
     def markdown(self) -> str:
-        """The same for a Markdown file."""
+        """The table in Markdown."""
 
         def line(cells):
             return "| " + " | ".join(cell.strip().replace("|", "\\|") for cell in cells) + " |"
@@ -112,7 +112,7 @@ def _perplexity(names: Sequence[str], results: Sequence[Results], plan: Plan) ->
 
 
 def _differences(differences: Differences, plan: Plan) -> Table:
-    table = Table("the first less the second", ("", "bits/byte", "std. error", "z"))
+    table = Table("the first minus the second", ("", "bits/byte", "std. error", "z"))
     for protocol, found in differences.bits_per_byte.items():
         cells = f"{found.mean:+.4f}", plus_minus(found.standard_error), in_errors(found.z)
         table.add(plan.label(protocol), *cells)
@@ -207,7 +207,7 @@ def _tasks(
 def _recall(names: Sequence[str], results: Sequence[Results]) -> Table:
     columns = ["probe", "distance"]
     for name in names:
-        columns += [name if len(names) > 1 else "right, %", "std. error", "nats/token"]
+        columns += [name if len(names) > 1 else "accuracy, %", "std. error", "nats/token"]
     table = Table("recall", [*columns, "random", "trials"])
     for each in zip(*(found.recall for found in results), strict=True):
         cells = []
@@ -221,15 +221,15 @@ def _recall(names: Sequence[str], results: Sequence[Results]) -> Table:
 
 
 def plus_minus(error: float, digits: int = 4) -> str:
-    """A standard error; a dash where there is none."""
+    """A standard error as text; a dash for NaN."""
     return "-" if math.isnan(error) else f"± {error:.{digits}f}"
 
 
 def in_errors(z: float) -> str:
-    """A difference in standard errors; a dash where there is no error."""
+    """A difference in standard errors as text; a dash for NaN."""
     return "-" if math.isnan(z) else f"{z:.1f}"
 
 
 def percent(share: float) -> str:
-    """A share in percent."""
+    """A fraction in percent, as text."""
     return f"{100 * share:.2f}"

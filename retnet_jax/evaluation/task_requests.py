@@ -1,4 +1,4 @@
-"""Accuracy on tasks of multiple choice: rows become requests, scores become choices."""
+"""Multiple-choice tasks: rows become requests to a model, and scores become accuracies."""
 
 import random
 from collections import Counter
@@ -26,26 +26,27 @@ def draw_shots(
     mode: str = "per-document",
     seed: int = 1234,
 ) -> list[list[Row]]:
-    """The examples that each row is asked after, which never are the row itself.
+    """Draws the examples that are shown before each row; a row is never its own example.
 
     Args:
-      task: whose rows these are.
-      rows: those that are evaluated.
-      pool: those that examples are drawn from, perhaps the same.
-      count: examples for each.
-      mode: "per-document" draws for each row anew, with the generator and in the order of
-        lm-evaluation-harness; "fixed" draws once for all rows, so that they are read once.
-      seed: of the draws; 1234 is lm-evaluation-harness's.
+      task: Task of the rows.
+      rows: Rows that are evaluated.
+      pool: Rows from which examples are drawn, possibly the same ones.
+      count: Number of examples for each row.
+      mode: "per-document" draws new examples for each row, with the random generator and in the
+        order of lm-evaluation-harness; "fixed" draws once for all rows, so that the examples are
+        read once.
+      seed: Seed of the random draws; 1234 is that of lm-evaluation-harness.
 
     Raises:
       ConfigError: if the pool has too few rows.
     """
-    # One more than is needed, since the row itself may be among them and is left out.
+    # One more than needed, because the row itself may be among them and is left out.
     drawn = count + task.spare_shot if count else 0
     if drawn > len(pool.rows):
         raise ConfigError(
-            f"{count} shots need {drawn} rows to draw from, but there are {len(pool.rows)}, from "
-            f"{pool.names[0]} on"
+            f"{count} shots need {drawn} rows to draw from, but there are only "
+            f"{len(pool.rows)} ({pool.names[0]} and following)"
         )
     generator = random.Random(seed)
     once = generator.sample(pool.rows, drawn) if mode == "fixed" else None
@@ -57,8 +58,8 @@ def draw_shots(
             others = [x for x in pool.rows if x != row]
             if len(others) < count:
                 raise ConfigError(
-                    f"{count} shots need as many rows other than the one that is asked, but of "
-                    f"those from {pool.names[0]} on only {len(others)} are"
+                    f"{count} shots need {count} rows that differ from the evaluated row, but only "
+                    f"{len(others)} do ({pool.names[0]} and following)"
                 )
             sample = generator.sample(others, count)
         shots.append(sample[:count])
@@ -70,9 +71,9 @@ class TaskRequests:
     """A task as requests to a model.
 
     Attributes:
-      questions: the rows as texts, without examples.
-      texts: of each row and choice, the context with the examples before it, and the continuation.
-      pairs: the same as token ids, one row after the other.
+      questions: The rows as texts, without examples.
+      texts: Context, with examples before it, and continuation of each choice, row by row.
+      pairs: The same as token ids.
     """
 
     questions: list[Question]
@@ -94,10 +95,10 @@ def task_texts(
 def task_requests(
     task: Task, rows: Rows, shots: Sequence[Sequence[Row]], tokenizer: Tokenizer, variant: str
 ) -> TaskRequests:
-    """A task's rows with their examples as requests.
+    """The requests for a task's rows, with their examples.
 
     Raises:
-      ConfigError: for a choice that becomes no token, with the row's name.
+      ConfigError: for a choice that is encoded as no token, with the name of its row.
     """
     asked = list(task_texts(task, rows, shots, variant))
     texts = [text for _, choices in asked for text in choices]
@@ -106,16 +107,17 @@ def task_requests(
         if not pair.continuation:
             raise ConfigError(
                 f"{rows.names[number // task.choices]}: choice {number % task.choices} of "
-                f"{task.name}, {texts[number][1]!r}, becomes no token"
+                f"{task.name}, {texts[number][1]!r}, is encoded as no token"
             )
     return TaskRequests([question for question, _ in asked], texts, pairs)
 
 
 def encode_pairs(tokenizer: Tokenizer, texts: Sequence[tuple[str, str]]) -> list[Request]:
-    """Contexts and continuations as token ids, BOS first, divided as lm-evaluation-harness does.
+    """Encodes contexts and continuations, BOS first, split as in lm-evaluation-harness.
 
-    Both are encoded together; the continuation's ids are those behind as many as the context alone
-    has. Spaces at a context's end belong to the continuation, with whose words they are one token.
+    Context and continuation are encoded together. If the context by itself has n token ids, the
+    continuation gets all ids after the first n. Spaces at the end of a context are moved to the
+    continuation, because tokenizers join them with the next word.
     """
     split = []
     for context, continuation in texts:
@@ -133,14 +135,14 @@ def encode_pairs(tokenizer: Tokenizer, texts: Sequence[tuple[str, str]]) -> list
 
 @dataclass(frozen=True)
 class TaskResult:
-    """How often a model was right on a task.
+    """The result of a model on a task.
 
     Attributes:
-      task: its name.
-      correct: by metric, of each row whether the likeliest choice was the right one. "acc" compares
-        log-likelihoods, "acc_norm" log-likelihoods per character of the choice.
-      random: the share of right answers that guessing gives.
-      majority: the share that always naming the most frequent label gives.
+      task: Name of the task.
+      correct: For each metric, whether each row was answered correctly. "acc" chooses by
+        log-likelihood, "acc_norm" by log-likelihood per character of the choice.
+      random: Accuracy of guessing.
+      majority: Accuracy of always choosing the most frequent label.
     """
 
     task: str
@@ -150,26 +152,26 @@ class TaskResult:
 
     @property
     def rows(self) -> int:
-        """How many there were."""
+        """The number of rows."""
         return len(self.correct["acc"])
 
     def accuracy(self, metric: str = "acc") -> float:
-        """The share of rows that are right."""
+        """The fraction of rows answered correctly."""
         return float(self.correct[metric].mean())
 
     def standard_error(self, metric: str = "acc") -> float:
-        """Of the accuracy, over rows: the sample's deviation by the root of n."""
+        """Standard error of the accuracy, over rows."""
         return standard_error(self.correct[metric].astype(np.float64))
 
 
 def task_result(task: Task, requests: TaskRequests, scores: Sequence[Score]) -> TaskResult:
-    """What the scores of a task's requests say."""
+    """The result on a task, from the scores of its requests."""
     log_likelihood = np.array([found.log_likelihood for found in scores])
     log_likelihood = log_likelihood.reshape(-1, task.choices)
     labels = np.array([question.label for question in requests.questions])
     correct = {"acc": log_likelihood.argmax(1) == labels}
     if task.normalized:
-        # Without the space between context and choice, as lm-evaluation-harness counts.
+        # Without the space between context and choice, as in lm-evaluation-harness.
         characters = [[len(x) - 1 for x in q.continuations] for q in requests.questions]
         correct["acc_norm"] = (log_likelihood / characters).argmax(1) == labels
     most_frequent = max(Counter(labels.tolist()).values())

@@ -1,4 +1,4 @@
-"""The rows of a task: from local files, the Hugging Face hub or tensorflow_datasets."""
+"""Reads the rows of a task from local files, the Hugging Face hub or tensorflow_datasets."""
 
 import hashlib
 import json
@@ -14,11 +14,11 @@ HUBS = ("hf", "tfds")
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one split, checked.
+    """The checked rows of one split.
 
     Attributes:
-      rows: in the order of the data set.
-      names: where each comes from, for messages: a file and line.
+      rows: Rows in the order of the data set.
+      names: Origin of each row for messages, such as a file and a line.
     """
 
     rows: list[Row]
@@ -26,23 +26,23 @@ class Rows:
 
     @property
     def sha256(self) -> str:
-        """In hex, of the rows as JSON: equal for equal rows in one order."""
+        """SHA-256, in hex, of the rows as JSON; it depends on their order."""
         lines = (json.dumps(row, sort_keys=True, default=str) for row in self.rows)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def read_rows(task: Task, split: str, source: str) -> Rows:
-    """One split of a task.
+    """Reads one split of a task.
 
     Args:
-      task: from `TASKS`.
-      split: such as `task.split`.
-      source: a directory, which has TASK/SPLIT.jsonl with a row a line in the fields of the data
-        set; or "hf" or "tfds", which download it with that library.
+      task: Task from `TASKS`.
+      split: Name of the split, such as `task.split`.
+      source: Directory with TASK/SPLIT.jsonl, one row per line with the fields of the data set; or
+        "hf" (Hugging Face datasets) or "tfds" (tensorflow_datasets), which download it.
 
     Raises:
-      ConfigError: for a split that is not there or has no rows, and for a row that is no JSON or
-        has a field that is missing, of another type or out of range.
+      ConfigError: for a missing or empty split, and for a row that is not valid JSON or has a field
+        that is missing, of another type or out of range.
     """
     if source == "hf":
         named = _from_hugging_face(task, split)
@@ -61,7 +61,7 @@ def read_rows(task: Task, split: str, source: str) -> Rows:
 def _from_file(path: Path, task: Task) -> list[tuple[str, Any]]:
     if not path.is_file():
         raise ConfigError(
-            f"{path} is not there: {task.name} needs a file with a row a line and the fields "
+            f"{path} does not exist: {task.name} needs a file with one row per line and the fields "
             f"{', '.join(task.fields)}"
         )
     named = []
@@ -85,7 +85,7 @@ def _from_hugging_face(task: Task, split: str) -> list[tuple[str, Any]]:
     path, configuration = task.hub
     try:
         rows = datasets.load_dataset(path, configuration, split=split)
-    except Exception as error:  # of many kinds: no network, no such split, no access
+    except Exception as error:  # of many types: no network, no such split, no access
         raise ConfigError(f"datasets cannot load {path} ({split}): {error}") from error
     return [(f"{path}, {split} row {number}", row) for number, row in enumerate(rows)]
 
@@ -109,18 +109,18 @@ def _from_tfds(task: Task, split: str) -> list[tuple[str, Any]]:
 
 
 def _as_python(row: dict[str, Any]) -> dict[str, Any]:
-    """Strings for bytes, numbers for arrays."""
+    """A row of tensorflow_datasets with str for bytes and numbers for arrays."""
     plain = {name: x.item() if hasattr(x, "item") else x for name, x in row.items()}
     return {name: x.decode() if isinstance(x, bytes) else x for name, x in plain.items()}
 
 
 def _check(task: Task, row: Any, name: str) -> None:
     if not isinstance(row, dict):
-        raise ConfigError(f"{name}: {row!r} is no object with the fields of {task.name}")
+        raise ConfigError(f"{name}: {row!r} is not an object with the fields of {task.name}")
     for field, kind in task.fields.items():
         if field not in row:
             raise ConfigError(
-                f"{name}: the field {field!r} of {task.name} is missing; there are "
+                f"{name}: the field {field!r} of {task.name} is missing; found "
                 f"{', '.join(map(repr, row))}"
             )
         if not isinstance(row[field], kind):
@@ -133,10 +133,10 @@ def _check(task: Task, row: Any, name: str) -> None:
         question = task.question(row, "lm_eval")
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"{name}: this is no row of {task.name} ({type(error).__name__}: {error}): {row!r}"
+            f"{name}: not a row of {task.name} ({type(error).__name__}: {error}): {row!r}"
         ) from None
     if question.choices != task.choices or not 0 <= question.label < task.choices:
         raise ConfigError(
             f"{name}: {task.name} has {task.choices} choices; this row has {question.choices}, and "
-            f"its label names number {question.label} counted from 0"
+            f"its label is choice {question.label}, counted from 0"
         )

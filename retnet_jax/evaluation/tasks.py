@@ -1,12 +1,12 @@
-"""The seven tasks of the paper as data: how a row of each becomes texts that a model compares.
+"""The seven tasks of the paper: how a row of each becomes texts that a model compares.
 
-A row asks which of its choices is likeliest. For choice i the model is given `contexts[i]`, or
-`contexts[0]` where all have the same, and scores `continuations[i]` or `continuations[0]` after it.
-In WSC273 and Winogrande it is the contexts that differ (partial evaluation, arXiv 1806.02847).
+A row asks which of its choices is most likely. For choice i the model reads `contexts[i]`, or
+`contexts[0]` if all share it, and scores `continuations[i]`, or `continuations[0]`, after it. In
+WSC273 and Winogrande the contexts differ (partial evaluation, arXiv 1806.02847).
 
-    lm_eval   the texts of lm-evaluation-harness 0.4.13, letter for letter: it puts a space between
-              the two also where there is one already, or where there should be none
-    clean     single spaces, and a filled-in sentence as it is written
+    lm_eval   exactly the texts of lm-evaluation-harness 0.4.13, which puts a space between context
+              and continuation even if there is one already, or if there should be none
+    clean     single spaces, and correctly written sentences
 """
 
 import re
@@ -20,11 +20,11 @@ Row = Mapping[str, Any]
 
 
 class Question(NamedTuple):
-    """A row as texts. Scored is what `text(i)` has after its context."""
+    """A row as texts: the contexts, and the continuations to score after them."""
 
     contexts: list[str]
     continuations: list[str]  # with the space before them
-    label: int  # of the right choice
+    label: int  # index of the correct choice
 
     def texts(self, choice: int) -> tuple[str, str]:
         """The context and the continuation of a choice."""
@@ -33,32 +33,32 @@ class Question(NamedTuple):
 
     @property
     def choices(self) -> int:
-        """How many there are."""
+        """The number of choices."""
         return max(len(self.contexts), len(self.continuations))
 
     @property
     def solved(self) -> str:
-        """The text with the right choice: a row as an example for others."""
+        """The text with the correct choice, to show as an example before other rows."""
         return "".join(self.texts(self.label))
 
 
 @dataclass(frozen=True)
 class Task:
-    """A data set of multiple choice.
+    """A multiple-choice data set.
 
     Attributes:
-      name: as in lm-evaluation-harness.
-      hub: its path and configuration on the Hugging Face hub.
-      fields: those of a row that are used, and their types.
-      parts: contexts, continuations and label of a row, where two of them are to be separated by a
-        space. The second argument is whether spaces are to be clean.
-      split: the rows that are evaluated.
-      shots_from: the split from which examples are drawn.
-      choices: of each row.
-      tfds: its name in tensorflow_datasets, where the fields have the same names there.
-      normalized: whether accuracy by log-likelihood per character is usual too (acc_norm).
-      spare_shot: whether one more example is drawn than needed, as lm-evaluation-harness does where
-        it does not know for certain that examples are from another split.
+      name: Name as in lm-evaluation-harness.
+      hub: Path and configuration on the Hugging Face hub.
+      fields: Used fields of a row, and their types.
+      parts: Function of a row and of whether the variant is "clean"; returns the contexts, the
+        continuations (without the space between) and the label.
+      split: Split that is evaluated.
+      shots_from: Split from which examples are drawn.
+      choices: Number of choices of each row.
+      tfds: Name in tensorflow_datasets, if the fields have the same names there.
+      normalized: Whether accuracy by log-likelihood per character (acc_norm) is reported too.
+      spare_shot: Whether one more example is drawn than needed, as lm-evaluation-harness does if
+        examples might come from the evaluated split.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Task:
     spare_shot: bool = True
 
     def question(self, row: Row, variant: str) -> Question:
-        """A row, whose fields have been checked, as texts."""
+        """The texts of a row, whose fields must have been checked."""
         clean = variant == "clean"
         contexts, continuations, label = self.parts(row, clean)
         if clean:
@@ -112,7 +112,7 @@ def _boolq(row, clean):
 def _copa(row, clean):
     connector = {"cause": "because", "effect": "therefore"}[row["question"]]
     context = f"{row['premise'].strip()[:-1]} {connector}"
-    # The space is lm-evaluation-harness's own, before the one that it puts between any two parts.
+    # lm-evaluation-harness has this space in addition to the one between context and continuation.
     choices = [f" {x[0].lower()}{x[1:]}" for x in (row["choice1"], row["choice2"])]
     return [context], _answers(choices, clean), int(row["label"])
 
@@ -137,7 +137,7 @@ def _winogrande(row, clean):
 def _wsc273(row, clean):
     text, place, pronoun = row["text"], row["pronoun_loc"], row["pronoun"]
     if not clean:
-        text = text.replace("  ", " ")  # which moves the place of the pronoun, but not `place`
+        text = text.replace("  ", " ")  # as the harness does, without adjusting `place`
     possessive = pronoun.lower() in ("my", "his", "her", "our", "their")
     begins_sentence = text[place - 2] == "." or (clean and place == 0)
 
@@ -153,7 +153,7 @@ def _wsc273(row, clean):
 
 _CAPITALIZED = ("A", "An", "The", "She", "He", "It", "They", "My", "His", "Her", "Their")
 
-_NUMBER = (int, str)  # releases of a data set differ in it
+_NUMBER = (int, str)  # the type differs between releases of a data set
 TASKS = {
     task.name: task
     for task in (

@@ -1,11 +1,11 @@
-"""From prompts to text.
+"""Generation of tokens and texts from prompts.
 
-decode.py       token ids: `generate`, all at once, and `Stream`, as they come
-checks.py       prompts, lengths and ends that do not fit; probabilities that are not finite
-sampling.py     how a token is chosen
+decode.py       token ids: `generate` returns all at once, `Stream` a few tokens at a time
+checks.py       checks of the arguments, and of the model's probabilities
+sampling.py     how the next token is chosen
 texts.py        `Writer`: texts and stop strings
-requests.py     prompts with samplers of their own, from files
-saved_state.py  what a model has read, in a file
+requests.py     files of prompts, each with its own sampler
+saved_state.py  a model's state saved in a file, to continue a text later
 """
 
 from retnet_jax.generation.decode import Generated, Stream, generate

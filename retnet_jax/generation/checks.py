@@ -1,4 +1,4 @@
-"""Checks of what generation is given, and of what a model makes of it."""
+"""Checks of the arguments of generation, and of the model's probabilities."""
 
 import operator
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ from retnet_jax.model.token_ids import checked_ids
 def check_lengths(
     model: LanguageModel, max_tokens: int, vocab_size: int | None, least: int = 1
 ) -> int:
-    """`max_tokens` as an int."""
+    """Checks `max_tokens` and `vocab_size`, and returns `max_tokens` as an int."""
     max_tokens = _whole("max_tokens", max_tokens)
     if max_tokens < least:
         raise ConfigError(f"max_tokens={max_tokens} is less than {least}")
     if vocab_size is not None and not 1 <= vocab_size <= model.config.vocab_size:
         raise ConfigError(
-            f"vocab_size={vocab_size} does not fit a model with {model.config.vocab_size} ids; "
-            "is the tokenizer another model's?"
+            f"vocab_size={vocab_size} does not fit a model with {model.config.vocab_size} token "
+            "ids; does the tokenizer belong to another model?"
         )
     return max_tokens
 
@@ -37,7 +37,7 @@ def check_seed(seed: int) -> int:
 def check_ends(
     model: LanguageModel, end_id: int | Sequence[int] | None, vocab_size: int | None
 ) -> tuple[int, ...]:
-    """All ids that end a row."""
+    """Checks `end_id`, and returns all ids that end a row."""
     if end_id is None:
         return ()
     several = isinstance(end_id, Sequence | np.ndarray)
@@ -46,7 +46,8 @@ def check_ends(
     for end in ends:
         if not 0 <= end < most:
             raise ConfigError(
-                f"end_id={end} is never generated: ids are from 0 to {most - 1}; None ends no row"
+                f"end_id={end} can never be generated: ids are 0 to {most - 1}; use None if no id "
+                "ends a row"
             )
     return ends
 
@@ -54,35 +55,33 @@ def check_ends(
 def check_prompts(
     prompts: Sequence[Sequence[int] | np.ndarray], vocab_size: int, may_be_empty: bool = False
 ) -> list[np.ndarray]:
-    """The ids of each prompt."""
+    """Checks prompts, and returns the token ids of each."""
     if not len(prompts):
-        raise ConfigError("there are no prompts; at least one is needed")
+        raise ConfigError("there are no prompts; give at least one")
     checked = []
     for number, prompt in enumerate(prompts):
         ids = checked_ids(prompt, vocab_size, f"prompts[{number}]")
         if not len(ids) and not may_be_empty:
             raise ConfigError(
-                f"prompts[{number}] is empty; a prompt needs a token to begin with, "
-                "such as the tokenizer's bos_id"
+                f"prompts[{number}] is empty; begin it with a token such as the tokenizer's bos_id"
             )
         checked.append(ids)
     return checked
 
 
 def check_finite(model: LanguageModel, log_probabilities: Sequence[Sequence[float]]) -> None:
-    """Of each row, those of the tokens that are wanted."""
+    """Raises `CheckpointError` unless the log-probabilities of each row's tokens are finite."""
     wrong = [row for row, each in enumerate(log_probabilities) if not np.isfinite(each).all()]
     if wrong:
         raise CheckpointError(
-            f"the continuations of {len(wrong)} of {len(log_probabilities)} prompts, the first of "
-            f"them prompt {wrong[0]}, have no finite probabilities from this model: "
-            f"{why_not_finite(model)}"
+            f"the model's probabilities are not finite for {len(wrong)} of "
+            f"{len(log_probabilities)} prompts (first: prompt {wrong[0]}): {why_not_finite(model)}"
         )
 
 
 def _whole(name: str, value: int) -> int:
-    """A number of Python or numpy as an int."""
+    """An integer of Python or numpy as an int."""
     try:
         return operator.index(value)
     except TypeError:
-        raise ConfigError(f"{name}={value!r} is not a whole number") from None
+        raise ConfigError(f"{name}={value!r} is not an integer") from None

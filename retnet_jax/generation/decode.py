@@ -1,10 +1,11 @@
-"""Generation: prompts are read in chunkwise form, continued in recurrent form.
+"""Generation: prompts are read in chunkwise form and continued in recurrent form.
 
     generate(model, [[256, 72, 101], [256, 33]], max_tokens=100, sampler=Sampler(temperature=0.8))
 
-`Stream` gives the same tokens as they come. Both prepare the model for decoding and read the
+`Stream` yields the same tokens a few at a time. Both prepare the model for decoding and read the
 prompts (`prefill`). Then `generate` decodes to the end in one compiled loop (`complete`); `Stream`
-calls a loop of a few tokens repeatedly (`decode`). A RetNet's state has one size at every position.
+calls a loop of a few tokens repeatedly (`decode`). The size of a RetNet's state does not depend on
+the position.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,38 +29,37 @@ from retnet_jax.model import LanguageModel, State, for_decoding
 from retnet_jax.model.lm import check_state
 from retnet_jax.shapes import Array, Bool, Float, Int, power_of_two
 
-# Tokens of a prompt that are read at once. Longer prompts are read in pieces, so that memory does
-# not grow with them; shorter ones are padded to a power of two, so that few lengths are compiled.
+# Numbers of prompt tokens that are read at once. Longer prompts are read in pieces, which bounds
+# the memory; shorter ones are padded to a power of two, so that few lengths are compiled.
 LONGEST_PIECE = 512
 SHORTEST_PIECE = 64
 
 
 class Progress(NamedTuple):
-    """Where each row of a batch stands: all that decoding needs to continue."""
+    """The progress of each row of a batch: everything needed to continue decoding."""
 
-    logits: Float[Array, "b w"]  # of the next token
-    state: State  # of the model, after all tokens so far
-    ended: Bool[Array, " b"]  # rows that have generated the end
+    logits: Float[Array, "b w"]  # for the next token
+    state: State  # the model's, after all tokens so far
+    ended: Bool[Array, " b"]  # whether a row has generated an end id
 
     def take(self, rows: Int[Array, " r"]) -> "Progress":
-        """Where some rows stand; one may be taken several times."""
+        """The progress of the selected rows; a row may be selected several times."""
         return Progress(self.logits[rows], self.state.take(rows), self.ended[rows])
 
 
 class NewTokens(NamedTuple):
-    """Tokens that were generated for each row, one after the other."""
+    """The next tokens generated for each row."""
 
-    tokens: Int[Array, "b n"]  # from its end on, a row is filled with `end_id`
-    # Of each token, by the model's own distribution over the ids that are allowed: without
-    # temperature, top_k and top_p.
+    tokens: Int[Array, "b n"]  # after its end, a row is filled with `end_id`
+    # Under the model's distribution over the allowed ids, without temperature, top_k and top_p.
     log_probabilities: Float[Array, "b n"]
 
 
 class Generated(NamedTuple):
-    """What was generated for a prompt."""
+    """The tokens generated for a prompt."""
 
-    tokens: list[int]  # without the one that ends it
-    log_probabilities: list[float]  # of each, as in `NewTokens`
+    tokens: list[int]  # without the end id
+    log_probabilities: list[float]  # of each token, as in `NewTokens`
 
 
 def generate(
@@ -71,30 +71,28 @@ def generate(
     end_id: int | Sequence[int] | None = None,
     vocab_size: int | None = None,
 ) -> list[Generated]:
-    """Continues prompts of any lengths, all at once.
+    """Continues prompts of any lengths in one batch.
 
-    What a row gets depends on its prompt, its sampler, the seed and its number in the batch, not on
-    other rows. Between the prompts and the last token nothing passes between host and device.
+    The tokens of a row depend on its prompt, its sampler, the seed and its index in the batch, not
+    on other rows. Between the prompts and the last token no data moves between host and device.
 
     Args:
-      model: RetNet or Transformer, best from `for_decoding`: others are converted in each call.
-      prompts: the token ids of each.
-      max_tokens: most tokens to generate for each.
-      sampler: how a token is chosen, one for all or one for each prompt; the default takes the
-        likeliest.
-      seed: of the random choices.
-      end_id: the token that ends a row, such as the BOS of a next document, or several of which
-        each does; None: none does.
-      vocab_size: ids from here on are never generated: those of a model whose vocabulary is larger
-        than its tokenizer's. None: all ids may be.
+      model: RetNet or Transformer, best from `for_decoding`; others are converted in each call.
+      prompts: Token ids of each prompt.
+      max_tokens: Largest number of tokens to generate for each prompt.
+      sampler: Sampler for all prompts, or one for each; the default decodes greedily.
+      seed: Seed of the sampling.
+      end_id: Token id that ends a row, such as the BOS of a next document, or several such ids;
+        None: no id ends a row.
+      vocab_size: Ids >= this are never generated, for models whose vocabulary is larger than their
+        tokenizer's; None: all ids are allowed.
 
     Returns:
       The new tokens of each prompt, without `end_id`, and their log-probabilities.
 
     Raises:
-      ConfigError: if there is no prompt, one is empty, or one has an id the model does not know;
-        for `max_tokens`, `seed`, `end_id` or `vocab_size` out of range, or not a sampler for each
-        prompt.
+      ConfigError: if there is no prompt, or one is empty or has an id unknown to the model; for
+        `max_tokens`, `seed`, `end_id` or `vocab_size` out of range; for a wrong number of samplers.
       CheckpointError: for a model whose probabilities are not finite.
     """
     max_tokens = check_lengths(model, max_tokens, vocab_size)
@@ -103,7 +101,7 @@ def generate(
     keys = row_keys(check_seed(seed), len(prompts))
     samplers = Samplers.of(sampler, len(prompts))
     model = for_decoding(model)
-    # Lengths are compiled as powers of two, so that they are few; what is too much is not computed.
+    # Loops are compiled for powers of two, which are few; they stop after `max_tokens`.
     room = max(16, power_of_two(max_tokens))
     progress = prefill(model, prompts, room)
     new, _ = complete(
@@ -120,28 +118,28 @@ def generate(
 
 
 class Stream:
-    """The tokens of `generate` as they come, `tokens_at_once` of each row at a time.
+    """Yields the tokens of `generate` in pieces, `tokens_at_once` of each row at a time.
 
         for tokens, log_probabilities in Stream(model, prompts, max_tokens=100):
             ...
 
-    Iterating gives `NewTokens` of numpy arrays [b n], where n is `tokens_at_once` but perhaps less
-    in the last, until all rows have ended or been stopped.
+    Each item is `NewTokens` of numpy arrays [b n], where n is `tokens_at_once` except perhaps in
+    the last piece. Iteration ends when all rows have ended or have been stopped.
 
     Args:
-      model: as in `generate`, as are the others that are not listed here.
-      prompts: the token ids of each; with `progress` they may be empty: then nothing is read.
-      max_tokens: see `generate`; 0: the prompts are read, and that is all.
-      sampler: see `generate`.
-      seed: see `generate`.
-      end_id: see `generate`.
-      vocab_size: see `generate`.
-      tokens_at_once: tokens of each row in a piece of the stream.
-      progress: where the texts stood that the prompts continue, as in `prefill`.
+      model: As in `generate`.
+      prompts: Token ids of each prompt; with `progress` a prompt may be empty.
+      max_tokens: As in `generate`; with 0 the prompts are only read.
+      sampler: As in `generate`.
+      seed: As in `generate`.
+      end_id: As in `generate`.
+      vocab_size: As in `generate`.
+      tokens_at_once: Number of tokens of each row in a piece.
+      progress: Progress of the texts that the prompts continue, as in `prefill`.
 
     Attributes:
-      progress: where the rows stand after the pieces that were taken. It has read `tokens_at_once`
-        tokens for each piece, also for a last piece that was cut off.
+      progress: Progress of the rows after the pieces taken so far. It includes all
+        `tokens_at_once` tokens of each piece, also if the last piece was cut to `max_tokens`.
 
     Raises:
       As `generate`.
@@ -166,7 +164,7 @@ class Stream:
         self._ends = check_ends(model, end_id, vocab_size)
         keys = row_keys(check_seed(seed), len(prompts))
         self._model = for_decoding(model)
-        # All pieces are of one length, so that one loop is compiled; what is too much is cut off.
+        # All pieces have the same length, so that one loop is compiled; the last is cut afterwards.
         self._starts = range(0, max_tokens, tokens_at_once)
         self._max_tokens = max_tokens
         room = len(self._starts) * tokens_at_once
@@ -193,7 +191,7 @@ class Stream:
             yield new
 
     def stop(self, rows: Sequence[bool]) -> None:
-        """Ends rows: what they would still generate is not needed."""
+        """Ends the rows that are True in `rows`; they generate no further tokens."""
         self.progress = self.progress._replace(ended=self.progress.ended | np.array(rows))
 
 
@@ -208,18 +206,19 @@ def prefill(
     room: int,
     progress: Progress | None = None,
 ) -> Progress:
-    """Reads prompts, in chunkwise form.
+    """Reads prompts in chunkwise form.
 
     Args:
       model: RetNet or Transformer.
-      prompts: the token ids of each. Shorter ones are padded on the left, which leaves no trace.
-      room: tokens a row that will be decoded. A Transformer's cache gets slots for them.
-      progress: where the texts stand that the prompts continue: a row for each prompt. A prompt may
-        then be empty. None: they begin texts.
+      prompts: Token ids of each prompt. Shorter ones are padded on the left, without any effect.
+      room: Number of tokens that will be decoded for each row; a Transformer's cache has slots for
+        them.
+      progress: Progress of the texts that the prompts continue, one row for each prompt; a prompt
+        may then be empty. None: the prompts begin new texts.
 
     Raises:
-      ConfigError: if there is no prompt, one is empty, or one has an id the model does not know;
-        for progress of another model or of other texts than there are prompts.
+      ConfigError: if there is no prompt, or one is empty or has an id unknown to the model; for
+        progress of another model or of another number of texts.
     """
     prompts = check_prompts(prompts, model.config.vocab_size, may_be_empty=progress is not None)
     longest = max(map(len, prompts))
@@ -240,17 +239,17 @@ def prefill(
 
 
 def _room_for(model: LanguageModel, progress: Progress | None, rows: int, tokens: int) -> Progress:
-    """The progress to read and decode so many tokens from."""
+    """The progress before the prompts, with room for `tokens` more tokens."""
     if progress is None:
         logits = jnp.zeros((rows, model.config.vocab_size), model.config.accumulation_dtype)
         state = model.init_state(rows, capacity=tokens)
         progress = Progress(logits, state, jnp.zeros(rows, bool))
     else:
-        # What is read from here on uses up its arrays; the caller may continue from them again.
+        # A copy, because the next call donates its arrays and the caller may use them again.
         roomy = progress._replace(state=progress.state.with_room(tokens))
         progress = jax.tree.map(jnp.copy, roomy)
-    # Whole, on all of the model's devices. What is placed nowhere in particular comes out of the
-    # first call with a place, and the second is compiled again for it.
+    # Replicated on all of the model's devices. Uncommitted arrays would be committed by the first
+    # call, and the second call would compile again.
     return jax.device_put(progress, model.sharding)
 
 
@@ -268,17 +267,17 @@ def decode(
     end_id: int | tuple[int, ...] | None = None,
     vocab_size: int | None = None,
 ) -> tuple[NewTokens, Progress]:
-    """The next `length` tokens of each row, in recurrent form, in one compiled loop.
+    """Decodes the next `length` tokens of each row in recurrent form, in one compiled loop.
 
     Args:
-      model: the model that `progress` is of.
-      progress: from `prefill` or an earlier call. Its arrays are used up.
-      keys: as from `row_keys`. A token is drawn with its row's key and its position, so what is
-        drawn does not depend on how the tokens are divided into calls.
-      length: tokens to generate.
-      samplers: of the rows; None: the likeliest token in all.
-      end_id: a row that has generated it, or one of them, is filled with it, or the first.
-      vocab_size: ids from here on are never generated.
+      model: Model that made `progress`.
+      progress: Progress from `prefill` or an earlier call; its arrays are donated.
+      keys: Random keys [b] as from `row_keys`. A token is sampled with its row's key and its
+        position, so the result does not depend on how the tokens are divided into calls.
+      length: Number of tokens to generate.
+      samplers: Samplers of the rows; None: greedy decoding.
+      end_id: Id, or ids, that end a row; the rest of the row is filled with the first of them.
+      vocab_size: Ids >= this are never generated.
 
     Returns:
       The tokens, and the progress after them.
@@ -303,23 +302,23 @@ def complete(
     end_id: int | tuple[int, ...] | None = None,
     vocab_size: int | None = None,
 ) -> tuple[NewTokens, Progress]:
-    """All that `decode` gives until each row has ended or has `max_tokens`, in one compiled loop.
+    """Decodes until each row has ended or has `max_tokens`, in one compiled loop.
 
     Args:
-      model: as in `decode`.
-      progress: as in `decode`.
-      keys: as in `decode`.
-      max_tokens: at most `room`.
-      room: places for the tokens of a row; those that are not needed hold `end_id`, or 0.
-      samplers: as in `decode`.
-      end_id: a row that has generated it, or one of them, is filled with it, or the first.
-      vocab_size: ids from here on are never generated.
+      model: As in `decode`.
+      progress: As in `decode`.
+      keys: As in `decode`.
+      max_tokens: Largest number of tokens of a row; at most `room`.
+      room: Length of the returned rows; unused places hold `end_id`, or 0.
+      samplers: As in `decode`.
+      end_id: As in `decode`.
+      vocab_size: As in `decode`.
 
     Returns:
-      The tokens, and the progress after them, in whose memory the loop has worked.
+      The tokens, and the progress after them, whose arrays are those donated.
     """
 
-    def goes_on(carry):
+    def unfinished(carry):
         n, progress, _ = carry
         return (n < max_tokens) & ~progress.ended.all()
 
@@ -332,14 +331,21 @@ def complete(
     shape = (room, len(keys))
     log_p = jnp.zeros(shape, progress.logits.dtype)
     rows = NewTokens(jnp.full(shape, (*_tuple(end_id), 0)[0], jnp.int32), log_p)
-    _, progress, rows = jax.lax.while_loop(goes_on, next_token, (jnp.int32(0), progress, rows))
+    _, progress, rows = jax.lax.while_loop(unfinished, next_token, (jnp.int32(0), progress, rows))
     return jax.tree.map(jnp.transpose, rows), progress
 
 
-def _next_token(model, keys, samplers, end_id, vocab_size, progress) -> tuple[Progress, NewTokens]:
-    """Progress after one more token of each row, and the tokens [b] with their log p."""
+def _next_token(
+    model: LanguageModel,
+    keys: Array,
+    samplers: Samplers | None,
+    end_id: int | tuple[int, ...] | None,
+    vocab_size: int | None,
+    progress: Progress,
+) -> tuple[Progress, NewTokens]:
+    """The progress after one more token of each row; the tokens [b] and their log p [b]."""
     logits, state, ended = progress
-    allowed = logits[:, :vocab_size]
+    allowed = logits[:, :vocab_size]  # [b, allowed ids]
     if samplers is None:
         tokens = allowed.argmax(-1)
     else:
@@ -357,10 +363,15 @@ def _next_token(model, keys, samplers, end_id, vocab_size, progress) -> tuple[Pr
 
 
 @partial(jax.jit, donate_argnames="progress")
-def _read(model, progress, tokens, segment_ids) -> Progress:
-    """Progress after tokens [b t]; rows that are all padding stay where they are."""
+def _read(
+    model: LanguageModel,
+    progress: Progress,
+    tokens: Int[Array, "b t"],
+    segment_ids: Int[Array, "b t"],
+) -> Progress:
+    """The progress after more tokens; a row that is all padding does not change."""
     hidden, state = model.hidden(tokens, progress.state, segment_ids)
-    # Rows are padded on the left, so what is real ends with the last column.
+    # Rows are padded on the left, so the last column is padding only if the whole row is.
     read = segment_ids[:, -1] != 0
     logits = jnp.where(read[:, None], model.logits(hidden[:, -1:])[:, 0], progress.logits)
     return Progress(logits, state, progress.ended & ~read)
@@ -372,22 +383,23 @@ def _tuple(end_id: int | tuple[int, ...] | None) -> tuple[int, ...]:
     return end_id if isinstance(end_id, tuple) else (end_id,)
 
 
-# Of a token in its document; rotations and normalisers are computed of it in int32.
+# The last position of a token in its document; rotations and normalisers use int32 positions.
 _LAST_POSITION = 2**31 - 1
 
 
 def _check_progress(model: LanguageModel, progress: Progress, rows: int, tokens: int) -> None:
-    """That this model can read so many tokens on from here, for each of the rows."""
-    there = progress.logits.shape
-    if there != (rows, model.config.vocab_size):
+    """Raises `ConfigError` unless `model` can continue `rows` rows by `tokens` tokens from here."""
+    found = progress.logits.shape
+    if found != (rows, model.config.vocab_size):
         raise ConfigError(
-            f"progress is of {there[0]} texts and {there[1]} ids; there are {rows} prompts, and "
-            f"the model knows {model.config.vocab_size} ids: `Progress.take` gives a row for each"
+            f"progress is of {found[0]} texts and {found[1]} token ids, but there are {rows} "
+            f"prompts and {model.config.vocab_size} ids; `Progress.take` selects a row for each "
+            "prompt"
         )
     check_state(model, progress.state, rows)
     position = int(np.asarray(progress.state.position).max(initial=0))
     if position + tokens > _LAST_POSITION:
         raise ConfigError(
-            f"the text has {position} tokens, and {tokens} more would pass position "
-            f"{_LAST_POSITION}, the last that there is; begin a new text"
+            f"the text has {position} tokens, and {tokens} more would exceed the last position "
+            f"{_LAST_POSITION}; begin a new text"
         )

@@ -1,4 +1,4 @@
-"""Requests: texts to continue, each with its own sampler, from a file or from strings."""
+"""Requests: prompts to continue, each with its own sampler, from a file or from strings."""
 
 import difflib
 import json
@@ -12,7 +12,7 @@ from retnet_jax.files.paths import local
 from retnet_jax.generation.sampling import Sampler
 
 _KINDS = {"prompt": str, "temperature": (int, float), "top_k": int, "top_p": (int, float)}
-# What others give with a request and is the same for all here, with the flag that says it.
+# Fields of other programs' requests that are the same for all prompts here, with their flags.
 _FOR_ALL = {
     "max_tokens": "--max_tokens",
     "max_new_tokens": "--max_tokens",
@@ -21,24 +21,24 @@ _FOR_ALL = {
     "stop": "--stop",
     "seed": "--seed",
 }
-# What they give and there is not here.
+# Fields of other programs' requests that are not supported here.
 _ABSENT = (
     *("n", "best_of", "min_p", "typical_p", "logit_bias", "num_beams"),
     *("repetition_penalty", "frequency_penalty", "presence_penalty"),
 )
-_ANSWERS = ("text", "tokens", "log_probabilities", "ended_by")  # what --output says of a request
+_ANSWERS = ("text", "tokens", "log_probabilities", "ended_by")  # fields of an answer in --output
 
 
 class Request(NamedTuple):
-    """A text to continue, how its tokens are chosen, and what its answer is given along."""
+    """A prompt, its sampler, and fields that are copied to its answer."""
 
     prompt: str
     sampler: Sampler
-    others: Mapping[str, Any] = {}  # fields of its line that are not used, such as its id
+    others: Mapping[str, Any] = {}  # unused fields of its line, such as an id
 
 
 def read_prompt(path: str) -> str:
-    """The text of --prompt_file, without one line break at its end; "-" is standard input.
+    """Reads the text of --prompt_file, without a line break at its end; "-" is standard input.
 
     Raises:
       ConfigError: for a file that cannot be read, is not UTF-8, or is empty.
@@ -60,15 +60,15 @@ def read_prompt(path: str) -> str:
 def requests_of_prompts(
     prompts: Sequence[str], defaults: Mapping[str, Any], may_be_empty: bool = False
 ) -> list[Request]:
-    """Prompts of --prompt with one sampler.
+    """The prompts of --prompt, all with the same sampler.
 
     Args:
-      prompts: texts.
-      defaults: the sampler's temperature, top_k and top_p.
-      may_be_empty: whether a prompt may be, which continues a text that was read before.
+      prompts: Texts to continue.
+      defaults: Temperature, top_k and top_p of the sampler.
+      may_be_empty: Whether a prompt may be empty, because it continues a text read before.
 
     Raises:
-      ConfigError: for a prompt that is no text, and as `Sampler`.
+      ConfigError: for a prompt that is empty or not valid UTF-8, and as `Sampler`.
     """
     for prompt in prompts:
         _check_prompt(prompt, "--prompt", may_be_empty)
@@ -79,15 +79,15 @@ def requests_of_prompts(
 def read_requests(
     path: Path, defaults: Mapping[str, Any], may_be_empty: bool = False
 ) -> list[Request]:
-    """The file of --requests: JSON lines with a prompt each, and perhaps options of its sampler.
+    """Reads the file of --requests: JSON lines with a prompt, and optionally sampler options.
 
     Args:
-      path: the file.
-      defaults: options of the samplers that a request does not give.
-      may_be_empty: as of `requests_of_prompts`.
+      path: The file.
+      defaults: Options of the sampler for requests that do not give them.
+      may_be_empty: As in `requests_of_prompts`.
 
     Raises:
-      ConfigError: for a file that is not there or empty, and a line that is no request.
+      ConfigError: for a missing or empty file, and for a line that is not a valid request.
     """
     requests = []
     for name, fields in _read_lines(path):
@@ -103,7 +103,7 @@ def read_requests(
 
 
 def _read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The lines as objects whose fields have the right types, and their names."""
+    """The name of each line, for messages, and its fields, with checked types."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -118,7 +118,7 @@ def _read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
         except ValueError as error:
             raise ConfigError(f"{name}: not JSON ({error})") from None
         if not isinstance(fields, dict) or "prompt" not in fields:
-            raise ConfigError(f"{name}: no object with a prompt: {line[:80]}")
+            raise ConfigError(f"{name}: not a JSON object with a prompt: {line[:80]}")
         for field, value in fields.items():
             if field not in _KINDS:
                 _check_unused(name, field, value)
@@ -129,31 +129,32 @@ def _read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
                 raise ConfigError(f"{name}: {field}={value!r} does not fit; {_FIELDS}")
         found.append((name, fields))
     if not found:
-        raise ConfigError(f"--requests={path} has no requests: a line is {{'prompt': '...'}}")
+        raise ConfigError(f'--requests={path} is empty; each line must be like {{"prompt": "..."}}')
     return found
 
 
 _FIELDS = (
-    "a request has prompt (text) and may have temperature (a number), top_k and top_p (numbers, or "
-    "null)"
+    "a request has a prompt (text), and may have temperature (a number), top_k and top_p (numbers "
+    "or null)"
 )
 
 
 def _check_unused(name: str, field: str, value: Any) -> None:
-    """Raises `ConfigError` for a field that is meant to change the text, or is an answer's own."""
+    """Raises `ConfigError` for a field that would be overwritten, or was meant as an option."""
     if field in _ANSWERS:
         raise ConfigError(
-            f"{name}: {field}={value!r} would be overwritten in --output, where {field} is the "
-            "answer's: give it another name"
+            f"{name}: {field}={value!r} would be overwritten by the answer's {field} in --output: "
+            "rename the field"
         )
     if value is None:
         return
     if field in _FOR_ALL:
         raise ConfigError(
-            f"{name}: {field}={value!r} is not a request's own here: give {_FOR_ALL[field]} for all"
+            f"{name}: {field}={value!r} cannot be set for each request: use {_FOR_ALL[field]} for "
+            "all"
         )
     if field in _ABSENT:
-        raise ConfigError(f"{name}: {field}={value!r} is not done here; {_FIELDS}")
+        raise ConfigError(f"{name}: {field}={value!r} is not supported; {_FIELDS}")
     if close := difflib.get_close_matches(field.lower(), _KINDS, n=2, cutoff=0.7):
         raise ConfigError(
             f"{name}: {field}={value!r} does not fit; did you mean {' or '.join(close)}? {_FIELDS}"

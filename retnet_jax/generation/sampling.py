@@ -1,4 +1,4 @@
-"""How the next token is chosen: settings for each row of a batch, and the choice itself."""
+"""Sampling: how the next token of each row of a batch is chosen."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,17 +13,17 @@ from retnet_jax.shapes import Array, Float, Int
 
 @dataclass(frozen=True)
 class Sampler:
-    """How the next token is chosen.
+    """Options of sampling.
 
     Attributes:
-      temperature: 0 takes the likeliest token. Otherwise one is drawn from the softmax of
-        logits / temperature.
-      top_k: draws among this many likeliest tokens (arXiv 1805.04833); None: among all.
-      top_p: draws among the likeliest tokens, as few as together have this probability
-        (arXiv 1904.09751), after `top_k`; None: among all.
+      temperature: 0: greedy decoding, the most likely token. Otherwise a token is sampled from the
+        softmax of logits / temperature.
+      top_k: Number of most likely tokens to sample from (arXiv 1805.04833); None: all.
+      top_p: Probability of the smallest set of most likely tokens to sample from
+        (arXiv 1904.09751), after `top_k`; None: all.
 
     Raises:
-      ConfigError: for a value out of range, or `top_k` or `top_p` where nothing is drawn.
+      ConfigError: for a value out of range, and for `top_k` or `top_p` with temperature 0.
     """
 
     temperature: float = 0.0
@@ -33,18 +33,18 @@ class Sampler:
     def __post_init__(self):
         if not self.temperature >= 0:
             raise ConfigError(
-                f"temperature={self.temperature} is not 0 (the likeliest token) or more; "
-                "1 draws from the model's own distribution"
+                f"temperature={self.temperature} is not >= 0; 0 is greedy decoding, 1 samples from "
+                "the model's own distribution"
             )
         if self.top_k is not None and self.top_k < 1:
-            raise ConfigError(f"top_k={self.top_k} leaves no token to draw; 1 or more would do")
+            raise ConfigError(f"top_k={self.top_k} leaves no token to sample; it must be >= 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p} is not in (0, 1]; 0.9 is usual")
         for name in ("top_k", "top_p"):
             if self.temperature == 0 and getattr(self, name) is not None:
                 raise ConfigError(
-                    f"{name}={getattr(self, name)} has no effect at temperature=0, which takes the "
-                    "likeliest token; set temperature as well, such as 1"
+                    f"{name}={getattr(self, name)} has no effect at temperature=0 (greedy "
+                    "decoding); also set the temperature, for example to 1"
                 )
 
 
@@ -61,11 +61,11 @@ class Samplers:
     """The samplers of the rows of a batch, as arrays.
 
     Attributes:
-      temperature: 0 where the likeliest token is taken.
-      top_k: as many as there are tokens where all may be drawn.
-      top_p: 1 where all may be drawn.
-      candidates: how many of the likeliest tokens have to be looked at in order; 0: only the first,
-        in all rows; None: no row asks for an order.
+      temperature: Temperature; 0 for greedy rows.
+      top_k: Number of tokens to sample from; the largest int32 for all.
+      top_p: Probability of the tokens to sample from; 1 for all.
+      candidates: Number of most likely tokens that must be sorted, for top_k and top_p; 0: all
+        rows are greedy; None: no row needs sorting.
     """
 
     temperature: Float[Array, " b"]
@@ -75,10 +75,10 @@ class Samplers:
 
     @staticmethod
     def of(samplers: Sampler | Sequence[Sampler], rows: int) -> "Samplers":
-        """One sampler for all rows, or one for each.
+        """Makes arrays from one sampler for all rows, or from one for each row.
 
         Raises:
-          ConfigError: if there are others than `rows`.
+          ConfigError: if the number of samplers is not `rows`.
         """
         each = [samplers] * rows if isinstance(samplers, Sampler) else list(samplers)
         if len(each) != rows:
@@ -99,14 +99,14 @@ class Samplers:
         )
 
     def sample(self, keys: Array, logits: Float[Array, "b w"]) -> Int[Array, " b"]:
-        """One token of each row. Of equal logits the lower id counts as the likelier.
+        """Samples one token of each row; of equal logits the lower id counts as more likely.
 
-        A draw is the argmax of logits plus Gumbel noise, which belongs to tokens and not to places
-        in an order: what a row gets does not depend on the settings of others.
+        A sample is the argmax of logits plus Gumbel noise. The noise belongs to token ids, not to
+        ranks, so a row's sample does not depend on the samplers of other rows.
 
         Args:
-          keys: a random key for each row [b].
-          logits: of all tokens that may be drawn.
+          keys: Random key of each row [b].
+          logits: Logits of all allowed tokens.
         """
         likeliest = logits.argmax(-1)
         if self.candidates == 0:
@@ -123,7 +123,7 @@ class Samplers:
             logits = jnp.where(places < self.top_k[:, None], logits, -jnp.inf)
             probability = jax.nn.softmax(logits)
             likelier = probability.cumsum(-1) - probability
-            # All, where top_p is 1: sums of all may round to less or more.
+            # top_p = 1 keeps all tokens explicitly, because the cumulative sum is rounded.
             kept = (likelier < self.top_p[:, None]) | (self.top_p[:, None] == 1)
             noisy = jnp.where(kept, logits, -jnp.inf) + jnp.take_along_axis(noise, tokens, axis=1)
             drawn = jnp.take_along_axis(tokens, noisy.argmax(-1)[:, None], axis=1)[:, 0]
@@ -131,8 +131,8 @@ class Samplers:
 
 
 def _divisor(temperature: float) -> float:
-    """The temperature that logits are divided by in float32, without overflow.
+    """The temperature as a float32 divisor of logits that cannot overflow.
 
-    From 1e-30 down the two closest of different logits are further apart than any noise.
+    At 1e-30 and below, any difference between logits already exceeds the noise.
     """
     return max(temperature, 1e-30) if temperature else 0.0

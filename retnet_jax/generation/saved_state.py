@@ -1,7 +1,7 @@
-"""What a model has read, in a file: a long text is read once and gone on with many times.
+"""Saves a model's state after a text, so that a long text is read once and continued many times.
 
-A file is safetensors, with the arrays of a `Reading` and in its metadata what they belong to. It
-fits one model, its weights included, with the dtypes it had.
+The file is safetensors: the arrays of a `Reading`, and in its metadata the model and tokenizer they
+belong to. It can be loaded only with the same model, the same weights and the same dtypes.
 """
 
 import dataclasses
@@ -29,10 +29,10 @@ _OLD_FORMATS = ("retnet-jax state 2", "retnet-jax state 1")
 
 
 def save_reading(path: Path, reading: Reading, model: LanguageModel, tokenizer: Tokenizer) -> None:
-    """Writes what a model has read to a file, which appears when it is complete.
+    """Writes a reading to a file, which appears when it is complete.
 
     Raises:
-      CheckpointError: if the file exists, or cannot be written, or numbers are not finite.
+      CheckpointError: if the file exists or cannot be written, or if numbers are not finite.
     """
     from safetensors.numpy import save
 
@@ -42,7 +42,7 @@ def save_reading(path: Path, reading: Reading, model: LanguageModel, tokenizer: 
     for name, x in arrays.items():
         if not np.isfinite(x.astype(np.float32)).all():
             raise CheckpointError(
-                f"{path} is not written: {name} of what was read is not finite; "
+                f"{path} is not written: {name} of the model's state is not finite; "
                 f"{why_not_finite(model)}"
             )
     metadata = {
@@ -53,7 +53,7 @@ def save_reading(path: Path, reading: Reading, model: LanguageModel, tokenizer: 
         "dtypes": json.dumps({name: x.dtype.name for name, x in arrays.items()}),
         "shapes": json.dumps({name: x.shape for name, x in arrays.items()}),
     }
-    # As bytes, because not every dtype is one of numpy's own.
+    # As bytes, because safetensors does not know every dtype of ml_dtypes in numpy.
     plain = {name: np.frombuffer(x.tobytes(), np.uint8) for name, x in arrays.items()}
     metadata["sha256"] = _digest(metadata, plain)
     try:
@@ -64,10 +64,10 @@ def save_reading(path: Path, reading: Reading, model: LanguageModel, tokenizer: 
 
 
 def load_reading(path: Path, model: LanguageModel, tokenizer: Tokenizer) -> Reading:
-    """What `save_reading` wrote, for the same model laid out in the same way.
+    """Reads a file of `save_reading`, for the same model with the same decoding options.
 
     Raises:
-      CheckpointError: for a file that is not there, damaged, or of another model or tokenizer.
+      CheckpointError: for a file that is missing, damaged, or of another model or tokenizer.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -76,13 +76,13 @@ def load_reading(path: Path, model: LanguageModel, tokenizer: Tokenizer) -> Read
             metadata = file.metadata() or {}
             plain = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is not there: --save_state writes such files") from None
+        raise CheckpointError(f"{path} does not exist; --save_state writes such files") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} is no saved state, or is damaged: {brief(error)}; read the text again"
+            f"{path} is not a saved state, or is damaged: {brief(error)}; read the text again"
         ) from error
     if metadata.get("format") not in (_FORMAT, *_OLD_FORMATS):
-        raise CheckpointError(f"{path} is no saved state of this program; --save_state writes such")
+        raise CheckpointError(f"{path} is not a saved state; --save_state writes such files")
     old = metadata["format"] in _OLD_FORMATS
     try:
         if not old and _digest(metadata, plain) != metadata["sha256"]:
@@ -94,15 +94,15 @@ def load_reading(path: Path, model: LanguageModel, tokenizer: Tokenizer) -> Read
         written_with = {name: metadata[name] for name in ("model", "tokenizer")}
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(
-            f"{path} is damaged: its contents are not those that were written"
+            f"{path} is damaged: its contents have changed since it was written"
         ) from error
     describe = _old_description if metadata["format"] == _OLD_FORMATS[-1] else _description
     of_model = model_fingerprint(model, describe(model.config))
     for name, of in (("model", of_model), ("tokenizer", tokenizer.fingerprint)):
         if written_with[name] != of:
             raise CheckpointError(
-                f"{path} was saved with another {name} (or other options of it) "
-                f"({written_with[name][:12]} there, {of[:12]} here): read the text again"
+                f"{path} was saved with another {name} or with other options (fingerprint "
+                f"{written_with[name][:12]}, here {of[:12]}): read the text again"
             )
     rows, capacity = len(last_ids), _capacity(arrays)
     shape = jax.eval_shape(lambda: _empty(model, rows, capacity))
@@ -111,7 +111,7 @@ def load_reading(path: Path, model: LanguageModel, tokenizer: Tokenizer) -> Read
 
 
 def model_fingerprint(model: LanguageModel, description: str) -> str:
-    """SHA-256, in hex, of a model's config as described, and the beginning of every parameter."""
+    """SHA-256, in hex, of a model's `description` and of the beginning of every parameter."""
     digest = hashlib.sha256(description.encode())
     for name, x in named_leaves(model).items():
         digest.update(f"{name} {x.dtype} {x.shape}".encode())
@@ -120,7 +120,7 @@ def model_fingerprint(model: LanguageModel, description: str) -> str:
 
 
 def _description(config: ModelConfig) -> str:
-    """The options that differ from their defaults, so that new options change nothing."""
+    """The options that differ from their defaults, so that new options do not change it."""
     default = ModelConfig()
     values = {
         field.name: getattr(config, field.name)
@@ -131,7 +131,7 @@ def _description(config: ModelConfig) -> str:
 
 
 def _old_description(config: ModelConfig) -> str:
-    """The `repr` of a config when format 1 was written."""
+    """The `repr` that a config had when format 1 was written."""
     values = ", ".join(f"{name}={getattr(config, name)!r}" for name in _OLD_OPTIONS.split())
     return f"ModelConfig({values})"
 
@@ -150,7 +150,7 @@ def _empty(model: LanguageModel, rows: int, capacity: int) -> Progress:
 
 
 def _capacity(arrays: dict[str, np.ndarray]) -> int:
-    """Slots of a Transformer's cache; of a RetNet's state anything."""
+    """The number of slots of a Transformer's cache; for a RetNet it has no effect."""
     return arrays["state/visible"].shape[1] if "state/visible" in arrays else 1
 
 

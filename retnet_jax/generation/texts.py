@@ -1,11 +1,11 @@
-"""Generation of texts: prompts and stop strings in, text out as it comes.
+"""Generation of texts, in pieces, from prompts and stop strings.
 
     writer = Writer(model, tokenizer, ["Once", "The"], max_tokens=100, stop=["END"])
-    for additions in writer:                  # of each prompt the text that is new
+    for additions in writer:                  # the new text of each prompt
         ...
     writer.continuations[0].text
 
-What was read and written can be saved (`saved_state.py`) and continued.
+The model's state after a text can be saved (`saved_state.py`) and continued.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,21 +23,21 @@ from retnet_jax.model import LanguageModel
 
 @dataclass
 class Continuation:
-    """What was written after a prompt, so far or in all."""
+    """The text generated after a prompt so far."""
 
     text: str = ""  # without the stop string
-    tokens: list[int] = field(default_factory=list)  # with those that made the stop string
+    tokens: list[int] = field(default_factory=list)  # including those of the stop string
     log_probabilities: list[float] = field(default_factory=list)  # of each token, in nats
-    ended_by: str = "length"  # "end" of the text, "stop" string, or else as many as wanted
+    ended_by: str = "length"  # "end" of the text, a "stop" string, or the "length" max_tokens
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Texts that were read so far, to be continued.
+    """Texts that a model has read, to be continued.
 
     Attributes:
-      progress: of the model; a row for each text.
-      last_ids: the last tokens of each text, on which the text of the next ones can depend.
+      progress: Progress of the model, one row for each text.
+      last_ids: Last token ids of each text; decoding the next ones to text can depend on them.
     """
 
     progress: Progress
@@ -45,27 +45,27 @@ class Reading:
 
 
 class Writer:
-    """Continues texts; iterating gives what is new of each, until all have ended.
+    """Continues texts; iterating yields the new text of each, until all have ended.
 
-    A stop string ends a text also where it is spread over tokens. Text that might begin a stop
-    string is held back until that is decided.
+    A stop string may be spread over several tokens. Text that might begin a stop string is held
+    back until that is decided.
 
     Args:
       model: RetNet or Transformer, best from `for_decoding`.
-      tokenizer: the model's.
-      prompts: texts. With `after` they may be empty.
-      max_tokens: most tokens to write after each.
-      sampler: how a token is chosen, one for all or one for each prompt.
-      seed: of the random choices.
-      stop: strings that end a text, and are no part of it.
-      tokens_at_once: tokens generated between checks for a stop string; up to this many are wasted.
-      after: a text read before, which all prompts continue, or one for each; None: prompts begin
-        texts, with BOS. A prompt is encoded alone, so where it begins within a word its tokens are
-        not those of the joined text.
+      tokenizer: Tokenizer of the model.
+      prompts: Texts to continue; with `after` they may be empty.
+      max_tokens: Largest number of tokens to generate after each prompt.
+      sampler: Sampler for all prompts, or one for each.
+      seed: Seed of the sampling.
+      stop: Strings that end a text; they are not part of it.
+      tokens_at_once: Tokens generated between checks for a stop string; up to this many are wasted.
+      after: Text read before that all prompts continue, or one such text for each; None: prompts
+        begin new texts, with BOS. A prompt is encoded separately, so if it begins within a word its
+        tokens differ from those of the joined text.
 
     Raises:
-      ConfigError: for an empty stop string, another number of texts than prompts, a text that has
-        ended with no prompt after it; and as `generate`.
+      ConfigError: for an empty stop string, a wrong number of texts in `after`, or an empty prompt
+        after a text that has ended; and as `generate`.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Writer:
         after: Reading | None = None,
     ):
         if "" in stop:
-            raise ConfigError("a stop string is empty, which would end every text at once")
+            raise ConfigError("a stop string is empty; it would end every text at its beginning")
         self._end_ids = tokenizer.end_ids
         ids = tokenizer.encode_batch(prompts)
         progress = None
@@ -96,7 +96,7 @@ class Writer:
                 if not prompt and bool(after.progress.ended[row]):
                     raise ConfigError(
                         f"prompt {number} is empty, but the text before it has ended: give a "
-                        "prompt that begins the next"
+                        "prompt for the next text"
                     )
         self._ids = [[*old, *new] for old, new in zip(before, ids, strict=True)]
         self._stream = Stream(
@@ -125,10 +125,10 @@ class Writer:
 
     @property
     def reading(self) -> Reading:
-        """What has been read and written so far.
+        """The reading of the prompts and their continuations so far.
 
-        That of a single text with `tokens_at_once` of 1 is exact. Otherwise the model has read to
-        the end of the last piece of the stream, or until the longest text ended.
+        It is exact for a single text with `tokens_at_once=1`. Otherwise the model has read to the
+        end of the last piece of the stream, or until the longest text ended.
         """
         rows = zip(self._ids, self.continuations, strict=True)
         last_ids = [[*before, *after.tokens][-TextStream.context :] for before, after in rows]
@@ -137,15 +137,15 @@ class Writer:
 
 
 def _rows(after: Reading, prompts: int) -> list[int]:
-    """Which text each prompt continues."""
+    """The index of the text that each prompt continues."""
     texts = len(after.last_ids)
     if texts not in (1, prompts):
-        raise ConfigError(f"there are {prompts} prompts for {texts} texts to go on")
+        raise ConfigError(f"{prompts} prompts cannot continue {texts} texts: give one for each")
     return [0] * prompts if texts == 1 else list(range(prompts))
 
 
 class _Row:
-    """One text that is being written."""
+    """The text of one row, while it is generated."""
 
     def __init__(self, stream: TextStream, stop: Sequence[str]):
         self._stream = stream
@@ -155,7 +155,7 @@ class _Row:
         self.done = False
 
     def add(self, tokens: list[int], log_p: list[float], end_ids: Sequence[int]) -> str:
-        """Takes new tokens up to one that ends the text; gives the text that is certain."""
+        """Adds new tokens up to the end of the text, and returns the new text that is certain."""
         if self.done:
             return ""
         ends = [place for place, token in enumerate(tokens) if token in end_ids]
@@ -173,7 +173,7 @@ class _Row:
         return given
 
     def _tokens_to_stop(self, stream: TextStream, text: str, tokens: Sequence[int]) -> int:
-        """After how many tokens a stop string is complete."""
+        """The number of tokens after which a stop string is complete."""
         for number, token in enumerate(tokens, start=1):
             text += stream.add([token])
             if any(stop in text for stop in self._stop):
@@ -181,7 +181,7 @@ class _Row:
         return len(tokens)
 
     def rest(self) -> str:
-        """What was held back, if no more comes."""
+        """The text that was held back; called after the last tokens."""
         if self.done and self.continuation.ended_by == "stop":
             return ""
         rest = self._certain(self._stream.rest()) + self._held
@@ -190,7 +190,7 @@ class _Row:
         return rest
 
     def _certain(self, new: str) -> str:
-        """What of the text held back and the new one is no stop string nor may become one."""
+        """The part of the held-back and the new text that cannot belong to a stop string."""
         text = self._held + new
         starts = [(text.find(stop), stop) for stop in self._stop if stop in text]
         if starts:
@@ -209,6 +209,6 @@ class _Row:
 
 
 def _beginning(stop: str, text: str) -> int:
-    """How many characters at the end of a text a stop string begins with."""
+    """The length of the longest end of a text that is a proper beginning of a stop string."""
     most = min(len(stop) - 1, len(text))
     return next((n for n in range(most, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,11 +1,12 @@
-"""Checkpoints of other RetNets: loaded, saved, and converted into each other.
+"""Loads, saves and converts checkpoints of other RetNet implementations.
 
-    model = interop.load(directory)                      # whatever layout it has
+    model = interop.load(directory)                      # in any layout
     interop.fla.save(model, directory)                   # or torchscale, syncdoth
     interop.convert(directory, target, "own")            # tensor by tensor
 
-Each layout is one table in its module, read in both directions (`layout.Rule`). What a layout
-cannot express is refused, with the reasons.
+A layout is the checkpoint format of an implementation. Each is one table in its module, used for
+reading and for writing (`tables.Rule`). A model that a layout cannot express is refused, with the
+reasons.
 """
 
 import dataclasses
@@ -33,8 +34,8 @@ from retnet_jax.interop.tables import Layout, config_values
 from retnet_jax.interop.tensor_files import (
     TensorFiles,
     has_tensor_files,
-    looked_for,
     open_tensor_files,
+    weights_files,
 )
 from retnet_jax.model import LanguageModel
 
@@ -50,8 +51,8 @@ __all__ = [
 LAYOUTS = {
     layout.name: layout for layout in (fla.LAYOUT, fla.UNFUSED, torchscale.LAYOUT, syncdoth.LAYOUT)
 }
-# Beside the weights: what tokenizers of Hugging Face, SentencePiece, tiktoken and fairseq are made
-# of, and what says how a model is talked to.
+# Files that are copied with the weights: those of tokenizers (Hugging Face, SentencePiece,
+# tiktoken, fairseq), chat templates and generation options.
 BESIDE_WEIGHTS = (
     "*token*.json",
     "tekken.json",
@@ -71,32 +72,32 @@ BESIDE_WEIGHTS = (
 
 
 def load(directory: str | Path, mesh: Mesh | None = None, **changes: Any) -> LanguageModel:
-    """The model in a directory, whatever layout it has.
+    """Loads the model in a directory, in any layout.
 
     Args:
-      directory: a checkpoint of fla, torchscale or syncdoth, or one of ours.
-      mesh: where the parameters go, laid out as in training; None: the first device.
-      changes: fields of `ModelConfig` that change no parameter, such as dtype="bfloat16".
+      directory: Checkpoint of fla, torchscale or syncdoth, or one of this project.
+      mesh: Devices for the parameters, sharded as in training; None: the first device.
+      changes: Fields of `ModelConfig` that change no parameter, such as dtype="bfloat16".
 
     Raises:
-      ConfigError: for a config that this project cannot compute, and changes that do not fit.
-      CheckpointError: for weights that are missing, damaged or not the config's.
+      ConfigError: for a config that this project cannot compute, and for invalid changes.
+      CheckpointError: for weights that are missing, damaged, or do not fit the config.
     """
     return load_model(open_source(place(directory)), mesh, **changes)
 
 
 def save(model: LanguageModel, directory: str | Path, layout: str, **options: Any) -> None:
-    """Writes a model as a directory of a layout.
+    """Saves a model to a directory in a layout.
 
     Args:
-      model: what is written.
-      directory: must not exist, or be empty.
+      model: Model to save.
+      directory: Target; must not exist, or be empty.
       layout: "own", or one of `LAYOUTS`.
-      options: as of `Layout.save`.
+      options: Further options of `Layout.save`.
 
     Raises:
-      ConfigError: if the layout cannot say what the model computes.
-      CheckpointError: if the directory has something in it, or the disk has no room.
+      ConfigError: if the layout cannot express the model.
+      CheckpointError: if the directory is not empty, or the disk is full.
     """
     _layout(layout, model.config).save(model, directory, **options)
 
@@ -109,18 +110,18 @@ def convert(
     fold_head_norm: bool = False,
     **options: Any,
 ) -> None:
-    """Rewrites a checkpoint in another layout, tensor by tensor, with its tokenizer's files.
+    """Converts a checkpoint to another layout, tensor by tensor, and copies its tokenizer.
 
     Args:
-      source: a directory as for `load`.
-      target: must not exist, or be empty.
+      source: Directory as for `load`.
+      target: Directory to write; must not exist, or be empty.
       layout: "own", or one of `LAYOUTS`.
-      fold_head_norm: multiply the scale of the head norm, which only fla has, into the output
-        projection.
-      options: as of `Layout.write`.
+      fold_head_norm: Whether to multiply the scale of the head norm, which only fla has, into the
+        output projection.
+      options: Further options of `Layout.write`.
 
     Raises:
-      ConfigError: if the layout cannot say what the model computes, with the reasons.
+      ConfigError: if the layout cannot express the model, with the reasons.
       CheckpointError: as `load` and `save`.
     """
     source = place(source)
@@ -138,14 +139,14 @@ def convert(
     for path in source.iterdir():
         if any(fnmatch(path.name, pattern) for pattern in BESIDE_WEIGHTS) and path.is_file():
             (Path(target) / path.name).write_bytes(path.read_bytes())
-    # What only the source's config.json said of the ends of texts has to stand somewhere.
+    # End-of-text ids that only the source's config.json names must be kept somewhere.
     copy = _tokenizer_in(Path(target))
     if tokenizer is not None and (copy is None or copy.end_ids != tokenizer.end_ids):
         tokenizer.save(Path(target))
 
 
 def _tokenizer_in(directory: AnyPath) -> Tokenizer | None:
-    """The tokenizer in a directory; None if there is none, or none that can be used by itself."""
+    """The tokenizer in a directory; None if there is none, or if it cannot be loaded."""
     if not has_tokenizer(directory):
         return None
     try:
@@ -155,7 +156,7 @@ def _tokenizer_in(directory: AnyPath) -> Tokenizer | None:
 
 
 def open_source(directory: AnyPath) -> Source:
-    """The parameters in a directory, whatever layout it has; raises as `load`."""
+    """Opens the parameters in a directory, in any layout; raises as `load`."""
     check_has_model(directory)
     if (directory / "checkpoints").is_dir():
         return RunSource(directory)
@@ -167,38 +168,39 @@ def open_source(directory: AnyPath) -> Source:
 
 
 def check_has_model(directory: AnyPath) -> None:
-    """Raises `CheckpointError` if there is neither a training run nor a file with weights.
+    """Raises `CheckpointError` if a directory holds neither a training run nor a weights file.
 
-    The error says what was looked for and what is there.
+    The error says which files are expected and which exist.
     """
     if (directory / "checkpoints").is_dir() or has_tensor_files(directory):
         return
-    what = (
-        f"a --workdir of train.py has config.json and checkpoints/; in a checkpoint {looked_for()}"
+    expected = (
+        "expected a --workdir of train.py (config.json and checkpoints/) or a checkpoint with "
+        f"{weights_files()}"
     )
     if directory.is_file():
-        raise CheckpointError(f"{directory} is a file: name the directory that it is in; {what}")
+        raise CheckpointError(f"{directory} is a file: name the directory it is in; {expected}")
     if not directory.exists():
         text, hub = str(directory), ""
         if re.fullmatch(r"[\w.-]+/[\w.-]+", text):
             hub = (
-                "; for a model of Hugging Face's hub, which nothing here downloads: "
+                "; to download a model from the Hugging Face hub first: "
                 f"hf download {text} --local-dir DIRECTORY"
             )
         raise CheckpointError(f"{directory} is no directory{hub}")
     if below := models_below(directory):
         raise CheckpointError(
-            f"{directory} has no weights, but {len(below)} of its directories have: name one, "
-            f"such as {below[-1]}"
+            f"{directory} has no weights, but {len(below)} of its subdirectories do: name one of "
+            f"them, such as {below[-1]}"
         )
     names = sorted(path.name for path in directory.iterdir())
     found = ", ".join(names[:8]) or "nothing"
     more = "" if len(names) <= 8 else f" and {len(names) - 8} more"
-    raise CheckpointError(f"{directory} has no weights: {what}; there is {found}{more}")
+    raise CheckpointError(f"{directory} has no weights: {expected}; found {found}{more}")
 
 
 def models_below(directory: AnyPath) -> list[AnyPath]:
-    """The directories in a directory that hold a model, as trainers write checkpoint-100."""
+    """The subdirectories that hold a model, such as checkpoint-100 of Hugging Face's trainer."""
     return sorted(
         path
         for path in directory.iterdir()
@@ -207,7 +209,7 @@ def models_below(directory: AnyPath) -> list[AnyPath]:
 
 
 def _recognised(directory: AnyPath, files: TensorFiles) -> Layout:
-    """The layout that names the embedding, and the head norm, as the files do."""
+    """Recognises a layout by its name of the embedding, fla's unfused one by the head norm's."""
     names = set(files.infos)
     if any(".attn.g_norm.weight" in name for name in names):
         return fla.UNFUSED
@@ -217,8 +219,8 @@ def _recognised(directory: AnyPath, files: TensorFiles) -> Layout:
     known = ", ".join(layout.rules[0].foreign for layout in LAYOUTS.values())
     some = ", ".join(sorted(names)[:5]) or "none"
     raise CheckpointError(
-        f"{directory}: no layout is known that has tensors such as {some}; an embedding named "
-        f"{known} or, by us, embedding is looked for"
+        f"{directory}: unknown layout, with tensors such as {some}; expected an embedding named "
+        f"{known}, or embedding (this project)"
     )
 
 

@@ -21,7 +21,7 @@ TYPES = {
     float: "expand_k expand_v norm_eps hidden_ratio",
     bool: "tie_word_embeddings",
 }
-# For "what follows from the rest" and "no limit".
+# Fields in which fla reads null as "derived from the others" or "no limit".
 MAY_BE_NULL = ("intermediate_size", "hidden_ratio", "max_position_embeddings")
 _LAYER = "model.layers.{layer}."
 RULES = (
@@ -46,7 +46,7 @@ UNFUSED_RULES = tuple(
 
 
 def read_config(values: dict[str, Any], infos: Mapping[str, TensorInfo]) -> Description:
-    """The description in a `config.json`; what is left out has fla's defaults."""
+    """The description in a `config.json`; missing fields have fla's defaults."""
     heads = values.get("num_heads", 8)
     nulls = {name for name in MAY_BE_NULL if name in values and values[name] is None}
     check_types("fla", {name: x for name, x in values.items() if name not in nulls}, TYPES)
@@ -89,7 +89,7 @@ def write_config(description: Description, *, fused: bool) -> dict[str, Any]:
     """The `config.json` of a model.
 
     Raises:
-      ConfigError: if the model computes what fla cannot.
+      ConfigError: if fla cannot express the model.
     """
     model = description.model
     check_exact("fla", model, FLA, _REASONS)
@@ -127,7 +127,7 @@ def write_config(description: Description, *, fused: bool) -> dict[str, Any]:
 
 
 def split_fused_gates(files: TensorFiles) -> TensorFiles:
-    """Checkpoints written before 2025-02 hold gate_proj and up_proj in one tensor [2I, d]."""
+    """Splits tensors [2I, d] that hold gate_proj and up_proj, as fla wrote them until 2025-02."""
     fused = {
         name: name.replace("gate_proj", "up_proj")
         for name in files.infos
@@ -137,7 +137,7 @@ def split_fused_gates(files: TensorFiles) -> TensorFiles:
 
 
 class _Split:
-    """Files in which the second half of some tensors' rows has a name of its own."""
+    """Tensor files in which the halves of some tensors are two tensors."""
 
     def __init__(self, files: TensorFiles, fused: dict[str, str]):
         self._files = files
@@ -162,19 +162,19 @@ def _expanded(width: int, factor: float, name: str) -> int:
     expanded = width * factor
     if abs(expanded - round(expanded)) > 1e-6 * width:
         raise ConfigError(
-            f"config.json: hidden_size={width} times {name}={factor} is {expanded}, no whole number"
+            f"config.json: hidden_size={width} times {name}={factor} is {expanded}, not an integer"
         )
     return round(expanded)
 
 
 def _factor(width: int, expanded: int) -> float:
-    """What `width` is multiplied by; some versions of fla round the product down."""
+    """The factor from `width` to `expanded`; some versions of fla round the product down."""
     factor = expanded / width
     return factor if int(width * factor) == expanded else math.nextafter(factor, math.inf)
 
 
 def _default_ffn(width: int, values: Mapping[str, Any]) -> int:
-    """fla's: two thirds of hidden_ratio * hidden_size, up to the next multiple of 256."""
+    """Two thirds of hidden_ratio * hidden_size, rounded up to a multiple of 256, as in fla."""
     ratio = values.get("hidden_ratio", 2)
     inner = int(width * (4 if ratio is None else ratio) * 2 / 3)
     return 256 * -(-inner // 256)
@@ -183,8 +183,8 @@ def _default_ffn(width: int, values: Mapping[str, Any]) -> int:
 _REASONS = {
     "rotation": "the angles differ, and no permutation of q and k maps one set to the other",
     "row_normalizer": "it divides by a root that depends on the position, which no weight can undo",
-    "decay": "the decays are no parameters in fla",
-    "embedding_scale": "fla ties no scale to the embedding",
+    "decay": "fla's decays are fixed",
+    "embedding_scale": "fla does not scale the embedding",
 }
 
 
@@ -196,7 +196,7 @@ LAYOUT = Layout(
     split=split_fused_gates,
 )
 load, save = LAYOUT.load, LAYOUT.save
-# As fla names the head norm with fuse_norm=False.
+# fla with fuse_norm=False, which names the head norm differently.
 UNFUSED = replace(
     LAYOUT,
     name="fla_unfused",

@@ -1,7 +1,7 @@
-"""Our own checkpoints: a training run's, and safetensors files with our own names.
+"""Checkpoints of this project: training runs, and safetensors files with the same parameter names.
 
-The latter is what a conversion writes, and a small thing to publish: config.json with the section
-"model" of a run's config, model.safetensors, and the tokenizer's files.
+A conversion writes the latter: config.json with the section "model" of a run's config,
+model.safetensors, and the tokenizer's files. It is the smaller one to publish.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from retnet_jax.model.parameters import abstract_model, parameter_shapes
 
 
 def own_layout(config: ModelConfig) -> Layout:
-    """The layout whose names are ours, for one model: its table is the identity."""
+    """This project's layout, for one model: its table is the identity."""
     return Layout(
         name="own",
         rules=tuple(Rule(name, name) for name in parameter_shapes(config)),
@@ -30,19 +30,19 @@ def own_layout(config: ModelConfig) -> Layout:
 
 
 def config_of(values: dict[str, Any]) -> Config:
-    """The checked config that a `config.json` of ours holds."""
+    """The checked config in a `config.json` of this project."""
     config = config_from_json(json.dumps(values), origin="config.json")
     config.check()
     return config
 
 
 def describe(config: Config) -> Description:
-    """The description of a model of ours."""
+    """The description of a model trained by this project."""
     return Description(config.model, context_length=config.data.sequence_length)
 
 
 def write_config(description: Description) -> dict[str, Any]:
-    """A `config.json` with the model, and the length it was trained on."""
+    """The `config.json`: the model, and its training length."""
     return {
         "model": dataclasses.asdict(description.model),
         "data": {"sequence_length": description.context_length},
@@ -66,7 +66,7 @@ class RunSource:
 
     def read(self, own: str, layer: int | None) -> np.ndarray:
         if self._read is None or self._read[0] != own:
-            self._read = None  # before the next one is in memory
+            self._read = None  # frees it before the next one is read
             self._read = own, self._reader.read(own)
         array = self._read[1]
         return array if layer is None else array[layer]

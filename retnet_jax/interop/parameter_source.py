@@ -1,4 +1,4 @@
-"""Where parameters come from, one at a time, and the model that is filled with them."""
+"""Sources of parameters, read one at a time, and a model built from one."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -20,25 +20,28 @@ from retnet_jax.trees import leaf_name, named_leaves
 
 @dataclass(frozen=True)
 class Description:
-    """What a checkpoint's config says: the model, and what goes from one config to the other."""
+    """The content of a checkpoint's config that conversions keep."""
 
     model: ModelConfig
-    context_length: int = 2048  # tokens it was trained on at once
+    context_length: int = 2048  # training length in tokens
     bos_id: int | None = None
     eos_id: int | list[int] | None = None
 
 
 class Source(Protocol):
-    """Parameters to be loaded, saved or converted."""
+    """Parameters to load, save or convert, in this project's orientation."""
 
     description: Description
 
     def info(self, own: str, layer: int | None) -> TensorInfo:
-        """Shape, in our orientation, and dtype of a parameter."""
+        """Shape and dtype of a parameter; `layer` as in `read`."""
         ...
 
     def read(self, own: str, layer: int | None) -> np.ndarray:
-        """A parameter in our orientation; of one layer, where it is stacked."""
+        """Reads the parameter with this project's name `own`.
+
+        `layer` selects one layer of a parameter stacked over layers; None: all of it.
+        """
         ...
 
 
@@ -46,11 +49,11 @@ class ModelSource:
     """The parameters of a model in memory, fetched from its devices one by one."""
 
     def __init__(self, model: LanguageModel):
-        """Raises `ConfigError` for a model that is laid out for decoding."""
+        """Raises `ConfigError` for a model prepared for decoding."""
         if isinstance(model, DecodingModel):
             raise ConfigError(
-                "a model from for_decoding() cannot be saved: its weights are rounded and joined; "
-                "save the one it was made from"
+                "a model from for_decoding() cannot be saved, because its weights are rounded and "
+                "joined; save the model it was made from"
             )
         self.description = Description(model.config)
         self._leaves = named_leaves(model)
@@ -72,17 +75,19 @@ _OUT_KERNEL = "layers/mixer/out/kernel"
 
 
 class HeadNormFolded:
-    """The parameters of a source with the head norm's scale multiplied into the output projection.
+    """The parameters of a source, with the head norm's scale folded into the output projection.
 
-    The gate comes between the two and is elementwise, so y W = (y / scale) (scale W). The product
-    is rounded to the dtype that the output projection is stored in.
+    Between the two there is only the elementwise gate, so y W = (y / scale) (scale W). The product
+    is rounded to the stored dtype of the output projection.
     """
 
     def __init__(self, source: Source):
         """Raises `ConfigError` for a model whose head norm has no scale."""
         model = source.description.model
         if not model.head_norm_scale:
-            raise ConfigError("there is no scale in the head norm of this model to fold")
+            raise ConfigError(
+                "fold_head_norm: the head norm of this model has no scale; leave it out"
+            )
         self._source = source
         self._n_heads = model.n_heads
         self.description = dataclasses.replace(
@@ -103,14 +108,14 @@ class HeadNormFolded:
 
 
 def load_model(source: Source, mesh: Mesh | None = None, **changes: Any) -> LanguageModel:
-    """A model with the parameters of a source.
+    """Builds the model with the parameters of a source.
 
-    One parameter at a time is on the host, and each device gets its own part of it alone.
+    The host holds one parameter at a time, and each device receives only its shard.
 
     Args:
-      source: what is read.
-      mesh: where the parameters go, laid out as in training; None: the first device.
-      changes: fields of `ModelConfig` that change no parameter, such as dtype.
+      source: Source of the parameters.
+      mesh: Devices for the parameters, sharded as in training; None: the first device.
+      changes: Fields of `ModelConfig` that change no parameter, such as dtype.
 
     Raises:
       ConfigError: if a change needs other parameters.
@@ -132,10 +137,10 @@ def load_model(source: Source, mesh: Mesh | None = None, **changes: Any) -> Lang
 
 
 def changed(config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
-    """A config with other values in fields that change no parameter.
+    """A config with new values in fields that change no parameter.
 
     Raises:
-      ConfigError: for a field that does, or that there is not.
+      ConfigError: for an unknown field, and for one that changes parameters.
     """
     known = {field.name for field in dataclasses.fields(ModelConfig)}
     for name in changes:
@@ -146,7 +151,7 @@ def changed(config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
     if parameter_shapes(new) != parameter_shapes(config):
         given = ", ".join(f"{name}={value!r}" for name, value in changes.items())
         raise ConfigError(
-            f"{given} needs other parameters than the checkpoint has; dtype, remat, chunk_size "
-            "and score_clamp can be changed"
+            f"{given} needs other parameters than those of the checkpoint; dtype, remat, "
+            "chunk_size and score_clamp can be changed"
         )
     return new

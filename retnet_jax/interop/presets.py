@@ -1,9 +1,9 @@
-"""Model shapes that compute exactly what other implementations do.
+"""Model configs that compute exactly what other implementations compute.
 
     config = presets.fla(vocab_size=32_000, d_model=2048, n_layers=24, n_heads=8)
 
-Each takes any field of `ModelConfig`. Such a model can be saved for that implementation, and what
-was trained there loads into it (see `interop`).
+Each preset takes any field of `ModelConfig`. Such a model can be saved for that implementation, and
+models trained there can be loaded (see `interop`).
 """
 
 from typing import Any
@@ -12,10 +12,10 @@ from retnet_jax.config import ModelConfig
 
 
 def paper(**options: Any) -> ModelConfig:
-    """As torchscale until September 2023, with which the authors published their RetNet.
+    """The authors' RetNet as published: torchscale until September 2023.
 
-    LayerNorm, biases, gelu with a LayerNorm before W2, values of 2 d_model. The experiments of
-    arXiv 2307.08621 have the gammas of decay="log_spaced" instead.
+    LayerNorm, biases, gelu with a LayerNorm before W2, values of width 2 d_model. The experiments
+    of arXiv 2307.08621 use decay="log_spaced" instead.
     """
     return ModelConfig(**(TORCHSCALE_2023 | {"norm_epsilon": 1e-5, "ffn_norm": "layer"} | options))
 
@@ -35,7 +35,7 @@ def syncdoth(**options: Any) -> ModelConfig:
     return ModelConfig(**(SYNCDOTH | {"ffn": "geglu", "decay": "powers_of_two"} | options))
 
 
-# What is the same in every checkpoint of an implementation.
+# The fields that are the same in all checkpoints of an implementation.
 TORCHSCALE_2023 = {
     "norm": "layer",
     "rotation": "torchscale",

@@ -1,4 +1,4 @@
-"""Reading one safetensors file: mapped to memory, or by byte ranges on an object store."""
+"""Reads one safetensors file: memory-mapped, or by byte ranges on an object store."""
 
 import contextlib
 import dataclasses
@@ -18,7 +18,7 @@ from retnet_jax.errors import CheckpointError, brief
 from retnet_jax.files.paths import is_remote
 
 AnyPath = Path | epath.Path
-# As safetensors writes them; what else there is holds no parameters.
+# Names of dtypes in safetensors; other dtypes hold no parameters.
 DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -29,7 +29,7 @@ DTYPES = {
 
 @contextlib.contextmanager
 def opened(path: AnyPath) -> Iterator[Any]:
-    """An open safetensors file: `safe_open`, or on an object store what reads byte ranges alike."""
+    """An open safetensors file: `safe_open`, or the same interface for an object store."""
     from safetensors import SafetensorError, safe_open
 
     with contextlib.ExitStack() as stack:
@@ -46,13 +46,13 @@ def opened(path: AnyPath) -> Iterator[Any]:
 
 
 class _RemoteSafetensors:
-    """What of `safe_open` is used here, for a file that cannot be mapped to memory.
+    """The used part of `safe_open`'s interface, for a file that cannot be memory-mapped.
 
     Args:
-      file: open, and able to seek.
+      file: Open seekable file.
 
     Raises:
-      ValueError, LookupError, struct.error: if it is no whole safetensors file.
+      ValueError, LookupError, struct.error: if it is not a complete safetensors file.
     """
 
     def __init__(self, file: Any):
@@ -61,13 +61,13 @@ class _RemoteSafetensors:
         file.seek(0)
         (size,) = struct.unpack("<Q", file.read(8))
         if size > end - 8:
-            raise ValueError(f"a header of {size} bytes in a file of {end}")
+            raise ValueError(f"a header of {size} bytes in a file of {end} bytes")
         header = json.loads(file.read(size))
         self._data_start = 8 + size
         self._tensors = {name: about for name, about in header.items() if name != "__metadata__"}
         needed = max((about["data_offsets"][1] for about in self._tensors.values()), default=0)
         if needed != end - self._data_start:
-            raise ValueError(f"{end - self._data_start} bytes of data where {needed} are expected")
+            raise ValueError(f"expected {needed} bytes of data, found {end - self._data_start}")
 
     def keys(self) -> list[str]:
         return list(self._tensors)

@@ -17,17 +17,17 @@ from retnet_jax.interop.torchscale import (
     TYPES,
     activation,
     buffers,
+    common_fields,
     options,
+    overridden_post_norm,
+    overridden_pre_norm,
     rules,
-    settled_before,
-    settled_post_norm,
-    shape,
     sublayer_norm,
 )
 
 
 def read_config(values: dict[str, Any], infos: Mapping[str, TensorInfo]) -> Description:
-    """The description in a `config.json`; what is left out has syncdoth's defaults."""
+    """The description in a `config.json`; missing fields have syncdoth's defaults."""
     check_types("syncdoth", values, TYPES)
     refuse_features("syncdoth", values, ABSENT)
     gated = values.get("use_glu", True)
@@ -42,10 +42,10 @@ def read_config(values: dict[str, Any], infos: Mapping[str, TensorInfo]) -> Desc
                 f"activations as if they were decoder_embed_dim={width} wide, so "
                 f"decoder_ffn_embed_dim={values.get('decoder_ffn_embed_dim', 1280)} cannot run"
             )
-    values = values | {"decoder_normalize_before": settled_before(values)}
+    values = values | {"decoder_normalize_before": overridden_pre_norm(values)}
     model = ModelConfig(
         **SYNCDOTH,
-        **shape(values, tied="tie_word_embeddings"),
+        **common_fields(values, tied="tie_word_embeddings"),
         value_dim=values.get("decoder_value_embed_dim", 1280),
         decay="log_spaced" if values.get("use_lm_decay", False) else "powers_of_two",
         ffn=GATED[plain] if gated else plain,
@@ -55,7 +55,7 @@ def read_config(values: dict[str, Any], infos: Mapping[str, TensorInfo]) -> Desc
     )
     return Description(
         model,
-        context_length=2048,  # there is no field for it
+        context_length=2048,  # syncdoth has no field for it
         bos_id=values.get("bos_token_id"),
         eos_id=values.get("eos_token_id", 0),
     )
@@ -65,14 +65,14 @@ def write_config(description: Description) -> dict[str, Any]:
     """The `config.json` of a model.
 
     Raises:
-      ConfigError: if the model computes what syncdoth cannot.
+      ConfigError: if syncdoth cannot express the model.
     """
     model = description.model
     gated = model.ffn_gated
     expected = SYNCDOTH | {
         "ffn_bias": not gated,
         "q_width": model.d_model,
-        "post_norm": settled_post_norm(model),
+        "post_norm": overridden_post_norm(model),
     }
     if model.decay == "log_spaced":
         expected["decay_range"] = (1 / 32, 1 / 512)

@@ -1,8 +1,7 @@
-"""A layout: how another implementation names, shapes and describes the parameters of a RetNet.
+"""A layout: the names, shapes and config with which another implementation stores a RetNet.
 
-Its table of `Rule`s is read in both directions, so that import and export are inverses of each
-other by construction. Parameters have their own names here, such as `layers/mixer/q/kernel`, and
-come one layer at a time.
+Import and export use the same table of `Rule`s, so they are inverses by construction. Parameters
+are named as in this project, such as `layers/mixer/q/kernel`, and read one layer at a time.
 """
 
 import json
@@ -43,9 +42,9 @@ class Rule:
     """One line of a table.
 
     Attributes:
-      own: a parameter's own name. What begins with "layers/" is stacked there: [n ...].
-      foreign: the layout's name. With "{layer}" in it, each layer has a tensor of its own.
-      transposed: the layout has [out, in] where our kernels are [in, out].
+      own: This project's name of a parameter; "layers/..." are stacked over layers: [n ...].
+      foreign: The layout's name. With "{layer}" in it, each layer is a separate tensor.
+      transposed: Whether the layout stores [out, in] where this project's kernels are [in, out].
     """
 
     own: str
@@ -55,18 +54,18 @@ class Rule:
 
 @dataclass(frozen=True)
 class Layout:
-    """A foreign layout, or our own.
+    """The checkpoint format of another implementation, or of this project.
 
     Attributes:
-      name: for people and the command line.
-      rules: the table. Rules for parameters that a model does not have are skipped.
-      read_config: the checkpoint's config, and the names of its tensors -> description. Raises
+      name: Name in messages and on the command line.
+      rules: The table. Rules for parameters that a model does not have are skipped.
+      read_config: Maps a checkpoint's config and its tensors to a description. Raises
         `ConfigError` for features that this project does not have.
-      write_config: description -> the checkpoint's config. Raises `ConfigError` that gives the
-        reasons if this layout cannot say what the model computes.
-      buffers: tensors of a checkpoint that follow from the config: checked when read.
-      writes_tied_head: whether the output head is in the file when it is the embedding.
-      split: renames and splits tensors that older checkpoints hold together.
+      write_config: Maps a description to a checkpoint's config. Raises `ConfigError` with the
+        reasons if the layout cannot express the model.
+      buffers: Tensors that follow from the config; they are checked when read.
+      writes_tied_head: Whether an output head that is tied to the embedding is written too.
+      split: Splits and renames the joined tensors of older checkpoints.
     """
 
     name: str
@@ -80,16 +79,16 @@ class Layout:
     def load(
         self, directory: str | Path, mesh: Mesh | None = None, **changes: Any
     ) -> LanguageModel:
-        """The model in a directory of this layout.
+        """Loads the model in a directory of this layout.
 
         Args:
-          directory: holds config.json and weights.
-          mesh: where the parameters go, laid out as in training; None: the first device.
-          changes: fields of `ModelConfig` that change no parameter, such as dtype="bfloat16".
+          directory: Directory with config.json and weights.
+          mesh: Devices for the parameters, sharded as in training; None: the first device.
+          changes: Fields of `ModelConfig` that change no parameter, such as dtype="bfloat16".
 
         Raises:
-          ConfigError: for a config that this project cannot compute, and changes that do not fit.
-          CheckpointError: for weights that are missing, damaged or not the config's.
+          ConfigError: for a config that this project cannot compute, and for invalid changes.
+          CheckpointError: for weights that are missing, damaged, or do not fit the config.
         """
         directory = epath.Path(directory)
         return load_model(self.open(directory, open_tensor_files(directory)), mesh, **changes)
@@ -100,21 +99,21 @@ class Layout:
         directory: str | Path,
         **options: Any,
     ) -> None:
-        """Writes a model as a directory of this layout.
+        """Saves a model to a directory in this layout.
 
         Args:
-          model: what is written.
-          directory: must not exist, or be empty.
-          options: as of `write`.
+          model: Model to save.
+          directory: Target; must not exist, or be empty.
+          options: Further options of `write`.
 
         Raises:
-          ConfigError: if this layout cannot say what the model computes.
-          CheckpointError: if the directory has something in it, or the disk has no room.
+          ConfigError: if this layout cannot express the model.
+          CheckpointError: if the directory is not empty, or the disk is full.
         """
         self.write(ModelSource(model), directory, **options)
 
     def open(self, directory: AnyPath, files: TensorFiles) -> "LayoutSource":
-        """The parameters in a directory whose weights are open; raises as `load`."""
+        """The parameters in a directory, given its open weights files; raises as `load`."""
         description = self.read_config(config_values(directory, files), files.infos)
         description.model.check()
         return self.source(description, files, str(directory))
@@ -129,24 +128,24 @@ class Layout:
         max_file_bytes: int = 5 * 10**9,
         torch_file: bool = False,
     ) -> None:
-        """Writes the parameters of a source as a directory of this layout, one by one.
+        """Writes the parameters of a source to a directory in this layout, one by one.
 
         Args:
-          source: what is written.
-          directory: on a local disk; must not exist, or be empty. It appears when all is written.
-          description: of the source, with what it does not know itself, such as `bos_id`.
-          dtype: "float32", "float16" or "bfloat16"; None: as the source has them.
-          max_file_bytes: of one safetensors file; a larger model is divided over several.
-          torch_file: write one PyTorch file, as fairseq has them, instead; all of it in memory.
+          source: Source of the parameters.
+          directory: Target on a local disk; must not exist, or be empty. It appears when complete.
+          description: Description to write instead of the source's own, for example with `bos_id`.
+          dtype: Dtype of the parameters, "float32", "float16" or "bfloat16"; None: the source's.
+          max_file_bytes: Largest size of a safetensors file; a larger model is split into several.
+          torch_file: Whether to write one PyTorch file as fairseq's instead, from memory.
 
         Raises:
-          as `save`.
+          As `save`.
         """
         if dtype not in (None, "float32", "float16", "bfloat16"):
             raise ConfigError(f"dtype={dtype!r} is not one of float32, float16, bfloat16")
         if is_remote(directory):
             raise ConfigError(
-                f"{directory} cannot be written to: name a directory on a local disk, and copy it "
+                f"{directory} is not on a local disk: write to a local directory, and copy it "
                 "there afterwards"
             )
         directory = Path(directory)
@@ -163,7 +162,7 @@ class Layout:
             (unfinished / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
     def foreign_names(self, config: ModelConfig) -> Iterator[tuple[str, Rule, int | None]]:
-        """Each tensor of a checkpoint, with its rule and its layer, None for all or none."""
+        """The name of each tensor, its rule, and its layer (None: not a tensor of one layer)."""
         own = parameter_shapes(config)
         for rule in self.rules:
             if rule.own not in own:
@@ -175,7 +174,7 @@ class Layout:
                 yield rule.foreign, rule, None
 
     def tied_head(self, config: ModelConfig) -> str | None:
-        """The layout's name of the output head, if that is the embedding."""
+        """The layout's name of the output head if it is tied to the embedding, else None."""
         if not config.tie_embeddings:
             return None
         return next((rule.foreign for rule in self.rules if rule.own == "head"), None)
@@ -184,8 +183,8 @@ class Layout:
         """The parameters in open files.
 
         Raises:
-          CheckpointError: that lists all tensors that are missing, extra or misshapen, with the
-            expected and the found shape, and buffers and tied heads that say something else.
+          CheckpointError: for tensors that are missing, extra or of the wrong shape, listing all
+            of them; and for buffers and tied heads that contradict the config.
         """
         config = description.model
         files = self.split(files)
@@ -202,10 +201,10 @@ class Layout:
             needed = expected.get(name, optional.get(name, "nothing"))
             found = files.infos[name].shape if name in files.infos else "nothing"
             if found != needed and not (found == "nothing" and name in optional):
-                wrong.append(f"{name}: {needed} is expected, {found} is there")
+                wrong.append(f"{name}: expected {needed}, found {found}")
         if not wrong:
             wrong = [
-                f"{name}: its values are not those that the config gives, {_brief(value)}"
+                f"{name}: expected the values that follow from the config, {_brief(value)}"
                 for name, value in buffers.items()
                 if name in files.infos and not _near(files.read(name), value)
             ]
@@ -214,17 +213,17 @@ class Layout:
                 wrong.append(f"{head}: differs from {embedding}, but the config ties them")
         if wrong:
             raise CheckpointError(
-                f"{origin} does not hold the {self.name} model that its config describes:\n  "
+                f"{origin}: the tensors are not those of the {self.name} model in its config:\n  "
                 + "\n  ".join(wrong)
             )
         return LayoutSource(self, description, files)
 
     def tensors(self, source: Source, dtype: np.dtype | None) -> list[TensorToWrite]:
-        """All tensors of a checkpoint in this layout, each read when it is written.
+        """All tensors of a checkpoint in this layout; each is read when it is written.
 
         Args:
-          source: the parameters.
-          dtype: of all but the buffers; None: as the source has them.
+          source: Source of the parameters.
+          dtype: Dtype of all tensors except buffers; None: the source's.
         """
         config = source.description.model
         tensors = []
@@ -250,7 +249,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class _Pieces:
-    """A tensor, read layer by layer when it is iterated over."""
+    """The pieces of a tensor, read from the source layer by layer."""
 
     source: Source
     rule: Rule
@@ -269,7 +268,7 @@ class _Pieces:
         if np.any(too_large):
             raise CheckpointError(
                 f"{self.rule.own}: {np.abs(array[too_large]).max():g} is too large for "
-                f"{self.dtype.name}; nothing is written: bfloat16 and float32 have more room"
+                f"{self.dtype.name}; nothing was written: bfloat16 and float32 have a larger range"
             )
         return rounded
 
@@ -305,18 +304,18 @@ class LayoutSource:
 
 
 def config_values(directory: AnyPath, files: TensorFiles | None = None) -> dict[str, Any]:
-    """What `config.json` says, or fairseq's options inside a PyTorch file that has no such file.
+    """The values in `config.json`; if there is none, fairseq's options in a PyTorch file.
 
     Raises:
-      ConfigError: if there is no config, or it is no JSON object.
+      ConfigError: if there is no config, or it is not a JSON object.
     """
     path = directory / "config.json"
     if not path.is_file():
         inside = getattr(files, "options", None)
         if inside is None:
             raise ConfigError(
-                f"{path} does not exist; it holds the model's sizes: Hugging Face's config.json, "
-                "or for torchscale the keywords of its RetNetConfig"
+                f"{path} does not exist; it must hold the model's sizes: Hugging Face's "
+                "config.json, or for torchscale the keywords of its RetNetConfig"
             )
         return inside
     try:
@@ -325,20 +324,20 @@ def config_values(directory: AnyPath, files: TensorFiles | None = None) -> dict[
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}, not an object of fields")
-    # Records of experiments have a model's options one level down.
+    # Records of experiments nest a model's options.
     return values.get("retnet_config") or values.get("given") or values
 
 
 def check_exact(
     layout: str, config: ModelConfig, expected: Mapping[str, Any], reasons: Mapping[str, str]
 ) -> None:
-    """Raises `ConfigError` unless the model has the values that a layout cannot say otherwise.
+    """Raises `ConfigError` unless a model has the values that a layout takes for granted.
 
     Args:
-      layout: its name.
-      config: the model.
-      expected: fields of the config, and the value that all models of the layout have.
-      reasons: why no parameters could make up for another value, for the fields that need it said.
+      layout: Name of the layout.
+      config: Config of the model.
+      expected: Fields of the config, and the value that all models of the layout have.
+      reasons: For some of these fields, why a model with another value cannot be converted.
     """
     config.check()
     if config.mixer != "retention":
@@ -352,8 +351,7 @@ def check_exact(
     ]
     if wrong:
         raise ConfigError(
-            f"this model cannot be written as {layout} with the same outputs:\n  "
-            + "\n  ".join(wrong)
+            f"{layout} cannot express this model with the same outputs:\n  " + "\n  ".join(wrong)
         )
 
 
@@ -361,9 +359,9 @@ def refuse_features(layout: str, found: Mapping[str, Any], allowed: Mapping[str,
     """Raises `ConfigError` for features this project does not have.
 
     Args:
-      layout: its name.
-      found: a checkpoint's config.
-      allowed: for each field, what the feature is called, and the values that do without it.
+      layout: Name of the layout.
+      found: Values of a checkpoint's config.
+      allowed: For each field, the name of the feature, and the values that turn it off.
     """
     wrong = [
         f"{name}={found[name]!r}: {feature}"
@@ -372,18 +370,18 @@ def refuse_features(layout: str, found: Mapping[str, Any], allowed: Mapping[str,
     ]
     if wrong:
         raise ConfigError(
-            f"config.json asks for what this project does not have in a {layout} model:\n  "
+            f"config.json of a {layout} model has features that this project does not have:\n  "
             + "\n  ".join(wrong)
         )
 
 
 def check_types(layout: str, found: Mapping[str, Any], expected: Mapping[type, str]) -> None:
-    """Raises `ConfigError` for values of another type than the fields have.
+    """Raises `ConfigError` for values of the wrong type.
 
     Args:
-      layout: its name.
-      found: a checkpoint's config.
-      expected: for int, float and bool the names of the fields; a float may be written as an int.
+      layout: Name of the layout.
+      found: Values of a checkpoint's config.
+      expected: Names of the fields of each type: int, float (an int will do) and bool.
     """
     wrong = [
         f"{name}={found[name]!r} is no {kind.__name__}"
@@ -392,7 +390,10 @@ def check_types(layout: str, found: Mapping[str, Any], expected: Mapping[type, s
         if name in found and type(found[name]) not in ((int, float) if kind is float else (kind,))
     ]
     if wrong:
-        raise ConfigError(f"config.json is not that of a {layout} model:\n  " + "\n  ".join(wrong))
+        raise ConfigError(
+            f"config.json of a {layout} model has values of the wrong type:\n  "
+            + "\n  ".join(wrong)
+        )
 
 
 def _foreign_shape(rule: Rule, layer: int | None, config: ModelConfig) -> tuple[int, ...]:

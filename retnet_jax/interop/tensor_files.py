@@ -1,7 +1,7 @@
-"""Named tensors in files: safetensors, single and sharded, and PyTorch's own.
+"""Named tensors in files: safetensors, in one file or several, and PyTorch's format.
 
-Files are read tensor by tensor, or a row of one, and written as tensors come, so that a conversion
-never holds a model in memory.
+Tensors are read one at a time, or some rows of one, and written one at a time, so that a conversion
+never holds a whole model in memory.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SAFETENSORS = (INDEX, SINGLE, "weights.safetensors")
 TORCH = ("*.pt", "*.pth", "*.bin")
-NESTED = ("model", "state_dict", "model_state_dict")  # where a PyTorch file may have its tensors
+NESTED = ("model", "state_dict", "model_state_dict")  # keys under which PyTorch files nest tensors
 
 
 @dataclass(frozen=True)
@@ -39,28 +39,27 @@ class TensorInfo:
 
 
 class TensorFiles(Protocol):
-    """Open files: what is in them, and access to it."""
+    """Open files: the tensors in them by name."""
 
     infos: dict[str, TensorInfo]
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        """A tensor, or some of its rows."""
+        """Reads a tensor, or some of its rows."""
         ...
 
 
 def has_tensor_files(directory: AnyPath) -> bool:
-    """Whether there are files that `open_tensor_files` would open, or complain about."""
+    """Whether there are files that `open_tensor_files` would open or raise an error for."""
     return any((directory / name).is_file() for name in SAFETENSORS) or bool(
         _torch_files(directory)
     )
 
 
 def open_tensor_files(directory: AnyPath) -> TensorFiles:
-    """The tensors in a directory: safetensors if there are any, else one PyTorch file.
+    """Opens the tensors in a directory: safetensors if there are any, else one PyTorch file.
 
     Raises:
-      CheckpointError: if there are none, or it is not clear which are meant, or they are damaged;
-        naming the file.
+      CheckpointError: if there are no files, several candidates, or a damaged file; naming it.
     """
     single = directory / SINGLE
     if (directory / INDEX).is_file():
@@ -74,29 +73,29 @@ def open_tensor_files(directory: AnyPath) -> TensorFiles:
     if torch_files:
         names = ", ".join(path.name for path in torch_files)
         raise CheckpointError(
-            f"{directory} has several PyTorch files ({names}); leave the one that is meant alone "
-            "in a directory with its config.json"
+            f"{directory} has several PyTorch files ({names}); copy the right one to a new "
+            "directory with its config.json"
         )
-    raise CheckpointError(f"{directory} has no weights: {looked_for()}")
+    raise CheckpointError(f"{directory} has no weights: expected {weights_files()}")
 
 
-def looked_for() -> str:
-    """The names of files with weights, for messages."""
-    return f"{', '.join(SAFETENSORS)}, or one PyTorch file ({', '.join(TORCH)}) is looked for there"
+def weights_files() -> str:
+    """The possible names of weights files, for messages."""
+    return f"{', '.join(SAFETENSORS)}, or one PyTorch file ({', '.join(TORCH)})"
 
 
 def _indexed(directory: AnyPath, single: AnyPath | None) -> "SafetensorsFiles":
     """The tensors that an index names; `single` is a file of the whole model beside it.
 
-    An index may be left from another model, and so may the file: they must say the same, and an
-    index without its files is left aside.
+    Either may be a leftover of another model. An index without its files is ignored; otherwise
+    both must hold the same tensors.
     """
     weight_map = _weight_map(directory / INDEX)
     absent = sorted({name for name in weight_map.values() if not (directory / name).is_file()})
     if single is not None and absent:
         warnings.warn(
-            f"{single} is read: {directory / INDEX} is left from other files, of which "
-            f"{absent[0]} does not exist",
+            f"{single} is read and {directory / INDEX} is ignored: {absent[0]}, a file that it "
+            "names, does not exist",
             stacklevel=2,
         )
         return SafetensorsFiles([single])
@@ -109,13 +108,13 @@ def _indexed(directory: AnyPath, single: AnyPath | None) -> "SafetensorsFiles":
         if differing is not None:
             raise CheckpointError(
                 f"{single} and the files that {directory / INDEX} names hold different models "
-                f"(the first difference is in {differing}): delete the one that is not meant"
+                f"(the first difference is in {differing}): delete the wrong one"
             )
     return divided
 
 
 def _first_difference(one: "SafetensorsFiles", other: "SafetensorsFiles") -> str | None:
-    """The first tensor that two sets of files do not have alike."""
+    """The name of the first tensor that differs between two sets of files; None: none does."""
     for name in sorted(one.infos | other.infos):
         if one.infos.get(name) != other.infos.get(name):
             return name
@@ -127,16 +126,15 @@ def _first_difference(one: "SafetensorsFiles", other: "SafetensorsFiles") -> str
 class SafetensorsFiles:
     """Tensors of one or more safetensors files.
 
-    A file is mapped to memory only while something is read from it: mapped pages count as memory.
+    A file is memory-mapped only while a tensor is read, because mapped pages count as memory.
 
     Args:
-      paths: the files.
-      path_of: which file each tensor is read from, as an index says; what else the files hold is
-        left out. None: all that they hold.
+      paths: The files.
+      path_of: The file of each tensor, from an index; other tensors are ignored. None: all tensors.
 
     Raises:
-      CheckpointError: for a file that is missing or damaged, and a tensor that is not where the
-        index says.
+      CheckpointError: for a missing or damaged file, and for a tensor that is not in the file that
+        the index names.
     """
 
     def __init__(self, paths: Sequence[AnyPath], path_of: Mapping[str, AnyPath] | None = None):
@@ -151,15 +149,16 @@ class SafetensorsFiles:
                     dtype = tensor.get_dtype()
                     if dtype not in DTYPES:
                         raise CheckpointError(
-                            f"{path}: {name} is {dtype}; {', '.join(DTYPES)} can be read"
+                            f"{path}: {name} has dtype {dtype}, which is not one of "
+                            f"{', '.join(DTYPES)}"
                         )
                     self.infos[name] = TensorInfo(tuple(tensor.get_shape()), DTYPES[dtype])
                     self._path_of[name] = path
         absent = [] if path_of is None else sorted(set(path_of) - set(self.infos))
         if absent:
             raise CheckpointError(
-                f"{path_of[absent[0]]} does not hold {absent[0]}, which {INDEX} says is in it; "
-                "fetch both again"
+                f"{path_of[absent[0]]} does not hold {absent[0]}, although {INDEX} says so; "
+                "download both again"
             )
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
@@ -168,11 +167,11 @@ class SafetensorsFiles:
 
 
 class TorchFile:
-    """Tensors of a file that `torch.save` wrote, by itself or as fairseq nests them.
+    """Tensors of a file that `torch.save` wrote.
 
-    fairseq's are under ["model"], with "decoder." in front of their names; Lightning's and others'
-    under ["state_dict"]. Only tensors and plain
-    values are unpickled (`weights_only=True`).
+    They may be nested: fairseq's under ["model"], with "decoder." before their names, Lightning's
+    and others' under ["state_dict"]. Only tensors and plain values are unpickled
+    (`weights_only=True`).
     """
 
     def __init__(self, path: AnyPath):
@@ -180,7 +179,7 @@ class TorchFile:
         import argparse
 
         try:
-            # fairseq's options are an argparse.Namespace, which holds data alone.
+            # fairseq's options are an argparse.Namespace, which holds only data.
             with contextlib.ExitStack() as stack:
                 stack.enter_context(torch.serialization.safe_globals([argparse.Namespace]))
                 mapped = not is_remote(path) and zipfile.is_zipfile(path)
@@ -188,13 +187,13 @@ class TorchFile:
                     path if mapped else stack.enter_context(path.open("rb")),
                     map_location="cpu",
                     weights_only=True,
-                    mmap=mapped,  # older files are no archives, and read as a whole
+                    mmap=mapped,  # older files are no zip archives, and are read as a whole
                 )
-        except Exception as error:  # torch raises whatever its parts do
+        except Exception as error:  # torch raises errors of many types
             first = str(error).strip().split("\n")[0]
             raise CheckpointError(
-                f"{path} cannot be loaded as tensors alone ({type(error).__name__}: {first}); if "
-                "it holds other objects, save its state dictionary of tensors by itself"
+                f"{path} cannot be loaded as tensors only ({type(error).__name__}: {first}); if "
+                "it holds other objects, save only its state dictionary"
             ) from error
         if not isinstance(content, dict):
             raise CheckpointError(f"{path} holds a {type(content).__name__}, no dictionary")
@@ -208,8 +207,8 @@ class TorchFile:
         if not self._tensors:
             keys = ", ".join(sorted(map(str, content))[:8]) or "nothing"
             raise CheckpointError(
-                f"{path} holds no tensors by name, neither itself nor under "
-                f"{' or '.join(NESTED)}; it has {keys}"
+                f"{path} holds no named tensors, neither at the top level nor under "
+                f"{' or '.join(NESTED)}; found {keys}"
             )
         dtypes = {
             torch.float64: DTYPES["F64"],
@@ -228,14 +227,14 @@ class TorchFile:
 
         tensor = self._tensors[name].detach()
         tensor = (tensor if rows is None else tensor[rows]).contiguous()
-        if tensor.dtype == torch.bfloat16:  # numpy knows it by ml_dtypes, torch by nothing
+        if tensor.dtype == torch.bfloat16:  # torch cannot convert it to numpy's (ml_dtypes)
             return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return tensor.numpy()
 
 
 @dataclass(frozen=True)
 class TensorToWrite:
-    """A tensor that is made when its turn comes, in pieces along its first axis."""
+    """A tensor to write; its pieces, along the first axis, are made while it is written."""
 
     name: str
     info: TensorInfo
@@ -243,25 +242,25 @@ class TensorToWrite:
 
     @property
     def bytes(self) -> int:
-        """Its size in a file."""
+        """Size in a file."""
         return int(np.prod(self.info.shape, dtype=np.int64)) * self.info.dtype.itemsize
 
 
 def write_safetensors(
     directory: Path, tensors: Sequence[TensorToWrite], max_file_bytes: int
 ) -> None:
-    """Writes one file, or several and their index if they are more than `max_file_bytes`.
+    """Writes one safetensors file, or several and an index if it would exceed `max_file_bytes`.
 
-    The `safetensors` package writes only what is in memory as a whole, so the format is written
-    here: the length of a JSON header, the header, and the tensors' bytes end to end.
+    The `safetensors` package needs all tensors in memory, so the format is written here: the
+    length of a JSON header, the header, and the bytes of the tensors one after the other.
 
     Raises:
-      CheckpointError: if the disk has no room.
+      CheckpointError: if the disk has too little space.
     """
     needed, free = sum(tensor.bytes for tensor in tensors), shutil.disk_usage(directory).free
     if free < needed:
         raise CheckpointError(
-            f"{directory}: {needed:,} bytes are needed, {free:,} are free on the disk"
+            f"{directory}: {needed:,} bytes are needed, but only {free:,} are free on the disk"
         )
     # Wide dtypes first, so that each tensor is aligned.
     tensors = sorted(tensors, key=lambda tensor: -tensor.info.dtype.itemsize)
@@ -279,7 +278,7 @@ def write_safetensors(
 
 
 def write_torch(path: Path, tensors: Sequence[TensorToWrite]) -> None:
-    """Writes what fairseq's loader reads: {"model": {"decoder.NAME": tensor}}. All at once."""
+    """Writes a file for fairseq's loader, {"model": {"decoder.NAME": tensor}}, from memory."""
     torch = _torch(f"writing {path}")
 
     def tensor_of(tensor: TensorToWrite):
@@ -294,7 +293,7 @@ def write_torch(path: Path, tensors: Sequence[TensorToWrite]) -> None:
 
 
 def _fairseq_options(content: dict) -> dict | None:
-    """Fairseq keeps a model's options under ["cfg"]["model"], and long ago under ["args"]."""
+    """The model's options in a fairseq file: under ["cfg"]["model"], in old ones ["args"]."""
     cfg = content.get("cfg")
     options = cfg.get("model") if isinstance(cfg, dict) else content.get("args")
     if hasattr(options, "__dict__"):
@@ -307,13 +306,13 @@ def _torch_files(directory: AnyPath) -> list[AnyPath]:
 
 
 def _weight_map(index: AnyPath) -> dict[str, str]:
-    """Which file each tensor is in, by an index."""
+    """The file of each tensor, from an index."""
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
         return {str(name): str(file) for name, file in weight_map.items()}
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{index} is no index of tensors ({type(error).__name__}: {error})"
+            f"{index} is not an index of tensors ({type(error).__name__}: {error})"
         ) from error
 
 
@@ -331,7 +330,7 @@ def _grouped(
 
 def _write_file(path: Path, tensors: Sequence[TensorToWrite]) -> None:
     names = {dtype: name for name, dtype in DTYPES.items()}
-    # PyTorch's readers, transformers among them, ask for this entry.
+    # PyTorch's readers, such as transformers, require this entry.
     header: dict = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:
@@ -357,6 +356,6 @@ def _torch(purpose: str):
         import torch
     except ImportError as error:
         raise CheckpointError(
-            f"{purpose} needs PyTorch (pip install torch); safetensors files do not"
+            f"{purpose} needs PyTorch: pip install torch; safetensors files do not need it"
         ) from error
     return torch

@@ -1,7 +1,7 @@
-"""microsoft/torchscale, since October 2023 and before.
+"""microsoft/torchscale, both since October 2023 and before.
 
-The two differ in norms and biases, so one table serves them: rules for parameters that a model does
-not have are skipped.
+The two differ in norms and biases only, so one table serves both: rules for parameters that a model
+does not have are skipped.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ TYPES = {
 }
 _ACTIVATIONS = ("relu", "gelu", "swish")
 GATED = {"relu": "reglu", "gelu": "geglu", "swish": "swiglu"}
-# What this project does not have, as `refuse_features` takes it.
+# Features that this project does not have, as arguments of `refuse_features`.
 ABSENT = {
     "moe_freq": ("mixture of experts", 0),
     "multiway": ("multiway (two sets of parameters)", False),
@@ -35,7 +35,7 @@ ABSENT = {
 
 
 def rules(prefix: str, head: str) -> tuple[Rule, ...]:
-    """The table, with a prefix in front of all names but the output head's."""
+    """The table, with a prefix before all names except that of the output head."""
 
     def norm(own: str, foreign: str) -> list[Rule]:
         return [Rule(f"{own}/scale", f"{foreign}.weight"), Rule(f"{own}/bias", f"{foreign}.bias")]
@@ -67,17 +67,18 @@ def rules(prefix: str, head: str) -> tuple[Rule, ...]:
 
 
 def read_config(values: dict[str, Any], infos: Mapping[str, TensorInfo]) -> Description:
-    """The description in torchscale's options; what is left out has torchscale's defaults.
+    """The description in torchscale's options; missing ones have torchscale's defaults.
 
-    Whether it is the shape before October 2023 is told by the names: that one has biases. fairseq
-    has None for an option that is left out, and the size of the vocabulary nowhere.
+    A model from before October 2023 is recognised by its biases. fairseq stores None for options
+    that were not given, and does not store the vocabulary size.
     """
     values = {name: value for name, value in values.items() if value is not None}
     if "embed_tokens.weight" in infos:
         values = {"vocab_size": infos["embed_tokens.weight"].shape[0]} | values
-    if normalizes_before(values) != settled_before(values):
-        # Until December 2023 its RetNetConfig settled this, since then it does not, and fairseq's
-        # options went around it. Models that norm after their layers have no norm at the end.
+    if pre_norm(values) != overridden_pre_norm(values):
+        # The option is ambiguous: RetNetConfig overrode it until December 2023, but not since
+        # then, nor for models built from fairseq's options. The tensors decide: only models with
+        # pre-norm have a final norm.
         values |= {"decoder_normalize_before": "layer_norm.weight" in infos}
     check_types("torchscale", values, TYPES)
     refuse_features("torchscale", values, ABSENT)
@@ -85,7 +86,7 @@ def read_config(values: dict[str, Any], infos: Mapping[str, TensorInfo]) -> Desc
         width = values.get("decoder_embed_dim", 768)
         model = ModelConfig(
             **TORCHSCALE_2023,
-            **shape(
+            **common_fields(
                 {"decoder_ffn_embed_dim": 1536} | values, tied="share_decoder_input_output_embed"
             ),
             value_dim=2 * width,
@@ -96,7 +97,7 @@ def read_config(values: dict[str, Any], infos: Mapping[str, TensorInfo]) -> Desc
     else:
         model = ModelConfig(
             **TORCHSCALE,
-            **shape(values, tied="share_decoder_input_output_embed"),
+            **common_fields(values, tied="share_decoder_input_output_embed"),
             value_dim=values.get("decoder_value_embed_dim", 1280),
             ffn=GATED[activation(values, "torchscale")],
             norm_epsilon=values.get("layernorm_eps", 1e-6),
@@ -108,7 +109,7 @@ def write_config(description: Description) -> dict[str, Any]:
     """Torchscale's options, as keywords of its RetNetConfig.
 
     Raises:
-      ConfigError: if the model computes what torchscale cannot.
+      ConfigError: if torchscale cannot express the model.
     """
     model = description.model
     before = model.norm == "layer"
@@ -116,7 +117,7 @@ def write_config(description: Description) -> dict[str, Any]:
     expected = expected | {"ffn": _ffn(model, gated=not before), "q_width": model.d_model}
     if before:
         expected["v_width"] = 2 * model.d_model
-        expected["post_norm"] = settled_post_norm(model)
+        expected["post_norm"] = overridden_post_norm(model)
         if model.ffn_norm is not None:
             expected |= {"ffn_norm": "layer", "deepnorm": False}
     check_exact("torchscale", model, expected, REASONS)
@@ -130,7 +131,7 @@ def write_config(description: Description) -> dict[str, Any]:
 
 
 def buffers(config: ModelConfig, *, prefix: str) -> dict[str, np.ndarray]:
-    """What torchscale saves with the parameters: the angle of each column of q, log gammas."""
+    """The buffers that torchscale saves: the angle of each column of q, and the log gammas."""
     angle = 10_000.0 ** -np.linspace(0, 1, config.q_width // config.n_heads // 2)
     complement = 2.0 ** (-5 - np.arange(config.n_heads))
     if config.decay == "log_spaced":
@@ -141,8 +142,8 @@ def buffers(config: ModelConfig, *, prefix: str) -> dict[str, np.ndarray]:
     }
 
 
-def shape(values: Mapping[str, Any], tied: str) -> dict[str, Any]:
-    """What the three configs say in the same words."""
+def common_fields(values: Mapping[str, Any], tied: str) -> dict[str, Any]:
+    """The fields of `ModelConfig` that torchscale's and syncdoth's options give alike."""
     return {
         "vocab_size": values.get("vocab_size", 50_257),
         "d_model": values.get("decoder_embed_dim", 768),
@@ -152,13 +153,13 @@ def shape(values: Mapping[str, Any], tied: str) -> dict[str, Any]:
         "tie_embeddings": values.get(tied, False),
         "embedding_scale": not values.get("no_scale_embedding", True),
         "embedding_norm": values.get("layernorm_embedding", False),
-        "post_norm": not normalizes_before(values),
+        "post_norm": not pre_norm(values),
         "deepnorm": values.get("deepnorm", False),
     }
 
 
 def options(model: ModelConfig) -> dict[str, Any]:
-    """The inverse of `_shape`, and what training needs."""
+    """The inverse of `common_fields`, with defaults for the options of training."""
     plain_of = {gated: plain for plain, gated in GATED.items()}
     return {
         "activation_dropout": 0.0,
@@ -180,7 +181,7 @@ def options(model: ModelConfig) -> dict[str, Any]:
 
 
 def activation(values: Mapping[str, Any], layout: str) -> str:
-    """The feed-forward layer's activation, checked."""
+    """The activation of the feed-forward layer, checked."""
     name = values.get("activation_fn", "gelu")
     if name not in _ACTIVATIONS:
         raise ConfigError(
@@ -191,29 +192,29 @@ def activation(values: Mapping[str, Any], layout: str) -> str:
 
 
 def sublayer_norm(values: Mapping[str, Any]) -> bool:
-    """Whether sub-LayerNorm is on, which deepnorm turns off."""
+    """Whether sub-LayerNorm is on; deepnorm turns it off."""
     return values.get("subln", True) and not values.get("deepnorm", False)
 
 
-def normalizes_before(values: Mapping[str, Any]) -> bool:
-    """Whether a norm comes before its layer."""
+def pre_norm(values: Mapping[str, Any]) -> bool:
+    """Whether the options ask for pre-norm: a norm before each layer."""
     return values.get("decoder_normalize_before", True)
 
 
-def settled_before(values: Mapping[str, Any]) -> bool:
-    """The same where deepnorm turns it off, and sub-LayerNorm on, whatever the option says."""
+def overridden_pre_norm(values: Mapping[str, Any]) -> bool:
+    """Pre-norm as RetNetConfig overrides it: deepnorm turns it off, sub-LayerNorm turns it on."""
     if values.get("deepnorm", False):
         return False
-    return sublayer_norm(values) or normalizes_before(values)
+    return sublayer_norm(values) or pre_norm(values)
 
 
-def settled_post_norm(model: ModelConfig) -> bool:
-    """What `settled_before` makes of this model's options."""
+def overridden_post_norm(model: ModelConfig) -> bool:
+    """Whether a model has post-norm after the override of `overridden_pre_norm`."""
     return model.deepnorm or (model.post_norm and model.ffn_norm is None)
 
 
 def _ffn(model: ModelConfig, *, gated: bool) -> str:
-    """The model's own feed-forward layer if the layout has it, else the nearest that it has."""
+    """The model's feed-forward layer if the layout has it, else the closest one it has."""
     if model.ffn_gated == gated:
         return model.ffn
     return "swiglu" if gated else "gelu"
@@ -222,7 +223,7 @@ def _ffn(model: ModelConfig, *, gated: bool) -> str:
 REASONS = {
     "rotation": "the angles differ, and no permutation of q and k maps one set to the other",
     "row_normalizer": "it divides by a root that depends on the position, which no weight can undo",
-    "decay": "the decays are no parameters there",
+    "decay": "torchscale's decays are fixed",
     "head_norm_scale": "fold it into the output projection first (--fold_head_norm)",
 }
 

@@ -1,9 +1,9 @@
 """Causal softmax attention with rotary positions: the mixer of the Transformer twin.
 
 It has the interface of multi-scale retention, so that one Block, one trainer and one generator
-serve both. Its state is a cache of all keys and values so far, which grows where retention's does
-not. Whole rows go to a flash attention where there is one (`flash_attention.py`); what is here has
-all scores at once, is the definition, and serves everything else.
+serve both. Its state is a cache of all keys and values so far, which grows with the text, unlike
+retention's. Whole rows use flash attention where there is a kernel (`flash_attention.py`). The
+attention here, with all scores at once, is the reference, and is used in all other cases.
 """
 
 from collections.abc import Callable
@@ -16,42 +16,42 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from retnet_jax.config import ModelConfig
-from retnet_jax.model.layers import Linear, project, split_heads
+from retnet_jax.model.layers import Linear, split_heads
 from retnet_jax.model.mixer import Mixer
 from retnet_jax.ops import flash_attention
 from retnet_jax.ops.retention import number_documents, positions
 from retnet_jax.ops.rotation import Rotation, rotate, rotation
 from retnet_jax.parallel.sharding import constrain
-from retnet_jax.shapes import Array, Bool, Float, Int
+from retnet_jax.shapes import Activations, Array, Bool, Float, Int, SegmentIds
 
 
 class KeysValues(NamedTuple):
-    """Keys and values of s slots, for one layer or, with n in front, for all."""
+    """Keys and values of s slots, for one layer or, with the dimension n, for all."""
 
     keys: Float[Array, "*n b s h k"]
     values: Float[Array, "*n b s h v"]
 
 
 class KVCache(NamedTuple):
-    """What a Transformer remembers: keys and values of the tokens it has read, s slots a row.
+    """The state of a Transformer: keys and values of the tokens it has read, in s slots per row.
 
-    A call on a cache with too little room gets one with just enough. Inside `jax.jit`, where shapes
-    cannot follow values, the room has to be there (`init_state` with the capacity): what overflows
-    is all NaN.
+    A call on a cache with too few slots enlarges it to just enough. Inside `jax.jit`, where shapes
+    cannot depend on values, the slots must exist before (`init_state` with the capacity); if they
+    do not, all outputs are NaN.
     """
 
     layers: KeysValues | tuple[KeysValues, ...] | None  # a tuple: of a model for decoding
-    visible: Bool[Array, "b s"]  # slots that hold tokens of the document the row ended in
-    length: Int[Array, " b"]  # slots in use, padding included; a call writes behind the most
-    position: Int[Array, " b"]  # of the next token in its document
+    visible: Bool[Array, "b s"]  # slots with tokens of the document that the row ended in
+    length: Int[Array, " b"]  # slots in use, padding included; a call writes after the largest
+    position: Int[Array, " b"]  # position of the next token in its document
 
     def take(self, rows: Int[Array, " r"]) -> "KVCache":
-        """The caches of some rows; one may be taken several times."""
+        """The caches of some rows; a row may occur several times."""
         layers = jax.tree.map(lambda x: x[..., rows, :, :, :], self.layers)
         return KVCache(layers, self.visible[rows], self.length[rows], self.position[rows])
 
     def put(self, rows: Int[Array, " r"], cache: "KVCache") -> "KVCache":
-        """With the rows of another cache, of as many slots, at places `rows`."""
+        """This cache with the rows `rows` replaced by those of a cache with equally many slots."""
         layers = jax.tree.map(
             lambda x, new: x.at[..., rows, :, :, :].set(new), self.layers, cache.layers
         )
@@ -59,13 +59,13 @@ class KVCache(NamedTuple):
         return KVCache(layers, *(x.at[rows].set(new) for x, new in rest))
 
     def with_room(self, tokens: int) -> "KVCache":
-        """The same cache with slots for so many more tokens."""
+        """The same cache with slots for `tokens` more tokens."""
         if isinstance(self.length, jax.core.Tracer):
             return self
         return self.with_capacity(int(self.length.max()) + tokens)
 
     def with_capacity(self, tokens: int) -> "KVCache":
-        """The same cache with slots for at least so many tokens in all."""
+        """The same cache with at least `tokens` slots."""
         missing = max(0, tokens - self.visible.shape[1])
         pad = [(0, 0), (0, missing), (0, 0), (0, 0)]
         return self._replace(
@@ -75,12 +75,12 @@ class KVCache(NamedTuple):
 
 
 class AttentionContext(NamedTuple):
-    """What all layers share, and the state after the batch but for its layers."""
+    """Arrays that all layers share, and the state after the batch without its layers."""
 
     turn: Rotation
     start: Int[Array, ""]  # slot of the first token
-    attend: Callable  # (q, k, v) -> y, of the name "retention" for jax.checkpoint
-    visible: Bool[Array, "b s"]  # these three: as of `KVCache`, after the batch
+    attend: Callable  # (q, k, v) -> y, named "retention" for jax.checkpoint
+    visible: Bool[Array, "b s"]  # these three as in `KVCache`, after the batch
     length: Int[Array, " b"]
     position: Int[Array, " b"]
 
@@ -106,17 +106,17 @@ class Attention(Mixer):
 
     def __call__(
         self,
-        x: Float[Array, "b t d"],
+        x: Activations,
         state: KeysValues | None,
         context: AttentionContext,
         form: str,
-    ) -> tuple[Float[Array, "b t d"], KeysValues]:
-        """Attention has one form; the name of any is accepted and computes the same."""
+    ) -> tuple[Activations, KeysValues]:
+        """Attention has only one form: `form` may be the name of any and makes no difference."""
         config = self.config
-        q, k, v = (split_heads(y, config.n_heads) for y in project(self, self.inputs, x))
+        q, k, v = (split_heads(y, config.n_heads) for y in self.project(x))  # [b t h k] each
         q = rotate(q, context.turn, config.rotation, q.shape[-1] ** -0.5)
         k = rotate(k, context.turn, config.rotation)
-        # Where positions are split, each device needs the keys and values of all.
+        # Where positions are split, each device needs the keys and values of all positions.
         new = KeysValues(constrain(k, "bshk"), constrain(v, "bshv"))
         if state is not None:
             new = jax.tree.map(
@@ -133,15 +133,15 @@ class Attention(Mixer):
     def implementation(
         config: ModelConfig, shape: tuple[int, int], one_document: bool = False
     ) -> str:
-        """Which implementation a batch of tokens [b t] is trained with, in a sentence.
+        """The implementation that training uses for a batch of tokens [b t], as a sentence.
 
-        `one_document`: without segment ids. To be called with the mesh set.
+        To be called with the mesh set. `one_document`: the batch has no segment ids.
         """
         return flash_attention.explain_choice(_queries(config, shape), one_document)
 
     @staticmethod
     def init_state(config: ModelConfig, batch_size: int, capacity: int) -> KVCache:
-        """An empty cache with slots for `capacity` tokens a row, in the activations' dtype."""
+        """An empty cache with `capacity` slots per row, in the activations' dtype."""
         shape = (config.n_layers, batch_size, capacity, config.n_heads)
         return KVCache(
             layers=KeysValues(
@@ -158,7 +158,7 @@ class Attention(Mixer):
         config: ModelConfig,
         state: KVCache | None,
         shape: tuple[int, int],
-        segment_ids: Int[Array, "b t"] | None,
+        segment_ids: SegmentIds | None,
     ) -> tuple[AttentionContext, Any]:
         """The context of a batch of tokens [b t], and the cache of each layer before them."""
         batch_size, length = shape
@@ -177,10 +177,10 @@ class Attention(Mixer):
             longest=length if fresh else None,
         )
         start = state.length.max()
-        # An overflowing write would be moved onto earlier slots in silence.
+        # Without the NaN a write beyond the last slot would silently be moved to earlier slots.
         overflows = start + length > state.visible.shape[1]
         turn = turn._replace(cos=jnp.where(overflows, jnp.nan, turn.cos))
-        # The document in each slot: 0 for the one the row opens with, -1 for what none can see.
+        # The document of each slot: 0 for the one that the row opens with, -1: not visible.
         real, _, index = number_documents(segment_ids)
         slot_document = jax.lax.dynamic_update_slice_in_dim(
             jnp.where(state.visible, jnp.int32(0), -1),
@@ -222,9 +222,9 @@ def attend_to_all(
     v: Float[Array, "b s h k"],
     mask: Bool[Array, "b 1 t s"] | None,
 ) -> Float[Array, "b t h k"]:
-    """Attention by all scores at once. `mask=None`: each token sees itself and all before it.
+    """Attention with all scores at once. `mask=None`: each token sees itself and all before it.
 
-    Queries come scaled, by k^-1/2.
+    Queries have been scaled by k^-1/2.
     """
     y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None, scale=1.0)
     return checkpoint_name(y, "retention")
@@ -233,7 +233,7 @@ def attend_to_all(
 def _mask(
     slot_document: Int[Array, "b s"], document: Int[Array, "b t"], start: Int[Array, ""]
 ) -> Bool[Array, "b 1 t s"]:
-    """What tokens of slots from `start` on see: their document's slots up to their own."""
+    """Whether each token, in slots from `start` on, sees a slot of its document up to its own."""
     places = start + jnp.arange(document.shape[1])
     slots = jnp.arange(slot_document.shape[1])
     seen = (slots[None] <= places[:, None])[None] & (

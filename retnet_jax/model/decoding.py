@@ -1,13 +1,13 @@
-"""A model laid out for decoding, where what a token costs is what it reads from memory.
+"""A model for decoding, where the time of a token is that of reading memory.
 
     model = for_decoding(load_pretrained(directory, dtype="bfloat16"))
     model = for_decoding(model, weights="int8", state_dtype="bfloat16")
 
-It computes the same, by the same Blocks, in the same forms. What differs is how numbers lie in
-memory: weights in the activations' dtype or in int8, those of one output next to each other; and
-for each layer arrays of its own, which XLA can use and update where they are. Slices of stacked
-layers it copies first, and columns of weights it multiplies first and adds up later: three times
-the bytes, on a GPU.
+It computes the same function with the same Blocks and forms; only the storage differs. Weights are
+in the activations' dtype or in int8, with the weights of one output next to each other. Each layer
+has its own arrays, which XLA can read and update in place: slices of stacked layers it would copy
+first, and products with columns of weights it would write to memory and add later. On a GPU that
+would take three times the bytes.
 """
 
 import jax
@@ -29,23 +29,24 @@ STATE_DTYPES = ("float32", "bfloat16")
 def for_decoding(
     model: LanguageModel, weights: str | None = None, state_dtype: str | None = None
 ) -> "DecodingModel":
-    """The same model, laid out for decoding.
+    """The same model, converted for decoding.
 
     Args:
-      model: RetNet or Transformer; it stays as it is. One that is laid out already is returned.
-      weights: "int8" keeps matrices as integers with a float32 scale for each output; None: in the
-        activations' dtype.
-      state_dtype: in which a RetNet's state is kept between calls, "float32" or "bfloat16", whose
-        values are those of `round_at_random`; the computation is float32. None: as it is computed.
+      model: RetNet or Transformer; it is not changed. A model for decoding is returned as it is.
+      weights: Storage of matrices. "int8": integers, with a float32 scale for each output; None:
+        the activations' dtype.
+      state_dtype: Dtype in which a RetNet's state is stored between calls, "float32" or "bfloat16"
+        (rounded by `round_at_random`); the computation is in float32. None: the dtype in which it
+        is computed.
 
     Raises:
-      ConfigError: for other values, and for a state_dtype where there is no such state.
+      ConfigError: for other values, and for a state_dtype of a Transformer.
     """
     if isinstance(model, DecodingModel):
         if weights is not None or state_dtype is not None:
             raise ConfigError(
-                f"weights={weights!r}, state_dtype={state_dtype!r}: the model is laid out for "
-                "decoding already; give for_decoding the one it was made from"
+                f"weights={weights!r}, state_dtype={state_dtype!r}: the model is converted for "
+                "decoding already; give for_decoding the model it was made from"
             )
         return model
     if weights not in (None, "int8"):
@@ -58,7 +59,7 @@ def for_decoding(
             if is_own(model.config.mixer):
                 kept = f"model.mixer={model.config.mixer!r} keeps its own as it computes it"
             raise ConfigError(f"state_dtype={state_dtype!r} is for a RetNet; {kept}")
-    return _laid_out(model, weights, state_dtype or model.config.state_dtype)
+    return _converted(model, weights, state_dtype or model.config.state_dtype)
 
 
 class Rows(nnx.Module):
@@ -79,7 +80,7 @@ class Rows(nnx.Module):
         return y + self.bias[...].astype(x.dtype) if self.has_bias else y
 
     def wide(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
-        """The product alone, in float32."""
+        """The product without the bias, in float32."""
         y = _product(x, self.weight[...])
         return y * self.scale[...] if self.has_scale else y
 
@@ -102,16 +103,16 @@ def _product(x: Float[Array, "... i"], weight: Array) -> Float[Array, "... o"]:
 
     if x.size > x.shape[-1]:
         return matrix_product(x, weight)
-    # For a single vector XLA on GPUs has no matrix product in bfloat16 that it does not write the
-    # weights out in float32 for (it does, where they are large); sums read them as they are.
+    # For a single vector XLA on GPUs may first write bfloat16 weights to memory in float32 (it does
+    # where they are large); sums read them as they are.
     return jax.lax.platform_dependent(x, weight, cuda=sums, rocm=sums, default=matrix_product)
 
 
 class DecodingModel(LanguageModel):
-    """What `for_decoding` returns: a language model that is not to be trained or saved.
+    """A model from `for_decoding`: a language model that cannot be trained or saved.
 
-    Its state has a tuple of the layers' states, those of a RetNet as [b h v k]: the keys that a
-    read-out sums over lie next to each other.
+    Its state has a tuple of the layers' states. A RetNet's are [b h v k]: the keys, over which a
+    read-out sums, are next to each other in memory.
     """
 
     stacked_state = False
@@ -149,12 +150,12 @@ class DecodingModel(LanguageModel):
         return issubclass(self.mixer_type, MultiScaleRetention)
 
     def _stored(self, layer_state, position: Int[Array, " b"], number: int):
-        """The state of a layer [b h k v] as it is kept [b h v k]; a Transformer's is kept as is."""
+        """A layer's state [b h k v] as it is stored, [b h v k]; a Transformer's is not changed."""
         if not self._retains:
             return layer_state
         layer_state = layer_state.swapaxes(-1, -2)
         if self.state_dtype == "bfloat16":
-            # A prime larger than any count of layers keeps the seeds of layers and positions apart.
+            # A prime larger than any number of layers: layers and positions share no seeds.
             return round_at_random(layer_state, position * 1009 + number)
         return layer_state
 
@@ -178,7 +179,7 @@ class DecodingModel(LanguageModel):
 
 
 @jax.jit(static_argnums=(1, 2))
-def _laid_out(model: LanguageModel, weights: str | None, state_dtype: str) -> DecodingModel:
+def _converted(model: LanguageModel, weights: str | None, state_dtype: str) -> DecodingModel:
     return DecodingModel(model, weights, state_dtype)
 
 
@@ -187,22 +188,13 @@ def _layer(stacked, index: int):
 
 
 def _with_rows(block, dtype: str):
-    """A Block whose Linears are Rows, those of one input joined."""
+    """A Block with Rows in place of its Linears, those of one input joined."""
+
+    def rows(linears: list[Linear]) -> Rows:
+        weight = jnp.concatenate([linear.kernel[...].T for linear in linears])
+        biases = [linear.bias[...] for linear in linears if linear.has_bias]
+        return Rows(weight, jnp.concatenate(biases) if biases else None, dtype)
+
     for module in (block.mixer, block.ffn):
-        for name, part in list(vars(module).items()):
-            if isinstance(part, Linear) and name not in module.inputs:
-                setattr(module, name, _rows([part], dtype))
-        if not module.inputs:  # of a mixer of one's own
-            continue
-        parts = [getattr(module, name) for name in module.inputs]
-        for name in module.inputs:
-            delattr(module, name)
-        module.joined = _rows(parts, dtype)
-        module.joined_widths = tuple(part.kernel.shape[1] for part in parts)
+        module.replace_linears(rows)
     return block
-
-
-def _rows(parts: list[Linear], dtype: str) -> Rows:
-    weight = jnp.concatenate([part.kernel[...].T for part in parts])
-    bias = jnp.concatenate([part.bias[...] for part in parts]) if parts[0].has_bias else None
-    return Rows(weight, bias, dtype)

@@ -1,8 +1,10 @@
-"""The parts that both models share: linear maps, norms, feed-forward.
+"""Layers that both models share: linear maps, norms, feed-forward.
 
 Parameters are float32; a layer computes in the dtype of its input, norms in float32. (In float64
-for float64 input, which reference computations have.)
+for float64 input, which reference computations use.)
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +14,14 @@ from jax.ad_checkpoint import checkpoint_name
 
 from retnet_jax.config import ModelConfig
 from retnet_jax.ops.linear import matrix_product
-from retnet_jax.shapes import Array, Float
+from retnet_jax.shapes import Activations, Array, Float
 
 
 class Linear(nnx.Module):
     """x W, plus a bias if there is one.
 
-    W is drawn from a normal distribution of deviation `scale / sqrt(inputs)`, the bias is 0.
+    W is drawn from a normal distribution of standard deviation `scale / sqrt(inputs)`; the initial
+    bias is 0.
     """
 
     def __init__(
@@ -34,27 +37,48 @@ class Linear(nnx.Module):
         return y + along(y, self.bias).astype(x.dtype) if self.has_bias else y
 
 
-def project(
-    module: nnx.Module, names: tuple[str, ...], x: Float[Array, "b t d"]
-) -> list[Float[Array, "b t _"]]:
-    """What the Linears of a module that have these names make of x.
+class Projections(nnx.Module):
+    """Base of a module that applies several Linears to its input, the attributes in `inputs`.
 
-    In a model for decoding they are one, `module.joined`, so that XLA does not join their weights
-    again for every token.
+    In a model for decoding one module replaces them, so that XLA does not join their weights again
+    for every token.
     """
-    if hasattr(module, "joined"):
-        joined = module.joined(x)
-        return jnp.split(joined, np.cumsum(module.joined_widths)[:-1].tolist(), axis=-1)
-    return [checkpoint_name(getattr(module, name)(x), name) for name in names]
+
+    inputs: tuple[str, ...] = ()
+    joined: nnx.Module | None = None  # all of `inputs` in one
+    joined_widths: tuple[int, ...] = ()  # widths of their outputs
+
+    def project(self, x: Activations) -> list[Float[Array, "b t _"]]:
+        """The outputs of the Linears of `inputs`."""
+        if self.joined is None:
+            return [checkpoint_name(getattr(self, name)(x), name) for name in self.inputs]
+        return jnp.split(self.joined(x), np.cumsum(self.joined_widths)[:-1].tolist(), axis=-1)
+
+    def replace_linears(self, join: Callable[[list[Linear]], nnx.Module]) -> None:
+        """Replaces the Linears of this module, those of `inputs` by one module.
+
+        Args:
+          join: Function that makes one module of several Linears with the same input.
+        """
+        linears = {name: part for name, part in vars(self).items() if isinstance(part, Linear)}
+        for name, linear in linears.items():
+            if name not in self.inputs:
+                setattr(self, name, join([linear]))
+        parts = [linears[name] for name in self.inputs]
+        for name in self.inputs:
+            delattr(self, name)
+        if parts:
+            self.joined = join(parts)
+            self.joined_widths = tuple(part.kernel.shape[1] for part in parts)
 
 
 def along(x: Float[Array, "... d"], parameter: nnx.Param) -> Float[Array, "... d"]:
-    """A parameter [d] with as many dimensions as x, to be broadcast along the others."""
+    """A parameter [d] as [1 ... 1 d], with the number of dimensions of x."""
     return jnp.expand_dims(parameter[...], tuple(range(x.ndim - 1)))
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], deviation: float) -> Float[Array, "..."]:
-    """Float32 parameters of a normal distribution."""
+    """Float32 parameters drawn from a normal distribution."""
     return deviation * jax.random.normal(rngs.params(), shape, jnp.float32)
 
 
@@ -95,10 +119,10 @@ def normalize(x: Float[Array, "... d"], kind: str, epsilon: float) -> Float[Arra
 
 @jax.custom_vjp
 def gelu(x: Float[Array, "... f"]) -> Float[Array, "... f"]:
-    """The product x Phi(x), exact: Phi is the normal distribution (arXiv 1606.08415).
+    """The exact x Phi(x), where Phi is the normal distribution function (arXiv 1606.08415).
 
-    By erf, which is one polynomial, where `jax.nn.gelu` has erfc, which is several. The backward
-    pass has x alone, and computes in float32 what it does not need to keep.
+    It uses erf, one polynomial, where `jax.nn.gelu` uses erfc, several. The backward pass keeps
+    only x and recomputes the rest in float32.
     """
     return _gelu_forward(x)[0]
 
@@ -132,7 +156,7 @@ ACTIVATIONS = {
 }
 
 
-class FeedForward(nnx.Module):
+class FeedForward(Projections):
     """act(x W1) W2, or with a gate (act(x W1) * x W3) W2 (arXiv 2002.05202)."""
 
     def __init__(
@@ -152,8 +176,8 @@ class FeedForward(nnx.Module):
         """The Linears that are applied to the input."""
         return ("up", "linear") if self.config.ffn_gated else ("up",)
 
-    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        up, *linear = project(self, self.inputs, x)
+    def __call__(self, x: Activations) -> Activations:
+        up, *linear = self.project(x)  # [b t f] each
         inner = ACTIVATIONS[self.config.ffn](up)
         if linear:
             inner = inner * linear[0]

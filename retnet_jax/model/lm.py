@@ -35,8 +35,8 @@ State = RetentionState | KVCache
 class Block(nnx.Module):
     """x + mixer(norm(x)), then x + ffn(norm(x)) (arXiv 2307.08621, Eq. 9).
 
-    With `post_norm` norm(x + mixer(x)), then norm(x + ffn(x)). With `deepnorm` every such x on the
-    left is multiplied by (2 n)^(1/4), and parameters begin smaller (arXiv 2203.00555).
+    With `post_norm`: norm(x + mixer(x)), then norm(x + ffn(x)). With `deepnorm` the first x of each
+    sum is multiplied by (2 n)^(1/4), and initial parameters are smaller (arXiv 2203.00555).
     """
 
     def __init__(self, mixer: type, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -68,12 +68,12 @@ class Block(nnx.Module):
 
 
 class LanguageModel(nnx.Module):
-    """What RetNet and Transformer have in common: all but the mixer.
+    """The base of RetNet and Transformer: everything except the mixer.
 
-    Gradients are for reverse mode (`jax.grad`, `jax.vjp`): several functions inside have gradients
-    of their own, of which jax refuses forward mode (`jax.jvp`, `jax.jacfwd`, `jax.hessian`).
-    `nnx.tabulate` cannot show a model whose layers are a scan, and leaves the classes broken behind
-    it; `retnet_jax.model.parameters.parameter_shapes` lists its parameters.
+    Gradients are for reverse mode (`jax.grad`, `jax.vjp`): several functions in the model have
+    custom gradients, for which jax refuses forward mode (`jax.jvp`, `jax.jacfwd`, `jax.hessian`).
+    `nnx.tabulate` cannot show a model whose layers run in a scan, and leaves the classes in a
+    broken state; `retnet_jax.model.parameters.parameter_shapes` lists the parameters.
     """
 
     stacked_state: ClassVar[bool] = True  # the layers of a state are stacked, not a tuple
@@ -84,18 +84,18 @@ class LanguageModel(nnx.Module):
         """Draws the parameters.
 
         Args:
-          config: the shape; `config.mixer` is set to this class's.
-          rngs: source of the random parameters, such as `nnx.Rngs(0)`.
+          config: Config of the model; `config.mixer` is set to that of this class.
+          rngs: Source of the random parameters, such as `nnx.Rngs(0)`.
 
         Raises:
-          ConfigError: for sizes that do not fit together, and for float64 where jax has none.
+          ConfigError: for sizes that do not fit together, and for float64 if jax does not allow it.
         """
         config = dataclasses.replace(config, mixer=self.mixer)
         config.check()
         if config.dtype == "float64" and not jax.config.jax_enable_x64:
             raise ConfigError(
                 "model.dtype='float64' needs 64-bit numbers in jax: build and call the model "
-                "within `with jax.enable_x64(True):`"
+                "inside `with jax.enable_x64(True):`"
             )
         self.config = config
         table = (config.vocab_size, config.d_model)
@@ -122,14 +122,14 @@ class LanguageModel(nnx.Module):
         """Logits of the token after each position, and the state after the last.
 
         Args:
-          tokens: token ids, int32. Their values are not looked at, which would wait for the device:
-            one that is out of range is read as the nearest id that there is.
-          state: what an earlier call returned, or `init_state`; None: nothing was read before.
-          segment_ids: documents and padding as in `retention`; None: each row is one document.
-          form: of retention: "parallel", "chunkwise" or "recurrent".
+          tokens: Token ids, int32. Their values are not checked, since that would wait for the
+            device: an id out of range is treated as the nearest valid id.
+          state: State from an earlier call or from `init_state`; None: nothing was read before.
+          segment_ids: Documents and padding as in `retention`; None: each row is one document.
+          form: Form of retention: "parallel", "chunkwise" or "recurrent".
 
         Raises:
-          ValueError: for tokens that are no integers, and a state of another model or batch.
+          ValueError: for tokens that are not integers, and a state of another model or batch.
         """
         hidden, state = self.hidden(tokens, state, segment_ids, form)
         return self.logits(hidden), state
@@ -141,7 +141,7 @@ class LanguageModel(nnx.Module):
         segment_ids: Int[Array, "b t"] | None = None,
         form: str = "chunkwise",
     ) -> tuple[Float[Array, "b t d"], State]:
-        """As a call, but without the output head: the normed activations it is applied to."""
+        """Like a call, without the output head: the normed activations that it is applied to."""
         config = self.config
         _check_input(tokens, segment_ids)
         if state is not None:
@@ -153,7 +153,7 @@ class LanguageModel(nnx.Module):
         return x, context.state(layers)
 
     def _run_layers(self, x: Float[Array, "b t d"], states, context, form: str):
-        """All layers, from the state of each before the tokens to that after them."""
+        """The activations after all layers, and the state of each layer after the tokens."""
         config = self.config
 
         def layer(x, layer_and_state):
@@ -163,8 +163,8 @@ class LanguageModel(nnx.Module):
 
         if config.remat != "none":
             layer = jax.checkpoint(layer, prevent_cse=False, policy=remat_policy(config))
-        # A loop zeroes and fills a stack for each thing the backward pass needs; a few layers are
-        # faster written out (a 4-layer step on 2 cores: 201 ms for 227).
+        # A loop zeroes and fills a stack for each array that the backward pass needs; a few layers
+        # are faster unrolled (a 4-layer step on 2 cores: 201 ms instead of 227).
         unroll = config.n_layers if config.n_layers <= 4 else 1
         return jax.lax.scan(layer, x, (self.layers, states), unroll=unroll)
 
@@ -185,21 +185,21 @@ class LanguageModel(nnx.Module):
         )
 
     def head_matrix(self) -> Float[Array, "w d"]:
-        """The output head's matrix, which is the embedding's where they are tied."""
+        """The output head's matrix: the embedding, if the two are tied."""
         return self.embedding[...] if self.config.tie_embeddings else self.head[...]
 
     @property
     def sharding(self) -> jax.sharding.Sharding:
-        """Whole, on all devices that the parameters are on, as the norms are."""
+        """The sharding of the norms: a copy on every device that has parameters."""
         return self.layers.mixer_norm.scale[...].sharding
 
     def init_state(self, batch_size: int, capacity: int) -> State:
         """The state before the first token.
 
         Args:
-          batch_size: rows.
-          capacity: tokens that a row will read in all. A Transformer's cache has that many slots;
-            a RetNet's state is of one size.
+          batch_size: Number of rows.
+          capacity: Number of tokens that a row will read in total: the slots of a Transformer's
+            cache. A RetNet's state has a fixed size.
         """
         return self.mixer_type.init_state(self.config, batch_size, capacity)
 
@@ -245,7 +245,7 @@ def build_model(config: ModelConfig, *, rngs: nnx.Rngs) -> LanguageModel:
 
 
 def check_state(model: LanguageModel, state: State, rows: int) -> None:
-    """Raises `ValueError` unless a state is one of this model, for so many rows."""
+    """Raises `ValueError` if a state is of another model, or has another number of rows."""
     expected = KVCache if issubclass(model.mixer_type, Attention) else RetentionState
     if not isinstance(state, expected):
         raise ValueError(
@@ -258,14 +258,14 @@ def check_state(model: LanguageModel, state: State, rows: int) -> None:
         )
     leaves = jax.tree.leaves(state.layers)
     if not leaves and expected is KVCache:
-        raise ValueError("state has no layers; `init_state` gives one that nothing was read into")
+        raise ValueError("state has no layers; `init_state` gives an empty state")
     for leaf in leaves:
         stacked = leaf.ndim == 5
         if stacked != model.stacked_state:
             raise ValueError(
-                "state is of the model as it is trained, and this one is laid out for decoding"
+                "state is of the trained model, but this is a model for decoding (`for_decoding`)"
                 if stacked
-                else "state is of a model laid out for decoding (`for_decoding`), and this is not"
+                else "state is of a model for decoding (`for_decoding`), but this one is not"
             )
         if leaf.shape[-4] != rows:
             raise ValueError(f"state has layers of {leaf.shape[-4]} rows for a batch of {rows}")
@@ -274,8 +274,8 @@ def check_state(model: LanguageModel, state: State, rows: int) -> None:
 def _check_input(tokens: Array, segment_ids: Array | None) -> None:
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(
-            f"tokens are {tokens.dtype}{list(tokens.shape)}; token ids of rows, int32 [b t], are "
-            "needed"
+            f"tokens are {tokens.dtype}{list(tokens.shape)}; they must be integers [b t], the "
+            "token ids of rows"
         )
     if segment_ids is not None and segment_ids.shape != tokens.shape:
         raise ValueError(f"segment_ids {segment_ids.shape} do not fit tokens {tokens.shape}")

@@ -5,7 +5,7 @@ needs no more than where each token stands in its document, and keeps one array 
 """
 
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,35 +13,36 @@ from flax import nnx
 
 from retnet_jax.config import ModelConfig
 from retnet_jax.errors import ConfigError
+from retnet_jax.model.layers import Projections
 from retnet_jax.ops.retention import positions
 from retnet_jax.shapes import Array, Float, Int
 
 
 class RetentionState(NamedTuple):
-    """What a RetNet remembers: as many numbers after ten tokens as after a million."""
+    """The state of a RetNet: it has the same size after ten tokens as after a million."""
 
-    # S of each layer; None: nothing read yet; a tuple: of a model for decoding
+    # S of each layer; None: nothing was read; a tuple: of a model for decoding
     layers: Float[Array, "n b h k v"] | tuple[Float[Array, "b h v k"], ...] | None
-    position: Int[Array, " b"]  # of the next token in its document
+    position: Int[Array, " b"]  # position of the next token in its document
 
     def take(self, rows: Int[Array, " r"]) -> "RetentionState":
-        """The states of some rows; one may be taken several times."""
+        """The states of some rows; a row may occur several times."""
         layers = jax.tree.map(lambda x: x[..., rows, :, :, :], self.layers)
         return RetentionState(layers, self.position[rows])
 
     def put(self, rows: Int[Array, " r"], state: "RetentionState") -> "RetentionState":
-        """With another state's rows at places `rows`."""
+        """This state with the rows `rows` replaced by those of another state."""
         layers = jax.tree.map(
             lambda x, new: x.at[..., rows, :, :, :].set(new), self.layers, state.layers
         )
         return RetentionState(layers, self.position.at[rows].set(state.position))
 
     def with_room(self, tokens: int) -> "RetentionState":
-        """A cache would get slots for so many more tokens; this state has one size."""
+        """This state, whose size is fixed; a `KVCache` gets slots for `tokens` more tokens."""
         return self
 
     def with_capacity(self, tokens: int) -> "RetentionState":
-        """A cache would get slots for so many tokens in all."""
+        """This state, whose size is fixed; a `KVCache` gets at least `tokens` slots."""
         return self
 
 
@@ -57,7 +58,7 @@ class MixerContext(NamedTuple):
         return RetentionState(layers, self.position)
 
 
-class Mixer(nnx.Module):
+class Mixer(Projections):
     """Maps the normed activations of a layer to what is added to them, along each row.
 
     A subclass has an `__init__` and a `__call__` as here. With `state_shape` it can also read a
@@ -69,8 +70,6 @@ class Mixer(nnx.Module):
       value_scale: factor on the initial parameters of values, by `Block`; as of `Linear`.
       out_scale: of the output projection.
     """
-
-    inputs: ClassVar[tuple[str, ...]] = ()  # Linears that `project` applies to the input as one
 
     def __init__(
         self, config: ModelConfig, *, rngs: nnx.Rngs, value_scale: float, out_scale: float

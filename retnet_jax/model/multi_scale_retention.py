@@ -8,7 +8,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from retnet_jax.config import ModelConfig
-from retnet_jax.model.layers import Linear, RMSNorm, project, split_heads
+from retnet_jax.model.layers import Linear, RMSNorm, split_heads
 from retnet_jax.model.mixer import Mixer, RetentionState
 from retnet_jax.ops.gated_norm import gated_norm
 from retnet_jax.ops.retention import (
@@ -22,17 +22,25 @@ from retnet_jax.ops.retention import (
     split_documents,
 )
 from retnet_jax.ops.rotation import Rotation, rotate, rotation
-from retnet_jax.shapes import Array, Float, Int
+from retnet_jax.shapes import (
+    Activations,
+    Array,
+    Float,
+    Int,
+    LogDecay,
+    RetentionMatrix,
+    SegmentIds,
+)
 
 
 class RetentionContext(NamedTuple):
-    """What all layers share, functions of positions and documents alone; and where these end."""
+    """Arrays that all layers share: they depend only on positions and documents."""
 
     turn: Rotation
-    log_decay: Float[Array, " h"]
+    log_decay: LogDecay
     row_scale: Float[Array, "b t h"] | None  # None: outputs are not scaled by position
     documents: SplitDocuments | None  # None: each row is one document
-    position: Int[Array, " b"]  # of the token after the batch
+    position: Int[Array, " b"]  # position of the token after the batch
 
     def state(self, layers) -> RetentionState:
         """The state after the batch, from that of each layer."""
@@ -59,14 +67,14 @@ class MultiScaleRetention(Mixer):
 
     def __call__(
         self,
-        x: Float[Array, "b t d"],
-        state: Float[Array, "b h k v"] | None,
+        x: Activations,
+        state: RetentionMatrix | None,
         context: RetentionContext,
         form: str,
-    ) -> tuple[Float[Array, "b t d"], Float[Array, "b h k v"]]:
+    ) -> tuple[Activations, RetentionMatrix]:
         config = self.config
-        q, k, v, gate = project(self, self.inputs, x)
-        q, k, v, gate = (split_heads(y, config.n_heads) for y in (q, k, v, gate))
+        q, k, v, gate = self.project(x)
+        q, k, v, gate = (split_heads(y, config.n_heads) for y in (q, k, v, gate))  # [b t h k or v]
         scale = q.shape[-1] ** -0.5
         q_scale, k_scale = (scale, 1.0) if config.rotation == "rope" else (1.0, scale)
         q = rotate(q, context.turn, config.rotation, q_scale)
@@ -82,7 +90,8 @@ class MultiScaleRetention(Mixer):
             chunk_size=config.chunk_size if form == "chunkwise" else None,
             finite_decay=True,
         )
-        # Named as matrix products have it: to keep [b t h v], a TPU copies it.
+        # The stored activation is [b t (h v)], as matrix products take it: a TPU would copy y to
+        # store [b t h v].
         y = checkpoint_name(y.reshape(*x.shape[:2], -1), "retention").reshape(y.shape)
         if config.score_clamp is not None:
             y = y * self._score_scale(q, k, state, context, form)[..., None]
@@ -97,8 +106,8 @@ class MultiScaleRetention(Mixer):
     def _score_scale(self, q, k, state, context, form) -> Float[Array, "b t h"]:
         if form != "parallel" or state is not None:
             raise ValueError(
-                f"score_clamp={self.config.score_clamp!r} is a function of all scores of a "
-                f"document, which only form='parallel' without a state has, not form={form!r} "
+                f"score_clamp={self.config.score_clamp!r} needs all scores of a document, which "
+                f"only form='parallel' without a state computes, not form={form!r} "
                 f"with{'out' if state is None else ''} a state; set score_clamp=None"
             )
         return score_clamp(
@@ -114,9 +123,9 @@ class MultiScaleRetention(Mixer):
     def implementation(
         config: ModelConfig, shape: tuple[int, int], one_document: bool = False
     ) -> str:
-        """Which implementation a batch of tokens [b t] is trained with, in a sentence.
+        """The implementation that training uses for a batch of tokens [b t], as a sentence.
 
-        Documents make no difference to retention. To be called with the mesh set.
+        To be called with the mesh set. `one_document` makes no difference here.
         """
         heads = config.n_heads
         q, v = (
@@ -127,7 +136,7 @@ class MultiScaleRetention(Mixer):
 
     @staticmethod
     def init_state(config: ModelConfig, batch_size: int, capacity: int) -> RetentionState:
-        """The state of a model that has read nothing; it is of one size for any capacity."""
+        """The state of a model that has read nothing; its size does not depend on `capacity`."""
         heads = config.n_heads
         widths = (config.q_width // heads, config.v_width // heads)
         return RetentionState(
@@ -140,7 +149,7 @@ class MultiScaleRetention(Mixer):
         config: ModelConfig,
         state: RetentionState | None,
         shape: tuple[int, int],
-        segment_ids: Int[Array, "b t"] | None,
+        segment_ids: SegmentIds | None,
     ) -> tuple[RetentionContext, Any]:
         """The context of a batch of tokens [b t], and the state of each layer before them."""
         fresh = state is None

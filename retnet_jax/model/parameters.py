@@ -1,4 +1,4 @@
-"""The parameters of a model by name and shape, without any memory."""
+"""The parameters of a model by name and shape, without allocating them."""
 
 import dataclasses
 import functools
@@ -19,19 +19,19 @@ def abstract_model(config: ModelConfig) -> Any:
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of each parameter, by its own name."""
-    # A copy, which nobody changes later; and float64 would need jax to be set up for it.
+    """The shape of each parameter, by its name in this package."""
+    # The cache needs a copy that the caller cannot change; float64 would need a setting of jax.
     return _parameter_shapes(dataclasses.replace(config, dtype="float32"))
 
 
 def parameter_shape(config: ModelConfig, own: str, layer: int | None) -> tuple[int, ...]:
-    """The shape of a parameter, of one layer where a layer is given."""
+    """The shape of a parameter, or of one layer's part of it if `layer` is given."""
     shape = parameter_shapes(config)[own]
     return shape if layer is None else shape[1:]
 
 
 def why_not_finite(model: LanguageModel) -> str:
-    """Why a model's outputs are NaN or infinite: a parameter that is, or else its activations."""
+    """Why a model's outputs are NaN or infinite: because of a parameter, or of the activations."""
     for name, leaf in named_leaves(model).items():
         if count := int((~jnp.isfinite(leaf)).sum()):
             return f"{count} of the {leaf.size} numbers of its parameter {name} are NaN or infinite"

@@ -1,12 +1,12 @@
-"""Which activations of a layer are stored for the backward pass, and which are computed again.
+"""Which activations of a layer are stored for the backward pass; the others are recomputed.
 
-Activations have names, given by `checkpoint_name` where they are computed; `config.KEPT` lists
-those that `config.model.remat` can name:
+`checkpoint_name` gives activations their names where they are computed; `config.KEPT` lists the
+names that `config.model.remat` can have:
 
     mixer_input, ffn_input   a layer's normed inputs (`lm.Block`); without `post_norm`
     q, k, v, gate            projections of the mixer, before the rotation
     retention                outputs of retention or attention, before norm and gate
-    out                      what the mixer returns
+    out                      output of the mixer
     up, linear               inner projections of the feed-forward
     state_before             with positions split over devices: the state before a device's part
 """
@@ -20,9 +20,9 @@ from retnet_jax.ops.flash_attention import is_cudnn
 
 
 def remat_policy(config: ModelConfig) -> Callable:
-    """The policy of `jax.checkpoint` that stores what `config.remat` says, and recomputes the rest.
+    """The policy of `jax.checkpoint` that stores the activations named by `config.remat`.
 
-    It always stores "state_before": that state came from other devices.
+    It always stores "state_before", which came from other devices.
     """
     policies = jax.checkpoint_policies
     states = policies.save_only_these_names("state_before")

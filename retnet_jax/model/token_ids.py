@@ -1,4 +1,4 @@
-"""Checks of token ids where their values are at hand, before a model reads them."""
+"""Checks of the values of token ids, before they go to a device."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ from retnet_jax.errors import ConfigError
 def checked_ids(ids: Any, vocab_size: int | None, name: str) -> np.ndarray:
     """Token ids [n], a list or an array, as int32.
 
-    A model itself does not wait for the device to look at its input: it reads an id that is out of
-    range as the nearest that it knows.
+    A model itself cannot check the values of its input without waiting for the device. It treats an
+    id out of range as the nearest valid id.
 
     Args:
-      ids: integers.
-      vocab_size: ids are less; None: any that are not negative will do.
-      name: of the ids, for messages.
+      ids: Integers.
+      vocab_size: Upper bound of the ids, exclusive; None: 2^31.
+      name: Name of the ids, for messages.
 
     Raises:
       ConfigError: for anything else, with the name and the value.

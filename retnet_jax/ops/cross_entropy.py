@@ -2,7 +2,8 @@
 
 For a vocabulary of 100,000 the float32 logits of a batch are larger than everything else in a
 training step. Here they exist for one chunk of positions at a time, and the gradient is computed
-along with the loss: three matrix products with the head in all, as many as with all logits kept.
+together with the loss. That takes three matrix products with the head, the same number as with all
+logits in memory.
 """
 
 import math
@@ -21,12 +22,12 @@ from retnet_jax.shapes import Array, Float, Int
 
 
 def logits_at_once() -> int:
-    """Most logits that a device holds.
+    """The largest number of logits that a device holds at a time.
 
-    Accelerators: 2^27, 512 MiB in float32, so that the sum of the head's gradient, as large, is
-    read and written for a thousand tokens at once and not for each few; not yet measured. CPU:
-    2^21, which stay in its caches: 68 ms against 105 for the loss and gradients of 2048 tokens,
-    d 128 and a vocabulary of 4096, of 2^18 to 2^25 (2 cores, float32).
+    Accelerators: 2^27, 512 MiB in float32. The head's gradient, which is equally large, is then
+    read and written once for about a thousand tokens; not yet measured. CPU: 2^21, which stay in
+    its caches: the loss and gradients of 2048 tokens, with d 128 and a vocabulary of 4096, took
+    68 ms, and up to 105 ms with other sizes from 2^18 to 2^25 (2 cores, float32).
     """
     return 2**21 if backend() == "cpu" else 2**27
 
@@ -49,11 +50,12 @@ def objective_sum(
     weights: Float[Array, "b t"],
     z_loss: float,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """What training makes small, and the cross-entropy in it, as `cross_entropy_sum`.
+    """The training objective, and the cross-entropy it contains, as of `cross_entropy_sum`.
 
-    The first is the second plus `z_loss` times the weighted sum of the squared log normalisers,
-    which keeps logits from drifting (arXiv 2204.02311, section 5). The first alone has a gradient.
-    On a mesh (`jax.set_mesh`) each device has its part of the rows, positions and vocabulary.
+    The objective is the cross-entropy plus `z_loss` times the weighted sum of the squared log
+    normalisers, which keeps logits from drifting (arXiv 2204.02311, section 5). Only the objective
+    is differentiated. On a mesh (`jax.set_mesh`) each device has its part of the rows, positions
+    and vocabulary.
     """
     return _objective_and_gradients(hidden, head, targets, weights, z_loss)[0]
 
@@ -79,7 +81,7 @@ def _objective_and_gradients(hidden, head, targets, weights, z_loss):
     tokens = activation_spec("bt", targets.shape)
     words = PartitionSpec(activation_spec("w", head.shape[:1])[0], None)
     over = axes_of(tokens)
-    # The head's gradient is handed out as the head itself is stored; the rest of it is summed up.
+    # The head's gradient is returned with the sharding of the head itself where that is possible.
     scattered = "fsdp" in over and head.shape[0] % math.prod(map(axis_size, WORDS)) == 0
     split = _Split(
         tokens=tuple(axis for axis in over if not (scattered and axis == "fsdp")),
@@ -100,8 +102,8 @@ def _objective_and_gradients(hidden, head, targets, weights, z_loss):
 class _Split(NamedTuple):
     """Mesh axes along which the devices have different tokens and different words."""
 
-    tokens: tuple[str, ...] = ()  # of which the head's gradient is summed up
-    scattered: str | None = None  # of which each keeps its words of that sum
+    tokens: tuple[str, ...] = ()  # the head's gradient is summed over these
+    scattered: str | None = None  # and over this one, where each device keeps its words of the sum
     words: str | None = None
 
 
@@ -111,24 +113,24 @@ def _of_this_device(hidden, head, targets, weights, z_loss, split):
     first_word = 0 if split.words is None else jax.lax.axis_index(split.words) * head.shape[0]
 
     def chunk(carry, inputs):
-        sums, d_head = carry
-        hidden, targets, weights = inputs
-        logits = _logits(hidden, head)
-        # The exponentials serve the sum and the gradient; logits are not looked at again.
-        top = over_words(jax.lax.pmax, logits.max(-1, keepdims=True))
+        sums, d_head = carry  # [2], [d w]
+        hidden, targets, weights = inputs  # [b c d], [b c], [b c]
+        logits = _logits(hidden, head)  # [b c w]
+        # The exponentials are used for the sum and the gradient; the logits are read only once.
+        top = over_words(jax.lax.pmax, logits.max(-1, keepdims=True))  # [b c 1]
         exponentials = jnp.exp(logits - top)
         total = over_words(jax.lax.psum, exponentials.sum(-1, keepdims=True))
-        log_normalizer = jnp.log(total) + top
-        word = targets - first_word
+        log_normalizer = jnp.log(total) + top  # [b c 1]
+        word = targets - first_word  # [b c]
         own = (word >= 0) & (word < head.shape[0])
         target_logits = _target_logits(hidden, head, jnp.where(own, word, 0))
         target_logits = over_words(jax.lax.psum, jnp.where(own, target_logits, 0))
-        losses = log_normalizer[..., 0] - target_logits
+        losses = log_normalizer[..., 0] - target_logits  # [b c]
         squares = jnp.square(log_normalizer[..., 0])
 
-        weights = weights[..., None]
-        is_target = word[..., None] == jnp.arange(head.shape[0])
-        scale = weights * (1 + 2 * z_loss * log_normalizer) / total
+        weights = weights[..., None]  # [b c 1]
+        is_target = word[..., None] == jnp.arange(head.shape[0])  # [b c w]
+        scale = weights * (1 + 2 * z_loss * log_normalizer) / total  # [b c 1]
         d_logits = exponentials * scale - jnp.where(is_target, weights, 0)
         d_logits = materialized(d_logits.astype(hidden.dtype))
         d_hidden = jnp.einsum("bcw,wd->bcd", d_logits, head.astype(hidden.dtype))
@@ -157,8 +159,8 @@ def _over(axis, reduce, x):
 def _head_gradient(hidden, d_logits, dtype):
     """The transposed gradient of the head, [d w]."""
     product = partial(jnp.einsum, "bcd,bcw->dw", preferred_element_type=dtype)
-    # XLA on CPU cannot multiply transposed bfloat16 with a float32 sum ("Unsupported element type
-    # for DotThunk::Execute", jax 0.10.2).
+    # XLA on CPU cannot multiply transposed bfloat16 matrices with float32 accumulation
+    # ("Unsupported element type for DotThunk::Execute", jax 0.10.2).
     return jax.lax.platform_dependent(
         hidden,
         d_logits,
@@ -184,9 +186,9 @@ def _logits(hidden, head):
 
 
 def _target_logits(hidden, head, targets):
-    # Computed again, which costs less than picking them out of the logits.
+    # Recomputing them costs less than gathering them from the logits.
     dtype = np.promote_types(np.float32, hidden.dtype)
-    rows = head[targets].astype(hidden.dtype).astype(dtype)  # rounded as in the logits
+    rows = head[targets].astype(hidden.dtype).astype(dtype)  # [b c d], rounded as in the logits
     return (hidden.astype(dtype) * rows).sum(-1)
 
 

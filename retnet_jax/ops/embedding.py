@@ -15,10 +15,10 @@ from retnet_jax.shapes import Array, Float, Int
 def look_up(
     table: Float[Array, "w d"], tokens: Int[Array, "b t"], dtype: str
 ) -> Float[Array, "b t d"]:
-    """Rows of a table, in `dtype`; their gradient is summed up in the table's.
+    """Rows of a table, in `dtype`; their gradient is summed in the dtype of the table.
 
-    On a mesh (`jax.set_mesh`) each device has the words of its place along "tensor" gathered, and
-    gets back the gradient of those it stores alone.
+    On a mesh (`jax.set_mesh`) a device gathers the words of its part of the axis "tensor", and
+    receives the gradient of only those words that it stores.
     """
     split = math.prod(map(axis_size, WORDS))
     if not many_devices() or table.shape[0] % split:
@@ -67,7 +67,7 @@ def _backward(dtype, residuals, d_rows):
         d_table = jnp.zeros((count, d_rows.shape[-1]), like.dtype).at[word].add(d_rows)
         if "fsdp" in axes_of(places):
             d_table = jax.lax.psum_scatter(d_table, "fsdp", tiled=True)
-        else:  # rows that fsdp does not divide are on all of its devices
+        else:  # rows that fsdp does not divide have a copy on each of its devices
             size = count // axis_size("fsdp")
             start = jax.lax.axis_index("fsdp") * size
             d_table = jax.lax.dynamic_slice_in_dim(d_table, start, size)
@@ -80,7 +80,7 @@ _look_up.defvjp(_forward, _backward)
 
 
 def _own_words(tokens, count):
-    """Which tokens are among this device's words, and their rows; row 0 for the others."""
+    """Whether each token is among this device's words, and its row there; row 0 if it is not."""
     word = tokens - jax.lax.axis_index("tensor") * count
     own = (word >= 0) & (word < count)
     return own, jnp.where(own, word, 0)

@@ -1,13 +1,13 @@
-"""Causal softmax attention that never holds the scores [t t]: kernels of libraries, where they are.
+"""Causal softmax attention that never holds the scores [t t], where a library has a kernel for it.
 
     backend   rows of one document each   several documents, padding
     TPU       splash attention of jax     splash attention of jax
-    GPU       cuDNN, through jax          none: jax's public interface has no place for documents
+    GPU       cuDNN, through jax          none: jax's public interface takes no documents
     CPU       none                        none                              (jax-ml/jax#29731)
 
-They serve whole rows of bfloat16, with nothing in a cache before them; `attention.py` has what they
-compute, in XLA, and uses that for all else: packed rows on a GPU have all their scores [t t] in
-memory. Neither was run on its device.
+The kernels take whole rows of bfloat16 with an empty cache. In all other cases `attention.py`
+computes attention in XLA with all scores [t t] in memory, for packed rows on a GPU too. Neither
+kernel has been run on its device.
 """
 
 import math
@@ -19,13 +19,13 @@ from retnet_jax.parallel.mesh import axis_size, backend, many_devices
 from retnet_jax.parallel.sharding import activation_spec, local_shape
 from retnet_jax.shapes import Array, Float, Int
 
-KERNELS = {"tpu": "splash", "gpu": "cudnn"}  # of a backend
-SHORTEST_ROW = 128  # that they are chosen for
+KERNELS = {"tpu": "splash", "gpu": "cudnn"}  # by backend
+SHORTEST_ROW = 128  # tokens; shorter rows run in XLA unless a kernel is named
 LANES = 128
 WIDEST_HEAD = 256
-# Tokens on a side of a tile of scores, at most, as MaxText has it. With 1024 and heads of 256 the
-# backward pass needs more than the 16 MiB of a v4's VMEM.
-LARGEST_BLOCK = 512
+# The largest tile of scores has this many tokens on each side, as in MaxText. With 1024 and heads
+# of 256 the backward pass needs more than the 16 MiB of a v4's VMEM.
+LARGEST_TILE = 512
 
 
 def flash_attention(
@@ -35,22 +35,22 @@ def flash_attention(
     document: Int[Array, "b t"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "b t h k"]:
-    """What each token sees in its document, up to itself.
+    """Attention of each token to its document, up to itself.
 
     Args:
-      q: queries, rotated and scaled, by k^-1/2.
-      k: keys, rotated.
-      v: values.
-      document: a number for each document of a row, and another for its padding, whose output is
-        of no meaning; None: each row is one document.
+      q: Queries [b t h k], rotated, and scaled by k^-1/2.
+      k: Keys [b t h k], rotated.
+      v: Values [b t h k].
+      document: A number for each document of a row, and another one for padding, whose output is
+        meaningless; None: each row is one document.
       implementation: "splash", which a CPU interprets, slowly, or "cudnn"; None: the backend's.
 
     Returns:
-      y in v's dtype. `jax.checkpoint` knows it, and what else the backward pass needs, by the name
-      "retention", but those of "cudnn" by the policy `is_cudnn`.
+      y in v's dtype. For `jax.checkpoint`, y and the other residuals of the backward pass have the
+      name "retention"; those of "cudnn" are recognised by the policy `is_cudnn`.
 
     Raises:
-      NotImplementedError: for what cannot run here, with the reason.
+      NotImplementedError: for an implementation that cannot run here, with the reason.
     """
     name = KERNELS.get(backend()) if implementation is None else implementation
     reason = unsupported(name, q, one_document=document is None)
@@ -68,12 +68,12 @@ def flash_attention(
 
 
 def best(q: Array | jax.ShapeDtypeStruct, one_document: bool) -> str | None:
-    """The implementation to choose for queries such as q [b t h k]; None for XLA."""
+    """The implementation to use for queries of this shape and dtype; None: XLA."""
     return KERNELS[backend()] if _why_not(q, one_document) is None else None
 
 
 def explain_choice(q: Array | jax.ShapeDtypeStruct, one_document: bool) -> str:
-    """Which implementation `best` chooses, and why not the backend's, in a sentence."""
+    """The implementation that `best` chooses, and why it is not the backend's: a sentence."""
     reason = _why_not(q, one_document)
     if reason is None:
         return f"attention runs in the kernel {KERNELS[backend()]}"
@@ -81,13 +81,13 @@ def explain_choice(q: Array | jax.ShapeDtypeStruct, one_document: bool) -> str:
 
 
 def _why_not(q: Array | jax.ShapeDtypeStruct, one_document: bool) -> str | None:
-    """Why the backend's implementation is not chosen; None if it is."""
+    """Why the backend's implementation is not used; None if it is."""
     name = KERNELS.get(backend())
     if name is None:
         return f"there is no kernel for {backend()!r}"
     if q.dtype != jnp.bfloat16:  # float32 is for exact work
         return f"the kernel {name} is chosen for bfloat16, not for {q.dtype}"
-    if q.shape[1] < SHORTEST_ROW:  # their scores are small
+    if q.shape[1] < SHORTEST_ROW:  # their scores take little memory
         return f"the kernel {name} is chosen for rows of {SHORTEST_ROW} tokens or more"
     reason = unsupported(name, q, one_document)
     return None if reason is None else f"the kernel {name} cannot run: {reason}"
@@ -96,7 +96,7 @@ def _why_not(q: Array | jax.ShapeDtypeStruct, one_document: bool) -> str | None:
 def unsupported(
     name: str | None, q: Array | jax.ShapeDtypeStruct, one_document: bool
 ) -> str | None:
-    """Why an implementation cannot run on what computes, with such queries; None if it can."""
+    """Why an implementation cannot run such queries on the current platform; None if it can."""
     if name not in KERNELS.values():
         return f"there is none of that name for {backend()!r}, only {list(KERNELS.values())}"
     if axis_size("seq") > 1:
@@ -116,12 +116,12 @@ def _splash(q, k, v, document):
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     t, h = q.shape[1:3]
-    block = math.gcd(t, LARGEST_BLOCK)
+    tile = math.gcd(t, LARGEST_TILE)
     sizes = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
-    # Lists the tiles that are not empty, once for all layers; for 32,768 tokens it takes seconds.
+    # It lists the tiles that are not masked: seconds for 32,768 tokens, once for all layers.
     kernel = splash.make_splash_mha_single_device(
         splash.MultiHeadMask([splash.CausalMask((t, t))] * h),
-        block_sizes=splash.BlockSizes(**dict.fromkeys(sizes, block)),
+        block_sizes=splash.BlockSizes(**dict.fromkeys(sizes, tile)),
         residual_checkpoint_name="retention",
         interpret=backend() == "cpu",
     )
@@ -140,16 +140,16 @@ def _cudnn(q, k, v, document=None):
 
 
 def is_cudnn(primitive, *_, **__) -> bool:
-    """A policy of `jax.checkpoint` that keeps what cuDNN's forward pass returns: it has no name."""
+    """A policy of `jax.checkpoint` that keeps the outputs of cuDNN, which have no name."""
     return primitive.name.startswith("dot_product_attention_fwd")
 
 
 def _unsupported_by_cudnn(q, one_document: bool) -> str | None:
     if backend() != "gpu" or jax.default_backend() != "gpu":
-        return f"it is for GPUs that are there, not for {backend()!r} on {jax.default_backend()!r}"
+        return f"it needs a GPU in this machine, not {backend()!r} on {jax.default_backend()!r}"
     if not one_document:
-        return "jax's public interface to cuDNN has no place for documents"
-    # Versions, dtypes and widths of heads are checked by jax as it traces.
+        return "jax's public interface to cuDNN takes no documents"
+    # jax checks versions, dtypes and head widths when it traces the call.
     local = jax.ShapeDtypeStruct(local_shape("bthk", q.shape), q.dtype)
     try:
         jax.eval_shape(lambda *qkv: jax.vjp(_cudnn, *qkv)[1](qkv[0]), local, local, local)

@@ -1,7 +1,8 @@
-"""What follows retention: the row normaliser, a norm of each head, and the swish gate (Eq. 8).
+"""After retention: the row normaliser, a norm of each head, and the swish gate (Eq. 8).
 
-One function with a gradient of its own, so that each way is one pass over memory in the dtype of
-the activations: the backward pass has y and the gate, and computes the statistics again.
+It is one function with a custom gradient, so that forward and backward are one pass each over
+memory in the dtype of the activations. The backward pass keeps y and the gate and recomputes the
+statistics.
 """
 
 from functools import partial
@@ -23,11 +24,11 @@ def gated_norm(
     """swish(gate) * norm(row_scale * y), the norm over v without learned parameters.
 
     Args:
-      y: outputs of retention.
-      gate: projections, before their activation; of y's dtype.
-      row_scale: `row_normalizer`, a function of positions, which is not differentiated; None: 1.
-      kind: "layer" or "rms".
-      epsilon: added to the variance or the mean square.
+      y: Outputs of retention.
+      gate: Projections, before their activation; in y's dtype.
+      row_scale: `row_normalizer`, which is not differentiated; None: 1.
+      kind: Kind of the norm, "layer" or "rms".
+      epsilon: Number added to the variance or the mean square.
     """
     if row_scale is not None:
         row_scale = jax.lax.stop_gradient(row_scale)
@@ -69,7 +70,7 @@ def _gradients(kind, epsilon, y, gate, row_scale, d_out):
 
 
 def _normed(kind, epsilon, y, row_scale):
-    """The norm of the scaled y, and what it divides by inverted."""
+    """The norm of the scaled y, and the factor 1 / (standard deviation or root mean square)."""
     if row_scale is not None:
         y = y * row_scale
     if kind == "layer":

@@ -1,8 +1,8 @@
 """A function of each token and head, in one pass over memory: on TPUs a kernel.
 
-XLA for TPU lays [b t h v] out in tiles of heads and width, and [b t (h v)], which matrix products
-read and write, in tiles of positions and width. Between the two it copies, in float32 where a norm
-wants it. The kernel reads and writes [b t (h v)] and leaves everything in its place.
+XLA for TPU stores [b t h v] in tiles of heads and width, but [b t (h v)], which matrix products
+read and write, in tiles of positions and width. It copies between the two, in float32 where a norm
+needs that. The kernel reads and writes [b t (h v)], so that nothing is copied.
 """
 
 from collections.abc import Callable
@@ -20,19 +20,20 @@ from retnet_jax.parallel.sharding import activation_spec, local_shape
 from retnet_jax.shapes import Array
 
 LANES = 128
-VMEM = 16 * 2**20  # bytes that a kernel can have on all TPUs
-LONGEST_BLOCK = 256  # tokens
+VMEM = 16 * 2**20  # bytes that a kernel can use on any TPU
+LONGEST_TILE = 256  # tokens
 
 
 def map_heads(function: Callable, like: Array, *arrays: Array | None, outputs: int = 1) -> tuple:
-    """`function` of each token and head.
+    """Applies `function` to each token and head.
 
     Args:
-      function: of one head's [... v] in float32 (or float64), `[... 1]` where it has one number a
-        head, and [... k] where all heads share it; to a tuple of [... v]. `None` comes as it is.
-      like: the shape [b t h v] and dtype of the results.
-      arrays: [b t h v], [b t h], or [b t 1 k] for all heads.
-      outputs: results that `function` returns.
+      function: Function from arrays of one head, in float32 (or float64), to a tuple of [... v].
+        For arrays [b t h v] it gets [... v], for [b t h] it gets [... 1], for [b t 1 k] [... k],
+        and for None None.
+      like: Array with the shape [b t h v] and dtype of the results.
+      arrays: Arrays [b t h v] or [b t h], or [b t 1 k] that all heads share.
+      outputs: Number of results of `function`.
     """
     if backend() == "tpu" and like.dtype == jnp.bfloat16 and like.shape[-1] % LANES == 0:
         return on_tpu(function, like, *arrays, outputs=outputs)
@@ -47,7 +48,7 @@ def map_heads(function: Callable, like: Array, *arrays: Array | None, outputs: i
 
 
 def on_tpu(function: Callable, like: Array, *arrays: Array | None, outputs: int = 1) -> tuple:
-    """`map_heads` as a kernel, which a CPU interprets."""
+    """`map_heads` as a kernel; a CPU interprets it."""
     given = [x for x in arrays if x is not None]
 
     def of_given(*operands):
@@ -65,7 +66,8 @@ def on_tpu(function: Callable, like: Array, *arrays: Array | None, outputs: int 
             out_specs=(of_heads,) * outputs,
             check_vma=False,
         )
-    # Flat outside too: XLA would give a product that is reshaped to [b t h v] that layout.
+    # Flattened outside the kernel too: XLA would store a product that is reshaped to [b t h v] in
+    # tiles of heads and width.
     results = run(*(x.reshape(*x.shape[:2], -1) for x in given))
     return tuple(x.reshape(like.shape) for x in results)
 
@@ -75,11 +77,11 @@ def _call(function, n_heads, shared, width, dtype, outputs, *arrays):
     out = jax.ShapeDtypeStruct((b, t, n_heads * width), dtype)
     moved = [*arrays, *[out] * outputs]
     lanes = sum(-(-x.shape[2] // LANES) * LANES for x in moved)
-    size = LONGEST_BLOCK
+    size = LONGEST_TILE
     while size > 16 and 2 * size * lanes * dtype.itemsize > VMEM // 2:
         size //= 2
     size = min(size, t)
-    blocks = [pl.BlockSpec((1, size, x.shape[2]), lambda row, step: (row, step, 0)) for x in moved]
+    tiles = [pl.BlockSpec((1, size, x.shape[2]), lambda row, step: (row, step, 0)) for x in moved]
 
     def kernel(*refs):
         inputs, results = refs[: len(arrays)], refs[len(arrays) :]
@@ -95,8 +97,8 @@ def _call(function, n_heads, shared, width, dtype, outputs, *arrays):
     return pl.pallas_call(
         kernel,
         grid=(b, -(-t // size)),
-        in_specs=blocks[: len(arrays)],
-        out_specs=blocks[len(arrays) :],
+        in_specs=tiles[: len(arrays)],
+        out_specs=tiles[len(arrays) :],
         out_shape=(out,) * outputs,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM
@@ -112,6 +114,6 @@ def _call(function, n_heads, shared, width, dtype, outputs, *arrays):
 
 
 def _lanes(ref, n_heads: int, head: int) -> slice:
-    """Those of one of the heads that share a block."""
+    """The lanes of one of the heads that share a tile."""
     width = ref.shape[2] // n_heads
     return slice(head * width, (head + 1) * width)

@@ -13,15 +13,15 @@ from retnet_jax.shapes import Array, Float, Int
 
 
 class Rotation(NamedTuple):
-    """Of each position: x cos + partner(x) sin, where the partner is the other one of a pair."""
+    """Rotation of each position: x cos + partner(x) sin, where partner swaps the two of a pair."""
 
     cos: Float[Array, "b t k"]
     sin: Float[Array, "b t k"]  # negative for the first of a pair
 
 
-# Below this position the float32 product of position and frequency is off by at most 0.001 rad,
-# beyond it the angles are exact: trained models saw these products, and training steps of rows up
-# to this length are the programs that were measured.
+# Below this position angles are float32 products of position and frequency, off by at most
+# 0.001 rad; from it on they are exact. Models were trained with these products, and the measured
+# training steps, of rows up to this length, use them.
 FLOAT_POSITIONS = 8192
 
 
@@ -32,19 +32,19 @@ def rotation(
     dtype: str = "float32",
     longest: int | None = None,
 ) -> Rotation:
-    """The angles position * 10000^-e with k/2 exponents e for a head of width k.
+    """The rotation by the angles position * 10000^-e, with k/2 exponents e for a head of width k.
 
     "rope": e = 2i/k (arXiv 2104.09864). "torchscale": e = i/(k/2 - 1), from 0 to 1 inclusive.
 
     Float32 angles are off by at most 0.001 rad at positions below `FLOAT_POSITIONS`, and by 3e-7
-    from there to 2^31 - 1, the last position that there is. Float64 angles are off by 1e-6 there.
+    from there to 2^31 - 1, the last position possible. Float64 angles are off by 1e-6 there.
 
     Args:
-      positions: of each token, 0 or more.
-      head_width: of a query or key, even.
-      convention: "rope" or "torchscale".
-      dtype: "float32" or "float64".
-      longest: all positions are known to be less; None: they can be any.
+      positions: Position of each token, 0 or more.
+      head_width: Width of a query or key; it is even.
+      convention: Exponents and pairs, "rope" or "torchscale".
+      dtype: Dtype of the angles, "float32" or "float64".
+      longest: Upper bound that all positions are known to be below; None: there is none.
     """
     pairs = head_width // 2
     exponents = np.arange(pairs) / pairs if convention == "rope" else np.linspace(0, 1, pairs)
@@ -58,10 +58,10 @@ def rotation(
 
 
 def _exact_angles(positions: Int[Array, "b t"], frequencies: np.ndarray) -> Float[Array, "b t i"]:
-    """Angles in -pi ... pi, from the fraction of a turn in units of 2^-32, in integers alone.
+    """Angles in -pi ... pi, computed in integers: a fraction of a turn in units of 2^-32.
 
-    A frequency is a fraction of a turn in units of 2^-64. Of its product with a position the whole
-    turns overflow, and of the rest the high 32 bits are kept.
+    A frequency is a fraction of a turn in units of 2^-64. In its product with a position whole
+    turns overflow, which drops them; the high 32 bits of the rest are the angle.
     """
     turns = [round(Fraction(float(f)) * 2**64 / _TWO_PI) for f in frequencies]
     high, middle, low = (
@@ -82,7 +82,7 @@ _TWO_PI = Fraction("6.283185307179586476925286766559")
 def rotate(
     x: Float[Array, "b t h k"], turn: Rotation, convention: str, scale: float = 1.0
 ) -> Float[Array, "b t h k"]:
-    """Turns each pair by its angle: "rope" (x_i, x_{i + k/2}), "torchscale" (x_2i, x_{2i + 1}).
+    """Rotates each pair by its angle: "rope" (x_i, x_{i + k/2}), "torchscale" (x_2i, x_{2i + 1}).
 
     The result is multiplied by `scale`. Angles are not differentiated.
     """
@@ -110,7 +110,7 @@ _rotate.defvjp(_rotate_forward, _rotate_backward)
 
 
 def _partner(x: Float[Array, "... k"], convention: str) -> Float[Array, "... k"]:
-    """X with the two of each pair exchanged."""
+    """`x` with the two of each pair exchanged."""
     if convention == "rope":
         return jnp.roll(x, x.shape[-1] // 2, axis=-1)
     lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)

@@ -1,4 +1,4 @@
-"""Stochastic rounding to bfloat16: for a state that is rounded again at every token."""
+"""Stochastic rounding to bfloat16, for a state that is rounded again at every token."""
 
 import jax
 import jax.numpy as jnp
@@ -7,19 +7,20 @@ from retnet_jax.shapes import Array, Float, Int
 
 
 def round_at_random(x: Float[Array, "b h v k"], seed: Int[Array, " b"]) -> Array:
-    """bfloat16, up or down with such probabilities that the mean is x (stochastic rounding).
+    """Rounds to bfloat16, up or down at random with mean x (stochastic rounding).
 
-    Rounded to the nearest, a state would not fade: S - S/512 is S again in bfloat16, and heads that
-    remember longer gain 0.017 bits per byte within 4096 tokens, more with each of them. At random
-    the errors cancel (+0.0001 +- 0.0002; `benchmarks/decoding_quality.py`).
+    With rounding to nearest a state would not decay: S - S/512 is S again in bfloat16. Through
+    heads with a longer memory the loss grows by 0.017 bits per byte within 4096 tokens, and with
+    every token further. With random rounding the errors cancel (+0.0001 +- 0.0002;
+    `benchmarks/decoding_quality.py`).
 
     Args:
-      x: float32.
-      seed: of each row. The random bits are a hash of it and of the number's place.
+      x: Numbers to round, float32.
+      seed: Seed of each row. The random bits are a hash of it and of the number's index.
     """
     place = jnp.arange(x.size, dtype=jnp.uint32).reshape(x.shape)
     bits = _hash(place ^ _hash(seed.astype(jnp.uint32))[:, None, None, None])
-    # What is cut off, the low 16 bits, carries into those kept in proportion to its size.
+    # The low 16 bits, which are cut off, carry into the others with a probability of their size.
     raised = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32) + (bits >> 16)
     kept = jax.lax.bitcast_convert_type(raised & jnp.uint32(0xFFFF0000), jnp.float32)
     return kept.astype(jnp.bfloat16)

@@ -1,1 +1,1 @@
-"""Devices and processes: the mesh, what lies where on it, and how processes agree."""
+"""Devices and processes: the mesh, shardings, and the coordination of processes."""

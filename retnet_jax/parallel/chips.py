@@ -1,8 +1,8 @@
-"""Accelerators: what one device can compute, hold and exchange, and how kernels are tiled for it.
+"""Accelerators: peak FLOP/s, memory and bandwidths of one device, and the tiling of its kernels.
 
-Numbers of the makers' data sheets, for one `jax.Device`: a TPU7x chip is two of them, a v4 or v5p
-chip one. Memory is what programs can have of it. Bandwidths are one way; links are those of one
-slice (ICI) or of one node (NVLink), network what a device has to other slices and nodes.
+The numbers are from data sheets, for one `jax.Device`: a TPU7x chip is two devices, a v4 or v5p
+chip is one. Memory is the part that programs can use. Bandwidths are for one direction: links
+within a slice (ICI) or a node (NVLink), and the network of a device to other slices and nodes.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,7 @@ class Chip(NamedTuple):
     memory_bandwidth: float
     links_bandwidth: float  # of all links of a device together
     network_bandwidth: float
-    clock: float = 0.0  # of a TPU's cores; follows from the peak and the units of its cores
+    clock: float = 0.0  # of a TPU's cores; computed from the peak and the units of its cores
     vmem: int = 0  # of one core of a TPU
     chunk: int = 0  # tokens, in bfloat16, of a chunk that fills its matrix units: `pallas_tpu.py`
 
@@ -38,5 +38,5 @@ CHIPS = (
 
 
 def chip(device_kind: str) -> Chip | None:
-    """The chip of a device by its `device_kind`; None for one that is not listed."""
+    """The chip with this `device_kind`; None if it is not listed."""
     return next((chip for chip in CHIPS if device_kind.startswith(chip.kind)), None)

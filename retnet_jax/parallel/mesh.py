@@ -1,4 +1,4 @@
-"""The device mesh, and questions about the one that is set: its platform, devices and axes."""
+"""The device mesh, and the platform, devices and axes of the mesh that is set."""
 
 from collections.abc import Iterable, Sequence
 
@@ -9,12 +9,12 @@ from jax.sharding import AxisType, Mesh
 from retnet_jax.config import MeshConfig
 from retnet_jax.errors import ConfigError
 
-# In the order of the devices: those next to each other exchange the most, within `tensor`.
+# The last axis has neighbouring devices: those of `tensor` exchange the most data.
 AXES = ("data", "fsdp", "seq", "tensor")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of `devices`; None: of all devices.
+    """The mesh of `devices`, by default of all.
 
     Raises:
       ConfigError: if the sizes do not multiply to the number of devices.
@@ -30,8 +30,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         sizes[sizes.index(-1)] = count // known
     elif -1 in sizes or known != count:
         raise ConfigError(
-            f"{shown} does not fit {count} devices: the sizes must multiply to {count}, "
-            "where one of them may be -1"
+            f"{shown} does not fit {count} devices: the sizes must multiply to {count}; one of "
+            "them may be -1"
         )
     slices = number_of_slices(devices)
     if slices > 1:
@@ -41,12 +41,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def _mesh_of_slices(sizes: list[int], slices: int, devices: Sequence[jax.Device]) -> Mesh:
-    """A mesh of several TPU slices, between which only `data` exchanges."""
+    """A mesh of several TPU slices; only the axis `data` extends over more than one slice."""
     data, *others = sizes
     if data % slices:
         raise ConfigError(
-            f"mesh.data={data} does not divide over {slices} slices, whose network is slow: only "
-            f"mesh.data can lie across them; {slices} or a multiple of it would do"
+            f"mesh.data={data} does not divide over {slices} slices: set it to a multiple of "
+            f"{slices}. No other axis can extend over slices: the network between them is slow"
         )
     within = mesh_utils.create_hybrid_device_mesh(
         (data // slices, *others),
@@ -58,37 +58,37 @@ def _mesh_of_slices(sizes: list[int], slices: int, devices: Sequence[jax.Device]
 
 
 def first_device() -> Mesh:
-    """A mesh of the first device alone."""
+    """A mesh of only the first device."""
     return make_mesh(MeshConfig(), jax.devices()[:1])
 
 
 def number_of_slices(devices: Iterable[jax.Device]) -> int:
-    """The number of TPU slices, with links within each and a network between them; else 1."""
+    """The number of TPU slices that the devices belong to; 1 for other devices."""
     return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def backend() -> str:
-    """The platform that runs the program: of the mesh that is set, else jax's default device.
+    """The platform that runs the program: that of the mesh that is set, or jax's default.
 
-    A program can be compiled for devices that this machine does not have.
+    The mesh may have devices that this machine does not have: programs are also only compiled.
     """
     mesh = jax.sharding.get_abstract_mesh()
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
 def device_kind() -> str:
-    """The kind of device that runs the program, such as "TPU v5 lite", as `backend` finds it."""
+    """The kind of device that runs the program, such as "TPU v5 lite"; see `backend`."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.devices()[0].device_kind if mesh.empty else mesh.abstract_device.device_kind
 
 
 def many_devices() -> bool:
-    """Whether a mesh with these axes is set that has more than one device."""
+    """Whether a mesh with the axes `AXES` and more than one device is set."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1 and set(AXES) <= set(mesh.axis_names)
 
 
 def axis_size(axis: str) -> int:
-    """Devices along an axis of the mesh that is set; 1 without one."""
+    """The number of devices on an axis of the mesh that is set; 1 if none is set."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.shape.get(axis, 1)

@@ -1,8 +1,8 @@
-"""Many processes that train one model: how they find each other, agree, and stop together.
+"""Several processes that train one model: how they connect, agree, and stop together.
 
-The engine is `jax.distributed`: a service in process 0 that all others keep in touch with. When one
-dies, JAX ends the others within `HEARTBEAT_SECONDS`, so that none waits for ever; the same command
-then goes on from the newest checkpoint, on as many processes as there are.
+They use `jax.distributed`: a service in process 0 with which all others stay connected. When one
+process dies, JAX ends the others within `HEARTBEAT_SECONDS`, so that none waits for ever. The same
+command then resumes from the newest checkpoint, with any number of processes.
 """
 
 import contextlib
@@ -36,17 +36,17 @@ HEARTBEAT_SECONDS = 30
 def connect(
     coordinator: str | None, count: int | None, index: int | None, seconds: int = 300
 ) -> None:
-    """Joins the processes of this run, before jax is used; alone it does nothing.
+    """Connects the processes of this run, before jax is used; for a single process a no-op.
 
     Args:
-      coordinator: HOST:PORT of process 0. None: what TPU pods, SLURM and MPI tell of themselves.
-      count: processes; 1 without a coordinator: this one alone, whatever SLURM and MPI say.
-      index: of this one, from 0.
-      seconds: to wait for the others.
+      coordinator: HOST:PORT of process 0; None: found by JAX in TPU pods, SLURM and MPI.
+      count: Number of processes. 1 without a coordinator: a single process, even in SLURM or MPI.
+      index: Number of this process, from 0.
+      seconds: Time to wait for the other processes.
 
     Raises:
-      ConfigError: for some of the arguments without the others; if the coordinator or the others
-        are not there in time; if they have different numbers of devices.
+      ConfigError: if only some of the arguments are given; if the coordinator or other processes
+        do not connect in time; if processes have different numbers of devices.
     """
     given = (coordinator, count, index)
     if count == 1 and coordinator is None:
@@ -72,8 +72,8 @@ def connect(
         )
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"the processes of this run, with the coordinator at {coordinator or 'its own place'}, "
-            f"did not come together in {seconds} s: {brief(error, 300)}"
+            f"the processes of this run did not connect within {seconds} s, with the coordinator "
+            f"{coordinator or 'of the cluster'}: {brief(error, 300)}"
         ) from error
     _check_devices()
 
@@ -84,8 +84,8 @@ def _check_devices() -> None:
     if len(set(counts.values())) > 1:
         each = ", ".join(f"process {index} has {n}" for index, n in sorted(counts.items()))
         raise ConfigError(
-            f"the processes have different numbers of devices ({each}): give each as many, as with "
-            "CUDA_VISIBLE_DEVICES, or JAX_NUM_CPU_DEVICES on CPUs"
+            f"the processes have different numbers of devices ({each}): give all the same number, "
+            "for example with CUDA_VISIBLE_DEVICES, or JAX_NUM_CPU_DEVICES on CPUs"
         )
 
 
@@ -93,14 +93,14 @@ def _in_cluster() -> bool:
     """Whether the environment says that this is one of several processes.
 
     Raises:
-      ConfigError: where SLURM's says so of a job, and nothing has started the job's processes.
+      ConfigError: if this is a SLURM job of several processes, but srun did not start them.
     """
     slurm = _number("SLURM_NTASKS") > 1
     if slurm and not os.environ.get("SLURM_STEP_NODELIST"):
         raise ConfigError(
             f"SLURM_NTASKS={os.environ['SLURM_NTASKS']} says that this is one of several processes "
             "of a job, but srun did not start it (SLURM_STEP_NODELIST is not set): start the "
-            "program with srun; or by itself with --num_processes=1"
+            "program with srun, or as a single process with --num_processes=1"
         )
     several = slurm or _number("OMPI_COMM_WORLD_SIZE") > 1
     several |= "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
@@ -111,23 +111,23 @@ def _in_cluster() -> bool:
 
 
 def _number(variable: str) -> int:
-    """A count of processes in the environment; 1 if it is not there or empty."""
+    """A number of processes from the environment; 1 if it is unset or empty."""
     text = os.environ.get(variable, "").strip() or "1"
     if not text.isdecimal():
         raise ConfigError(
-            f"{variable}={text} in the environment is no number of processes: unset it, or start "
-            "by itself with --num_processes=1"
+            f"{variable}={text} in the environment is not a number of processes: unset it, or "
+            "start a single process with --num_processes=1"
         )
     return int(text)
 
 
 def is_first() -> bool:
-    """Whether this is the process that logs and writes what one alone writes."""
+    """Whether this is process 0, which logs and writes files."""
     return jax.process_index() == 0
 
 
 def gather_texts(text: str) -> list[str]:
-    """The texts that all processes call this with, by process."""
+    """The texts of all processes, in the order of their numbers; all have to call it."""
     if jax.process_count() == 1:
         return [text]
     data = np.frombuffer(text.encode(), np.uint8)
@@ -138,7 +138,7 @@ def gather_texts(text: str) -> list[str]:
 
 
 def facts() -> dict[str, str | int]:
-    """On what this run is computed, for the record."""
+    """The hardware and software of this run, for its log."""
     return {
         "processes": jax.process_count(),
         "devices": jax.device_count(),
@@ -149,9 +149,9 @@ def facts() -> dict[str, str | int]:
 
 
 def check_alike(config: Config) -> None:
-    """Raises `ConfigError` in all processes if one has another config, code or jax than the first.
+    """Raises `ConfigError` in all processes if one has another config, code or jax than process 0.
 
-    The error shows the differences.
+    The error lists the differences.
     """
     described = {f"config.{name}": value for name, value in flatten(config).items()} | {
         "jax": jax.__version__,
@@ -172,22 +172,26 @@ def check_alike(config: Config) -> None:
 
 
 def once(action: Callable[[], T]) -> T | None:
-    """Does something in the first process; all wait for it, and all have its error.
+    """Calls `action` in process 0. All processes wait for it, and raise its error.
 
     Returns:
-      What the action returned; in the other processes None.
+      The result of the action in process 0; None in the other processes.
 
     Raises:
-      ConfigError, CheckpointError: as the action did.
+      ConfigError, CheckpointError: if the action raised it.
     """
     return together(action if is_first() else lambda: None)
 
 
 def together(action: Callable[[], T]) -> T:
-    """Does something in every process; all wait for all, and all have the error of any.
+    """Calls `action` in every process. All wait for all, and all raise if one of them did.
+
+    Returns:
+      The result of the action in this process.
 
     Raises:
-      ConfigError, CheckpointError: as the action did here, or else in the first where it did.
+      ConfigError, CheckpointError: if the action raised it: this process's own error, or else that
+        of the first process with one.
     """
     result, failure = None, None
     try:
@@ -209,17 +213,17 @@ _SHARED = (ConfigError, DamagedCheckpointError, CheckpointError)
 
 
 def any_of_us(wish: bool) -> bool:
-    """Whether any process wishes it."""
+    """Whether `wish` is true in any process."""
     return any(text == "yes" for text in gather_texts("yes" if wish else "no"))
 
 
 class StopRequest:
-    """SIGTERM or SIGINT to any of the processes, which all see at the same step."""
+    """A SIGTERM or SIGINT to any of the processes, which all see at the same step."""
 
-    name = ""  # of the signal, once it was seen
+    name = ""  # name of the signal, once it was seen
 
     def seen(self, step: int) -> bool:
-        """Whether all are to stop before this step; to be asked before each."""
+        """Whether all processes are to stop before this step; call it before every step."""
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             self.name = "SIGTERM"
         return bool(self.name)
@@ -230,18 +234,18 @@ SECONDS_TO_REPEAT = 1.0
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Takes SIGINT and SIGTERM as requests to stop, and says so. The next one acts as usual.
+    """Treats SIGINT and SIGTERM as requests to stop, and prints that. A second one acts as usual.
 
-    One within `SECONDS_TO_REPEAT` does not count: a key that is held, and a terminal and a
-    scheduler that both tell the process, mean one request. Only the main thread gets signals; in
-    another one nothing requests a stop.
+    A second signal within `SECONDS_TO_REPEAT` is ignored: it comes from a key that is held down, or
+    from a terminal and a scheduler that both signal the process. Only the main thread receives
+    signals; in another thread nothing requests a stop.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    together = jax.process_count() > 1  # then JAX itself waits for SIGTERM, and tells the others
-    first = None  # when a request came
+    several = jax.process_count() > 1  # then JAX handles SIGTERM, and tells the other processes
+    first = None  # time of the first signal
 
     def handle(number, _):
         nonlocal first
@@ -253,16 +257,16 @@ def stop_signals() -> Iterator[StopRequest]:
             signal.raise_signal(number)
             return
         first = now
-        # Not by print: the signal may have come while something is printed.
+        # Not with print: the signal may have interrupted a print.
         message = f"{name}: saving; once more ends at once\n"
         with contextlib.suppress(OSError):
             os.write(2, message.encode())
-        if together:
+        if several:
             signal.raise_signal(signal.SIGTERM)
         else:
             request.name = name
 
-    numbers = [signal.SIGINT] if together else [signal.SIGINT, signal.SIGTERM]
+    numbers = [signal.SIGINT] if several else [signal.SIGINT, signal.SIGTERM]
     before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield request
@@ -273,11 +277,12 @@ def stop_signals() -> Iterator[StopRequest]:
 
 @contextlib.contextmanager
 def ending_with_the_others(advice: str) -> Iterator[None]:
-    """Has one of several processes end with a message when another one did.
+    """Ends this process with a message when another process of the run has ended.
 
-    An operation that others take part in may then fail, or never end, until JAX or the library that
-    carries it ends this process from within. A small process of its own sees that and says so. An
-    error of this process alone, such as a full memory, keeps its traceback.
+    A collective operation then fails, or it hangs until JAX or its communication library kills this
+    process from within, where no Python code runs any more. So a small child process prints the
+    message when its input ends. An error of this process's own, such as out of memory, keeps its
+    traceback.
     """
     if jax.process_count() == 1:
         yield
@@ -286,8 +291,7 @@ def ending_with_the_others(advice: str) -> Iterator[None]:
     watch = subprocess.Popen(
         [
             *(sys.executable, "-S", "-c", _LAST_WORDS),
-            f"{who} ended abruptly: it was killed, or another was and it could not go on without. "
-            + advice,
+            f"{who} ended abruptly: it was killed, or another process was. {advice}",
         ],
         stdin=subprocess.PIPE,
         start_new_session=True,  # out of reach of Ctrl-C
@@ -297,7 +301,7 @@ def ending_with_the_others(advice: str) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if is_about_others(str(error)):
             message = (
-                f"{who} ends, because another has ended or cannot be reached "
+                f"{who} ends, because another process has ended or cannot be reached "
                 f"({brief(error, 300)}). {advice}"
             )
         else:
@@ -305,25 +309,25 @@ def ending_with_the_others(advice: str) -> Iterator[None]:
             message = f"{who} ends after an error of its own, and the others with it. {advice}"
         print(message, file=sys.stderr, flush=True)
         watch.communicate(b"said")
-        os._exit(1)  # at once: the usual end of a program waits for the other processes
+        os._exit(1)  # a normal exit would wait for the other processes
     finally:
         if watch.poll() is None:
             watch.communicate(b"said")
 
 
 def is_about_others(message: str) -> bool:
-    """Whether XLA's message is of an operation that another process did not take part in."""
+    """Whether XLA's message is about another process, and not an error of this one."""
     if re.search("RESOURCE_EXHAUSTED|out of memory|INVALID_ARGUMENT", message, re.IGNORECASE):
         return False
     return bool(re.search(_OTHERS, message, re.IGNORECASE))
 
 
-# In the words of gloo, NCCL, TPUs' networks and the coordination service.
+# Words in messages of gloo, NCCL, the networks of TPUs and the coordination service.
 _OTHERS = (
     "gloo|nccl|connection|by peer|broken pipe|socket|UNAVAILABLE|DEADLINE_EXCEEDED|timed out|"
     "timeout|heartbeat|coordination|barrier|remote process|preempt|ABORTED|CANCELLED"
 )
-# Its input ends when the process that holds the other end of it does, however that ends.
+# The program of the child process. Its input ends without "said" when its parent is killed.
 _LAST_WORDS = """
 import sys
 if not sys.stdin.buffer.read():

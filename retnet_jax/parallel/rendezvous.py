@@ -1,8 +1,9 @@
-"""Processes wait for each other at an address before jax joins them.
+"""Processes wait for each other at an address before jax connects them.
 
-Where one is missing, or something else listens at the address, jax's own service ends every process
-from within, with a page of C++. So they meet here first: process 0 listens, each other one says who
-it is, and when all are there process 0 lets them go and leaves the port to jax.
+If a process is missing, or another program listens at the address, jax's own service kills every
+process with a page of C++ messages. So they meet here first: process 0 listens, and each other
+process sends its number. When all have come, process 0 tells them to go, and frees the port for
+jax.
 """
 
 import contextlib
@@ -13,17 +14,17 @@ import time
 from retnet_jax.errors import ConfigError
 
 _GO = "retnet_jax: go"
-_ASK_SECONDS = 5.0  # for one message; the other end has nothing else to do
+_ASK_SECONDS = 5.0  # to wait for one message; the sender has nothing else to do
 
 
 def meet(coordinator: str, count: int, index: int, seconds: float) -> None:
-    """Returns when all processes of a run are there.
+    """Returns when all processes of a run have come.
 
     Args:
       coordinator: HOST:PORT of process 0.
-      count: processes.
-      index: of this one.
-      seconds: to wait for the others.
+      count: Number of processes.
+      index: Number of this process.
+      seconds: Time to wait for the others.
 
     Raises:
       ConfigError: in one line, if some do not come in time, if the address is wrong or taken, and
@@ -51,15 +52,18 @@ def _let_all_go(coordinator: str, port: int, count: int, end: float, seconds: fl
                 missing = ", ".join(str(i) for i in range(1, count) if i not in waiting)
                 raise ConfigError(
                     f"process 0 at --coordinator_address={coordinator} waited {seconds} s, but of "
-                    f"--num_processes={count} these did not come: {missing}; start them with the "
-                    "same address, or all again with fewer"
+                    f"--num_processes={count} these did not connect: {missing}; start them with "
+                    "the same address, or restart all with a smaller --num_processes"
                 ) from None
             words = _received(connection).split()
             if len(words) != 3 or words[0] != "retnet_jax:" or not words[1].isdigit():
-                continue  # something that tries every port
+                continue  # not of this run, such as a port scanner
             index = int(words[1])
             if words[2] != str(count):
-                _send(connection, f"process 0 has --num_processes={count}, this one {words[2]}")
+                _send(
+                    connection,
+                    f"process 0 has --num_processes={count}, but process {index} has {words[2]}",
+                )
             elif index in waiting:
                 _send(connection, f"another process has --process_id={index} too")
             else:
@@ -67,7 +71,7 @@ def _let_all_go(coordinator: str, port: int, count: int, end: float, seconds: fl
         for connection in waiting.values():
             _send(connection, _GO)
         for connection in waiting.values():
-            _received(connection)  # closed by them: who closes first keeps the port for a while
+            _received(connection)  # they close first: the side that does keeps its port busy
 
 
 def _ask_to_go(
@@ -78,19 +82,19 @@ def _ask_to_go(
             with socket.create_connection(address, timeout=_ASK_SECONDS) as connection:
                 _send(connection, f"retnet_jax: {index} {count}")
                 answer = _received(connection, max(end - time.monotonic(), 0.01))
-            reason = "it ended, or said nothing"
+            reason = "it closed the connection or sent nothing"
         except OSError as error:
             answer, reason = "", str(error)
         if answer == _GO:
             return
         if answer:
             known = answer.startswith(("process 0 has", "another process has"))
-            what = answer if known else "something else than process 0 of this run answers there"
+            what = answer if known else "another program than process 0 of this run answers there"
             raise ConfigError(f"--coordinator_address={coordinator}: {what}")
         if time.monotonic() > end:
             raise ConfigError(
-                f"--coordinator_address={coordinator} cannot be reached ({reason}), for "
-                f"{seconds} s: process 0 has to run there, and its port to be open"
+                f"--coordinator_address={coordinator} could not be reached within {seconds} s "
+                f"({reason}): process 0 must run there, and its port must be open"
             )
         time.sleep(0.5)
 
@@ -104,13 +108,13 @@ def _listener(coordinator: str, port: int) -> socket.socket:
         if error.errno != errno.EADDRINUSE:
             raise ConfigError(f"--coordinator_address={coordinator}: {error}") from error
         raise ConfigError(
-            f"--coordinator_address={coordinator}: another program has port {port} of this "
-            "machine; name another port, the same for all processes"
+            f"--coordinator_address={coordinator}: another program uses port {port} of this "
+            "machine; give all processes another port"
         ) from None
 
 
 def _send(connection: socket.socket, text: str) -> None:
-    with contextlib.suppress(OSError):  # who has gone meanwhile is missed later
+    with contextlib.suppress(OSError):  # if the other end has gone, the run notices it later
         connection.sendall(f"{text}\n".encode())
 
 

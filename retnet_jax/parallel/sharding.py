@@ -1,4 +1,4 @@
-"""What lies where on the mesh: a table of parameters, one of activations, and what applies them."""
+"""Shardings: a table for parameters, a table for activations, and the functions that apply them."""
 
 import math
 import re
@@ -17,9 +17,9 @@ from retnet_jax.trees import leaf_name
 WORDS = ("tensor", "fsdp")
 
 # Path suffix -> PartitionSpecs to try in order; the first that divides the shape is used. Optimiser
-# moments have the same suffixes; an array that none matches is copied to all devices. `fsdp` splits
-# the last dimension only if it must: a TPU keeps that in tiles of 128, and gathers narrower parts
-# at twice the cost.
+# moments have the same suffixes. An array without an entry is copied to all devices. `fsdp` splits
+# the last dimension only if no other is possible: a TPU stores that dimension in tiles of 128, and
+# gathers narrower parts at twice the cost.
 PARAMETERS = (
     (
         r"(embedding|head)",
@@ -32,17 +32,17 @@ PARAMETERS = (
     (r"carry/position", PartitionSpec(("data", "fsdp"))),
 )
 
-# Letter of an activation's dimension (see `shapes.py`) -> mesh axes; others are not split.
+# Letter of an activation's dimension (see `shapes.py`) -> mesh axes. Other letters are not split.
 ACTIVATIONS = {"b": ("data", "fsdp"), "t": "seq", "h": "tensor", "f": "tensor", "w": "tensor"}
 BATCH = PartitionSpec(("data", "fsdp"), "seq")
 
 
 def activation_spec(dimensions: str, shape: Sequence[int]) -> PartitionSpec:
-    """How the mesh that is set splits an activation.
+    """The PartitionSpec of an activation on the mesh that is set.
 
     Args:
-      dimensions: a letter for each, such as "btd".
-      shape: its sizes. One that its axes do not divide is not split.
+      dimensions: One letter for each dimension, such as "btd".
+      shape: Sizes of the dimensions. A size that its axes do not divide is not split.
     """
     places = []
     for letter, size in zip(dimensions, shape, strict=True):
@@ -67,14 +67,14 @@ def axes_of(spec: Iterable) -> tuple[str, ...]:
 
 
 def constrain(x: Any, dimensions: str) -> Any:
-    """An activation, split over the mesh that is set as `activation_spec` says."""
+    """`x` with the sharding from `activation_spec`; unchanged on one device."""
     if not many_devices():
         return x
     return jax.lax.with_sharding_constraint(x, activation_spec(dimensions, x.shape))
 
 
 def batch_shardings(mesh: Mesh, batch: Any) -> Any:
-    """For each array of a batch: rows over `data` and `fsdp`, positions over `seq`."""
+    """The sharding of each array of a batch: rows over `data` and `fsdp`, positions over `seq`."""
     return jax.tree.map(lambda x: NamedSharding(mesh, PartitionSpec(*BATCH[: x.ndim])), batch)
 
 
@@ -86,7 +86,14 @@ def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
 
 
 def place_batch(mesh: Mesh, batch: Any, rows: Sequence[int], batch_size: int) -> Any:
-    """A batch on the mesh, from the rows that `local_rows` names."""
+    """Places a batch on the mesh.
+
+    Args:
+      mesh: Mesh of all processes.
+      batch: Arrays of this process's rows.
+      rows: Numbers of these rows, from `local_rows`.
+      batch_size: Number of rows of all processes.
+    """
     shardings = batch_shardings(mesh, batch)
     if len(rows) == batch_size and jax.process_count() == 1:
         return jax.device_put(batch, shardings)
@@ -104,7 +111,7 @@ def place_batch(mesh: Mesh, batch: Any, rows: Sequence[int], batch_size: int) ->
 
 
 def check_fit(mesh: Mesh, config: Config) -> None:
-    """Raises `ConfigError` if rows, positions or heads do not divide over the mesh."""
+    """Raises `ConfigError` if the mesh does not divide the rows, positions or heads."""
     batch_size, micro_batches = config.train.batch_size, config.train.micro_batches
     rows, parts = batch_size // micro_batches, mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % parts:
@@ -122,10 +129,10 @@ def check_fit(mesh: Mesh, config: Config) -> None:
 
 
 def with_shardings(abstract: Any, mesh: Mesh) -> Any:
-    """A tree of shapes with the sharding of each array by the table.
+    """A tree of shapes with the sharding of each array from the table `PARAMETERS`.
 
     Raises:
-      ConfigError: for a dimension that its mesh axis does not divide.
+      ConfigError: for an array that none of its PartitionSpecs divides.
     """
 
     def place(path, leaf):
@@ -149,7 +156,7 @@ def with_shardings(abstract: Any, mesh: Mesh) -> Any:
 
 
 def _indivisible(shape: Sequence[int], spec: PartitionSpec, mesh: Mesh) -> str | None:
-    """Which axes do not divide which dimension; None if all divide."""
+    """A sentence about the first dimension that its axes do not divide; None if all divide."""
     for dimension, axes in enumerate(spec):
         axes = (axes,) if isinstance(axes, str) else axes or ()
         parts = math.prod(mesh.shape[axis] for axis in axes)

@@ -1,12 +1,12 @@
 """Evaluates a language model: perplexity, the seven tasks of the paper, recall.
 
     python eval.py --workdir=runs/quickstart                     the run's held-out documents
-    python eval.py --checkpoint=DIR --data='corpus/**/*.txt'     any checkpoint, other text
+    python eval.py --checkpoint=DIR --data='corpus/**/*.txt'     a checkpoint, on other text
     python eval.py --workdir=DIR --suite=paper --data=TASKS --output=result.json
-    python eval.py --workdir=DIR --against=OTHER ...             two models, and their difference
+    python eval.py --workdir=DIR --against=OTHER                 two models and their difference
 
-Tables go to stdout; --output has them as Markdown too, and as JSON with all that it takes to repeat
-the evaluation.
+The results are printed as tables. --output also writes them to a JSON file, together with
+everything needed to repeat the evaluation, and to a Markdown file.
 """
 
 from collections.abc import Sequence
@@ -56,70 +56,116 @@ def _main() -> None:
 
 
 def define_flags() -> None:
-    """Not at import, so that a process can import this program along with others."""
-    command_line.group("Models")
-    flags.DEFINE_string("workdir", None, "training run, evaluated on what it held out, or --data")
-    flags.DEFINE_string("checkpoint", None, "directory of a trained model, evaluated on --data")
-    flags.mark_flags_as_mutual_exclusive(["workdir", "checkpoint"], required=True)
-    flags.DEFINE_string("against", None, "another run or checkpoint, to compare with")
-    command_line.define_dtype()
-    command_line.group("Text and suites")
-    flags.DEFINE_multi_string(
-        "data",
-        None,
-        "text files by glob: one document a file or, if the glob ends in .jsonl, .json.gz or the "
-        "like, one a line, in the field that the model's config.json names in data.text_field; "
-        ".parquet. For tasks a directory with TASK/SPLIT.jsonl, or hf, or tfds. May be given twice",
+    """Defines the flags; not at import, so that one process can import several programs."""
+    _define_models()
+    _define_data()
+    _define_perplexity()
+    _define_tasks_and_recall()
+    command_line.group("Devices and output")
+    flags.DEFINE_integer(
+        "batch_size",
+        Plan.batch_size,
+        "Rows in a batch: windows, documents or parts of requests. Only a number of devices that "
+        "divides it is used. Accelerators are faster with a larger one",
+        1,
     )
+    flags.DEFINE_bool("fsdp", False, "Also shard the parameters over the devices")
+    flags.DEFINE_string(
+        "output", None, "JSON file to write, with a Markdown file beside it; neither may exist"
+    )
+    command_line.define_processes()
+
+
+def _define_models() -> None:
+    command_line.group("Models")
+    flags.DEFINE_string(
+        "workdir", None, "Directory of a training run; evaluated on its held-out text, or on --data"
+    )
+    flags.DEFINE_string(
+        "checkpoint", None, "Directory of any other trained model; evaluated on --data"
+    )
+    flags.mark_flags_as_mutual_exclusive(["workdir", "checkpoint"], required=True)
+    flags.DEFINE_string("against", None, "Directory of a second model to compare with")
+    command_line.define_dtype()
+
+
+def _define_data() -> None:
+    command_line.group("Suites and data")
     flags.DEFINE_list(
         "suite",
         list(Plan.parts),
-        f"of {', '.join(PARTS)}; paper: perplexity, tasks at 0 and 4 shots",
+        f"Parts of the evaluation: {', '.join(PARTS)}. paper: perplexity, and tasks at 0 and 4 "
+        "shots",
     )
+    flags.DEFINE_multi_string(
+        "data",
+        None,
+        "Text files as a glob: one document per file. In .jsonl, .json.gz and the like each line "
+        "is a document, in .parquet each row: its field is data.text_field of the model's "
+        "config.json. For tasks: a directory with TASK/SPLIT.jsonl, or hf, or tfds. Give the flag "
+        "twice for text and tasks",
+    )
+
+
+def _define_perplexity() -> None:
     command_line.group("Perplexity")
     flags.DEFINE_list(
         "protocol",
         list(Plan.protocols),
-        "what a token is predicted from: what its window has before it (window), at least the last "
-        "--window_length - --stride tokens (sliding), its whole document (stateful)",
+        "Context that a token is predicted from. window: the tokens before it in its window. "
+        "sliding: at least the last (window_length - stride) tokens. stateful: its whole document",
     )
-    flags.DEFINE_integer("window_length", None, "tokens; if not given as in training", 1)
-    flags.DEFINE_integer("stride", None, "tokens scored in a sliding window; if not given half", 1)
-    flags.DEFINE_list(
-        "context_lengths", [], "also the perplexity of the same 128 tokens after these contexts"
-    )
-    flags.DEFINE_bool("compressors", False, "also compress the text, with gzip -9 and xz -9")
-    command_line.group("Tasks and recall")
-    flags.DEFINE_list("tasks", list(TASKS), "names of tasks")
-    flags.DEFINE_list("shots", None, "examples before a question; if not given 0, for paper 0,4")
-    flags.DEFINE_enum(
-        "shot_mode", Plan.shot_mode, SHOT_MODES, "drawn for each row anew, or once for all"
-    )
-    flags.DEFINE_enum(
-        "variant", Plan.variant, VARIANTS, "texts of lm-evaluation-harness, or with clean spaces"
-    )
-    flags.DEFINE_integer("seed", Plan.seed, "of the examples and of the recall probes", 0)
-    flags.DEFINE_integer("max_length", None, "tokens of a request, cut at its beginning", 1)
-    flags.DEFINE_list("distances", list(map(str, Plan.distances)), "of the recall probes")
-    flags.DEFINE_integer("trials", Plan.trials, "of each recall probe and distance", 2)
-    command_line.group("How it is run")
     flags.DEFINE_integer(
-        "batch_size",
-        Plan.batch_size,
-        "windows, documents or parts of requests at once, shared out among as many devices as "
-        "divide it; accelerators are faster with more",
-        1,
+        "window_length", None, "Tokens in a window; default: the model's training length", 1
     )
-    flags.DEFINE_bool("fsdp", False, "split the parameters over these devices too")
-    flags.DEFINE_string("output", None, "JSON file to write, and Markdown beside it: new ones")
-    command_line.define_processes()
+    flags.DEFINE_integer(
+        "stride", None, "Tokens scored in each sliding window; default: half of its length", 1
+    )
+    flags.DEFINE_list(
+        "context_lengths",
+        [],
+        "Context lengths, in tokens, at which the same last 128 tokens are scored as well",
+    )
+    flags.DEFINE_bool(
+        "compressors", False, "Also report the bits per byte of gzip -9 and xz -9 on the text"
+    )
+
+
+def _define_tasks_and_recall() -> None:
+    command_line.group("Tasks and recall")
+    flags.DEFINE_list("tasks", list(TASKS), "Names of the tasks")
+    flags.DEFINE_list(
+        "shots", None, "Numbers of examples before a question; default: 0, for paper 0,4"
+    )
+    flags.DEFINE_enum(
+        "shot_mode",
+        Plan.shot_mode,
+        SHOT_MODES,
+        "per-document: new examples for each question; fixed: the same examples for all",
+    )
+    flags.DEFINE_enum(
+        "variant",
+        Plan.variant,
+        VARIANTS,
+        "lm_eval: exactly the texts of lm-evaluation-harness; clean: the same with single spaces",
+    )
+    flags.DEFINE_integer("seed", Plan.seed, "Seed of the examples and of the recall probes", 0)
+    flags.DEFINE_integer(
+        "max_length", None, "Longest request in tokens; longer ones lose their beginning", 1
+    )
+    flags.DEFINE_list(
+        "distances",
+        list(map(str, Plan.distances)),
+        "Distances of the recall probes: tokens between the text to remember and the question",
+    )
+    flags.DEFINE_integer("trials", Plan.trials, "Number of trials of each probe and distance", 2)
 
 
 def given_options(given, task_data: str | None) -> dict[str, Any]:
-    """What the flags ask for, as the options of `make_plan`; None where they do not say.
+    """The options of `make_plan` that the flags give; None where a flag is not given.
 
     Raises:
-      ConfigError: for a name that is not known, and for what should be a number and is not.
+      ConfigError: for an unknown name, and for a value that should be a number and is not.
     """
     check_names("--suite", expanded(given.suite), PARTS)
     check_names("--protocol", given.protocol, PROTOCOLS)
@@ -144,23 +190,23 @@ def given_options(given, task_data: str | None) -> dict[str, Any]:
 
 
 def check_use(given, text: str | None, task_data: str | None) -> None:
-    """Raises `ConfigError` for data that is missing, and for data and flags that nothing uses."""
+    """Raises `ConfigError` for missing data, and for data and flags that have no effect."""
     parts = expanded(given.suite)
     perplexity, tasks, recall = (part in parts for part in PARTS)
     needs_text = perplexity or recall
     suite, protocols = ",".join(dict.fromkeys(parts)), ",".join(dict.fromkeys(given.protocol))
     if given.checkpoint is not None and text is None and needs_text:
         raise ConfigError(
-            "--checkpoint is evaluated on --data: give text files, such as 'corpus/**/*.txt'"
+            "--checkpoint needs --data: give text files, such as --data='corpus/**/*.txt'"
         )
     if task_data is not None and not tasks:
         raise ConfigError(
-            f"--data={task_data} is a place for tasks' rows, which --suite={suite} "
-            f"does not use: for text give files, such as '{task_data}/*.txt'"
+            f"--data={task_data} gives the rows of tasks, but --suite={suite} has no tasks; "
+            f"for text give files, such as '{task_data}/*.txt'"
         )
     if text is not None and not needs_text:
         raise ConfigError(
-            f"--data={text} is no directory; the tasks need one with TASK/SPLIT.jsonl (or hf, tfds)"
+            f"--data={text} is no directory; the tasks need one with TASK/SPLIT.jsonl, or hf, tfds"
         )
     used = {
         "protocol": perplexity,
@@ -181,19 +227,19 @@ def check_use(given, text: str | None, task_data: str | None) -> None:
 
 
 def numbers(flag: str, values: Sequence[str], least: int) -> tuple[int, ...]:
-    """The integers of a flag."""
+    """The values of a flag as integers, each once."""
     if any(not value.isdecimal() or int(value) < least for value in values):
-        raise ConfigError(f"--{flag}={','.join(values)}: numbers of {least} or more are needed")
+        raise ConfigError(f"--{flag}={','.join(values)}: each must be an integer >= {least}")
     return tuple(dict.fromkeys(map(int, values)))
 
 
 def divided(data: Sequence[str]) -> tuple[str | None, str | None]:
-    """--data as the glob of text files and the place of the tasks' rows."""
+    """The values of --data: the glob of text files, and the place of the tasks' rows."""
     places = [value for value in data if value in HUBS or local(value).is_dir()]
     globs = [value for value in data if value not in places]
-    for values, meaning in ((places, "for tasks"), (globs, "of text files")):
+    for values, meaning in ((places, "place of task rows"), (globs, "set of text files")):
         if len(values) > 1:
-            raise ConfigError(f"--data names {meaning} more than one: {', '.join(values)}")
+            raise ConfigError(f"--data names more than one {meaning}: {', '.join(values)}")
     return globs[0] if globs else None, places[0] if places else None
 
 
@@ -205,17 +251,17 @@ def print_evaluation(
     output: Path | None = None,
     **options: Any,
 ) -> None:
-    """Evaluates the model in a directory, and one to compare it with; prints and writes tables.
+    """Evaluates one model or two, prints the tables, and writes them if asked to.
 
     Args:
-      directory: a run or a checkpoint.
-      data: text files by glob; None: what the run held out.
-      against: another run or checkpoint.
-      output: JSON file; Markdown goes beside it.
-      options: of `evaluate_models`.
+      directory: Training run or checkpoint.
+      data: Glob of text files; None: the held-out text of the run.
+      against: Second training run or checkpoint, compared with the first.
+      output: JSON file to write; a Markdown file goes beside it.
+      options: Further options of `evaluate_models`.
 
     Raises:
-      ConfigError, CheckpointError: before anything is computed, for input that does not fit.
+      ConfigError, CheckpointError: for unusable input, before anything is computed.
     """
     if output is not None and output.suffix == ".md":
         raise ConfigError(f"--output={output}: name the JSON file; the Markdown goes beside it")

@@ -6,9 +6,9 @@
     python generate.py --workdir=DIR --prompt_file=book --max_tokens=0 --save_state=book.state
     python generate.py --workdir=DIR --load_state=book.state --prompt="Who ..." --prompt="Why ..."
 
-One prompt's continuation is printed as it comes, those of several when all are done. A text ends
-where the model ends the document, before a --stop string, or after --max_tokens. --prompt_file=-
-reads standard input.
+The continuation of a single prompt is printed while it is generated; those of several prompts are
+printed at the end. A text ends where the model ends the document, before a --stop string, or after
+--max_tokens.
 """
 
 import dataclasses
@@ -42,41 +42,73 @@ def main() -> None:
 
 
 def define_flags() -> None:
-    """Not at import, so that a process can import this program along with others."""
-    command_line.group("The model")
-    flags.DEFINE_string("workdir", None, "directory of a training run")
-    flags.DEFINE_string("checkpoint", None, "directory of a trained model, own or foreign")
+    """Defines the flags; not at import, so that one process can import several programs."""
+    command_line.group("Model")
+    flags.DEFINE_string("workdir", None, "Directory of a training run")
+    flags.DEFINE_string(
+        "checkpoint", None, "Directory of any other trained model, of this project or another"
+    )
     flags.mark_flags_as_mutual_exclusive(["workdir", "checkpoint"], required=True)
     command_line.define_dtype()
-    flags.DEFINE_enum("weights", None, ["int8"], "of the matrices; if not given in --dtype")
-    flags.DEFINE_enum("state_dtype", None, ["float32", "bfloat16"], "of a RetNet's state")
-    command_line.group("What is read")
-    flags.DEFINE_multi_string("prompt", None, "text to continue; may be given several times")
+    flags.DEFINE_enum(
+        "weights", None, ["int8"], "Format of the weight matrices; default: the --dtype"
+    )
+    flags.DEFINE_enum(
+        "state_dtype",
+        None,
+        ["float32", "bfloat16"],
+        "Dtype in which a RetNet's state is stored; default: float32",
+    )
+    _define_prompts()
+    _define_sampling()
+    command_line.group("Output files")
+    flags.DEFINE_string(
+        "output",
+        None,
+        "JSON lines file to write: text, tokens and log-probabilities of each prompt",
+    )
+    flags.DEFINE_string(
+        "save_state",
+        None,
+        "File to write the model's state to, after a single prompt and its continuation",
+    )
+
+
+def _define_prompts() -> None:
+    command_line.group("Prompts")
+    flags.DEFINE_multi_string("prompt", None, "Text to continue; may be given several times")
     flags.DEFINE_multi_string(
         "prompt_file",
         None,
-        "file with a text to continue, without one line break at its end; -: standard input",
+        "File with a text to continue (one line break at its end is dropped); -: standard input",
     )
     flags.DEFINE_string(
         "requests",
         None,
-        "JSON lines with a prompt each, and perhaps its own temperature, top_k and top_p; other "
-        "fields, such as an id, are given along to --output",
+        "JSON lines file: each line has a prompt, and optionally its own temperature, top_k and "
+        "top_p. Other fields, such as an id, are copied to --output",
     )
-    flags.DEFINE_string("load_state", None, "file of --save_state: prompts continue it")
-    command_line.group("What is written")
-    flags.DEFINE_integer("max_tokens", 256, "most tokens to add to each prompt", lower_bound=0)
-    flags.DEFINE_float("temperature", 0.0, "0: the likeliest token; else: draw at this temperature")
-    flags.DEFINE_integer("top_k", None, "draw among this many likeliest tokens")
-    flags.DEFINE_float("top_p", None, "draw among the likeliest tokens that have this probability")
-    flags.DEFINE_multi_string(
-        "stop", [], "a text ends before this string; may be given several times"
-    )
-    flags.DEFINE_integer("seed", 0, "of the draws", lower_bound=0, upper_bound=2**32 - 1)
-    flags.DEFINE_string("save_state", None, "file to keep what was read and written; one prompt")
     flags.DEFINE_string(
-        "output", None, "JSON lines to write: texts, tokens, their log-probabilities"
+        "load_state", None, "File written by --save_state; the prompts continue its text"
     )
+
+
+def _define_sampling() -> None:
+    command_line.group("Sampling")
+    flags.DEFINE_integer(
+        "max_tokens", 256, "Largest number of tokens to generate after each prompt", lower_bound=0
+    )
+    flags.DEFINE_float("temperature", 0.0, "0: greedy decoding; otherwise the sampling temperature")
+    flags.DEFINE_integer("top_k", None, "Number of most likely tokens to sample from; default: all")
+    flags.DEFINE_float(
+        "top_p",
+        None,
+        "Total probability of the most likely tokens to sample from (nucleus); default: 1, all",
+    )
+    flags.DEFINE_multi_string(
+        "stop", [], "String before which a text ends; may be given several times"
+    )
+    flags.DEFINE_integer("seed", 0, "Seed of the sampling", lower_bound=0, upper_bound=2**32 - 1)
 
 
 def _main() -> int:
@@ -103,7 +135,7 @@ def generate(args) -> None:
         if path is not None and local(path).exists():
             raise ConfigError(f"--{name}={path} exists already: name another file, or delete it")
     if args.save_state is not None and len(prompts) > 1:
-        raise ConfigError(f"--save_state keeps one text; there are {len(prompts)} prompts")
+        raise ConfigError(f"--save_state takes a single prompt; there are {len(prompts)}")
     directory = place(args.workdir or args.checkpoint)
     _, tokenizer = read_pretrained(directory)
     model = load_pretrained(directory, **command_line.given_dtype())
@@ -119,7 +151,7 @@ def generate(args) -> None:
         [request.sampler for request in requests],
         args.seed,
         stop=args.stop,
-        # What is saved must have read no token after the end of the text.
+        # A saved state must not have read any token beyond the end of the text.
         tokens_at_once=1 if args.save_state else 16,
         after=after,
     )
@@ -148,7 +180,7 @@ def generate(args) -> None:
 
 
 def _as_json(record: dict[str, Any]) -> str:
-    """A line of UTF-8; half a character, which a request's own field may have, stays an escape."""
+    """One line of JSON in UTF-8; a lone surrogate in a request's own field stays an escape."""
     text = json.dumps(record, ensure_ascii=False)
     try:
         text.encode("utf-8")
@@ -158,35 +190,39 @@ def _as_json(record: dict[str, Any]) -> str:
 
 
 def given_requests(args) -> list[Request]:
-    """The prompts that the flags give, each with its sampler."""
+    """The prompts on the command line or in its files, each with its sampler."""
     defaults = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
     after_text = args.load_state is not None
     prompts = [*(args.prompt or []), *map(read_prompt, args.prompt_file or [])]
-    if prompts and args.requests is None:
-        return requests_of_prompts(prompts, defaults, may_be_empty=after_text)
-    if args.requests is not None and not prompts:
+    if args.requests is not None:
+        if prompts:
+            raise ConfigError("give either --requests, or --prompt and --prompt_file, not both")
         return read_requests(local(args.requests), defaults, may_be_empty=after_text)
-    if not prompts and after_text:
-        return requests_of_prompts([""], defaults, may_be_empty=True)
-    raise ConfigError(
-        "give the texts to continue as --prompt or as --requests; a long one as --prompt_file"
-    )
+    if not prompts and not after_text:
+        raise ConfigError(
+            "no prompts: give --prompt, or --prompt_file for a long text, or --requests"
+        )
+    return requests_of_prompts(prompts or [""], defaults, may_be_empty=after_text)
 
 
 class Speed:
-    """Tokens a second after the first piece, which is compiled; `count` says how many there are."""
+    """Measures tokens per second, from the end of the first piece on: that includes compilation.
+
+    Args:
+      count: Returns the number of tokens generated so far.
+    """
 
     def __init__(self, count: Callable[[], int]):
         self._count = count
         self._notes = []
 
     def note(self) -> None:
-        """That a piece has come."""
+        """Records the time and the number of tokens after a piece."""
         self._notes.append((time.perf_counter(), self._count()))
 
     def __str__(self) -> str:
-        # The last note is of what was held back, after the pieces.
+        # The last note comes after the pieces, for the text that was held back.
         if len(self._notes) < 3 or self._notes[-2][1] == self._notes[0][1]:
-            return "too few tokens to tell their speed"
+            return "too few tokens to measure the speed"
         (begin, before), (end, after) = self._notes[0], self._notes[-2]
-        return f"{(after - before) / (end - begin):.1f} tokens/s, compilation left out"
+        return f"{(after - before) / (end - begin):.1f} tokens/s, without compilation"

@@ -1,7 +1,7 @@
-"""Output that ends no program: into `head`, a closed terminal, or one that knows fewer characters.
+"""Printing that cannot end a program: into `head`, a closed terminal, or another encoding.
 
 A training run that dies because nobody reads its messages any more loses its last steps, and an
-evaluation its results.
+evaluation loses its results.
 """
 
 import contextlib
@@ -11,16 +11,16 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
-_GONE = (errno.EPIPE, errno.EIO)  # what reads a pipe has ended; the terminal is closed
+_GONE = (errno.EPIPE, errno.EIO)  # the reader of a pipe has ended; the terminal is closed
 
 
 class _Forgiving:
     """A text stream that drops what it cannot write.
 
     Args:
-      stream: what is written to.
-      when_gone: called once, when nobody reads it any more.
-      drops_all: whether other errors, such as a full disk, are no errors either.
+      stream: The stream that is written to.
+      when_gone: Called when the reader of the stream has ended.
+      drops_all: Whether all errors are ignored, also others such as a full disk.
     """
 
     def __init__(self, stream: TextIO, when_gone: Callable[[], object], drops_all: bool):
@@ -53,8 +53,8 @@ class _Forgiving:
                 raise
 
     def _discard(self) -> None:
-        # The file under the stream too: the rest of its buffer is written at the end of the
-        # program, and other libraries write there.
+        # Redirects the file under the stream too: its buffer is flushed when the program ends, and
+        # other libraries write there directly.
         with contextlib.suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
@@ -63,13 +63,13 @@ class _Forgiving:
 
 @contextlib.contextmanager
 def forgiving_output(when_gone: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """Until the `with` ends, stdout and stderr drop what nobody reads and escape what they lack.
+    """Within the `with`, writing to stdout and stderr fails neither for readers nor for encodings.
 
-    A character that the encoding does not have, and a byte of a file's name that is no UTF-8, are
-    written as Python's escapes.
+    Output that nobody reads is dropped. A character outside the encoding, or a byte of a file name
+    that is not UTF-8, is written as a Python escape.
 
     Args:
-      when_gone: called once, when either is not read any more.
+      when_gone: Called once, when the reader of either stream has ended.
     """
     told = []
 

@@ -1,8 +1,8 @@
 """Options of a config on the command line: --config.SECTION.FIELD=VALUE.
 
-A value is what a person types, read by the declared type of its field: `py,c` or `('py', 'c')` for
-a tuple, `1/32` for a number, `None` where that is a value. ml_collections, which loads the config's
-file, would read the same as Python and take `py,c` for one extension.
+A value is parsed by the declared type of its field: `py,c` or `('py', 'c')` for a tuple, `1/32` for
+a number, `None` where a field may be None. ml_collections, which loads the config's file, cannot do
+this: it parses values as Python and takes `py,c` for a single extension.
 """
 
 import ast
@@ -20,15 +20,15 @@ _OVERRIDE = re.compile(r"--?(no)?config\.([^=]+)(=.*)?", re.DOTALL)
 
 
 def taken_out(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, Any]]]:
-    """The arguments without options of the config, and the names and values of those.
+    """Splits a command line into its other arguments, and the names and values of config options.
 
     Raises:
-      ConfigError: for an option that there is not, and a value that does not fit.
+      ConfigError: for an unknown option, and for a value that is not of its type.
     """
     rest, found, waiting = [], [], iter(arguments)
     for argument in waiting:
         match = _OVERRIDE.fullmatch(argument)
-        if argument == "--":  # what comes after it is no flag
+        if argument == "--":  # arguments after it are not flags
             rest += [argument, *waiting]
         elif match is None:
             rest.append(argument)
@@ -48,7 +48,7 @@ def taken_out(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, Any]
 
 
 def apply(config: Config, overrides: Sequence[tuple[str, Any]]) -> None:
-    """Sets options of a config; of a tuple that is given several times all parts count."""
+    """Sets options of a config; the values of a tuple given several times are concatenated."""
     given: dict[str, Any] = {}
     for name, value in overrides:
         several = isinstance(value, tuple) and name in given
@@ -59,10 +59,10 @@ def apply(config: Config, overrides: Sequence[tuple[str, Any]]) -> None:
 
 
 def option_from_text(name: str, text: str) -> Any:
-    """The value of an option, such as "model.key_dim", as it is typed.
+    """The value of an option such as "model.key_dim", parsed from the command line's text.
 
     Raises:
-      ConfigError: for a text that is no value of its type.
+      ConfigError: for a text that is no value of the option's type.
     """
     field = options()[name]
     kinds = typing.get_args(field.type) if _is_optional(field.type) else (field.type,)
@@ -82,7 +82,7 @@ def option_from_text(name: str, text: str) -> Any:
 
 
 def shares_from_text(text: str) -> dict[str, float]:
-    """Shares of a mixture: data/pile:0.6,data/c4:0.4, or {'data/pile': 0.6}."""
+    """Stores of a mixture and their shares: data/pile:0.6,data/c4:0.4, or {'data/pile': 0.6}."""
     inside, shares = text.strip(), {}
     if inside.startswith("{") and inside.endswith("}"):
         inside = inside[1:-1]
@@ -93,7 +93,7 @@ def shares_from_text(text: str) -> dict[str, float]:
         except ValueError:
             name = ""
         if not name:
-            raise ValueError(f"{part!r} is no store and share, such as data/pile:0.6")
+            raise ValueError(f"expected STORE:SHARE such as data/pile:0.6, got {part!r}")
     return shares
 
 
@@ -142,7 +142,7 @@ def _integer(text: str) -> int:
 
 
 def _unquoted(text: str) -> str:
-    """A text that may be written as Python's: 'py'."""
+    """A text without the quotes that it may have as in Python: 'py'."""
     text = text.strip() if text.strip()[:1] in ("'", '"') else text
     if len(text) > 1 and text[0] == text[-1] and text[0] in ("'", '"'):
         try:

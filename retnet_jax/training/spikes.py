@@ -15,12 +15,10 @@ from retnet_jax.shapes import Array, Bool, Float, Int
 
 _KEPT = 0.98  # decay of the running means: about the last 50 steps count
 _FIRST_JUDGED = 50  # spikes are skipped only after this many steps
-# The smallest standard deviations used, of the loss in nats and of the logarithm of the gradient
-# norm. Large gradient norms occur at ordinary losses: with 0.1 for the norm a step of the
-# quickstart was skipped at a loss of 3.74 and a norm of 3.9. Clipping bounds such steps. With 0.5
-# only a norm of 150 times its mean, which is 10 deviations, is skipped; no step of the quickstart
-# is (1,900 steps, one seed).
-_LEAST_DEVIATION = (0.02, 0.5)
+# The smallest and the largest deviations used, of the loss in nats and of the logarithm of the
+# gradient norm; see `judge`.
+_LEAST_DEVIATION = (0.02, 0.229)
+_MOST_DEVIATION = (0.25, 0.229)
 
 
 class UsualStep(NamedTuple):
@@ -47,12 +45,21 @@ def judge(
 ) -> tuple[Bool[Array, ""], UsualStep]:
     """Decides whether a step is taken, and updates the statistics.
 
+    A step that is not finite is skipped. So is, after the first 50 steps, one whose loss or
+    gradient norm exceeds its running mean by more than `deviations` deviations. With 10 deviations:
+
+    - A loss 3 nats above its mean is always skipped: a deviation counts as at most 0.25 nats,
+      however much the loss varies from batch to batch. It counts as at least 0.02 nats, because a
+      large batch has so little noise that ordinary losses would be many deviations away.
+    - A gradient norm of 10 times its mean is always skipped, and none below 9.8 times. A deviation
+      of its logarithm is always 0.229: the measured one says nothing of the ordinary batches, a few
+      in 1,000, whose norm is 2 to 4 times the mean.
+
     Args:
       usual: Statistics of the previous steps.
       loss: Loss of this step.
       norm: Norm of its gradient.
-      deviations: Number of standard deviations by which loss or norm must exceed its mean for the
-        step to be skipped; 0: only a step that is not finite is skipped.
+      deviations: `train.spike_deviations`; 0: only a step that is not finite is skipped.
       finite: Whether the parameters after the step are finite.
 
     Returns:
@@ -61,7 +68,9 @@ def judge(
     seen = jnp.stack([loss, jnp.log(norm)]).astype(jnp.float32)
     good = finite & jnp.isfinite(loss) & jnp.isfinite(norm)
     if deviations:
-        deviation = jnp.maximum(jnp.sqrt(usual.variance), jnp.array(_LEAST_DEVIATION))
+        deviation = jnp.clip(
+            jnp.sqrt(usual.variance), jnp.array(_LEAST_DEVIATION), jnp.array(_MOST_DEVIATION)
+        )
         high = (seen > usual.mean + deviations * deviation).any()
         good &= ~(high & (usual.count >= _FIRST_JUDGED))
     # A plain mean at the beginning. Distances are from the mean before this step.

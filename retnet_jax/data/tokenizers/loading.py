@@ -222,7 +222,7 @@ def _special_ids(
         if not required:
             return None
         raise ValueError(
-            f"no file in {directory} names the token that opens or ends a text; add it to "
+            f"no file in {directory} says which token opens or ends a text; add it to "
             f'{directory / CONFIG_NAME}, such as {{"bos_token": "<s>", "eos_token": "</s>"}}'
         )
     ends = [bos if end is None else end]

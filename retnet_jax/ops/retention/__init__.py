@@ -5,9 +5,9 @@ arXiv 2307.08621, with the rotation already in q and k):
 
     S_n = gamma S_{n-1} + k_n^T v_n        y_n = q_n S_n = sum_{m<=n} gamma^(n-m) (q_n . k_m) v_m
 
-`retention` computes it in parallel, chunk by chunk, or token by token: three ways to the same
-outputs, final state and gradients. It is linear; scaling, normalisers and gates are its caller's.
-On a mesh that splits positions (`jax.set_mesh`, axis "seq") the chunkwise form runs on all of it.
+`retention` computes it in parallel, chunk by chunk, or token by token: three forms with the same
+outputs, final state and gradients. Scaling, normalisers and gates are left to the caller. On a mesh
+that splits positions (`jax.set_mesh`, axis "seq") the chunkwise form uses all devices of that axis.
 """
 
 from retnet_jax.ops.retention.api import FORMS, IMPLEMENTATIONS, explain_choice, retention

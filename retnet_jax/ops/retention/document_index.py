@@ -1,7 +1,7 @@
 """Where documents begin and end in a batch row.
 
-`segment_ids [b t]`: 0 is padding, a change of id from one real token to the next is a border.
-Padding may stand anywhere, in the middle of a document too, and is as if it were not there.
+`segment_ids [b t]`: 0 is padding; a change of id from one real token to the next is a border
+between documents. Padding may stand anywhere, also inside a document, and has no effect.
 """
 
 from typing import NamedTuple
@@ -9,11 +9,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from retnet_jax.shapes import Array, Bool, Int
+from retnet_jax.shapes import Array, Bool, Int, SegmentIds
 
 
 class Documents(NamedTuple):
-    """What retention has to know of each token of a row."""
+    """Document numbering of the tokens of each row."""
 
     real: Bool[Array, "b t"]  # False for padding
     count: Int[Array, "b t"]  # real tokens of the row up to this one, itself included
@@ -25,7 +25,7 @@ class Documents(NamedTuple):
         return count, index
 
     def chunks(self, size: int) -> "Chunks":
-        """The rows in chunks of `size` tokens, the last one filled up with padding."""
+        """The rows in chunks of `size` tokens; padding fills the last chunk."""
         rows, length = self.count.shape
         n = -(-length // size)
         behind = ((0, 0), (0, n * size - length))
@@ -41,18 +41,19 @@ class Documents(NamedTuple):
 
 
 class Chunks(NamedTuple):
-    """Documents in n chunks of l tokens: what decays how far, and what passes between them.
+    """Document numbering in n chunks of l tokens, and the exponents of gamma that follow from it.
 
-    A power of gamma counts the real tokens between two places, and is 0 if a border lies between
-    them. So each of the three below is a number of tokens, and a mask of where it counts.
+    Between two tokens of one document the exponent is the number of real tokens from one to the
+    other; across a border the power is 0. So the properties come in pairs: an exponent, and a mask
+    that says where the power is not 0.
     """
 
     real: Bool[Array, "b n l"]
-    count: Int[Array, "b n l"]  # as of `Documents`, from the row's first token on
+    count: Int[Array, "b n l"]  # as in `Documents`: counted from the row's first token
     index: Int[Array, "b n l"]
-    count_before: Int[Array, "b n 1"]  # of the token before the chunk; 0 before the first
+    count_before: Int[Array, "b n 1"]  # count at the token before the chunk; 0 for the first chunk
     index_before: Int[Array, "b n 1"]
-    count_after: Int[Array, "b n 1"]  # of the chunk's last token
+    count_after: Int[Array, "b n 1"]  # count at the chunk's last token
     index_after: Int[Array, "b n 1"]
 
     @property
@@ -86,7 +87,7 @@ class Chunks(NamedTuple):
         return self.index_after == self.index_before
 
 
-def number_documents(segment_ids: Int[Array, "b t"]) -> Documents:
+def number_documents(segment_ids: SegmentIds) -> Documents:
     """Numbers the documents of each row."""
     real = segment_ids != 0
     border = _is_border(segment_ids, real)
@@ -98,23 +99,23 @@ def number_documents(segment_ids: Int[Array, "b t"]) -> Documents:
 
 
 def one_document(rows: int, length: int) -> Documents:
-    """What `number_documents` finds in rows that are one document each, without padding."""
+    """The numbering of rows that are one document each, without padding."""
     count = jnp.broadcast_to(jnp.arange(1, length + 1, dtype=jnp.int32), (rows, length))
     return Documents(jnp.ones_like(count, bool), count, jnp.zeros_like(count))
 
 
 def positions(
-    segment_ids: Int[Array, "b t"], start: Int[Array, " b"]
+    segment_ids: SegmentIds, start: Int[Array, " b"]
 ) -> tuple[Int[Array, "b t"], Int[Array, " b"]]:
-    """Each token's position in its document, and the position that comes after the row.
+    """Each token's position in its document, and the position of the token that follows the row.
 
     Args:
-      segment_ids: documents and padding. Padding gets the position of the next real token.
-      start: position of the first token of the document each row opens with.
+      segment_ids: Documents and padding. Padding gets the position of the next real token.
+      start: Position of the first token of the document that each row opens with.
     """
     real = segment_ids != 0
     before = _running(jax.lax.cumsum, real.astype(jnp.int32)) - real.astype(jnp.int32)
-    # Counted from `start` less the real tokens in front of the newest border.
+    # The position is `before` less its value at the newest border, or plus `start` before any.
     at_border = jnp.where(_is_border(segment_ids, real), -before, _FIRST_DOCUMENT)
     newest = _running(jax.lax.cummin, at_border)
     position = before + jnp.where(newest == _FIRST_DOCUMENT, start[:, None], newest)
@@ -124,7 +125,7 @@ def positions(
 _FIRST_DOCUMENT = jnp.iinfo(jnp.int32).max
 
 
-def _is_border(segment_ids: Int[Array, "b t"], real: Bool[Array, "b t"]) -> Bool[Array, "b t"]:
+def _is_border(segment_ids: SegmentIds, real: Bool[Array, "b t"]) -> Bool[Array, "b t"]:
     """True for a real token whose id differs from that of the real token before it in the row."""
     places = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
     newest_real = _running(jax.lax.cummax, jnp.where(real, places, -1))
@@ -133,23 +134,24 @@ def _is_border(segment_ids: Int[Array, "b t"], real: Bool[Array, "b t"]) -> Bool
     return real & (previous >= 0) & (previous_id != segment_ids)
 
 
+# How each operation combines two results, and its neutral element.
 _COMBINE = {
     jax.lax.cumsum: (jnp.add, 0),
     jax.lax.cummax: (jnp.maximum, jnp.iinfo(jnp.int32).min),
     jax.lax.cummin: (jnp.minimum, jnp.iinfo(jnp.int32).max),
 }
-_BLOCK = 512
+_PIECE = 512  # tokens
 
 
 def _running(operation, x: Int[Array, "b t"]) -> Int[Array, "b t"]:
-    """A cumulative operation along a row, in blocks: XLA's own takes O(t^2) on some backends."""
-    combine, nothing = _COMBINE[operation]
+    """A cumulative operation along a row, in n pieces: XLA's own takes O(t^2) on some backends."""
+    combine, neutral = _COMBINE[operation]
     rows, length = x.shape
-    if length <= _BLOCK:
+    if length <= _PIECE:
         return operation(x, axis=1)
-    n_blocks = -(-length // _BLOCK)
-    padded = jnp.pad(x, ((0, 0), (0, n_blocks * _BLOCK - length)), constant_values=nothing)
-    within = operation(padded.reshape(rows, n_blocks, _BLOCK), axis=2)
-    before = _running(operation, within[:, :-1, -1])
-    before = jnp.pad(before, ((0, 0), (1, 0)), constant_values=nothing)
+    n = -(-length // _PIECE)
+    padded = jnp.pad(x, ((0, 0), (0, n * _PIECE - length)), constant_values=neutral)
+    within = operation(padded.reshape(rows, n, _PIECE), axis=2)  # [b n piece]
+    before = _running(operation, within[:, :-1, -1])  # [b n-1]
+    before = jnp.pad(before, ((0, 0), (1, 0)), constant_values=neutral)
     return combine(within, before[..., None]).reshape(rows, -1)[:, :length]

@@ -1,12 +1,13 @@
-"""Retention on a mesh: each device runs its own rows and heads, and its part of the positions.
+"""Retention on a mesh: `whole_arrays`, `on_each_device` or `sequence_parallel`.
 
-Where positions are split (the mesh axis "seq"), each device runs its part of a row from the empty
-state. The n states are exchanged once, and what came before a part is added to its outputs:
-retention is linear in the state. So the devices tell each other (n - 1) [b h k v] float32 numbers
-in a layer, however long the rows are.
+Where positions are split (the mesh axis "seq"), each of n devices runs its part of a row from an
+empty state. The devices then exchange their states once, and each adds the contribution of the
+parts before its own to its outputs: retention is linear in the state. So a device receives n - 1
+states [b h k v] in float32 for each layer, however long the rows are.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -19,10 +20,20 @@ from retnet_jax.ops.retention.decay import power_of_decay
 from retnet_jax.ops.retention.document_index import Documents, number_documents
 from retnet_jax.parallel.mesh import axis_size
 from retnet_jax.parallel.sharding import activation_spec
-from retnet_jax.shapes import Array, Float, Int
+from retnet_jax.shapes import (
+    Array,
+    Float,
+    Int,
+    Keys,
+    LogDecay,
+    Queries,
+    RetentionMatrix,
+    SegmentIds,
+    Values,
+)
 
-# With more parts than this, states are summed up in log2 n messages between neighbours at growing
-# distance, and none of the devices holds all n of them.
+# With more parts than this, states are summed in log2 n messages between devices at growing
+# distance, so that no device holds all n of them.
 MOST_GATHERED = 8
 
 
@@ -34,7 +45,7 @@ class SplitDocuments(NamedTuple):
     end_index: Int[Array, "b n"]  # number of the document that holds the last of them
 
 
-def split_documents(segment_ids: Int[Array, "b t"]) -> SplitDocuments:
+def split_documents(segment_ids: SegmentIds) -> SplitDocuments:
     """Numbers the documents of each row, for the mesh that is set."""
     found = number_documents(segment_ids)
     size = segment_ids.shape[1] // parts(segment_ids.shape[1])
@@ -50,33 +61,42 @@ def parts(length: int) -> int:
     return n if length % n == 0 else 1
 
 
+def whole_arrays(
+    local: Callable,
+    q: Queries,
+    k: Keys,
+    v: Values,
+    log_decay: LogDecay,
+    state: RetentionMatrix | None,
+    split: SplitDocuments | None,
+) -> tuple[Values, RetentionMatrix]:
+    """`local`, a form of retention, for whole arrays; on a mesh XLA splits its operations."""
+    return local(q, k, v, log_decay, state, None if split is None else split.documents)
+
+
 def on_each_device(
     local: Callable,
-    q: Float[Array, "b t h k"],
-    k: Float[Array, "b t h k"],
-    v: Float[Array, "b t h v"],
-    log_decay: Float[Array, " h"],
-    state: Float[Array, "b h k v"] | None,
+    q: Queries,
+    k: Keys,
+    v: Values,
+    log_decay: LogDecay,
+    state: RetentionMatrix | None,
     split: SplitDocuments | None,
-) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
-    """`local`, the chunkwise form on one device, for whole rows: devices share rows and heads."""
-
-    def part(q, k, v, log_decay, state, split):
-        return local(q, k, v, log_decay, state, None if split is None else split.documents)
-
-    return _shard_map(part, q, k, v, log_decay, state, split)
+) -> tuple[Values, RetentionMatrix]:
+    """`local`, the chunkwise form, on each device for its rows and heads; positions are whole."""
+    return _shard_map(partial(whole_arrays, local), q, k, v, log_decay, state, split)
 
 
 def sequence_parallel(
     local: Callable,
-    q: Float[Array, "b t h k"],
-    k: Float[Array, "b t h k"],
-    v: Float[Array, "b t h v"],
-    log_decay: Float[Array, " h"],
-    state: Float[Array, "b h k v"] | None,
+    q: Queries,
+    k: Keys,
+    v: Values,
+    log_decay: LogDecay,
+    state: RetentionMatrix | None,
     split: SplitDocuments | None,
-) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
-    """`local`, the chunkwise form on one device, for rows that are split over the axis "seq"."""
+) -> tuple[Values, RetentionMatrix]:
+    """`local`, the chunkwise form, on each device for its part of rows that "seq" splits."""
 
     def part(q, k, v, log_decay, initial, split):
         n, length = axis_size("seq"), q.shape[1]
@@ -87,9 +107,9 @@ def sequence_parallel(
         documents = None if split is None else cuts.counted_from(here, split.documents)
         y, after = local(q, k, v, log_decay, None, documents)
         exchange = _gathered if n <= MOST_GATHERED else _passed_on
-        before, final = exchange(initial, after, log_decay, cuts, n)
+        before, final = exchange(initial, after, log_decay, cuts, n)  # [b h k v] each
         before = checkpoint_name(before, "state_before")
-        reach = cuts.reach(log_decay, here, split, length)
+        reach = cuts.reach(log_decay, here, split, length)  # [#b h t]
         old = jnp.einsum(
             "bthk,bhkv->bthv", q, before.astype(q.dtype), preferred_element_type=before.dtype
         )
@@ -100,10 +120,10 @@ def sequence_parallel(
 
 
 def _shard_map(part: Callable, q, k, v, log_decay, state, split: SplitDocuments | None):
-    """`part` of these arguments, on the part of them that each device of the mesh has.
+    """Calls `part` on every device, with that device's part of the arguments.
 
-    Rows lie on "data" and "fsdp", positions on "seq", heads on "tensor"; a state is whole on all
-    devices of "seq". A dimension that its axes do not divide is not split.
+    Rows are split over "data" and "fsdp", positions over "seq", heads over "tensor"; every device
+    of "seq" has a copy of the state. A dimension that its axes do not divide is not split.
     """
     wide = activation_spec("bthk", q.shape)
     state_spec = activation_spec("bhkv", (q.shape[0], *q.shape[2:], v.shape[3]))
@@ -125,7 +145,7 @@ def _shard_map(part: Callable, q, k, v, log_decay, state, split: SplitDocuments 
 
 
 class _Cuts(NamedTuple):
-    """What was counted at each of the n + 1 cuts: before the first part, and after each."""
+    """The running counts at each of the n + 1 cuts: before the first part, and after each part."""
 
     count: Int[Array, "#b m"]  # real tokens
     index: Int[Array, "#b m"]  # number of the document
@@ -139,7 +159,7 @@ class _Cuts(NamedTuple):
         return _Cuts(jnp.pad(split.end_count, start), jnp.pad(split.end_index, start))
 
     def counted_from(self, cut, documents: Documents) -> Documents:
-        """The documents of the part behind a cut, as if the row began there."""
+        """The documents of the part after a cut, as if the row began there."""
         real, count, index = documents
         return Documents(real, count - self.count[:, cut, None], index - self.index[:, cut, None])
 
@@ -152,7 +172,7 @@ class _Cuts(NamedTuple):
     def reach(
         self, log_decay, cut, split: SplitDocuments | None, size: int
     ) -> Float[Array, "#b h t"]:
-        """gamma^tokens from a cut to each token of the part behind it; 0 in other documents."""
+        """gamma^tokens from a cut to each token of the part after it; 0 in other documents."""
         if split is None:
             return power_of_decay(log_decay, jnp.arange(1, size + 1)[None])
         real, count, index = self.counted_from(cut, split.documents)
@@ -160,8 +180,8 @@ class _Cuts(NamedTuple):
 
 
 def _gathered(initial, after, log_decay, cuts: _Cuts, n: int):
-    """The state before this device's part, and the one after the row, from the states of all."""
-    states = jnp.concatenate([initial[None], jax.lax.all_gather(after, "seq")])
+    """The state before this device's part, and the state after the row, by gathering all states."""
+    states = jnp.concatenate([initial[None], jax.lax.all_gather(after, "seq")])  # [n+1 b h k v]
 
     def state_at(cut):
         decays = cuts.between(log_decay, jnp.arange(n + 1), cut)
@@ -172,7 +192,7 @@ def _gathered(initial, after, log_decay, cuts: _Cuts, n: int):
 
 
 def _passed_on(initial, after, log_decay, cuts: _Cuts, n: int):
-    """The same from log2 n messages: after the i-th a device knows of 2^i parts before its own."""
+    """The same in log2 n messages: after the i-th a device has summed 2^i parts before its own."""
     here = jax.lax.axis_index("seq")
 
     def decayed(state, start, end):

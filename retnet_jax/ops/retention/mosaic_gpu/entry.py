@@ -1,4 +1,4 @@
-"""Chunkwise retention and its gradient, by the two kernels; rows in segments to fill the GPU."""
+"""Chunkwise retention and its gradient with the two kernels; rows are segmented to fill the GPU."""
 
 import itertools
 import re
@@ -13,33 +13,34 @@ from retnet_jax.ops.retention.decay import decay_gradient, power_of_decay
 from retnet_jax.ops.retention.document_index import Chunks, Documents, one_document
 from retnet_jax.ops.retention.mosaic_gpu.memory import TILE, TOKENS
 from retnet_jax.ops.retention.mosaic_gpu.scores import decayed_scores
-from retnet_jax.ops.retention.mosaic_gpu.walk import Tiling, walk_segments
+from retnet_jax.ops.retention.mosaic_gpu.tiling import Tiling
+from retnet_jax.ops.retention.mosaic_gpu.walk import walk_segments
 from retnet_jax.ops.retention.xla import zero_state
 from retnet_jax.parallel.mesh import backend
-from retnet_jax.shapes import Array, Float
+from retnet_jax.shapes import Array, Float, Keys, LogDecay, Queries, RetentionMatrix, Values
 
-WIDEST = 512  # of a head: two warpgroups with 4 tiles of T each
-MULTIPLE = 8  # of head widths: TMA's strides are multiples of 16 bytes
-SHORTEST_SEGMENT = 8  # chunks: less does not pay for the walk that finds states
-HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")  # in the names of devices
+WIDEST = 512  # columns of a head: two warpgroups with 4 tiles of T each
+MULTIPLE = 8  # head widths are multiples of it: TMA's strides are multiples of 16 bytes
+SHORTEST_SEGMENT = 8  # chunks; shorter ones do not pay for the walk that computes states
+HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")  # matches device kinds
 PROCESSORS = 132  # streaming multiprocessors of an H100 or H200 (SXM)
 
 
 def chunkwise(
-    q: Float[Array, "b t h k"],
-    k: Float[Array, "b t h k"],
-    v: Float[Array, "b t h v"],
-    log_decay: Float[Array, " h"],
-    state: Float[Array, "b h k v"] | None,
+    q: Queries,
+    k: Keys,
+    v: Values,
+    log_decay: LogDecay,
+    state: RetentionMatrix | None,
     documents: Documents | None,
     chunk_size: int | None = None,
-) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
-    """`xla.chunkwise` in chunks of 64 tokens, of bfloat16 inputs; `state=None` is 0.
+) -> tuple[Values, RetentionMatrix]:
+    """`xla.chunkwise` in chunks of 64 tokens, for bfloat16 inputs; `state=None` is 0.
 
-    The backward pass keeps the inputs and the final state, and computes all else again.
+    The backward pass keeps the inputs and the final state, and recomputes everything else.
 
     Raises:
-      NotImplementedError: with the reason that `unsupported` gives.
+      NotImplementedError: with the reason from `unsupported`.
     """
     if reason := unsupported(q, k, v, chunk_size):
         raise NotImplementedError(reason)
@@ -49,21 +50,21 @@ def chunkwise(
 
 
 def unsupported(q, k, v, chunk_size: int | None = None) -> str | None:
-    """Why `chunkwise` cannot run arrays of such shapes on the backend; None if it can."""
+    """Why `chunkwise` cannot run arrays of these shapes on the backend; None if it can."""
     if not q.dtype == k.dtype == v.dtype == jnp.bfloat16:
-        return f"q, k and v are {q.dtype}, {k.dtype}, {v.dtype}; only bfloat16 is computed here"
+        return f"q, k and v are {q.dtype}, {k.dtype}, {v.dtype}; it takes only bfloat16"
     if chunk_size not in (None, TOKENS):
-        return f"chunk_size={chunk_size}; chunks are of {TOKENS} tokens here"
+        return f"chunk_size={chunk_size}; its chunks have {TOKENS} tokens"
     for name, width in (("key", q.shape[3]), ("value", v.shape[3])):
         if width % MULTIPLE or not TILE <= width <= WIDEST:
             return (
-                f"{name} heads are {width} wide; only multiples of {MULTIPLE} from {TILE} to "
-                f"{WIDEST} are"
+                f"{name} heads are {width} wide; it takes only multiples of {MULTIPLE} from {TILE} "
+                f"to {WIDEST}"
             )
     platform = backend()
     if platform == "cpu":
         if not hasattr(plgpu, "InterpretGPUParams"):
-            return f"jax {jax.__version__} has no interpreter for it on a CPU; jax 0.11 has"
+            return f"jax {jax.__version__} cannot interpret it on a CPU; jax 0.11 can"
         return None
     device = jax.devices()[0] if _mesh().empty else _mesh().abstract_device
     if platform != "gpu" or not HOPPER.search(device.device_kind):
@@ -114,12 +115,12 @@ def _recurrence(
     k: Float[Array, "b t h a"],
     v: Float[Array, "b t h c"],
     scores: Float[Array, "b h n l m"],
-    log_decay: Float[Array, " h"],
+    log_decay: LogDecay,
     chunks: Chunks,
     state: Float[Array, "b h c a"],
     reverse: bool = False,
 ) -> tuple[Float[Array, "b t h c"], Float[Array, "b h c a"]]:
-    """`walk_segments` of rows in one piece, or in segments that each begin with their own state."""
+    """`walk_segments` for whole rows, or for segments that each begin with their own state."""
     b, _, h, contracted = q.shape
     written = v.shape[3]
     tiling = Tiling.of(contracted, written)
@@ -133,8 +134,8 @@ def _recurrence(
         segments.reverse()
     states = [state]
     if len(segments) > 1:
-        # The states that segments leave when they begin empty, of all but the last one walked.
-        _, left = walk_segments(None, k, v, None, factors, None, length, reverse)
+        # The states that segments leave when they begin empty; the last one's is not needed.
+        _, left = walk_segments(None, k, v, None, factors, None, length, reverse)  # [b s-1 h ...]
         if reverse:
             left = left[:, ::-1]
         for i, segment in enumerate(segments[:-1]):
@@ -147,22 +148,18 @@ def _recurrence(
     return y, after[:, 0 if reverse else -1, :, :written, :contracted]
 
 
-def _factors(
-    log_decay: Float[Array, " h"], chunks: Chunks, reverse: bool
-) -> Float[Array, "b h n 3 l"]:
-    """Powers of gamma in each chunk: of what tokens read, what they write, and across it."""
+def _factors(log_decay: LogDecay, chunks: Chunks, reverse: bool) -> Float[Array, "b h n 3 l"]:
+    """Powers of gamma in each chunk: for what tokens read, for what they write, and across it."""
     power = partial(power_of_decay, log_decay)
-    from_start = power(chunks.from_start, chunks.reads_start)
+    from_start = power(chunks.from_start, chunks.reads_start)  # [b h n l], as the next two
     to_end = power(chunks.to_end, chunks.writes_end)
     across = jnp.broadcast_to(power(chunks.across, chunks.passes), to_end.shape)
     ends = (to_end, from_start) if reverse else (from_start, to_end)
     return jnp.stack([*ends, across], axis=3)
 
 
-def _across(
-    log_decay: Float[Array, " h"], chunks: Chunks, start: int, end: int
-) -> Float[Array, "b h"]:
-    """gamma^tokens across the chunks from `start` to before `end`; 0 if a border is in them."""
+def _across(log_decay: LogDecay, chunks: Chunks, start: int, end: int) -> Float[Array, "b h"]:
+    """gamma^tokens across the chunks from `start` up to `end`; 0 if there is a border in them."""
     return power_of_decay(
         log_decay,
         chunks.count_after[:, end - 1, 0] - chunks.count_before[:, start, 0],
@@ -171,6 +168,6 @@ def _across(
 
 
 def _segment_length(ctas: int, n_chunks: int) -> int:
-    """Chunks in a segment: as many segments as fill the GPU, but none that are short."""
+    """Chunks in a segment: enough segments to fill the GPU, but no short ones."""
     segments = max(1, min(PROCESSORS // ctas, n_chunks // SHORTEST_SEGMENT))
     return pl.cdiv(n_chunks, segments)

@@ -1,4 +1,4 @@
-"""What the kernels share: tiles in shared memory, loads into registers, sums of matrix products."""
+"""Helpers of both kernels: tiles in shared memory, loads into registers, sums of products."""
 
 import inspect
 
@@ -9,7 +9,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from retnet_jax.parallel.mesh import backend
 
-TOKENS = 64  # of a chunk: rows of a warpgroup's matrix product
+TOKENS = 64  # tokens of a chunk: rows of a warpgroup's matrix product
 TILE = 64  # columns of a tile
 
 WGMMA = plgpu.Layout.WGMMA
@@ -21,50 +21,58 @@ AS_OPERAND = (plgpu.TilingTransform((8, 64)), SWIZZLE)
 
 
 def operands(*shape: int):
-    """Tiles [*shape 64 64] that TMA fills and matrix products take.
+    """Shared memory for tiles [*shape 64 64], which TMA fills and matrix products read.
 
-    A tile is 64 rows of 128 swizzled bytes, seen in two ways: as rows, which may reach beyond the
-    end of an array, and as the 8 blocks of 8 rows that matrix products want. Tiling (8, 64) leaves
-    a matrix of 64 columns where it is, but TMA would want the arrays themselves to be so divided.
+    A tile is 64 rows of 128 swizzled bytes, with two views: as rows, which may reach beyond the end
+    of an array, and as the 8 groups of 8 rows that matrix products take. Tiling (8, 64) does not
+    move the elements of a matrix of 64 columns, but TMA would require it of the arrays themselves.
     """
     rows, operand = (
         plgpu.SMEM((*shape, TOKENS, TILE), jnp.bfloat16, transforms=transforms)
         for transforms in (AS_ROWS, AS_OPERAND)
     )
-    # The interpreter knows no memory that two have in common, and of these no difference.
+    # The interpreter has no RefUnion, and does not distinguish the two views.
     return operand if backend() == "cpu" else plgpu.RefUnion(rows, operand)
 
 
 def views(tiles):
-    """The rows and the operand that `operands` made."""
+    """The two views of tiles from `operands`: as rows, and as the operand of a product."""
     return (tiles, tiles) if backend() == "cpu" else tiles
 
 
-# jax 0.10 wants an index there.
+# jax 0.10 requires an index argument.
 _EVERYTHING = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
 
 
 def load(ref, layout, optimized=True):
-    """A reference into registers; what lies in the GPU's memory has no `optimized` way."""
+    """Loads a reference into registers; references to the GPU's memory need `optimized=False`."""
     return plgpu.load(ref, *_EVERYTHING, layout=layout, optimized=optimized)
 
 
 def along_rows(x):
-    """A number for each row [m], as a matrix [m n]."""
+    """Broadcasts one number for each row [m] to a matrix [m n]."""
     return jax.lax.broadcast_in_dim(x, (x.shape[0], TILE), [0])
 
 
 def along_columns(x):
-    """A number for each column [n], as a matrix [m n]."""
+    """Broadcasts one number for each column [n] to a matrix [m n]."""
     return jax.lax.broadcast_in_dim(x, (TILE, x.shape[0]), [1])
 
 
 def accumulate(products, *sums):
-    """The float32 matrices `sums` and what `products` adds to accumulators of their values."""
+    """Adds matrix products to float32 matrices.
+
+    Args:
+      products: A function of accumulators with the values of `sums`, which adds products to them.
+      sums: The matrices to begin with.
+
+    Returns:
+      The matrices with the products added.
+    """
     if not interpreter():
         return pl.run_state(products)(tuple(map(plgpu.ACC.init, sums)))
 
-    # The interpreter has accumulators that begin with 0 alone.
+    # In the interpreter accumulators always begin with 0.
     def added(*accumulators):
         products(accumulators)
         return [accumulator[...] for accumulator in accumulators]

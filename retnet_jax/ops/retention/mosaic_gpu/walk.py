@@ -1,7 +1,7 @@
-"""The recurrence over the chunks of rows, as the package's docstring has it: one kernel.
+"""The kernel of the recurrence over the chunks of rows; the package's docstring has the equations.
 
-A CTA (thread block) walks the chunks of one segment, for one head and some columns of what is
-written. Its computing warpgroups hold T in registers; one more loads what they read.
+A CTA (cooperative thread array) processes the chunks of one segment, for one head and some columns
+of the output. Its computing warpgroups hold T in registers; one more warpgroup loads their inputs.
 """
 
 from functools import partial
@@ -29,9 +29,8 @@ from retnet_jax.ops.retention.mosaic_gpu.memory import (
     operands,
     views,
 )
+from retnet_jax.ops.retention.mosaic_gpu.tiling import Segments, Tiling
 from retnet_jax.shapes import Array, Float
-
-SHARED_MEMORY = 227 * 1024 - 6 * 1024  # bytes of a CTA, less what Mosaic and barriers take
 
 
 def walk_segments(
@@ -47,26 +46,24 @@ def walk_segments(
     """The recurrence of segments of `length` chunks each.
 
     Args:
-      q: what reads; None, along with scores and states, for segments that begin empty and of which
-        only the states they leave are wanted.
-      k: what is contracted with.
-      v: what is written.
+      q: Array that reads T; None, together with scores and states: segments begin empty, and only
+        the states they leave are computed.
+      k: Array that updates of T are outer products with.
+      v: Array that is written to T, and that P multiplies.
       scores: P of each chunk, rows for queries.
-      factors: powers of gamma of what tokens read, what they write, and across each chunk.
-      states: T before each segment, filled up to whole tiles.
-      length: chunks in a segment; the last one of a row may have fewer.
-      reverse: whether segments are walked from their ends.
+      factors: Powers of gamma for what tokens read, for what they write, and across each chunk.
+      states: T before each segment, padded to whole tiles.
+      length: Chunks in a segment; the last segment of a row may have fewer.
+      reverse: Whether segments are processed from the last chunk to the first.
 
     Returns:
-      y, None without q, and the states after the segments, like `states`.
+      y, None without q, and T after each segment, like `states`.
     """
     b, _, h, contracted = k.shape
-    written, n_chunks = v.shape[3], factors.shape[2]
+    written = v.shape[3]
     tiling = Tiling.of(contracted, written)
-    n_segments, first = pl.cdiv(n_chunks, length), 0
-    if q is None:  # no segment begins with what the last one leaves
-        n_segments, first = n_segments - 1, int(reverse)
-    after = (b, n_segments, h, *tiling.whole(written))
+    segments = Segments.of(factors.shape[2], length, reverse, states_only=q is None)
+    after = (b, segments.n, h, *tiling.whole(written))
     arrays = _Arrays(
         q,
         k,
@@ -80,38 +77,13 @@ def walk_segments(
     structure = jax.tree.structure(arrays)
 
     def walk(*refs, **shared):
-        arrays, shared = jax.tree.unflatten(structure, refs), _Memory(**shared)
-        row, segment = jnp.divmod(jax.lax.axis_index("segments"), n_segments)
-        start = (segment + first) * length
-        work = _Work(
-            tiling=tiling,
-            reverse=reverse,
-            row=row,
-            head=jax.lax.axis_index("heads"),
-            segment=segment,
-            columns=jax.lax.axis_index("columns") * tiling.rows,
-            start=start,
-            n_chunks=jnp.minimum(length, n_chunks - start),
-        )
-        warpgroup = jax.lax.axis_index("warpgroup")
-
-        @pl.when(warpgroup < tiling.warpgroups)
-        def _():
-            if tiling.warpgroups > 1:
-                plgpu.set_max_registers(240, action="increase")
-            _Computing.of(arrays, shared, work, warpgroup).walk()
-
-        @pl.when(warpgroup == tiling.warpgroups)
-        def _():
-            if tiling.warpgroups > 1:
-                plgpu.set_max_registers(24, action="decrease")
-            _Loading(arrays, shared, work).walk()
+        _walk(jax.tree.unflatten(structure, refs), _Shared(**shared), tiling, segments)
 
     found = plgpu.kernel(
         walk,
         out_type=tuple(jax.tree.leaves((arrays.after, arrays.y))),
-        scratch_types=_Memory.of(tiling, reads=q is not None),
-        grid=(pl.cdiv(written, tiling.rows), h, b * n_segments),
+        scratch_types=_Shared.of(tiling, reads=q is not None),
+        grid=(pl.cdiv(written, tiling.rows), h, b * segments.n),
         grid_names=("columns", "heads", "segments"),
         num_threads=tiling.warpgroups + 1,
         thread_name="warpgroup",
@@ -121,43 +93,26 @@ def walk_segments(
     return (None if q is None else found[1]), found[0]
 
 
-class Tiling(NamedTuple):
-    """How T [B A] lies on warpgroups: 64 rows and up to 4 tiles of columns on each."""
+def _walk(arrays: "_Arrays", shared: "_Shared", tiling: Tiling, segments: Segments) -> None:
+    """The kernel: what each warpgroup of a CTA does."""
+    work = _Work.of_this_cta(tiling, segments)
+    warpgroup = jax.lax.axis_index("warpgroup")
 
-    halves: int  # warpgroups that share rows: 1, or 2 where A is wider than 256
-    groups: int  # of 64 rows in a CTA
-    tiles: int  # of columns on a warpgroup
-    stages: int  # tiles of q and k, of each half, that the ring holds
+    @pl.when(warpgroup < tiling.warpgroups)
+    def _():
+        if tiling.warpgroups > 1:
+            plgpu.set_max_registers(240, action="increase")
+        _Computing.of(arrays, shared, work, warpgroup).walk()
 
-    @staticmethod
-    def of(contracted: int, written: int) -> "Tiling":
-        """For T of these sizes."""
-        n_tiles = pl.cdiv(contracted, TILE)
-        halves = 1 if n_tiles <= 4 else 2
-        groups = 2 if halves == 1 and written > TILE else 1
-        tiles = pl.cdiv(n_tiles, halves)
-        # For two chunks v of each warpgroup, scores and factors; y of each group.
-        tile = 2 * TOKENS * TILE
-        others = 2 * ((halves * groups + 1) * tile + 1024) + groups * tile
-        others += 2 * tile * (halves - 1)  # a float32 tile to add up halves
-        stages = min((SHARED_MEMORY - others) // (halves * tile), 4 * tiles)
-        return Tiling(halves, groups, tiles, stages)
-
-    @property
-    def warpgroups(self) -> int:
-        return self.halves * self.groups
-
-    @property
-    def rows(self) -> int:
-        return self.groups * TILE
-
-    def whole(self, written: int) -> tuple[int, int]:
-        """T's rows and columns, filled up to whole CTAs."""
-        return pl.cdiv(written, self.rows) * self.rows, self.halves * self.tiles * TILE
+    @pl.when(warpgroup == tiling.warpgroups)
+    def _():
+        if tiling.warpgroups > 1:
+            plgpu.set_max_registers(24, action="decrease")
+        _Loading(arrays, shared, work).walk()
 
 
 class _Arrays(NamedTuple):
-    """What lies in the GPU's memory: the arguments of `walk_segments`, and its results."""
+    """Arrays in the GPU's memory: the arguments of `walk_segments` and its results."""
 
     q: Array | None
     k: Array
@@ -169,11 +124,11 @@ class _Arrays(NamedTuple):
     y: Array | None
 
 
-class _Memory(NamedTuple):
+class _Shared(NamedTuple):
     """Shared memory and barriers of a CTA."""
 
     ring: object  # tiles of q and k
-    v: object  # of two chunks, as are factors and scores
+    v: object  # v of two chunks, as are factors and scores
     factors: object
     chunk_loaded: object
     chunk_free: object
@@ -182,17 +137,17 @@ class _Memory(NamedTuple):
     # Where there are queries.
     scores: object = None
     y: object = None
-    registers: object = None  # for the interpreter, which takes no left operand from registers
-    # Where two warpgroups add up what they read.
+    registers: object = None  # for the interpreter, which cannot take a left operand from registers
+    # Where two warpgroups add what they read from T.
     half: object = None
     half_there: object = None
     half_free: object = None
 
     @staticmethod
     def of(tiling: Tiling, reads: bool) -> dict[str, object]:
-        """What to allocate, by field."""
+        """The memory to allocate, by field."""
         each, bfloat16 = tiling.warpgroups, jnp.bfloat16
-        found = _Memory(
+        found = _Shared(
             ring=operands(tiling.stages, tiling.halves),
             v=operands(2, each),
             factors=plgpu.SMEM((2, 3, TOKENS), jnp.float32),
@@ -218,54 +173,70 @@ class _Memory(NamedTuple):
 
 
 class _Work(NamedTuple):
-    """What one CTA works on."""
+    """The part of the work that one CTA does."""
 
     tiling: Tiling
     reverse: bool
     row: Array
     head: Array
     segment: Array
-    columns: Array  # the first that it writes
-    start: Array  # its first chunk
+    columns: Array  # first column that it writes
+    start: Array  # first chunk
     n_chunks: Array
 
+    @staticmethod
+    def of_this_cta(tiling: Tiling, segments: Segments) -> "_Work":
+        row, segment = jnp.divmod(jax.lax.axis_index("segments"), segments.n)
+        start = (segment + segments.first) * segments.length
+        return _Work(
+            tiling=tiling,
+            reverse=segments.reverse,
+            row=row,
+            head=jax.lax.axis_index("heads"),
+            segment=segment,
+            columns=jax.lax.axis_index("columns") * tiling.rows,
+            start=start,
+            n_chunks=jnp.minimum(segments.length, segments.n_chunks - start),
+        )
+
     def chunk(self, i):
-        """The number in the row of the i-th chunk that is walked."""
+        """The number in its row of the i-th chunk in the order of processing."""
         return self.start + (self.n_chunks - 1 - i if self.reverse else i)
 
     def tokens(self, i):
+        """The tokens of the i-th chunk in the order of processing."""
         return pl.ds(self.chunk(i) * TOKENS, TOKENS)
 
 
 class _Loading(NamedTuple):
-    """The loading warpgroup: all tiles of a segment, as far ahead as shared memory goes."""
+    """The loading warpgroup: loads all tiles of a segment, as far ahead as shared memory allows."""
 
     arrays: _Arrays
-    memory: _Memory
+    shared: _Shared
     work: _Work
 
     def walk(self) -> None:
         jax.lax.fori_loop(0, self.work.n_chunks, self._chunk, None)
 
     def _chunk(self, i, _) -> None:
-        arrays, memory, work = self
+        arrays, shared, work = self
         slot = i % 2
-        loaded = memory.chunk_loaded.at[slot]
+        loaded = shared.chunk_loaded.at[slot]
         number = work.chunk(i)
 
         @pl.when(i >= 2)
         def _():
-            plgpu.barrier_wait(memory.chunk_free.at[slot])
+            plgpu.barrier_wait(shared.chunk_free.at[slot])
 
         plgpu.copy_gmem_to_smem(
-            arrays.factors.at[work.row, work.head, number], memory.factors.at[slot], loaded
+            arrays.factors.at[work.row, work.head, number], shared.factors.at[slot], loaded
         )
         if arrays.scores is not None:
-            rows, _ = views(memory.scores)
+            rows, _ = views(shared.scores)
             plgpu.copy_gmem_to_smem(
                 arrays.scores.at[work.row, work.head, number], rows.at[slot], loaded
             )
-        rows, _ = views(memory.v)
+        rows, _ = views(shared.v)
         for warpgroup in range(work.tiling.warpgroups):
             columns = pl.ds(work.columns + warpgroup // work.tiling.halves * TILE, TILE)
             plgpu.copy_gmem_to_smem(
@@ -280,22 +251,22 @@ class _Loading(NamedTuple):
             jax.lax.fori_loop(0, tiles, partial(self._tile, array, i, first), None)
 
     def _tile(self, array, i, first, j, _) -> None:
-        """The j-th tile of columns of a chunk of q or k, of each half, into the ring."""
-        memory, work, tiling = self.memory, self.work, self.work.tiling
+        """Loads the j-th tile of columns of a chunk of q or k, for each half, into the ring."""
+        shared, work, tiling = self.shared, self.work, self.work.tiling
         number = first + j
         slot = jax.lax.rem(number, tiling.stages)
 
         @pl.when(number >= tiling.stages)
         def _():
-            plgpu.barrier_wait(memory.tile_free.at[slot])
+            plgpu.barrier_wait(shared.tile_free.at[slot])
 
-        rows, _ = views(memory.ring)
+        rows, _ = views(shared.ring)
         for half in range(tiling.halves):
             columns = pl.ds((half * tiling.tiles + j) * TILE, TILE)
             plgpu.copy_gmem_to_smem(
                 array.at[work.row, work.tokens(i), work.head, columns],
                 rows.at[slot, half],
-                memory.tile_loaded.at[slot],
+                shared.tile_loaded.at[slot],
             )
 
 
@@ -303,18 +274,18 @@ class _Computing(NamedTuple):
     """A computing warpgroup: 64 rows of T, or half of their columns."""
 
     arrays: _Arrays
-    memory: _Memory
+    shared: _Shared
     work: _Work
     warpgroup: Array
     group: Array
     half: Array
-    rows: object  # of T, and columns of y
+    rows: object  # rows of T and columns of y
 
     @staticmethod
-    def of(arrays: _Arrays, memory: _Memory, work: _Work, warpgroup) -> "_Computing":
+    def of(arrays: _Arrays, shared: _Shared, work: _Work, warpgroup) -> "_Computing":
         group, half = jnp.divmod(warpgroup, work.tiling.halves)
         rows = pl.ds(work.columns + group * TILE, TILE)
-        return _Computing(arrays, memory, work, warpgroup, group, half, rows)
+        return _Computing(arrays, shared, work, warpgroup, group, half, rows)
 
     def walk(self) -> None:
         arrays, work = self.arrays, self.work
@@ -335,15 +306,15 @@ class _Computing(NamedTuple):
         plgpu.wait_smem_to_gmem(0)
 
     def _columns(self, j: int):
-        """Those of T in the j-th tile of this half."""
+        """The columns of T in the j-th tile of this half."""
         return pl.ds((self.half * self.work.tiling.tiles + j) * TILE, TILE)
 
     def _chunk(self, i, state: tuple) -> tuple:
-        """Writes y of the i-th chunk, if it has queries; the state after the chunk."""
-        tiling, memory, reads = self.work.tiling, self.memory, self.arrays.y is not None
+        """Writes y of the i-th chunk, if there are queries, and returns T after the chunk."""
+        tiling, shared, reads = self.work.tiling, self.shared, self.arrays.y is not None
         slot = i % 2
-        plgpu.barrier_wait(memory.chunk_loaded.at[slot])
-        _, v = views(memory.v)
+        plgpu.barrier_wait(shared.chunk_loaded.at[slot])
+        _, v = views(shared.v)
         v = v.at[slot, self.warpgroup]
         first = i * tiling.tiles * (2 if reads else 1)
         if reads:
@@ -356,7 +327,7 @@ class _Computing(NamedTuple):
         values = load(v, WGMMA).astype(jnp.float32) * along_rows(self._factor(slot, 1, OF_ROW))
         across = along_rows(self._factor(slot, 2, OF_ROW))
         v[...] = values.astype(jnp.bfloat16)
-        plgpu.commit_smem()  # after all reading of what TMA writes again
+        plgpu.commit_smem()  # after the last read of the memory that TMA will overwrite
 
         def update(state):
             for j, piece in enumerate(state):
@@ -365,16 +336,16 @@ class _Computing(NamedTuple):
         state = accumulate(update, *(across * piece for piece in state))
         for j in range(tiling.tiles):
             self._free(first + j)
-        plgpu.barrier_arrive(memory.chunk_free.at[slot])
+        plgpu.barrier_arrive(shared.chunk_free.at[slot])
         return state
 
     def _factor(self, slot, n: int, layout):
-        """Powers of gamma of a chunk's tokens: read from the state, written to it, and across."""
-        return load(self.memory.factors.at[slot, n], layout)
+        """Powers of gamma of a chunk's tokens: 0 for reading T, 1 for writing it, 2 across."""
+        return load(self.shared.factors.at[slot, n], layout)
 
     def _from_state(self, first, state: tuple):
-        """What the queries read from T, [c l]."""
-        registers = self.memory.registers
+        """The product T q^T [c l]: what the queries read from T."""
+        registers = self.shared.registers
 
         def products(y):
             for j, piece in enumerate(state):
@@ -384,32 +355,32 @@ class _Computing(NamedTuple):
                     registers.at[self.warpgroup][...] = left
                     left = registers.at[self.warpgroup]
                 plgpu.wgmma(y, left, q.T)
-                plgpu.wgmma_wait(0)  # with two under way, registers are spilled
+                plgpu.wgmma_wait(0)  # two products at a time would spill registers
                 self._free(first + j)
             return y[...]
 
         return pl.run_scoped(products, plgpu.ACC((TILE, TOKENS), jnp.float32))
 
     def _tile(self, number):
-        """A tile of the ring, once it is there."""
+        """A tile of the ring, once it is loaded."""
         slot = jax.lax.rem(number, self.work.tiling.stages)
-        _, ring = views(self.memory.ring)
-        plgpu.barrier_wait(self.memory.tile_loaded.at[slot])
+        _, ring = views(self.shared.ring)
+        plgpu.barrier_wait(self.shared.tile_loaded.at[slot])
         return ring.at[slot, self.half]
 
     def _free(self, number) -> None:
         slot = jax.lax.rem(number, self.work.tiling.stages)
-        plgpu.barrier_arrive(self.memory.tile_free.at[slot])
+        plgpu.barrier_arrive(self.shared.tile_free.at[slot])
 
     def _within(self, slot, v, y):
-        """`y` and what the chunk's own tokens give, [c l]."""
-        _, scores = views(self.memory.scores)
+        """`y` plus the contribution of the chunk's own tokens, [c l]."""
+        _, scores = views(self.shared.scores)
         scores = scores.at[slot] if self.work.reverse else scores.at[slot].T
         (y,) = accumulate(lambda sums: plgpu.wgmma(sums[0], v.T, scores), y)
         return y
 
     def _store(self, i, y) -> None:
-        work, tile = self.work, self.memory.y.at[self.group]
+        work, tile = self.work, self.shared.y.at[self.group]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         tile.T[...] = plgpu.layout_cast(y.astype(jnp.bfloat16), plgpu.Layout.WGMMA_TRANSPOSED)
         plgpu.commit_smem()
@@ -417,8 +388,8 @@ class _Computing(NamedTuple):
         plgpu.copy_smem_to_gmem(tile, self.arrays.y.at[place])
 
     def _add_halves(self, i, y, slot, v) -> None:
-        """The second half adds what is of the chunk's own tokens, the first one writes the sum."""
-        memory = self.memory
+        """The second half adds the chunk's own tokens; the first half writes the sum of both."""
+        shared = self.shared
 
         @pl.when(self.half == 1)
         def _():
@@ -426,14 +397,14 @@ class _Computing(NamedTuple):
 
             @pl.when(i > 0)
             def _():
-                plgpu.barrier_wait(memory.half_free)
+                plgpu.barrier_wait(shared.half_free)
 
-            memory.half[...] = whole
-            plgpu.barrier_arrive(memory.half_there)
+            shared.half[...] = whole
+            plgpu.barrier_arrive(shared.half_there)
 
         @pl.when(self.half == 0)
         def _():
-            plgpu.barrier_wait(memory.half_there)
-            whole = y + load(memory.half, WGMMA)
-            plgpu.barrier_arrive(memory.half_free)
+            plgpu.barrier_wait(shared.half_there)
+            whole = y + load(shared.half, WGMMA)
+            plgpu.barrier_arrive(shared.half_free)
             self._store(i, whole)
