@@ -1,4 +1,4 @@
-"""A pytest plugin: what each test compiles, and a limit, because compiling is what tests spend.
+"""A pytest plugin that counts and limits the programs each test compiles, which take most time.
 
 A program that jax's cache on disk already has, from another test or process, is not counted.
 """
@@ -8,12 +8,12 @@ from collections import Counter, defaultdict
 import jax
 import pytest
 
-MOST = 40  # programs that one test may compile, each of 20 ms to some seconds
+MOST = 40  # programs that one test may compile, each in 20 ms to some seconds
 SHOWN = 15
 
-_seconds = []  # of each program, with those from the cache
+_seconds = []  # for each program, including those from the cache
 _from_cache = 0
-_before = (0, 0, 0.0)  # when the phase began that is running: programs, from the cache, seconds
+_before = (0, 0, 0.0)  # counts at the start of the current phase: programs, from the cache, seconds
 
 
 def _count(event, seconds, **_):
@@ -52,7 +52,7 @@ def pytest_runtest_call(item):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item):
-    """Every phase of a test brings home what it compiled, from a worker too."""
+    """Adds the counts of each phase of a test to its report, also in workers."""
     global _before
     report = yield
     now = len(_seconds), _from_cache, sum(_seconds)
@@ -62,7 +62,7 @@ def pytest_runtest_makereport(item):
 
 
 class Summary:
-    """The tests that spent most, at the end of a run."""
+    """Lists the slowest tests at the end of a run."""
 
     def __init__(self):
         self.compiled = defaultdict(lambda: [0, 0, 0.0])

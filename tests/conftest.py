@@ -1,4 +1,4 @@
-"""Test set-up: eight simulated CPU devices, annotations that are checked, fast compilation."""
+"""Test set-up: eight simulated CPU devices, checked annotations, fast compilation, fixtures."""
 
 import atexit
 import importlib.metadata
@@ -12,17 +12,17 @@ from hypothesis import settings
 
 pytest_plugins = ["compilations"]
 
-# All of this before jax starts, here and in the processes that tests start. An accelerator plugin
-# that is installed would take its device for itself.
+# All of this must be set before jax starts, here and in processes that tests start. An installed
+# accelerator plugin would take its device.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
-# Most of the tests' time is compilation, and most of that LLVM's. Without its optimisations, and
-# with fewer and plainer functions for it, compiling takes an eighth; XLA_FLAGS= leaves them in.
+# Most of the tests' time is compilation, most of it in LLVM. Without its optimisations, and with
+# fewer and simpler functions, compiling takes an eighth. An empty XLA_FLAGS= keeps them.
 FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if importlib.metadata.version("jax").startswith("0.10."):
-    FLAGS += " --xla_cpu_use_fusion_emitters=false"  # later versions end at flags they do not know
+    FLAGS += " --xla_cpu_use_fusion_emitters=false"  # later versions exit at unknown flags
 os.environ.setdefault("XLA_FLAGS", FLAGS)
-# What one process has compiled no other compiles again: pytest's workers, the programs in tests.
+# Processes (pytest's workers, programs in tests) share compiled programs.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="retnet_jax_tests_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
@@ -34,14 +34,14 @@ jaxtyping.install_import_hook(
     "beartype.beartype",
 )
 
-# Compiling takes longer than any deadline; derandomized, so that a red test is red again.
+# No deadline, because compiling takes longer; derandomized, so that a failure is repeated.
 settings.register_profile("jax", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("jax")
 
 
 @pytest.fixture
 def no_compilation_cache():
-    """For programs that are saved: XLA for CPUs cannot write again what it read from the cache."""
+    """For tests that save programs: XLA for CPUs cannot save those that it read from the cache."""
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
@@ -61,7 +61,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module")
 def tpu_compiler():
-    """XLA's compiler for TPUs, without one."""
+    """XLA's compiler for TPUs, which needs no TPU."""
     pytest.importorskip("libtpu", reason="pip install libtpu, of the version of jax's extra tpu")
     from retnet_jax.aot import topologies
 

@@ -15,7 +15,7 @@ def read(source, path="", **options):
 
 
 def compressed(path, data):
-    """The data as the end of the file's name says."""
+    """The data, compressed as the ending of the file's name says."""
     if path.name.endswith(".gz"):
         return gzip.compress(data)
     if path.name.endswith(".zst"):

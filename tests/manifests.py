@@ -1,4 +1,4 @@
-"""Stores whose manifests say something else, or are of an older format."""
+"""Changes the manifests of stores, and turns stores into those of an older format."""
 
 import json
 from pathlib import Path
@@ -7,14 +7,14 @@ from retnet_jax.data.token_store import manifest_text, read_manifest
 
 
 def rewrite_manifest(directory, change):
-    """Applies a function to a manifest; what it makes of it counts as written."""
+    """Applies a function to a manifest and writes the result with a new digest."""
     manifest = read_manifest(str(directory))
     change(manifest)
     (Path(directory) / "manifest.json").write_text(manifest_text(manifest))
 
 
 def make_format_3(directory):
-    """Takes away what a store of format 3 does not have."""
+    """Turns a store into one of format 3, by deleting what that does not have."""
     manifest = read_manifest(str(directory)) | {"format": 3}
     del manifest["tokenizer"]
     for shard in manifest["shards"]:

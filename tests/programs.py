@@ -1,4 +1,4 @@
-"""Runs the repository's programs in the tests' own process: starting another takes seconds."""
+"""Runs the repository's programs in the tests' own process, because starting one takes seconds."""
 
 import contextlib
 import io
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 
 class Done(NamedTuple):
-    """How a program ended, in the words of `subprocess.CompletedProcess`."""
+    """The result of a program, with the fields of `subprocess.CompletedProcess`."""
 
     returncode: int
     stdout: str
@@ -34,7 +34,7 @@ def run(program, *arguments):
         contextlib.redirect_stderr(errors),
         warnings.catch_warnings(),
     ):
-        # By ml_collections, of what it does with a config file; no error in a program of its own.
+        # A warning of ml_collections when it loads a config file; a program would not raise it.
         warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)
         patch.chdir(ROOT)
         patch.setattr(sys, "argv", [program, *map(str, arguments)])
@@ -54,7 +54,7 @@ def run(program, *arguments):
 
 
 def _forget_flags(known, program):
-    """Another program may define flags of the same names; those of imported libraries stay."""
+    """Deletes the flags of a program, but not those of libraries: another may define the same."""
     for name in set(flags.FLAGS) - known:
         module = flags.FLAGS.find_module_defining_flag(name)
         # ml_collections defines overrides of a config as flags of absl.

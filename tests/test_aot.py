@@ -1,4 +1,4 @@
-"""Programs compiled ahead: what is read from them, and that they are those that train.py runs."""
+"""Programs compiled ahead: they are those that train.py runs, and reports on them are right."""
 
 import dataclasses
 import json
@@ -75,7 +75,7 @@ def test_messages_in_loops_are_counted_as_often_as_they_run():
 
 
 def test_an_asynchronous_collective_is_counted_once():
-    """XLA for TPU names it in the fusion that starts it, in others on the way, and in the last."""
+    """XLA for TPU names it in the fusions that start it, overlap it, and end it."""
     gather = "%g = f32[8]{0} all-gather(%x), channel_id=1, replica_groups={{0,1}}"
     parts = ("fused_computation.1", "async_collective_fusion.2", "fused_computation.3")
     text = "".join(f"%{name} (x: f32[4]) -> f32[8] {{\n  {gather}\n}}\n" for name in parts)
@@ -107,7 +107,7 @@ def test_groups_of_devices(groups, expected):
 
 
 @pytest.mark.parametrize("mixer", ["retention", "attention"])
-def test_flops_are_those_of_the_formula_and_of_the_compiler(mixer):
+def test_counted_flops_equal_the_formula_and_the_compilers_count(mixer):
     """The compiler counts loops once, so it gets a model of one layer and one chunk."""
     model = ModelConfig(vocab_size=512, d_model=64, n_layers=1, n_heads=2, mixer=mixer)
     length = 64
@@ -119,9 +119,9 @@ def test_flops_are_those_of_the_formula_and_of_the_compiler(mixer):
     built = build_model(model, rngs=nnx.Rngs(0))
     found = flops_of(jax.grad(loss), built) / tokens.size
     compiled = jax.jit(jax.grad(loss)).lower(built).compile().cost_analysis()["flops"] / tokens.size
-    # The compiler has elementwise work too.
+    # The compiler also counts elementwise work.
     assert 0.85 * compiled < found < compiled
-    # All scores of the parallel form, where the formula has what each algorithm needs.
+    # The parallel form computes all scores; the formula counts only what the algorithm needs.
     formula = model.training_flops_per_token(length)
     assert formula < found < 1.35 * formula
     deep = dataclasses.replace(model, n_layers=7)
@@ -142,7 +142,7 @@ def test_recomputation_is_counted():
 
     once = flops("none")
     assert 1.15 * once < flops("full") < 4 / 3 * once
-    # Of these no matrix product is left to compute again but those inside retention.
+    # With these only the matrix products inside retention are recomputed.
     assert once <= flops("q,k,v,gate,retention,out,up") < 1.1 * once
 
 
@@ -186,7 +186,7 @@ def test_it_compiles_what_train_runs(split, tmp_path, monkeypatch):
 
 
 def test_the_memory_of_the_evaluation_is_reported(split):
-    """It has the whole state beside it, and less to keep than a step."""
+    """It has the whole state in memory too, but stores fewer activations than a step."""
     found = report(split)
     tokens = found.rows * split.config.data.sequence_length // 2  # of a micro-batch on a device
     assert found.evaluation_temporary_bytes > 4 * tokens * split.config.model.d_model
@@ -201,7 +201,7 @@ def test_the_memory_of_the_evaluation_is_reported(split):
     written = json.loads(json.dumps(found.as_dict()))
     for name in ("evaluation_peak_bytes", "evaluation_temporary_bytes", "needed_bytes"):
         assert written[name] == getattr(found, name)
-    # A state that is carried from step to step stays on the device as well.
+    # A state that is carried from step to step stays on the device too.
     carrying = dataclasses.replace(split.config.train, carry_state=True)
     state = abstract_state(dataclasses.replace(split.config, train=carrying), split.mesh)
     grown = evaluation.evaluation_memory(split._replace(state=state))
@@ -210,7 +210,7 @@ def test_the_memory_of_the_evaluation_is_reported(split):
 
 @pytest.fixture
 def small_memory(monkeypatch):
-    """A CPU that has 8 GiB by a data sheet, and an evaluation that takes 6 a row of the batch."""
+    """A CPU with 8 GiB in its data sheet, and an evaluation that needs 6 GiB for each row."""
 
     @jax.jit
     def hungry(model, batch, rows):
@@ -223,7 +223,7 @@ def small_memory(monkeypatch):
 
 @pytest.mark.usefixtures("small_memory")
 def test_an_evaluation_that_does_not_fit_is_refused_with_numbers(split):
-    """Each device has two rows of it."""
+    """Each device has two rows of the batch."""
     with pytest.raises(
         DoesNotFitError,
         match=r"the evaluation during training does not fit in the memory of a cpu: it needs 12.0 "
@@ -235,7 +235,7 @@ def test_an_evaluation_that_does_not_fit_is_refused_with_numbers(split):
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_memory")
 def test_an_arrangement_whose_evaluation_does_not_fit_is_left_out(monkeypatch):
-    """Of one row and of two, whose step fits."""
+    """Of arrangements with one and two rows, whose steps fit."""
     monkeypatch.setattr(search, "REMATS", search.REMATS[:1])
     config = dataclasses.replace(
         CONFIG,
@@ -259,11 +259,11 @@ def saved(path):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_compilation_cache")
-def test_a_saved_step_trains_alike(config, uninterrupted, tmp_path, monkeypatch):
+def test_a_saved_step_trains_to_the_same_losses(config, uninterrupted, tmp_path, monkeypatch):
     step = compile_step(config)
     save(step, tmp_path / "step")
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "make_step", None)  # it has to do without
+        patch.setattr(loop, "make_step", None)  # so that only the saved step can be used
         assert train(config, tmp_path / "run", step=saved(tmp_path / "step")).status == "finished"
     found, expected = metrics(tmp_path / "run"), metrics(uninterrupted)
     assert {i: x["loss"] for i, x in found.items()} == {i: x["loss"] for i, x in expected.items()}
@@ -325,7 +325,7 @@ def test_meshes_that_split_a_dimension_of_the_torus(tpus):
 
 @pytest.mark.slow
 def test_slices_exchange_over_the_network(tpus):
-    """The gradient of what fsdp does not split over slices, in each micro-batch or once."""
+    """They exchange gradients of parameters that fsdp does not split over slices."""
     config = dataclasses.replace(on_four(), mesh=MeshConfig(data=2, fsdp=4))
     with pytest.raises(ConfigError, match=r"mesh.data=1 does not divide over 2 slices"):
         compile_step(

@@ -1,4 +1,4 @@
-"""What commit 88e272d wrote resumes and loads: a workdir, its store, an export and a saved state.
+"""Files of commit 88e272d still load: a workdir, its store, an export and a saved state.
 
 The files are in fixtures/88e272d; its README says how they were made.
 """
@@ -30,7 +30,7 @@ def logged(workdir):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A copy, in the directory that the run was started from; written when it was at step 4."""
+    """A copy of the workdir, which was written at step 4, and of the directory it was run from."""
     shutil.copytree(OLD, tmp_path / "old")
     monkeypatch.chdir(tmp_path / "old")
     return tmp_path / "old"
@@ -48,7 +48,7 @@ def test_old_names_of_options_are_read(here):
 
 @pytest.mark.compiles(60, reason="a whole run, resumed on another mesh")
 def test_a_workdir_resumes_with_the_losses_it_would_have_had(here):
-    """From its checkpoint of step 4; what it logged after that is what comes now."""
+    """From the checkpoint of step 4; later steps have the losses that were logged then."""
     expected = logged(here / "run")
     config = read_config(here / "run" / "config.json")
     on_these = dataclasses.replace(config, mesh=MeshConfig(data=4, tensor=2))
@@ -59,7 +59,7 @@ def test_a_workdir_resumes_with_the_losses_it_would_have_had(here):
     for old, new in zip(expected, found, strict=True):
         for name in {"loss", "gradient_norm", "learning_rate", "held_out_loss"} & set(old):
             assert new[name] == pytest.approx(old[name], rel=1e-5), (old["step"], name)
-    # The clock continues from the seconds that the first four steps took.
+    # The clock continues from the seconds of the first four steps.
     seconds = [x["training_seconds"] for x in found if "training_seconds" in x]
     before = max(x.get("training_seconds", 0.0) for x in expected if x["step"] <= 4)
     assert seconds[4] > seconds[3] == before

@@ -192,7 +192,7 @@ def test_a_checkpoint_of_before_there_were_digests_loads_and_this_is_said(tmp_pa
 
 
 def of_then(path):
-    """Makes a checkpoint one of before there were digests, when sizes alone were listed."""
+    """Turns a checkpoint into one from before there were digests, with only sizes in its list."""
     listed = json.loads((path / "files.json").read_text())["files"]
     sizes = {name: about["bytes"] for name, about in listed.items() if "/" in name}
     (path / "files.json").write_text(json.dumps(sizes))

@@ -1,4 +1,4 @@
-"""Values on the command line that are more than a number or a word."""
+"""Options on the command line: how values are read, and the text of `--help`."""
 
 import programs
 import pytest
@@ -23,7 +23,7 @@ def test_shares_of_a_mixture(text, shares):
 
 
 @pytest.mark.parametrize("text", ["data/pile", "data/pile:x", ":0.5", "data/a:1,"])
-def test_shares_that_are_none_are_named(text):
+def test_invalid_shares_are_named(text):
     with pytest.raises(ValueError, match=r"expected STORE:SHARE such as data/pile:0.6, got"):
         shares_from_text(text)
 
@@ -81,7 +81,7 @@ def test_a_value_that_does_not_fit_is_refused(name, text, message):
     assert str(error.value).startswith(f"--config.{name}={text}: ")
 
 
-def test_the_forms_in_which_options_are_given():
+def test_options_can_be_given_in_several_forms():
     arguments = ["--workdir=x", "--config.train.steps", "5", "--config.model.tie_embeddings"]
     arguments += ["--noconfig.data.strict", "-config.data.extensions=py", "--config=f"]
     arguments += ["--config.data.extensions=c,h", "--config.train.steps=6"]
@@ -110,7 +110,7 @@ def test_a_tuple_in_a_file_has_all_its_values():
 
 
 def test_options_in_a_file_of_flags(tmp_path):
-    """A misspelt one is named as on the command line."""
+    """A misspelt option is named as on the command line."""
     file = tmp_path / "flags"
     for line, message in (
         ("--config.train.step=5", "config.train.step: no such field; did you mean train.steps"),
@@ -127,7 +127,7 @@ def test_options_in_a_file_of_flags(tmp_path):
         assert "Traceback" not in done.stderr
 
 
-def test_a_config_imports_what_is_beside_it_from_anywhere(tmp_path):
+def test_a_config_imports_modules_beside_it_from_any_directory(tmp_path):
     """A program in tools/ is started in another directory than the config's."""
     directory = tmp_path / "mine_configs"
     directory.mkdir()
@@ -154,7 +154,7 @@ def test_help_lists_every_option_with_its_default():
     assert "May change when a run is resumed" in done.stdout
 
 
-def test_help_shows_the_values_of_a_config_and_of_what_changes_it():
+def test_help_shows_the_values_of_a_config_with_overrides():
     given = ("--config=quickstart:transformer", "--config.train.steps=7", "--help")
     done = programs.run("train.py", *given)
     assert "  train.steps = 7  (default 25000)\n" in done.stdout

@@ -1,4 +1,4 @@
-"""Options: every bad one raises with its name, and derived sizes are those of the real tree."""
+"""Options: every invalid one raises with its name; derived sizes equal those of the real tree."""
 
 import importlib
 import json
@@ -133,7 +133,7 @@ def test_bad_values_are_named(section, message):
         section.check()
 
 
-def test_warm_up_must_leave_steps():
+def test_warm_up_must_be_shorter_than_the_run():
     config = Config(train=TrainConfig(steps=100), optimizer=OptimizerConfig(warmup_steps=100))
     with pytest.raises(ConfigError, match=r"warmup_steps=100 leaves nothing of train.steps=100"):
         config.check()

@@ -1,4 +1,4 @@
-"""Builds that meet others, follow a refusal, have bad splits or a tokenizer that loses text."""
+"""Builds of stores: several at once, after an error, with bad splits or a lossy tokenizer."""
 
 import itertools
 import json
@@ -104,7 +104,7 @@ def test_a_build_that_ended_while_another_waited_is_finished(config, monkeypatch
     assert len(build_store(config, 0).train)
 
 
-def test_an_empty_directory_is_a_new_store_and_a_file_is_none(config):
+def test_a_store_is_built_in_an_empty_directory_and_not_in_place_of_a_file(config):
     Path(config.store).mkdir()
     assert len(open_or_build(config, 257).train)
     config.store += "_file"
@@ -118,7 +118,7 @@ def test_an_empty_directory_is_a_new_store_and_a_file_is_none(config):
 
 
 @pytest.mark.parametrize("deduplicate", [True, False])
-def test_equal_texts_are_no_corpus(config, deduplicate):
+def test_a_corpus_of_equal_texts_is_refused(config, deduplicate):
     for path in Path(config.path).parent.iterdir():
         path.write_text("the same")
     config.deduplicate = deduplicate
@@ -130,7 +130,7 @@ def test_equal_texts_are_no_corpus(config, deduplicate):
 def test_the_splits_are_checked_without_duplicates(config):
     corpus = Path(config.path).parent
     train, held_out = names_by_split([path.name for path in sorted(corpus.iterdir())])
-    for number, name in enumerate(held_out):  # each after one of `train` with its text
+    for number, name in enumerate(held_out):  # each after a training document with the same text
         early = (f"!{number}.{i}.txt" for i in range(99))
         shutil.copy(corpus / name, corpus / next(x for x in early if not is_held_out(x, 0.2)))
     with pytest.raises(ConfigError, match=rf"holds out {len(held_out)} of .* document; raise it"):
@@ -139,13 +139,11 @@ def test_the_splits_are_checked_without_duplicates(config):
     for name in train:
         (corpus / name).unlink()
     config.deduplicate = False
-    with pytest.raises(
-        ConfigError, match=r"to train on, and each has the text of one that is held"
-    ):
+    with pytest.raises(ConfigError, match=r"to train on, and each has the same text as a held-out"):
         open_or_build(config, 257)
 
 
-def test_documents_of_one_name_are_named_as_the_reason(config, tmp_path):
+def test_documents_that_all_have_one_name_are_refused(config, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"id": "x", "text": f"t{n}"}) + "\n" for n in range(30)))
     config.source, config.path = "jsonl", str(path)
@@ -166,7 +164,7 @@ def test_after_a_refusal_the_same_command_with_another_option_builds(config):
     assert len(open_or_build(config, 257).held_out)
 
 
-def test_a_plan_of_which_nothing_is_written_is_made_anew(config, monkeypatch):
+def test_a_plan_without_a_written_shard_is_replaced(config, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(store_builder, "_mark_duplicates", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -178,7 +176,7 @@ def test_a_plan_of_which_nothing_is_written_is_made_anew(config, monkeypatch):
     config.path += ",nothing"
     with pytest.raises(ConfigError, match="matches no file"):
         build_store(config, 0)
-    assert surveys[0].exists()  # a slip costs nothing
+    assert surveys[0].exists()  # a typing error does not delete the surveys
     config.path = config.path.removesuffix(",nothing")
     config.held_out = 0.4
     store = open_or_build(config, 257)
@@ -214,7 +212,7 @@ def test_a_store_without_documents_in_a_split_is_not_opened(config):
 
 
 def test_ids_outside_the_vocabulary_are_refused_with_their_documents(config):
-    make_format_3(build_store(config, 0).directory)  # of others digests are compared before that
+    make_format_3(build_store(config, 0).directory)  # later ones have digests
     store = open_store(config.store)
     path = Path(store.directory) / "shards/00000/train.tokens.npy"
     tokens = np.load(path)
@@ -236,7 +234,7 @@ def test_ids_outside_the_vocabulary_are_refused_with_their_documents(config):
 
 
 def word_tokenizer(directory, words):
-    """Whole words, and one token for all others."""
+    """A tokenizer of whole words, with one token for all other words."""
     vocabulary = {"[UNK]": 0, "<s>": 1} | {word: i for i, word in enumerate(words, start=2)}
     tokenizer = hf.Tokenizer(hf.models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = hf.pre_tokenizers.WhitespaceSplit()
@@ -284,7 +282,7 @@ def test_a_tokenizer_for_other_texts_is_refused(config, tmp_path):
     assert not Path(config.store).exists()
 
 
-def test_a_store_of_before_says_nothing_of_its_round_trip_and_opens(config):
+def test_an_old_store_without_a_round_trip_opens(config):
     rewrite_manifest(build_store(config, 0).directory, lambda manifest: manifest.pop("round_trip"))
     assert len(open_or_build(config, 257).train)
 
@@ -360,7 +358,7 @@ def is_running(pid):
     return state != "Z"
 
 
-def test_preparation_from_anywhere_ends_at_sigterm_with_a_line(config, tmp_path):
+def test_preparation_prints_a_line_at_sigterm_from_any_directory(config, tmp_path):
     """While it waits for the store that this process holds."""
     Path(config.store).mkdir()
     arguments = [f"--config={ROOT}/configs/retnet_200m.py", "--config.data.source=text"]

@@ -1,4 +1,4 @@
-"""Which files a corpus is made of: every pattern counts, each file once, whatever their names."""
+"""The files of a corpus: every pattern must match, and each file occurs once."""
 
 import os
 import tempfile
@@ -41,7 +41,7 @@ def test_spaces_around_commas_and_a_comma_at_the_end_are_nothing(tmp_path):
     assert names_of(f" {tmp_path}/a/*.txt, {tmp_path}/b/*.txt ,") == ["a/1.txt", "b/2.txt"]
 
 
-def test_what_exists_is_taken_as_it_is(tmp_path):
+def test_names_of_existing_files_are_not_patterns(tmp_path):
     make(tmp_path, "[clean]/1.txt", "[clean]/[2].txt", "c/3.txt", "what?.txt", "whats.txt", "2.txt")
     assert names_of(f"{tmp_path}/[clean]/*.txt") == ["1.txt", "[2].txt"]
     assert names_of(f"{tmp_path}/**/[clean]/*.txt") == ["1.txt", "[2].txt"]
@@ -58,7 +58,7 @@ def test_names_with_commas_can_be_given(tmp_path):
     assert names_of(both) == ["5.txt", "one, two.txt", "x,y/3.txt", "x,y/4.txt"]
 
 
-def test_links_that_lead_back_give_each_file_once(tmp_path):
+def test_a_loop_of_links_gives_each_file_once(tmp_path):
     make(tmp_path, "corpus/sub/1.txt", "corpus/2.txt", "elsewhere/3.txt", "elsewhere/deep/4.txt")
     corpus = tmp_path / "corpus"
     (corpus / "a_loop").symlink_to(corpus)
@@ -103,7 +103,7 @@ def test_names_do_not_depend_on_how_the_path_was_typed(tmp_path, monkeypatch):
 
 
 def test_a_link_to_the_corpus_changes_no_name_of_what_links_in_it_lead_to(tmp_path):
-    """The real path names a file that has a shorter one over a link, and does so over another."""
+    """A file is named by its real path, even if a path through a link is shorter."""
     make(tmp_path, "corpus/a/deep/1.txt", "corpus/2.txt")
     (tmp_path / "corpus" / "l").symlink_to(tmp_path / "corpus/a/deep")
     (tmp_path / "alias").symlink_to(tmp_path / "corpus")

@@ -1,4 +1,4 @@
-"""Damage to a token store: every bit that changes is found before anything is made of its data."""
+"""Damage to a token store: every changed bit is found before its data is used."""
 
 import contextlib
 import itertools
@@ -20,7 +20,7 @@ from retnet_jax.errors import ConfigError
 from retnet_jax.training.loop import train
 
 OLD = Path(__file__).parent / "fixtures" / "88e272d" / "store"
-FINGERPRINT = "66118a1aa3d48663a3b7141d0901cd11159e81e8b3e2b430f4782c2213bc69e5"  # of then
+FINGERPRINT = "66118a1aa3d48663a3b7141d0901cd11159e81e8b3e2b430f4782c2213bc69e5"  # in format 3
 BLOCK = 1 << 16  # bytes
 
 
@@ -46,7 +46,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def store(config):
-    """Where it is. Who changes a byte puts it back."""
+    """The directory of the store. A test that changes a byte restores it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store_builder, "_SHARD_BYTES", 1)
         return Path(build_store(config, 257, processes=1).directory)
@@ -54,7 +54,7 @@ def store(config):
 
 @contextlib.contextmanager
 def flipped(path, position, bit=0):
-    """A file in which one bit is another while the `with` lasts."""
+    """Flips one bit of a file until the `with` ends."""
     flip(path, position, bit)
     try:
         yield
@@ -75,7 +75,7 @@ def stream_of(split, length, seed=0):
 
 
 def read_everything(directory):
-    """The batches of an epoch, and all that is known of the documents."""
+    """The batches of an epoch, and all properties of the documents."""
     store = open_store(directory)
     found = [store.fingerprint]
     for split in (store.train, store.held_out):
@@ -90,7 +90,7 @@ def files_in(directory):
     return sorted(path for path in directory.rglob("*") if path.is_file())
 
 
-def test_every_bit_of_every_file_counts(store):
+def test_a_flipped_bit_in_any_file_is_found(store):
     paths = files_in(store)
     assert {path.name for path in paths} == {
         "manifest.json",
@@ -123,8 +123,8 @@ def test_every_bit_of_every_file_counts(store):
     read_everything(store)
 
 
-def test_no_byte_of_the_manifest_may_be_another(store):
-    """Nor one that means the same in JSON, such as an escape in capitals."""
+def test_every_changed_byte_of_the_manifest_is_found(store):
+    """Even a byte that does not change the JSON, such as an escape in capitals."""
     path = store / "manifest.json"
     for position in range(0, path.stat().st_size, 3):
         with flipped(path, position, position % 8):
@@ -222,7 +222,7 @@ def test_remote_storage_is_verified_block_by_block_in_one_request(store, monkeyp
     contents[BLOCK + 5] ^= 1
     system.pipe(f"/damage/store/{name}", bytes(contents))
     remote.read(0, border)
-    with pytest.raises(ConfigError) as error:  # though it was intact when it came before
+    with pytest.raises(ConfigError) as error:  # although it was intact when it was read before
         remote.read(0, border + 1)
     with flipped(store / name, BLOCK + 5), pytest.raises(ConfigError) as expected:
         open_store(store).train.read(0, border + 1)
@@ -269,7 +269,7 @@ def test_a_store_of_format_3_opens_and_is_verified_as_a_whole(store, tmp_path):
         open_store(tmp_path / "old").train.read(0, 5000)
     with flipped(path, 20), pytest.raises(ConfigError, match=r"train\.tokens\.npy is damaged"):
         open_store(tmp_path / "old").train.read(0, 1)
-    # The format is no part of what a store holds.
+    # The fingerprint does not depend on the format.
     shutil.copytree(store, tmp_path / "store")
     make_format_3(tmp_path / "store")
     expected = read_everything(store)
@@ -305,7 +305,7 @@ def test_a_build_begun_in_format_3_is_finished_in_this_one(config, store, tmp_pa
         assert len(files_in(begun)) == len(files_in(store))
 
 
-def test_a_build_of_another_format_says_who_can_finish_it(config, tmp_path):
+def test_a_build_of_another_format_names_the_version_that_can_finish_it(config, tmp_path):
     config = DataConfig(**vars(config) | {"store": str(tmp_path)})
     plan = store_builder._plan(config, 257, "") | {"format": 2}
     (tmp_path / "plan.json").write_text(json.dumps(plan))

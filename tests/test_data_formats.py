@@ -59,7 +59,7 @@ def test_compression_is_known_by_the_first_bytes(kind, name, tmp_path):
     ],
 )
 @pytest.mark.parametrize("source", ["jsonl", "text"])
-def test_what_is_no_text_is_named_as_what_it_is(data, reason, source, tmp_path):
+def test_binary_files_are_named_by_their_format(data, reason, source, tmp_path):
     (tmp_path / "a.jsonl").write_bytes(data + bytes(range(256)))
     assert read(source, tmp_path / "a.jsonl")[1].first == [f"{tmp_path}/a.jsonl: {reason}"]
 
@@ -155,8 +155,8 @@ def test_damaged_row_groups_cost_their_rows(tmp_path):
     assert skipped.first[0].startswith(f"{path}:30: unreadable: OSError: ")
 
 
-def test_an_id_that_is_no_string_or_integer_is_not_used(tmp_path):
-    """Python has no time in the year 30,000; without pandas it has none in nanoseconds either."""
+def test_only_strings_and_integers_are_used_as_ids(tmp_path):
+    """Python cannot represent a time in the year 30,000, and without pandas no nanoseconds."""
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     times = pyarrow.array([9 * 10**17, 10**15], pyarrow.timestamp("us"))
     path = tmp_path / "a.parquet"
@@ -171,7 +171,7 @@ def test_an_id_that_is_no_string_or_integer_is_not_used(tmp_path):
 
 
 def test_a_data_set_of_tfds(monkeypatch):
-    """A source with the two methods that tfds's have."""
+    """A source with the two methods of a tfds source."""
 
     class Examples:
         def __len__(self):
@@ -251,7 +251,7 @@ def test_a_prepared_data_set_of_tfds(tmp_path, monkeypatch):
 
 
 def test_a_streamed_data_set_of_hugging_face(tmp_path, monkeypatch):
-    """A directory as on the hub, its files gzipped as C4's are."""
+    """A directory as on the hub, with gzipped files as in C4."""
     pytest.importorskip("datasets")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c4").mkdir()
@@ -261,7 +261,7 @@ def test_a_streamed_data_set_of_hugging_face(tmp_path, monkeypatch):
         (tmp_path / "c4" / f"train-{number:05}-of-00003.json.gz").write_bytes(gzip.compress(data))
     config = DataConfig(source="hf", path=f"{tmp_path}/c4:train", id_field="url")
     pieces = list_pieces(config)
-    assert len(pieces) in (1, 3)  # shards are read apart where the library can
+    assert len(pieces) in (1, 3)  # three if the library can read shards separately
     documents = [x for piece in pieces for x in read_piece(config, piece, Skipped())]
     assert [x.text for x in documents] == [f"{n}.{i} é" for n in range(3) for i in range(4)]
     assert documents[5].name == f"{tmp_path}/c4:train:u1"

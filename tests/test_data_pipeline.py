@@ -1,4 +1,4 @@
-"""Windows and batches: no token is lost or doubled, and a step names its batch for good."""
+"""Windows and batches: no token is lost or repeated, and a step always has the same batch."""
 
 import itertools
 import threading
@@ -30,7 +30,7 @@ def spans_of(stream, step):
 
 
 def make_split(lengths, first_token=0, shards=1):
-    """Documents of BOS and `length` further tokens; each of these tokens exists once."""
+    """Documents of BOS and `length` more tokens, all different."""
     groups = [list(x) for x in np.array_split(np.array(lengths, int), shards)]
     counts, arrays, names = [], {}, {}
     token = first_token
@@ -82,7 +82,7 @@ def test_packed_windows_are_the_stream_and_begin_at_documents_where_they_can(len
     borders = {*split.borders(0, split.token_count).tolist(), split.token_count}
     for start, stop in itertools.pairwise(starts):
         assert 0 < stop - start <= t
-        # It ends inside a document only if that alone fills it.
+        # It ends inside a document only if that document fills it.
         if stop not in borders:
             assert stop - start == t
             assert not borders & set(range(start + 1, stop))
@@ -131,7 +131,7 @@ def test_every_token_once_in_an_epoch(policy, batch_size):
     spans = [span for step in range(300 // batch_size + 1) for span in spans_of(stream, step)]
     epoch = sorted(SPLIT.read(0, SPLIT.token_count).tolist())
     if policy == "contiguous":
-        # Epochs overlap by the runs that rows are in the middle of.
+        # Epochs overlap by the runs that rows have not finished.
         seen = Counter(spans)
         tokens = [t for span in seen for t in SPLIT.read(span.start, span.stop).tolist()]
         assert sorted(tokens) == epoch
@@ -146,7 +146,7 @@ def test_every_token_once_in_an_epoch(policy, batch_size):
         assert len(set(map(tuple, orders))) == 4
 
 
-def test_rows_of_contiguous_windows_read_on():
+def test_rows_of_contiguous_windows_continue():
     stream = make_stream((SPLIT, OTHER), (1.0, 2.0), policy="contiguous", batch_size=3)
     before = spans_of(stream, 0)
     assert not any(span.continues for span in before)
@@ -183,7 +183,7 @@ def test_hosts_share_out_the_global_batch(policy, hosts):
     shares = np.arange(8).reshape(hosts, -1)
     parts = [make_stream(**MIXED, policy=policy, rows=rows.tolist()) for rows in shares]
     whole = make_stream(**MIXED, policy=policy)
-    for step in (*range(6), 50, 7):  # in any order: what was asked before makes no difference
+    for step in (*range(6), 50, 7):  # in any order: earlier steps make no difference
         expected = whole[step]
         for rows, part in zip(shares, parts, strict=True):
             assert_equal(type(expected)(*(x[rows] for x in expected)), part[step])
@@ -221,7 +221,7 @@ def test_resumed_equals_uninterrupted(policy, start):
 
 
 @POLICIES
-def test_a_step_is_a_batch_whoever_asks(policy):
+def test_a_step_has_the_same_batch_in_every_stream(policy):
     stream = make_stream(**MIXED, policy=policy)
     with stream.iterate() as batches:
         for step, batch in itertools.islice(batches, 12):
@@ -235,7 +235,7 @@ def test_seeds_give_other_orders(policy):
     assert (one != other).any()
 
 
-def test_skipped_batches_are_passed_over():
+def test_skipped_batches_are_left_out():
     stream = make_stream()
     with stream.iterate(1, skip={2, 3, 5}) as batches:
         for expected in (1, 4, 6, 7):

@@ -196,7 +196,7 @@ def test_a_column_whose_name_has_a_dot(tmp_path):
     assert read("jsonl", lines, text_field="a.b.c")[0] == [Document("a.jsonl:2", "deep")]
 
 
-def test_a_wrong_field_names_those_that_there_are(tmp_path):
+def test_an_error_for_a_wrong_field_names_the_existing_fields(tmp_path):
     path = tmp_path / "a.parquet"
     write_parquet(path, [{"content": "x", "url": "u"}], 5)
     assert read("parquet", path)[1].first == [f"{path}:0: no field 'text': among 'content', 'url'"]
@@ -230,7 +230,7 @@ def test_remote_files():
 
 
 @pytest.mark.parametrize("scheme", ["gs", "s3", "nothing"])
-def test_remote_files_without_what_reads_them(scheme, monkeypatch):
+def test_remote_files_without_the_package_that_reads_them(scheme, monkeypatch):
     for package in ("gcsfs", "s3fs"):
         monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigError, match=f"{scheme}://bucket/.* cannot be read: "):

@@ -130,8 +130,8 @@ def test_of_equal_texts_the_first_is_kept_and_no_text_is_in_both_splits(config, 
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
-def test_killed_anywhere_it_ends_in_the_same_bytes(config, tokenizer, monkeypatch):
-    """Every file operation is the last one once."""
+def test_a_build_killed_anywhere_ends_in_the_same_bytes(config, tokenizer, monkeypatch):
+    """Each file operation is the last one in one of the builds."""
     monkeypatch.setattr(store_builder, "_SHARD_BYTES", 300)
     monkeypatch.setattr(store_builder, "say", lambda *_: None)
     config.tokenizer = tokenizer
@@ -161,7 +161,7 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(config, tokenizer, monkeypatc
             patch.setattr(store_builder.np, "save", dying(np.save))
             patch.setattr(Path, "rename", dying(Path.rename))
             patch.setattr(Path, "unlink", dying(Path.unlink))
-            try:  # as `build_store`, also when only what is left of the build has to go
+            try:  # unlike `build_store` it also tidies up a complete store
                 store_builder.build_or_wait(config, 280, processes=1)
                 finished = True
             except Killed:
@@ -243,7 +243,7 @@ def test_an_unfinished_store_is_refused_with_the_command(config, monkeypatch):
         build_store(config, 0)
 
 
-def test_the_command_that_finishes_has_the_config_however_it_was_given(monkeypatch):
+def test_the_command_that_finishes_a_store_has_all_config_flags(monkeypatch):
     monkeypatch.setattr(
         "sys.argv", ["x", "--config", "a b.py", "--workdir", "w", "-config.train.steps", "5"]
     )

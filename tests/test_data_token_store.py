@@ -115,7 +115,7 @@ def test_a_store_with_other_options_is_not_used(config):
 
 
 @pytest.mark.parametrize(("built", "slip"), [("byte", "bite"), ("bpe", "bep")])
-def test_a_slip_in_the_tokenizers_name_is_not_the_stores(config, built, slip):
+def test_a_misspelt_tokenizer_does_not_open_a_store(config, built, slip):
     config.tokenizer = built
     open_or_build(config, 260)
     config.tokenizer = slip
@@ -216,14 +216,14 @@ def test_no_batch_has_a_held_out_document_and_an_epoch_has_all_others(config, wi
         seed=0,
         policy=windows,
     )
-    found, read = set(), [()] * 4  # what each row has read of a document
-    for step in range(2 * store.train.token_count // 60):  # a row alone reads all
+    found, read = set(), [()] * 4  # the part of its current document that each row has read
+    for step in range(2 * store.train.token_count // 60):  # enough for one row to read everything
         batch = stream[step]
         for row, segments in enumerate(batch.segment_ids):
             for segment in range(1, segments.max() + 1):
                 tokens = tuple(batch.tokens[row][segments == segment].tolist())
-                goes_on = segment == 1 and batch.continues[row]
-                read[row] = read[row] + tokens if goes_on else tokens
+                continued = segment == 1 and batch.continues[row]
+                read[row] = read[row] + tokens if continued else tokens
                 found.add(read[row])
                 assert any(document[: len(read[row])] == read[row] for document in train)
     assert found >= train

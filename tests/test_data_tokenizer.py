@@ -1,4 +1,4 @@
-"""Tokenizers: every string comes back exactly, and no string makes a BOS."""
+"""Tokenizers: every text is decoded exactly, and no text is encoded to a BOS."""
 
 import functools
 import itertools
@@ -25,7 +25,7 @@ def bpe() -> BPETokenizer:
 
 
 TOKENIZERS = pytest.mark.parametrize("make", [ByteTokenizer, bpe], ids=["byte", "bpe"])
-# Surrogates are no text; everything else is, control characters included.
+# All characters but surrogates, which are not text.
 TEXTS = st.text(st.characters(exclude_categories=["Cs"])) | st.lists(
     st.sampled_from(["\r\n", "\r", "\x00", "<bos>", "😀", " ", "def", "́"])
 ).map("".join)
@@ -62,7 +62,7 @@ def test_parts_cut_between_words_have_the_tokens_of_the_whole(make, words):
 
 
 @TOKENIZERS
-def test_bos_in_a_text_is_text(make):
+def test_the_text_of_bos_is_encoded_as_text(make):
     tokenizer = make()
     ids = tokenizer.encode("a<bos>b")
     assert tokenizer.bos_id not in ids
@@ -70,7 +70,7 @@ def test_bos_in_a_text_is_text(make):
 
 
 @TOKENIZERS
-def test_torn_characters_decode(make):
+def test_incomplete_characters_are_decoded(make):
     tokenizer = make()
     ids = tokenizer.encode("é🦑")
     assert len(ids) > 2
@@ -129,7 +129,7 @@ def test_bpe_training_is_deterministic():
     assert train_bpe(WORDS * 3, 299).fingerprint != bpe().fingerprint
 
 
-def test_sizes_that_cannot_be_are_named():
+def test_impossible_vocabulary_sizes_are_named():
     with pytest.raises(ConfigError, match=r"model\.vocab_size=256 is less than 257"):
         train_bpe(WORDS, 256)
     with pytest.raises(ConfigError, match=r"model\.vocab_size=5000 is more than the \d+ tokens"):

@@ -1,4 +1,4 @@
-"""The examples of docs/extend.md run as they stand, and do what the page says of them."""
+"""The examples of docs/extend.md run unchanged, and do what the page says."""
 
 import importlib
 import json
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.compiles(400, reason="whole runs, one for each example"
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """Where the examples are, and runs of those that have run; it is Python's working directory."""
+    """The directory of the examples and their runs, which is the working directory."""
     directory = tmp_path_factory.mktemp("extend")
     for name, code in EXAMPLES.items():
         (directory / f"{name}.py").write_text(code)
@@ -108,7 +108,7 @@ def test_a_token_has_the_same_weight_in_every_window(directory, ran):
     windows = [stream[i] for i in range(number_of_windows(split, 10))]
     assert sum(x.weights.sum() for x in windows) == whole.sum() < split.token_count
     for tokens, targets, _, counts, _ in windows:
-        # What counts is the answer and the end of the document; what precedes it is the break.
+        # The answer and the end of the document have weight; before the answer is a line break.
         counted = bytes(x for x in targets[counts > 0].tolist() if x != 256)
         assert re.fullmatch(rb"\d*", counted)
         assert (counts[tokens == ord("\n")] == 1).all()
@@ -116,7 +116,7 @@ def test_a_token_has_the_same_weight_in_every_window(directory, ran):
 
 @pytest.mark.slow
 def test_a_prompt_has_no_gradient_and_the_held_out_loss_no_part_of_it(directory, ran):
-    """What the targets of the prompts are makes no difference to anything."""
+    """The targets of the prompts make no difference to gradients or losses."""
     records = ran("answers")
     model = load_pretrained("runs/answers")
     config = read_config(directory / "runs" / "answers" / "config.json")
@@ -130,7 +130,7 @@ def test_a_prompt_has_no_gradient_and_the_held_out_loss_no_part_of_it(directory,
         *(jax.tree.leaves(gradient(model, x)) for x in (batch, other)), strict=True
     ):
         np.testing.assert_array_equal(one, two)
-    # The run began with the other run's model, and its first loss is that of the answers.
+    # The run started from the model of the other run; its first loss is that of the answers.
     begun = load_pretrained("runs/begin")
     _, sums = jax.jit(loss_sum)(begun, batch)
     assert losses(records)[1] == pytest.approx(float(sums.loss / sums.weight), rel=1e-5)
@@ -139,7 +139,7 @@ def test_a_prompt_has_no_gradient_and_the_held_out_loss_no_part_of_it(directory,
     )
     count = number_of_windows(store.held_out, 32)
     batches = [held_out[i] for i in range(2)]
-    assert count >= 8  # the rest of the second batch, if there is one, does not count
+    assert count >= 8  # rows beyond these in the second batch have no weight
     first = np.arange(16).reshape(2, 8, 1) < count
     found = [
         jax.jit(loss_sum)(model, x._replace(weights=np.where(rows, x.weights, 0).astype("f4")))[1]
@@ -192,7 +192,7 @@ def test_an_own_mixer_reads_in_parts_and_generates(directory):
     rest, state = call(model, tokens[:, 5:], state)
     np.testing.assert_allclose(np.concatenate([first, rest], 1), whole, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(state.position, [12, 12])
-    # Two documents in a row and padding in front of each: as each alone.
+    # Two documents in a row, each with padding before it, give the results of each by itself.
     row = np.concatenate([[0], tokens[0, :5], [0], tokens[1, :5]])[None].astype("i4")
     ids = np.array([[0, 1, 1, 1, 1, 1, 0, 2, 2, 2, 2, 2]], "i4")
     packed, _ = call(model, row, None, ids)
@@ -204,7 +204,7 @@ def test_an_own_mixer_reads_in_parts_and_generates(directory):
 
 
 def test_own_parts_are_split_over_a_mesh(directory):
-    """By the names of their parameters; what has another name is whole on every device."""
+    """By the names of their parameters; those with other names are whole on every device."""
     config = Config(
         model=ModelConfig(mixer="averages:Averages", vocab_size=264, d_model=32, n_heads=2),
         optimizer=OptimizerConfig(name="lion:lion"),
@@ -266,7 +266,7 @@ def test_what_an_evaluator_returns_is_logged(directory, ran):
     assert found[6] == pytest.approx(right[batch.weights > 0].mean(), abs=1e-6)
 
 
-# --- What cannot be used -----------------------------------------------------------------------
+# --- Errors ---------------------------------------------------------------------------------------
 
 WRONG = """
 from retnet_jax.model.attention import Attention
@@ -373,7 +373,7 @@ def test_wrong_weights_are_refused_at_the_start(ran, wrong, name, message):
         )
 
 
-def test_a_mixer_without_a_state_reads_whole_rows_alone(wrong):
+def test_a_mixer_without_a_state_reads_only_whole_rows(wrong):
     config = ModelConfig(mixer="wrong:Stateless", vocab_size=9, d_model=8, n_layers=1, n_heads=1)
     model = jax.jit(lambda: build_model(config, rngs=nnx.Rngs(0)))()
     read = jax.jit(lambda model, *arguments: model(*arguments))

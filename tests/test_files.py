@@ -1,4 +1,4 @@
-"""Files appear complete or not at all, and one process holds a directory."""
+"""Files appear complete or not at all, and only one process holds a lock."""
 
 import re
 import subprocess
@@ -46,7 +46,7 @@ def test_a_directory_appears_with_all_its_files_or_not(tmp_path):
     with pytest.raises(KeyboardInterrupt), atomic.directory(path) as unfinished:
         fail(unfinished)
     assert list(path.parent.iterdir()) == []
-    path.mkdir()  # an empty one is replaced
+    path.mkdir()  # an empty directory is replaced
     with atomic.directory(path) as unfinished:
         (unfinished / "one").touch()
     assert [x.name for x in path.iterdir()] == ["one"]
@@ -73,7 +73,7 @@ def test_a_directory_is_held_by_one_process(tmp_path):
     assert lock.holder(tmp_path) is None
 
 
-def test_who_waits_for_a_lock_file_that_is_deleted_takes_the_new_one(tmp_path):
+def test_a_process_that_waits_for_a_deleted_lock_file_takes_the_new_one(tmp_path):
     waiting, held = threading.Event(), threading.Event()
 
     def second():

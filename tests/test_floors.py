@@ -1,4 +1,4 @@
-"""The architecture: what the package holds, imports that run downward only, and what they load."""
+"""The architecture: the parts of the package, and imports that run only downward."""
 
 import ast
 import importlib
@@ -67,7 +67,7 @@ def test_the_root_of_the_package_holds_what_has_a_floor():
 
 
 def modules():
-    """All modules of the package, by the names they are imported by."""
+    """The names of all modules of the package."""
     for path in sorted((ROOT / "retnet_jax").rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
         yield ".".join(parts).removesuffix(".__init__")
@@ -113,9 +113,9 @@ def in_new_process(*lines):
     return done.stdout
 
 
-def test_import_needs_jax_and_flax_alone():
+def test_import_needs_only_jax_and_flax():
     """In a process where the other libraries cannot be imported."""
-    # Not orbax and optax, which flax itself imports where it finds them.
+    # orbax and optax are not blocked: flax itself imports them if they are installed.
     blocked = ["grain", "tokenizers", "ml_collections", "tensorboardX", "tqdm", "jaxtyping"]
     found = in_new_process(
         "import sys",

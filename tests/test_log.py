@@ -1,4 +1,4 @@
-"""The log of a run: no line is lost, and no reporter ends the training."""
+"""The log of a run: no line is lost, and a failing logger does not end the training."""
 
 import json
 import resource
@@ -41,7 +41,7 @@ def test_records_of_later_steps_and_a_torn_line_are_deleted_and_all_else_stays(t
 
 
 def test_an_object_store_gets_the_file_at_intervals_and_at_the_end(bucket, tmp_path):
-    """Whole files only, so one for each line would be as many bytes as the square of the lines."""
+    """Each write sends the whole file, so a write for each line would be quadratic in the lines."""
     bucket(tmp_path, "s3://b/run")
     path, writes = epath.Path("s3://b/run/metrics.jsonl"), []
     lines = JsonLines(path, pytest.fail)

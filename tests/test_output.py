@@ -1,4 +1,4 @@
-"""Output that nobody reads, or that has fewer characters; and signals that come twice."""
+"""Output that is no longer read or cannot be encoded, and signals that arrive twice."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ with forgiving_output(gone):
 """
 
 
-def test_output_into_head_ends_nothing(tmp_path):
+def test_a_program_continues_when_head_has_ended(tmp_path):
     program = PROGRAM.format(told=str(tmp_path / "told"))
     with subprocess.Popen(
         [sys.executable, "-c", program],
@@ -38,12 +38,12 @@ def test_output_into_head_ends_nothing(tmp_path):
         assert process.stdout.readline() in (b"line 0\n", b"message 0\n")
         process.stdout.close()
         assert process.wait(60) == 0
-    assert (tmp_path / "told").read_text() == "gone done"  # once, of two streams
+    assert (tmp_path / "told").read_text() == "gone done"  # called once for two streams
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
-def test_characters_that_the_output_lacks_are_escaped(encoding):
-    text = "Grüße \u4f60 \udcff"  # the last is a byte of a file's name that is no UTF-8
+def test_characters_outside_the_encoding_are_escaped(encoding):
+    text = "Grüße \u4f60 \udcff"  # the last is a byte of a file name that is not UTF-8
     program = (
         "from retnet_jax.programs.output import forgiving_output\n"
         f"with forgiving_output(): print({text!a})"
@@ -59,7 +59,7 @@ def test_characters_that_the_output_lacks_are_escaped(encoding):
 
 
 @pytest.mark.slow
-def test_a_run_whose_output_is_read_no_more_is_saved(config_file, tmp_path):
+def test_a_run_is_saved_when_its_output_is_no_longer_read(config_file, tmp_path):
     command = [sys.executable, "train.py", f"--config={config_file}", "--config.train.steps=100000"]
     with subprocess.Popen(
         [*command, f"--workdir={tmp_path / 'run'}", "--config.train.checkpoint_every=100000"],
@@ -77,14 +77,14 @@ def test_a_run_whose_output_is_read_no_more_is_saved(config_file, tmp_path):
 
 @pytest.fixture
 def as_in_the_foreground():
-    """A shell has its background processes ignore SIGINT, and Python leaves that as it is."""
+    """Shells start background processes with SIGINT ignored, and Python keeps that."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("as_in_the_foreground")
-def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch, capfd):
+def test_a_signal_that_arrives_twice_at_once_counts_once(monkeypatch, capfd):
     monkeypatch.setattr(processes, "SECONDS_TO_REPEAT", 1e9)
     with processes.stop_signals() as stop:
         assert not stop.seen(1)

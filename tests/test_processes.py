@@ -256,7 +256,7 @@ def test_a_process_by_itself_ends_with_one_line(config_file, tmp_path):
         first = ["--num_processes=2", "--process_id=0", "--connect_seconds=1"]
         expected = {
             f"--coordinator_address={never}": "waited 1 s, but of --num_processes=2 these did not",
-            f"--coordinator_address={taken}": f"another program has port {taken[10:]} of this",
+            f"--coordinator_address={taken}": f"another program uses port {taken[10:]} of this",
             "--noconfig.data.strict": "SLURM_NTASKS=4 says that this is one of several processes",
         }
         slurm = [{}, {}, {"SLURM_NTASKS": "4", "SLURM_JOB_ID": "3"}]

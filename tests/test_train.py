@@ -25,7 +25,7 @@ from retnet_jax.training.loop import train
 from retnet_jax.training.step import make_step
 
 ROOT = Path(__file__).parent.parent
-# A whole run on eight devices, of which Orbax copies each array to the host.
+# A whole run on eight devices; to save it, Orbax copies each array to the host.
 pytestmark = pytest.mark.compiles(80, reason="whole runs, saved from eight devices")
 
 
@@ -116,7 +116,7 @@ def test_stores_of_a_mixture_that_do_not_fit_are_named(mixture, tmp_path):
 
 def test_steps_that_are_not_finite_are_skipped_and_end_the_run(config, tmp_path, capfd):
     optimizer = dataclasses.replace(
-        config.optimizer, learning_rate=1e30, clip_norm=1e30, warmup_steps=0
+        config.optimizer, learning_rate=1e30, clip_norm=1e30, warmup_steps=0, weight_decay=0.0
     )
     train_config = dataclasses.replace(config.train, max_skipped=3, checkpoint_every=100)
     bad = dataclasses.replace(config, optimizer=optimizer, train=train_config)

@@ -23,7 +23,7 @@ from retnet_jax.training.held_out_loss import HeldOutLoss
 from retnet_jax.training.loop import Evaluator, train
 from retnet_jax.training.step import loss_sum
 
-# A whole run on eight devices, of which Orbax copies each array to the host.
+# A whole run on eight devices; to save it, Orbax copies each array to the host.
 pytestmark = pytest.mark.compiles(80, reason="whole runs, saved from eight devices")
 
 

@@ -1,4 +1,4 @@
-"""Training runs that are refused: what is wrong is named, and nothing is changed."""
+"""Training runs that are refused: the error names the reason, and nothing is changed."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from retnet_jax.model import build_model
 from retnet_jax.runs.workdir import locked
 from retnet_jax.training.loop import train
 
-# A whole run on eight devices, of which Orbax copies each array to the host.
+# A whole run on eight devices; to save it, Orbax copies each array to the host.
 pytestmark = pytest.mark.compiles(80, reason="whole runs, saved from eight devices")
 
 

@@ -1,4 +1,4 @@
-"""Training runs that are killed, stopped or damaged continue as if they had not been."""
+"""Training runs that are killed, stopped or damaged resume as if nothing had happened."""
 
 import dataclasses
 import os
@@ -28,7 +28,7 @@ from retnet_jax.errors import CheckpointError
 from retnet_jax.training.loop import train
 
 ROOT = Path(__file__).parent.parent
-# A whole run on eight devices, of which Orbax copies each array to the host.
+# A whole run on eight devices; to save it, Orbax copies each array to the host.
 pytestmark = pytest.mark.compiles(80, reason="whole runs, saved from eight devices")
 
 
@@ -67,7 +67,7 @@ exec(compile(Path("train.py").read_text(), "train.py", "exec"))
 
 
 def run_killed_at(config_file, workdir, step):
-    """A run in a process of its own, killed with -9 when it has logged a step (or finished)."""
+    """Runs train.py in a process, and kills it with -9 when it has logged a step, unless None."""
     command = [sys.executable, "-c", WAITING, f"--config={config_file}", f"--workdir={workdir}"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     lines = []
@@ -93,7 +93,7 @@ def test_killed_and_started_again_the_losses_are_the_same_bit_for_bit(
 
 @pytest.mark.slow
 def test_killed_at_random_moments_again_and_again(config, tmp_path):
-    """300 steps with a kill -9 wherever it falls: in steps, saves, start-up and evaluation.
+    """300 steps with kill -9 at random times: in steps, saves, start-up and evaluation.
 
     After one kill in three a bit of the newest checkpoint is flipped, if there is one before it.
     """
@@ -129,7 +129,7 @@ def test_killed_at_random_moments_again_and_again(config, tmp_path):
 
 
 def flip_a_bit_of_the_newest(checkpoints, random):
-    """Flips a random bit in a random file of the newest of several checkpoints; whether it did."""
+    """Flips a random bit of the newest checkpoint if there are several; whether it did."""
     steps = sorted(int(x.name) for x in checkpoints.glob("*") if x.name.isdecimal())
     if len(steps) < 2:
         return False
@@ -155,7 +155,7 @@ def patched(self, step, values):
     if step == 5:
         while not (Path(sys.argv[-1].removeprefix("--workdir=")) / "checkpoints" / "4").exists():
             time.sleep(0.01)
-        # Less than a checkpoint needs, more than metrics.jsonl does.
+        # Too little for a checkpoint, enough for metrics.jsonl.
         resource.setrlimit(resource.RLIMIT_FSIZE, (16384, resource.RLIM_INFINITY))
 
 metrics.MetricsLog.write = patched

@@ -47,7 +47,7 @@ def initial_model():
 
 
 def batch(step, b=8, t=12):
-    """Windows with documents, and padding of another length in every row."""
+    """Windows of documents, with padding of a different length in each row."""
     rng = np.random.default_rng(step)
     tokens = rng.integers(0, 48, (b, t + 1)).astype(np.int32)
     segments = np.sort(rng.integers(1, 4, (b, t)), axis=1).astype(np.int32)
@@ -80,12 +80,12 @@ def losses_of(config, mesh_config, devices):
 def variant(mixer="retention", optimizer="adamw", **model):
     return dataclasses.replace(
         CONFIG,
-        # In float64, so that what differs is no rounding but that of the parameters.
+        # In float64, so that only the rounding of parameters differs.
         model=dataclasses.replace(
             CONFIG.model, mixer=mixer, n_heads=8, d_model=32, dtype="float64", **model
         ),
-        # Adam turns rounding errors of gradients near 0 into steps as long as any; an epsilon
-        # above those errors makes parameters comparable.
+        # Adam turns rounding errors of gradients near 0 into full steps; an epsilon above those
+        # errors makes parameters comparable.
         optimizer=dataclasses.replace(CONFIG.optimizer, name=optimizer, epsilon=1e-3),
         train=dataclasses.replace(CONFIG.train, z_loss=1e-3),
     )
@@ -120,7 +120,7 @@ SELDOM = [
     ids=str,
 )
 def test_eight_devices_compute_what_one_does(mixer, mesh):
-    """Losses and updated parameters, for each axis alone and for mixtures."""
+    """Losses and updated parameters, for single axes and combinations."""
     one, losses = on_one_device(mixer)
     with jax.enable_x64(True):
         eight, losses_of_eight = run_on(MeshConfig(**({"data": 1} | mesh)), variant(mixer))
@@ -138,8 +138,8 @@ def steps_of(config, batches):
     return found
 
 
-def test_a_step_that_would_make_parameters_infinite_is_not_taken():
-    """Loss and gradient are ordinary; what overflows is the update."""
+def test_a_step_that_would_make_parameters_infinite_is_skipped():
+    """Loss and gradient are ordinary, but the update overflows."""
     optimizer = dataclasses.replace(
         CONFIG.optimizer, learning_rate=3e38, warmup_steps=0, weight_decay=1e3, schedule="constant"
     )
@@ -152,7 +152,7 @@ def test_a_step_that_would_make_parameters_infinite_is_not_taken():
 
 
 def test_skipped_steps_do_not_delay_the_schedule():
-    """The rate that is logged is the one that is used, and the last step is the schedule's last."""
+    """The logged rate is the one used, and the last step has the last rate of the schedule."""
     config = dataclasses.replace(
         CONFIG,
         optimizer=dataclasses.replace(CONFIG.optimizer, weight_decay=0.0),
@@ -166,7 +166,7 @@ def test_skipped_steps_do_not_delay_the_schedule():
     for number, (_, metrics) in enumerate(found):
         np.testing.assert_allclose(metrics.learning_rate, 1e-2 * factor(number), rtol=1e-6)
     # As if the run had been at these steps, with the same moments: Adam's update scales with the
-    # rate, so two runs of the same batches differ by the ratio of the rates alone.
+    # rate, so two runs of the same batches differ only by the ratio of the rates.
     (before, _), (after, metrics) = found[3:5]
     earlier = before._replace(step=jnp.int32(2))
     other, of_other = jax.jit(partial(train_step, config))(earlier, batches[4])
@@ -201,7 +201,7 @@ def test_micro_batches_weigh_tokens_not_parts(micro_batches):
 @pytest.mark.slow
 @pytest.mark.compiles(200, reason="a model, its states and gradients outside of jit")
 def test_halves_of_windows_with_their_state_carried_are_the_whole():
-    """A document that goes on, one that begins anew, and one that ends in padding."""
+    """A document that continues, one that begins, and one that ends in padding."""
     model = initial_model()
     whole = batch(0, b=3)._replace(continues=np.zeros(3, bool))
     segments = np.array([[1] * 12, [1] * 6 + [2] * 6, [1] * 9 + [0] * 3], np.int32)
@@ -262,7 +262,7 @@ def test_eight_devices_carry_what_one_does():
 
 
 def test_loss_is_the_mean_over_real_positions():
-    """A batch whose padding holds garbage has the loss of the same batch without it."""
+    """Tokens in the padding make no difference to the loss of a batch."""
     state = jax.jit(partial(initial_state, CONFIG))()
     clean = batch(0)
     garbage = clean._replace(
@@ -304,8 +304,8 @@ def test_schedules(schedule, expected):
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_weight_decay_shrinks_matrices_alone(name):
-    """With no gradient at all, decay is the only thing that moves a parameter."""
+def test_weight_decay_shrinks_only_matrices(name):
+    """Without a gradient only weight decay changes parameters."""
     config = OptimizerConfig(
         name=name, learning_rate=0.1, muon_learning_rate=0.1, weight_decay=0.5, warmup_steps=0
     )
@@ -367,7 +367,7 @@ def test_batches_and_parameters_that_do_not_divide():
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_an_evaluation_takes_less_memory_than_the_step_beside_it(remat):
-    """So what tools/compile_ahead.py says of the step holds for the run."""
+    """So the memory that tools/compile_ahead.py reports for the step is enough for the run."""
     model = dataclasses.replace(CONFIG.model, d_model=64, n_layers=6, remat=remat)
     train = dataclasses.replace(CONFIG.train, batch_size=64, micro_batches=4)
     config = dataclasses.replace(

@@ -1,4 +1,4 @@
-"""`tools/verify.py` names everything that is wrong with a run or a store, and nothing else."""
+"""`tools/verify.py` reports every problem of a run or a store, and nothing else."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ OLD = Path(__file__).parent / "fixtures" / "88e272d"
 
 @pytest.fixture
 def run(tmp_path):
-    """An old run and its store, with a checkpoint of today."""
+    """An old run and its store, with a checkpoint of the current format."""
     shutil.copytree(OLD, tmp_path / "old")
     workdir = tmp_path / "old" / "run"
     with contextlib.closing(Checkpoints(workdir / "checkpoints", keep=5)) as checkpoints:
@@ -36,7 +36,7 @@ def flip(path, byte=-1):
     path.write_bytes(contents)
 
 
-def test_what_is_intact(run):
+def test_an_intact_run_has_no_problems(run):
     done = verify(run)
     assert (done.returncode, done.stderr) == (0, "")
     old, *verdicts = done.stdout.splitlines()
@@ -71,7 +71,7 @@ def test_everything_that_is_wrong_is_named(run):
     assert f"{run}: 5 problems\n{run.parent}/store: 1 problem\n" in done.stdout
 
 
-def test_what_is_neither_is_said(tmp_path):
+def test_a_directory_that_is_neither_is_refused(tmp_path):
     assert "give a run or a token store" in programs.run("tools/verify.py").stderr
     done = verify(tmp_path)
     assert done.returncode == 2
