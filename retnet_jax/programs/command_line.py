@@ -4,14 +4,16 @@ A program defines its flags with absl and calls `run(main)`. An error in the use
 program with its message and exit status 2. Any other error is a bug and keeps its traceback.
 """
 
+import copy
 import itertools
 import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from logging import CRITICAL, getLogger
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from absl import app, flags, logging
@@ -19,10 +21,14 @@ from ml_collections import config_flags
 
 import retnet_jax.configs
 from retnet_jax.config import Config
+from retnet_jax.config_json import config_differences
 from retnet_jax.errors import CheckpointError, ConfigError
+from retnet_jax.files.paths import place
+from retnet_jax.pretrained import is_run
 from retnet_jax.programs import overrides
 from retnet_jax.programs.help_text import help_text
 from retnet_jax.programs.output import forgiving_output
+from retnet_jax.programs.run_directories import newest_run
 
 
 def group(title: str) -> None:
@@ -33,17 +39,71 @@ def group(title: str) -> None:
 _groups: list[tuple[str, int]] = []  # title, and the number of flags defined before the group
 
 
-def define_config(required: bool = True) -> None:
-    """Defines --config=FILE[:ARGUMENT], with the overrides --config.SECTION.FIELD=VALUE."""
+def define_config(required: bool = True, default: str | None = None) -> None:
+    """Defines --config=FILE[:ARGUMENT], with the overrides --config.SECTION.FIELD=VALUE.
+
+    Args:
+      required: Whether it must be given.
+      default: Config that is used where none is given.
+    """
     config_flags.DEFINE_config_file(
         "config",
         None,
         f"config of the experiment: a Python file, or one of {', '.join(_packaged_configs())}; "
-        "ARGUMENT is passed to its get_config",
+        "ARGUMENT is passed to its get_config" + (f"; default: {default}" if default else ""),
         sys_argv=[""],  # because `_parse` reads the overrides
     )
-    if required:
+    _given.default_config = default
+    if required and default is None:
         flags.mark_flag_as_required("config")
+
+
+class _Given:
+    """What the command line says of the config."""
+
+    default_config: str | None = None
+    config: str | None = None  # the value of --config as it was typed
+    changes: Mapping[str, Any] = MappingProxyType({})
+
+
+_given = _Given()
+
+
+def config_name() -> str:
+    """The value of --config as it was typed, or its default."""
+    return _given.config or ""
+
+
+def config_changes() -> Mapping[str, Any]:
+    """The options that the command line sets to another value than the config's, by their names."""
+    return _given.changes
+
+
+def define_model_directory() -> None:
+    """Defines --workdir and --checkpoint, for `find_model`."""
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "Directory of a training run, also as the first argument without a name; default: the "
+        "newest run under runs/",
+    )
+    flags.DEFINE_string(
+        "checkpoint", None, "Directory of any other trained model, of this project or another"
+    )
+
+
+def find_model() -> None:
+    """Sets --workdir or --checkpoint: to the newest run if neither is given, which is said."""
+    given = flags.FLAGS
+    if given.workdir is not None and given.checkpoint is not None:
+        raise ConfigError(
+            f"--workdir={given.workdir} and --checkpoint={given.checkpoint}: give only one of them"
+        )
+    if given.workdir is None and given.checkpoint is None:
+        given.workdir = str(newest_run())
+        print(f"{sys.argv[0]}: {given.workdir} is used, the newest run", file=sys.stderr)
+    elif given.workdir is not None and not is_run(place(given.workdir)):
+        given.workdir, given.checkpoint = None, given.workdir
 
 
 def define_processes() -> None:
@@ -93,6 +153,7 @@ def run(
     finally:
         warnings.formatwarning = show
         _groups.clear()
+        _given.default_config = None
 
 
 def _one_line(message: Warning | str, category: type[Warning], *where: object) -> str:
@@ -110,6 +171,8 @@ def prepare_command() -> str:
             taken = argument.lstrip("-").startswith("config")
         if taken:  # "--config=FILE", or "--config" and "FILE"
             options.append(argument)
+    if not any(option.lstrip("-").split("=")[0] == "config" for option in options):
+        options.insert(0, f"--config={_given.config}")
     installed = Path(sys.argv[0]).name.startswith("retnet-")
     program = ["retnet-prepare"] if installed else ["python", "tools/prepare_data.py"]
     return shlex.join([*program, *options])
@@ -139,12 +202,19 @@ def _parse(arguments: Sequence[str], positional: Sequence[str], module: str) -> 
     if "config" in flags.FLAGS:
         expanded, given = overrides.taken_out(expanded)
     arguments = [arguments[0], *map(_with_underscores, expanded)]
-    for place, argument in enumerate(arguments):
+    _given.config, _given.changes = None, {}
+    asks_for_help = bool(_HELP & set(arguments))
+    named = any(argument.partition("=")[0] == "--config" for argument in arguments)
+    if _given.default_config and not named and not asks_for_help:
+        arguments.insert(1, f"--config={_given.default_config}")
+    for index, argument in enumerate(arguments):
         if argument.startswith("--config="):
-            arguments[place] = "--config=" + _config_file(argument.removeprefix("--config="))
-        elif argument == "--config" and place + 1 < len(arguments):
-            arguments[place + 1] = _config_file(arguments[place + 1])
-    if {"--help", "-h", "-help", "--helpfull", "--helpshort"} & set(arguments):
+            _given.config = argument.removeprefix("--config=")
+            arguments[index] = "--config=" + _config_file(_given.config)
+        elif argument == "--config" and index + 1 < len(arguments):
+            _given.config = arguments[index + 1]
+            arguments[index + 1] = _config_file(_given.config)
+    if asks_for_help:
         _print_help(arguments, given, sys.modules[module].__doc__ or "")
         sys.exit(0)
     rest = flags.FLAGS(arguments)
@@ -165,8 +235,14 @@ def _parse(arguments: Sequence[str], positional: Sequence[str], module: str) -> 
     if given and flags.FLAGS.config is None:
         raise ConfigError(f"--config.{given[0][0]} changes a config: give --config=FILE too")
     if given and isinstance(flags.FLAGS.config, Config):  # else `given_config` raises an error
+        of_file = copy.deepcopy(flags.FLAGS.config)
         overrides.apply(flags.FLAGS.config, given)
+        changed = config_differences(of_file, flags.FLAGS.config)
+        _given.changes = {name: value for name, (_, value) in changed.items()}
     return rest
+
+
+_HELP = {"--help", "-h", "-help", "--helpfull", "--helpshort"}
 
 
 def _print_help(

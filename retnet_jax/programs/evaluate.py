@@ -1,9 +1,10 @@
 """Evaluates a language model: perplexity, the seven tasks of the paper, recall.
 
-    python eval.py --workdir=runs/quickstart                     the run's held-out documents
-    python eval.py --checkpoint=DIR --data='corpus/**/*.txt'     a checkpoint, on other text
-    python eval.py --workdir=DIR --suite=paper --data=TASKS --output=result.json
-    python eval.py --workdir=DIR --against=OTHER                 two models and their difference
+    python eval.py                                  the newest run, on its held-out documents
+    python eval.py RUN                              this run
+    python eval.py MODEL --data='corpus/**/*.txt'   a run or another trained model, on other text
+    python eval.py MODEL --suite=paper --data=TASKS --output=result.json
+    python eval.py MODEL --against=OTHER            two models and their difference
 
 The results are printed as tables. --output also writes them to a JSON file, together with
 everything needed to repeat the evaluation, and to a Markdown file.
@@ -30,7 +31,7 @@ from retnet_jax.programs import command_line
 def main() -> None:
     """The program."""
     define_flags()
-    command_line.run(_main)
+    command_line.run(_main, positional=("workdir",))
 
 
 def _main() -> None:
@@ -39,6 +40,7 @@ def _main() -> None:
     processes.connect(
         given.coordinator_address, given.num_processes, given.process_id, given.connect_seconds
     )
+    command_line.find_model()
     with processes.ending_with_the_others("Nothing was written."):
         text, task_data = divided(given.data or [])
         options = given_options(given, task_data)
@@ -78,13 +80,7 @@ def define_flags() -> None:
 
 def _define_models() -> None:
     command_line.group("Models")
-    flags.DEFINE_string(
-        "workdir", None, "Directory of a training run; evaluated on its held-out text, or on --data"
-    )
-    flags.DEFINE_string(
-        "checkpoint", None, "Directory of any other trained model; evaluated on --data"
-    )
-    flags.mark_flags_as_mutual_exclusive(["workdir", "checkpoint"], required=True)
+    command_line.define_model_directory()
     flags.DEFINE_string("against", None, "Directory of a second model to compare with")
     command_line.define_dtype()
 

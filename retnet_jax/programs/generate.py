@@ -1,10 +1,13 @@
 """Continues prompts with a trained model.
 
-    python generate.py --workdir=runs/quickstart --prompt="def main("
-    python generate.py --workdir=DIR --temperature=0.8 --top_p=0.95 --prompt="..." --prompt="..."
-    python generate.py --workdir=DIR --requests=requests.jsonl --output=answers.jsonl
-    python generate.py --workdir=DIR --prompt_file=book --max_tokens=0 --save_state=book.state
-    python generate.py --workdir=DIR --load_state=book.state --prompt="Who ..." --prompt="Why ..."
+    python generate.py RUN "def main("
+    python generate.py MODEL --temperature=0.8 --top_p=0.95 --prompt="..." --prompt="..."
+    python generate.py MODEL --requests=requests.jsonl --output=answers.jsonl
+    python generate.py MODEL --prompt_file=book --max_tokens=0 --save_state=book.state
+    python generate.py MODEL --load_state=book.state --prompt="Who ..." --prompt="Why ..."
+
+RUN is the directory of a training run, MODEL of any trained model; without it the newest run under
+runs/ is used.
 
 The continuation of a single prompt is printed while it is generated; those of several prompts are
 printed at the end. A text ends where the model ends the document, before a --stop string, or after
@@ -38,17 +41,13 @@ from retnet_jax.programs import command_line
 def main() -> None:
     """The program."""
     define_flags()
-    command_line.run(_main)
+    command_line.run(_main, positional=("workdir", "prompt"))
 
 
 def define_flags() -> None:
     """Defines the flags; not at import, so that one process can import several programs."""
     command_line.group("Model")
-    flags.DEFINE_string("workdir", None, "Directory of a training run")
-    flags.DEFINE_string(
-        "checkpoint", None, "Directory of any other trained model, of this project or another"
-    )
-    flags.mark_flags_as_mutual_exclusive(["workdir", "checkpoint"], required=True)
+    command_line.define_model_directory()
     command_line.define_dtype()
     flags.DEFINE_enum(
         "weights", None, ["int8"], "Format of the weight matrices; default: the --dtype"
@@ -113,6 +112,7 @@ def _define_sampling() -> None:
 
 def _main() -> int:
     """Generates as the flags say."""
+    command_line.find_model()
     try:
         generate(flags.FLAGS)
     except KeyboardInterrupt:

@@ -1,7 +1,7 @@
 """Trains a language model.
 
-    python train.py --config=configs/quickstart.py --workdir=runs/quickstart
-    python train.py --config=FILE[:ARGUMENT] --workdir=DIR --config.train.steps=100 ...
+    python train.py                                     the quickstart, in runs/quickstart
+    python train.py --config=FILE[:ARGUMENT] --config.train.steps=100 ...
     python train.py ... --config.init_from=DIR          starts from a trained model
     python train.py ... --compiled=FILE                 runs the step of tools/compile_ahead.py
 
@@ -15,6 +15,7 @@ process with
 """
 
 import signal
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -22,6 +23,7 @@ from absl import flags
 from retnet_jax.aot.compile_step import load
 from retnet_jax.parallel import processes
 from retnet_jax.programs import command_line
+from retnet_jax.programs.run_directories import default_workdir
 from retnet_jax.training.loop import train
 
 
@@ -35,9 +37,13 @@ def main() -> None:
 def define_flags() -> None:
     """Defines the flags; not at import, so that a process can import several programs."""
     command_line.group("The run")
-    command_line.define_config()
-    flags.DEFINE_string("workdir", None, "directory of the run; created if it does not exist")
-    flags.mark_flag_as_required("workdir")
+    command_line.define_config(default="quickstart")
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "directory of the run, created if it does not exist; default: runs/ and the config's name, "
+        "with the options that are changed",
+    )
     flags.DEFINE_string("compiled", None, "compiled step from tools/compile_ahead.py --save=FILE")
     command_line.define_processes()
 
@@ -49,6 +55,11 @@ def _main() -> int:
     processes.connect(
         given.coordinator_address, given.num_processes, given.process_id, given.connect_seconds
     )
+    workdir = given.workdir
+    if workdir is None:
+        names = command_line.config_name(), command_line.config_changes()
+        workdir = default_workdir(*names)
+        print(f"workdir {workdir}", file=sys.stderr)
     step = None
     if given.compiled is not None:
 
@@ -56,5 +67,5 @@ def _main() -> int:
             return load(Path(given.compiled), config, mesh, state_shape)
 
     with processes.ending_with_the_others("The same command resumes from the newest checkpoint."):
-        result = train(config, given.workdir, step=step, command=command_line.prepare_command())
+        result = train(config, workdir, step=step, command=command_line.prepare_command())
     return 0 if result.status in ("finished", "stopped") else 1

@@ -33,6 +33,7 @@ from retnet_jax.runs.workdir import locked, record_start, recorded_config, resto
 from retnet_jax.training.announce import announce
 from retnet_jax.training.clock import Clock, peak_flops
 from retnet_jax.training.held_out_loss import HeldOutLoss
+from retnet_jax.training.memory import check_memory
 from retnet_jax.training.start import RunProgress, check_finite, items_of, start_or_restore
 from retnet_jax.training.step import StepMetrics, TrainState, abstract_state, make_step
 
@@ -100,6 +101,7 @@ def train(
         mesh = make_mesh(config.mesh)
         check_fit(mesh, config)
         state_shape = abstract_state(config, mesh)
+        memory = check_memory(config, state_shape)
         compiled = (step or _jitted_step)(config, mesh, state_shape)
         stores = _open_stores(config, command)
         changes = processes.once(lambda: record_start(workdir, config, recorded, *_files(stores)))
@@ -110,6 +112,7 @@ def train(
         check_finite(state, config, workdir)
         log = stack.enter_context(contextlib.closing(_open_log(config, workdir, int(state.step))))
         notes = [*(f"resumed with a changed option: {change}" for change in changes or ()), *damage]
+        notes.append(memory)
         announce(log, config, stores, state, mesh, notes)
         held_out = HeldOutLoss(config, mesh, stores)
         evaluators = (Evaluator(HELD_OUT_LOSS, config.train.eval_every, held_out), *evaluators)

@@ -1,0 +1,77 @@
+"""The memory that training cannot do without, before anything is compiled."""
+
+import math
+import os
+from pathlib import Path
+
+import jax
+
+from retnet_jax.config import Config
+from retnet_jax.errors import ConfigError
+from retnet_jax.training.step import TrainState
+
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def check_memory(config: Config, state_shape: TrainState) -> str:
+    """The least memory of a device, in a sentence: that of parameters, optimiser and gradients.
+
+    Activations come on top; `tools/compile_ahead.py` counts them.
+
+    Args:
+      config: What is trained.
+      state_shape: Shapes, dtypes and shardings of the training state.
+
+    Raises:
+      ConfigError: if a device has less.
+    """
+    parameters = _bytes_of_a_device(state_shape.model)
+    optimizer = _bytes_of_a_device(state_shape.optimizer)
+    needed = 2 * parameters + optimizer  # gradients have the size of the parameters
+    device = jax.local_devices()[0]
+    available = device_memory(device)
+    parts = (
+        f"{_gb(parameters)} of parameters, {_gb(optimizer)} of optimiser state and "
+        f"{_gb(parameters)} of gradients"
+    )
+    if available is not None and needed > available:
+        raise ConfigError(
+            f"not enough memory: {config.model.parameter_count():,} parameters need at least "
+            f"{_gb(needed)} on each device, and a {device.device_kind} has {_gb(available)} here\n"
+            f"  these are {parts}, without activations, on the mesh {_shown(state_shape)}\n"
+            "  more devices share them along the mesh axis fsdp: --config.mesh.fsdp=-1; a smaller "
+            "model is --config=quickstart or --config=retnet_200m\n"
+            "  what fits which devices: python tools/compile_ahead.py --config=... "
+            "--topology=v5p:4x4x4 --fit=8"
+        )
+    share = "" if available is None else f" of {_gb(available)}"
+    return f"memory of a device: at least {_gb(needed)}{share}: {parts}; activations come on top"
+
+
+def device_memory(device: jax.Device) -> int | None:
+    """Bytes that a device has; of a CPU its share of the machine's. None: unknown."""
+    statistics = device.memory_stats()
+    if statistics and statistics.get("bytes_limit"):
+        return statistics["bytes_limit"]
+    if device.platform != "cpu":
+        return None
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = _CGROUP_LIMIT.read_text().strip() if _CGROUP_LIMIT.exists() else ""
+    if limit.isdecimal():
+        machine = min(machine, int(limit))
+    return machine // jax.local_device_count()
+
+
+def _bytes_of_a_device(tree) -> int:
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+def _shown(state_shape: TrainState) -> str:
+    mesh = jax.tree.leaves(state_shape.model)[0].sharding.mesh
+    return ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.3g} GB"
