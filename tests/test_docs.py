@@ -1,11 +1,14 @@
 """What the docs name exists: files, functions, options, parameters and targets of make."""
 
 import ast
+import functools
 import itertools
 import re
 from pathlib import Path
 
 import jax
+import pages
+import programs
 import pytest
 from flax import nnx
 from test_floors import FLOORS
@@ -20,7 +23,7 @@ from retnet_jax.trees import named_leaves
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["docs/tour.md", "docs/glossary.md", "CONTRIBUTING.md"]
-WITH_LINKS = [*PAGES, "CHANGELOG.md", "docs/scaling.md", "docs/evaluation.md", "docs/extend.md"]
+WITH_LINKS = [*pages.PAGES, "CHANGELOG.md"]
 DATA_FILES = (".json", ".jsonl", ".npy")  # of stores and runs
 LIBRARIES = ("jax.", "pytest.")
 
@@ -103,9 +106,75 @@ def test_names_that_are_gone_are_found():
 
 @pytest.mark.parametrize("page", WITH_LINKS)
 def test_links_lead_to_files(page):
-    links = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", text_of(page))
-    missing = [link for link in links if not ((ROOT / page).parent / link).exists()]
+    links = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text_of(page))
+    missing = [
+        (link, heading)
+        for link, heading in links
+        if not (target := (ROOT / page).parent / link if link else ROOT / page).exists()
+        or (heading and heading not in anchors(target.read_text()))
+    ]
     assert missing == []
+
+
+def anchors(text):
+    """The headings of a page as GitHub names them in links."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_readme_links_to_every_page():
+    text = pages.read("README.md")
+    assert [page for page in pages.PAGES[1:] if f"({page})" not in text] == []
+
+
+@pytest.mark.parametrize("page", pages.PAGES)
+def test_options_of_commands_exist(page):
+    missing = [
+        (command.program, option)
+        for command in pages.commands(page)
+        if command.program in PROGRAMS or command.program.startswith("benchmarks/")
+        for option in re.findall(r"^--([\w.]+)", "\n".join(command.arguments), re.M)
+        if option not in options_of(command.program)
+    ]
+    assert missing == []
+
+
+PROGRAMS = [
+    "train.py",
+    "eval.py",
+    "generate.py",
+    *(f"tools/{x.name}" for x in ROOT.glob("tools/*.py")),
+]
+
+
+@functools.cache
+def options_of(program):
+    """The names of a program's options, those of a config as "config.train.steps"."""
+    if program.startswith("benchmarks/"):  # some import what is not installed
+        return set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', (ROOT / program).read_text()))
+    text = programs.run(program, "--help").stdout
+    of_config = {f"config.{name}" for name in options()} if "--config=" in text else set()
+    return {"help", *re.findall(r"^  --(\w+)", text, re.M)} | of_config
+
+
+@pytest.mark.parametrize("page", pages.PAGES)
+def test_commands_run_programs_that_exist(page):
+    found = [command.program for command in pages.commands(page)]
+    libraries = ("pytest.py", "venv.py")
+    assert [x for x in found if x not in libraries and not (ROOT / x).exists()] == []
+
+
+def test_the_file_map_is_true():
+    table = pages.read("docs/architecture.md").split("## Files")[1].split("\n## ")[0]
+    cells = [line.split("|")[2] for line in table.splitlines() if line.startswith("|")]
+    named = [name for cell in cells for name in re.findall(r"`([\w./]+)`", cell)]
+    for name in named:
+        assert (ROOT / name).exists(), name
+    # All of the package, in the order of its floors.
+    package = [name for name in named if name.startswith("retnet_jax/")]
+    parts = [Path(name).stem for name in package]
+    assert set(parts) == set(FLOORS)
+    assert [FLOORS[part] for part in parts] == sorted(FLOORS[part] for part in parts)
 
 
 def test_the_tour_has_the_shapes_of_all_parameters():
@@ -151,5 +220,5 @@ def test_continuous_integration_runs_what_every_change_must_pass():
     targets = re.findall(r"^make ([\w-]+)$", (ROOT / ".ci" / "run").read_text(), re.M)
     workflow = (ROOT / ".github" / "workflows" / "tests.yml").read_text()
     (jobs,) = re.findall(r"targets: \[(.+)\]\n", workflow)
-    assert len(targets) == 4
+    assert len(targets) == 5
     assert re.findall(r"[\w-]+", jobs) == targets
