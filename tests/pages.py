@@ -1,7 +1,9 @@
 """The examples and commands of README.md, CONTRIBUTING.md and docs/."""
 
+import itertools
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,12 +48,27 @@ def commands(page: str) -> list[Command]:
     text = re.sub(r"^```.*?^```$", "", read(page), flags=re.M | re.S)
     inline = re.findall(r"`([^`\n]*\bpython [^`\n]+)`", text)
     shell = [block.code for block in blocks(page) if block.language == "sh"]
-    lines = re.sub(r"\\\n", " ", "\n".join([*shell, *inline])).splitlines()
-    return [command for line in lines if (command := _command(line)) is not None]
+    found = map(_command, itertools.chain.from_iterable(map(_lines, [*shell, *inline])))
+    return [command for command in found if command is not None]
 
 
-def _command(line: str) -> Command | None:
-    words = shlex.split(line, comments=True)
+def _lines(code: str) -> Iterator[list[str]]:
+    """The words of each line of a shell example; lines that belong together are joined."""
+    line = ""
+    for part in code.splitlines():
+        line += part
+        if line.endswith("\\"):
+            line = line[:-1] + " "
+            continue
+        try:
+            yield shlex.split(line, comments=True)
+        except ValueError:  # a quotation that a later line closes
+            line += "\n"
+        else:
+            line = ""
+
+
+def _command(words: list[str]) -> Command | None:
     at = [number for number, word in enumerate(words) if word.rpartition("/")[2] == "python"]
     if not at:
         return None

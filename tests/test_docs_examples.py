@@ -20,7 +20,17 @@ from pages import ROOT, TO_RUN, blocks
 
 pytestmark = pytest.mark.slow
 
-COPIED = ["retnet_jax", "configs", "tools", "benchmarks", "train.py", "eval.py", "generate.py"]
+COPIED = [
+    "retnet_jax",
+    "configs",
+    "tools",
+    "benchmarks",
+    "docs",
+    "README.md",
+    "train.py",
+    "eval.py",
+    "generate.py",
+]
 # What the comments of Python examples promise, by the page and the number of the example.
 PROMISES = {
     ("README.md", 0): """
