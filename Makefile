@@ -2,6 +2,7 @@
 # make test            lint, format check and the tests, in less than five minutes on two cores
 # make test-compilers  what the compilers for TPUs and GPUs make of it; downloads 500 MB of them once
 # make test-docs       runs the examples of README.md and docs/
+# make test-notebooks  executes the notebooks
 # make test-wheel      builds a wheel, and trains, evaluates and samples with nothing but it
 # make test-all        all tests, those that take minutes too, with all of XLA's optimisations
 #
@@ -15,7 +16,7 @@ CONFIG := configs/quickstart.py:$(ARCHITECTURE)
 # Carried through a document of 33,000 tokens, a Transformer's cache takes minutes on a CPU.
 PROTOCOL := $(if $(filter transformer,$(ARCHITECTURE)),window,window,stateful)
 
-.PHONY: quickstart test test-docs test-compilers test-wheel test-all lint clean
+.PHONY: quickstart test test-docs test-notebooks test-compilers test-wheel test-all lint clean
 
 quickstart: .venv/run
 	$(BIN)/python train.py --config=$(CONFIG) --workdir=$(WORKDIR)
@@ -31,6 +32,9 @@ test: lint
 # Two pages run at once, so one process of pytest is enough.
 test-docs: .venv/dev
 	$(BIN)/python -m pytest tests/test_docs_examples.py
+
+test-notebooks: .venv/dev
+	$(BIN)/python tests/run_notebooks.py
 
 test-compilers: .venv/libtpu .venv/cuda
 	PYTHONPATH=.venv/libtpu $(PYTEST) -m "compilers and not slow"
