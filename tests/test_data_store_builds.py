@@ -196,7 +196,7 @@ def test_progress_in_plain_lines(config, capsys, monkeypatch):
     assert len(lines) == 21
     assert lines[9] == f"reading {store.directory}: 0.0 of 0.0 MB"
     assert lines[19] == f"building {store.directory}: 0.0 of 0.0 MB"
-    assert lines[20].startswith("skipped 1 documents: 1 empty; the first: ")
+    assert lines[20].startswith("skipped documents: 1 (1 empty; the first: ")
 
 
 def test_building_over_a_store_is_refused(config):

@@ -46,7 +46,7 @@ def test_a_run_leaves_config_metrics_and_checkpoints(config, uninterrupted):
 
 @pytest.fixture(scope="module")
 def mixture(config, tmp_path_factory):
-    """Two stores, read on row by row with the state carried."""
+    """Two stores, with contiguous windows and carried states."""
     directory = tmp_path_factory.mktemp("stores")
     stores = {}
     for name, pattern, weight in (
@@ -79,7 +79,7 @@ def test_carried_states_of_a_mixture_resume_exactly(mixture, tmp_path, monkeypat
     (held_out,) = [x for x in map(json.loads, lines) if x["step"] == 5 and "held_out_loss" in x]
     losses = [held_out[f"held_out_loss/{name}"] for name in ("tests", "model")]
     assert held_out["held_out_loss"] == pytest.approx(0.75 * losses[0] + 0.25 * losses[1])
-    # Bytes are the tokens, but for the BOS that ends a document.
+    # Tokens are bytes, except for the BOS that ends a document.
     for name, loss in zip(("tests", "model"), losses, strict=True):
         assert held_out[f"held_out_bits_per_byte/{name}"] == pytest.approx(loss / np.log(2))
         assert held_out[f"held_out_perplexity/{name}"] == pytest.approx(np.exp(loss))
@@ -127,7 +127,7 @@ def test_steps_that_are_not_finite_are_skipped_and_end_the_run(config, tmp_path,
     assert "paragraph_" in errors.split("Their batches have parts of these documents:")[1]
     assert "--config.data.skip_batches='(1,2,3,)' resumes" in errors
     assert [line["loss"] for line in list(metrics(tmp_path / "run").values())[1:]] == [None] * 2
-    # Without these batches, from the newest checkpoint: here from the beginning.
+    # Without these batches it resumes from the newest checkpoint, here from the beginning.
     passing = dataclasses.replace(
         bad, data=dataclasses.replace(config.data, skip_batches=(1, 2, 3))
     )
@@ -138,7 +138,7 @@ def test_steps_that_are_not_finite_are_skipped_and_end_the_run(config, tmp_path,
 
 
 def test_a_spike_is_skipped_and_the_run_continues(config, tmp_path, capfd):
-    """One batch whose targets are of another kind than all the others."""
+    """One batch has targets that are unlike those of all others."""
     steps, spike = 66, 60
     train_config = dataclasses.replace(
         config.train, steps=steps, checkpoint_every=55, spike_deviations=6.0

@@ -26,14 +26,22 @@ _TRIED_DOCUMENTS = 1000  # at least one of which must have a loss weight above 0
 
 
 class Batch(NamedTuple):
-    """Windows of tokens, one in each row, as numpy or jax arrays."""
+    """Windows of tokens, one in each row, as numpy or jax arrays.
 
-    tokens: np.ndarray  # int32 [b t]
-    targets: np.ndarray  # int32 [b t]: the next token of the stream; BOS after a document
-    segment_ids: np.ndarray | None  # int32 [b t]: number of the document in its window, 1, 2, ...;
-    # 0 on padding. None: each window is one document (no `BatchStream` returns it)
-    weights: np.ndarray  # float32 [b t]: loss weights of targets, 1 or `LossWeights`; 0 on padding
-    continues: np.ndarray  # bool [b]: the row continues the document its previous window ended in
+    Attributes:
+      tokens: int32 [b t].
+      targets: int32 [b t], the next token of the stream; BOS after a document.
+      segment_ids: int32 [b t], the number of the document in its window, from 1 on; 0 on padding.
+        None: each window is one document (no `BatchStream` returns it).
+      weights: float32 [b t], weights of the targets in the loss: 1 or `LossWeights`, 0 on padding.
+      continues: bool [b], whether a row continues the document that its previous window ended in.
+    """
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    segment_ids: np.ndarray | None
+    weights: np.ndarray
+    continues: np.ndarray
 
 
 class BatchStream:

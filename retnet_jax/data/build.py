@@ -348,7 +348,7 @@ def _finish(job: _Job, plan: dict[str, Any], surveys: list[dict], kept: dict[str
     atomic.write_text(directory / "manifest.json", manifest_text(manifest))
     _tidy(directory)
     if skipped.count:
-        say(f"skipped {skipped.count} documents: {skipped}")
+        say(f"skipped documents: {skipped.count} ({skipped})")
     if describe_round_trip(round_trip):
         say(f"{directory}: in a sample {describe_round_trip(round_trip)}")
 

@@ -189,13 +189,13 @@ def gradient_sums(
 
     def split(x, axis=0):
         # Part i takes every `micro_batches`-th row from i on, so rows stay on their devices.
-        rows = jnp.moveaxis(x, axis, 0)
-        parts = rows.reshape(-1, micro_batches, *rows.shape[1:]).swapaxes(0, 1)
-        return jnp.moveaxis(parts, 1, axis + 1)
+        rows = jnp.moveaxis(x, axis, 0)  # [b ...]
+        parts = rows.reshape(-1, micro_batches, *rows.shape[1:]).swapaxes(0, 1)  # [n b/n ...]
+        return jnp.moveaxis(parts, 1, axis + 1)  # [n ...], with the rows at their axis again
 
     def join(parts, axis=0):
-        rows = jnp.moveaxis(parts, axis + 1, 1).swapaxes(0, 1)
-        return jnp.moveaxis(rows.reshape(-1, *rows.shape[2:]), 0, axis)
+        rows = jnp.moveaxis(parts, axis + 1, 1).swapaxes(0, 1)  # [b/n n ...]
+        return jnp.moveaxis(rows.reshape(-1, *rows.shape[2:]), 0, axis)  # as before `split`
 
     parts = jax.tree.map(split, batch)
     if carry is not None:
