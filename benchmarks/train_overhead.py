@@ -53,7 +53,7 @@ def main() -> None:
                 run.advance((segment + 1) * steps, StopRequest())
                 looped.append((time.perf_counter() - start) / steps)
 
-                # Batches of their own: steps on batches that the model knows would be skipped later.
+                # Batches of their own: after steps on the same ones, others would be spikes.
                 first = 10**6 + segment * steps
                 batches = [run.batches[number] for number in range(first, first + steps)]
                 start = time.perf_counter()
