@@ -5,13 +5,16 @@ import difflib
 import json
 import typing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from retnet_jax.config import Config
 from retnet_jax.errors import ConfigError
 
+if TYPE_CHECKING:
+    from etils import epath  # only for types: options need no library for storage
+
 # Old names of options, which old configs may have.
-OLD_NAMES = {
+OLD_NAMES: dict[str, str] = {
     "data.skip_steps": "data.skip_batches",
     "train.most_skipped": "train.max_skipped",
 }
@@ -35,7 +38,7 @@ def config_from_json(text: str, origin: str | Path = "config") -> Config:
     return _from_dict(Config, values, path="", origin=str(origin))
 
 
-def read_config(path: Path) -> Config:
+def read_config(path: "Path | epath.Path") -> Config:
     """Reads and checks the config in a file such as `workdir/config.json`.
 
     Raises:
@@ -77,7 +80,7 @@ def options(kind: type = Config, prefix: str = "") -> dict[str, dataclasses.Fiel
     """The fields of all options, by names such as "train.steps", with the metadata of `option`."""
     found: dict[str, dataclasses.Field] = {}
     for field in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(field.type):
+        if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
             found |= options(field.type, f"{prefix}{field.name}.")
         else:
             found[prefix + field.name] = field

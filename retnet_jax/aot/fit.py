@@ -19,7 +19,7 @@ from retnet_jax.aot.report import Report, report
 from retnet_jax.config import Config, MeshConfig
 from retnet_jax.errors import ConfigError
 from retnet_jax.parallel.chips import Chip, chip
-from retnet_jax.parallel.mesh import number_of_slices
+from retnet_jax.parallel.mesh import Device, number_of_slices
 
 # What the backward pass computes again, from most to least, with two rough figures: bfloat16
 # numbers kept for a token in a layer, in units of d_model, and the share of the layers' forward
@@ -45,7 +45,7 @@ class Arrangement(NamedTuple):
     bytes: float
 
 
-def fit(config: Config, devices: Sequence[jax.Device] | None, most: int) -> list[Report]:
+def fit(config: Config, devices: Sequence[Device] | None, most: int) -> list[Report]:
     """Compiles the most promising arrangements, with a progress bar.
 
     The batch size stays, and with it what is trained. Meshes, micro-batches and `model.remat` vary.
@@ -108,6 +108,7 @@ def ranking(reports: Sequence[Report]) -> str:
     ]
     for x in reports:
         axes = x.mesh
+        assert x.step_seconds is not None  # `arrangements` refuses devices without a data sheet
         compute = x.estimated_seconds or x.compute_seconds
         lines.append(
             f"{axes['data']:4} {axes['fsdp']:4} {axes['seq']:4} {axes['tensor']:6} {x.rows:5}  "
@@ -117,7 +118,7 @@ def ranking(reports: Sequence[Report]) -> str:
     return "\n".join(lines)
 
 
-def arrangements(config: Config, devices: Sequence[jax.Device]) -> Iterator[Arrangement]:
+def arrangements(config: Config, devices: Sequence[Device]) -> Iterator[Arrangement]:
     """All arrangements of a config that are expected to fit.
 
     Raises:

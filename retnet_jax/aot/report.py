@@ -47,14 +47,14 @@ class Report:
     @property
     def step_seconds(self) -> float | None:
         """The least time of a step: computation and messages at once."""
-        if self.compute_seconds is None:
+        if self.compute_seconds is None or self.message_seconds is None:
             return None
         return max(self.estimated_seconds or self.compute_seconds, self.message_seconds)
 
     @property
     def mfu(self) -> float | None:
         """Model FLOPs utilisation at `step_seconds`."""
-        if self.step_seconds is None:
+        if self.step_seconds is None or self.peak_flops is None:
             return None
         devices = math.prod(self.mesh.values())
         return self.model_flops / (devices * self.peak_flops * self.step_seconds)

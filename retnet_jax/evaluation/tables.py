@@ -197,10 +197,12 @@ def _tasks(
             table.add(task, str(shots), metric, *cells, random, majority, f"{each[0].rows:,}")
     for shots in plan.shots:
         means = [
-            percent(np.mean([x.accuracy() for (_, n), x in found.tasks.items() if n == shots]))
+            np.mean([x.accuracy() for (_, n), x in found.tasks.items() if n == shots])
             for found in results
         ]
-        table.add("average", str(shots), "acc", *(cell for mean in means for cell in (mean, "")))
+        table.add(
+            "average", str(shots), "acc", *(cell for x in means for cell in (percent(float(x)), ""))
+        )
     return table
 
 

@@ -36,7 +36,7 @@ def syncdoth(**options: Any) -> ModelConfig:
 
 
 # The fields that are the same in all checkpoints of an implementation.
-TORCHSCALE_2023 = {
+TORCHSCALE_2023: dict[str, Any] = {
     "norm": "layer",
     "rotation": "torchscale",
     "row_normalizer": True,
@@ -45,20 +45,20 @@ TORCHSCALE_2023 = {
     "ffn_bias": True,
     "head_norm_scale": False,
 }
-TORCHSCALE = TORCHSCALE_2023 | {
+TORCHSCALE: dict[str, Any] = TORCHSCALE_2023 | {
     "norm": "rms",
     "mixer_bias": False,
     "ffn_bias": False,
     "ffn_norm": None,
 }
-SYNCDOTH = {
+SYNCDOTH: dict[str, Any] = {
     "norm": "rms",
     "rotation": "torchscale",
     "row_normalizer": True,
     "mixer_bias": False,
     "head_norm_scale": False,
 }
-FLA = {
+FLA: dict[str, Any] = {
     "ffn": "swiglu",
     "norm": "rms",
     "rotation": "rope",

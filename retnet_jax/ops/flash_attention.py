@@ -56,7 +56,7 @@ def flash_attention(
     reason = unsupported(name, q, one_document=document is None)
     if reason is not None:
         raise NotImplementedError(f"implementation={name!r} cannot run here: {reason}")
-    run = {"splash": _splash, "cudnn": _cudnn}[name]
+    run = _splash if name == "splash" else _cudnn
     if not many_devices():
         return run(q, k, v, document)
     wide = activation_spec("bthk", q.shape)

@@ -64,7 +64,7 @@ def define_dtype() -> None:
     )
 
 
-def given_dtype() -> dict[str, str]:
+def given_dtype() -> dict[str, Any]:
     """What --dtype changes in a model's config: nothing, if it is not given."""
     return {} if flags.FLAGS.dtype is None else {"dtype": flags.FLAGS.dtype}
 
@@ -187,7 +187,9 @@ def _grouped_flags() -> Iterator[tuple[str, list[str]]]:
         ours = [
             name
             for name in names[start:end]
-            if flags.FLAGS.find_module_defining_flag(name).startswith(("retnet_jax", sys.argv[0]))
+            if flags.FLAGS.find_module_defining_flag(name, "").startswith(
+                ("retnet_jax", sys.argv[0])
+            )
         ]
         if ours:
             yield title, ours

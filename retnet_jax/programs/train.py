@@ -17,11 +17,15 @@ import signal
 from pathlib import Path
 
 from absl import flags
+from jax.sharding import Mesh
+from jax.stages import Compiled
 
 from retnet_jax.aot.compile_step import load
+from retnet_jax.config import Config
 from retnet_jax.parallel import processes
 from retnet_jax.programs import command_line
 from retnet_jax.training.loop import train
+from retnet_jax.training.step import TrainState
 
 
 def main() -> None:
@@ -48,12 +52,11 @@ def _main() -> int:
     processes.connect(
         given.coordinator_address, given.num_processes, given.process_id, given.connect_seconds
     )
-    step = None
-    if given.compiled is not None:
 
-        def step(config, mesh, state_shape):
-            return load(Path(given.compiled), config, mesh, state_shape)
+    def load_step(config: Config, mesh: Mesh, state_shape: TrainState) -> Compiled:
+        return load(Path(given.compiled), config, mesh, state_shape)
 
+    step = None if given.compiled is None else load_step
     with processes.ending_with_the_others("The same command resumes from the newest checkpoint."):
         result = train(config, given.workdir, step=step, command=command_line.prepare_command())
     return 0 if result.status in ("finished", "stopped") else 1

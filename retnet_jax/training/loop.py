@@ -306,7 +306,7 @@ class Run:
                         self.evaluate(due)
             self.read()
 
-    def take_step(self, batches: Iterable[tuple[int, Batch]]) -> None:
+    def take_step(self, batches: Iterator[tuple[int, Batch]]) -> None:
         """Starts a step, and reads the metrics of the previous step while it runs."""
         with self.clock.waiting("data"):
             number, batch = next(batches)
