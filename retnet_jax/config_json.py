@@ -25,7 +25,7 @@ def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
-def config_from_json(text: str, origin: str | Path = "config") -> Config:
+def config_from_json(text: str, origin: "str | Path | epath.Path" = "config") -> Config:
     """Reads the text of `to_json`; `origin` names the text in error messages.
 
     Raises:
@@ -107,7 +107,8 @@ def _from_dict(kind: type, values: Any, path: str, origin: str) -> Any:
     types = typing.get_type_hints(kind)
     filled = {}
     for name, value in values.items():
-        name = OLD_NAMES.get(path + name, path + name).removeprefix(path)
+        full: str = path + name
+        name = OLD_NAMES.get(full, full).removeprefix(path)
         if name not in types:
             raise ConfigError(
                 f"{origin}: {path}{name}: no such field{_suggestion(name, list(types))}"

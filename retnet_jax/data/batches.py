@@ -30,7 +30,7 @@ class Batch(NamedTuple):
 
     tokens: Any  # int32 [b t]
     targets: Any  # int32 [b t]: the next token of the stream; BOS after a document
-    segment_ids: Any | None  # int32 [b t]: number of the document in its window, 1, 2, ...;
+    segment_ids: Any  # int32 [b t]: number of the document in its window, 1, 2, ...;
     # 0 on padding. None: each window is one document (no `BatchStream` returns it)
     weights: Any  # float32 [b t]: loss weights of targets, 1 or `LossWeights`; 0 on padding
     continues: Any  # bool [b]: the row continues the document its previous window ended in
@@ -216,7 +216,7 @@ class PlacedBatches:
         self,
         mesh: jax.sharding.Mesh,
         splits: Sequence[Split],
-        weights: Sequence[float],
+        weights: Sequence[float] | np.ndarray,
         *,
         batch_size: int,
         **options: Any,

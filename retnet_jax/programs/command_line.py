@@ -182,14 +182,12 @@ def _print_help(
 
 def _grouped_flags() -> Iterator[tuple[str, list[str]]]:
     """The title and the flags of each group; first those of a program that has no groups."""
-    names = list(flags.FLAGS)
+    names, module_of = list(flags.FLAGS), flags.FLAGS.find_module_defining_flag
     for (title, start), (_, end) in itertools.pairwise([("Flags", 0), *_groups, ("", len(names))]):
         ours = [
             name
             for name in names[start:end]
-            if flags.FLAGS.find_module_defining_flag(name, "").startswith(
-                ("retnet_jax", sys.argv[0])
-            )
+            if str(module_of(name)).startswith(("retnet_jax", sys.argv[0]))
         ]
         if ours:
             yield title, ours

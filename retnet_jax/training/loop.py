@@ -9,7 +9,7 @@ model during training is an `Evaluator`, such as the held-out loss (`held_out_lo
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
