@@ -36,7 +36,7 @@ class Program:
         self.memory = memory_of(compiled)
         self._mesh = mesh
         text = compiled.as_text()
-        assert text is not None  # all compilers of jax itself give it
+        assert text is not None  # programs for CPUs, GPUs and TPUs have one
         self._computations = Computations(text)
 
     @property
@@ -69,7 +69,7 @@ class Program:
 
 
 def memory_of(compiled: jax.stages.Compiled) -> Any:
-    """The bytes of a program by purpose, which all compilers of jax itself give."""
+    """The bytes of a program by purpose: `memory_analysis()`, which CPUs, GPUs and TPUs have."""
     return compiled.memory_analysis()
 
 

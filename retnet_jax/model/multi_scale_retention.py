@@ -106,8 +106,8 @@ class MultiScaleRetention(Mixer):
     def _score_scale(self, rule: str, q, k, state, context, form) -> Float[Array, "b t h"]:
         if form != "parallel" or state is not None:
             raise ValueError(
-                f"score_clamp={rule!r} needs all scores of a document, which "
-                f"only form='parallel' without a state computes, not form={form!r} "
+                f"score_clamp={rule!r} needs all scores of a document, which only form='parallel' "
+                f"without a state computes, not form={form!r} "
                 f"with{'out' if state is None else ''} a state; set score_clamp=None"
             )
         return score_clamp(

@@ -150,7 +150,7 @@ def train_step(config: Config, state: TrainState, batch: Batch) -> tuple[TrainSt
     loss, norm = sums.loss / sums.weight, optax.tree.norm(gradients)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     before = at_step(state.optimizer, state.step)
-    model: Any = state.model
+    model: Any = state.model  # a pytree that optax's types do not name, as in `state_of`
     updates, optimizer_state = optimizer.update(gradients, before, model)
     model = optax.apply_updates(model, updates)
     finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(model)]).all()
