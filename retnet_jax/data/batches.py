@@ -26,7 +26,7 @@ _TRIED_DOCUMENTS = 1000  # at least one of which must have a loss weight above 0
 
 
 class Batch(NamedTuple):
-    """Windows of tokens, one in each row, as numpy or jax arrays.
+    """Windows of tokens, one in each row, as numpy or jax arrays, or their shapes.
 
     Attributes:
       tokens: int32 [b t].
@@ -37,11 +37,11 @@ class Batch(NamedTuple):
       continues: bool [b], whether a row continues the document that its previous window ended in.
     """
 
-    tokens: np.ndarray
-    targets: np.ndarray
-    segment_ids: np.ndarray | None
-    weights: np.ndarray
-    continues: np.ndarray
+    tokens: Any
+    targets: Any
+    segment_ids: Any
+    weights: Any
+    continues: Any
 
 
 class BatchStream:
@@ -65,7 +65,7 @@ class BatchStream:
     def __init__(
         self,
         splits: Sequence[Split],
-        weights: Sequence[float],
+        weights: Sequence[float] | np.ndarray,
         *,
         sequence_length: int,
         batch_size: int,
@@ -94,7 +94,8 @@ class BatchStream:
             spans = grain.MapDataset.range(_MOST_STEPS).map(
                 lambda index: schedule.span(*divmod(int(index), batch_size))
             )
-        self._spans, self._batch_size = spans, batch_size
+        self._spans: Any = spans  # a grain.MapDataset of `Span`
+        self._batch_size = batch_size
         self._rows = range(batch_size) if rows is None else rows
         self._batches = grain.MapDataset.range(_MOST_STEPS).map(
             lambda step: self._read(self._spans_of(int(step), self._rows))
@@ -104,7 +105,7 @@ class BatchStream:
 
     def __getitem__(self, step: int) -> Batch:
         """Reads the batch of one step, or this process's rows of it."""
-        return self._batches[step]
+        return self._read(self._spans_of(step, self._rows))
 
     @contextlib.contextmanager
     def iterate(
@@ -223,7 +224,7 @@ class PlacedBatches:
         self,
         mesh: jax.sharding.Mesh,
         splits: Sequence[Split],
-        weights: Sequence[float],
+        weights: Sequence[float] | np.ndarray,
         *,
         batch_size: int,
         **options: Any,

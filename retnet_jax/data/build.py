@@ -224,7 +224,8 @@ def _survey(job: _Job, task: tuple[int, list[Piece]]) -> int:
     """Reads a shard to find duplicates, and to sample text for training and testing a tokenizer."""
     shard, pieces = task
     config, skipped = job.config, Skipped()
-    digests, held_out, counts = bytearray(), bytearray(), dict.fromkeys(SPLITS, 0)
+    digests, held_out = bytearray(), bytearray()
+    counts: dict[str, int] = dict.fromkeys(SPLITS, 0)
     sample, tried = Sample(), sample_to_try()
     names: list[str] = []
     for document in _documents(config, pieces, skipped):

@@ -50,10 +50,12 @@ class Source(Protocol):
     @staticmethod
     def pieces(path: str) -> Iterable[str]:
         """The parts of the corpus that `data.path` names, such as its files."""
+        ...
 
     @staticmethod
     def read(piece: str) -> Iterable[Document]:
         """The documents of one piece, in their order."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ def read_piece(config: DataConfig, piece: Piece, skipped: Skipped) -> Iterator[D
             document = _document(config, piece, record)
         except (UnusableError, UnreadableError) as error:
             name = piece.path
-            if isinstance(error, UnusableError):
+            if isinstance(error, UnusableError) and record is not None:
                 name += record.place if piece.name else f":{record.place}"
             if config.strict and not str(error.args[0]).startswith("filtered"):
                 raise ConfigError(f"{name}: {': '.join(error.args)} (data.strict)") from None
@@ -202,6 +204,11 @@ def file_of(config: DataConfig, piece: Piece) -> str | None:
         return piece.path if os.path.isfile(piece.path) else None
     if config.source in ("tfds", "hf"):
         return None
+    return _path_of(config, piece)
+
+
+def _path_of(config: DataConfig, piece: Piece) -> str:
+    """The file of a piece of a corpus of files."""
     return str(_stdlib_root() / piece.path) if config.source == "stdlib" else piece.path
 
 
@@ -248,7 +255,7 @@ def _records(config: DataConfig, piece: Piece) -> Iterator[Record]:
     if is_own(config.source):
         return _own_records(config, piece)
     if config.source in ("stdlib", "text"):
-        return formats.whole_file(file_of(config, piece), config.max_document_bytes)
+        return formats.whole_file(_path_of(config, piece), config.max_document_bytes)
     span = (piece.path, piece.start, piece.stop, piece.first)
     if config.source == "jsonl":
         return formats.json_lines(*span, config.max_document_bytes)

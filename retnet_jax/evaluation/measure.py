@@ -64,7 +64,7 @@ def evaluate_model(
     results = Results(text)
     perplexity = "perplexity" in plan.parts
     if perplexity and plan.context_lengths:
-        check_contexts(text.tokens, plan.context_lengths)
+        check_contexts(results.documents.tokens, plan.context_lengths)
     # All requests are made first, so that an unusable row is found before anything is computed.
     prepared = [
         (of_task, shots, _requests(of_task, shots, tokenizer, plan))
@@ -72,12 +72,12 @@ def evaluate_model(
         for shots in plan.shots
     ]
     for protocol in plan.protocols if perplexity else ():
-        results.nll[protocol] = _nll(model, text.tokens, protocol, plan)
+        results.nll[protocol] = _nll(model, results.documents.tokens, protocol, plan)
     if perplexity and plan.context_lengths:
         results.last_nll.update(
             last_tokens_nll(
                 model,
-                text.tokens,
+                results.documents.tokens,
                 plan.context_lengths,
                 scored=LAST_TOKENS,
                 batch_size=plan.batch_size,
@@ -87,7 +87,7 @@ def evaluate_model(
         key = of_task.task.name, shots
         results.tasks[key], results.read[key] = _task(model, of_task.task, shots, requests, plan)
     if "recall" in plan.parts:
-        results.recall.extend(_recall(model, tokenizer, text, plan))
+        results.recall.extend(_recall(model, tokenizer, results.documents, plan))
     return results
 
 
@@ -142,6 +142,7 @@ def _requests(of_task: TaskRows, shots: int, tokenizer: Tokenizer, plan: Plan) -
     task, rows = of_task.task, of_task.rows
     examples = [()] * len(rows.rows)
     if shots:
+        assert of_task.pool is not None  # `read_tasks` reads it if the plan has examples
         examples = draw_shots(task, rows, of_task.pool, shots, plan.shot_mode, plan.seed)
     requests = task_requests(task, rows, examples, tokenizer, plan.variant)
     for number, pair in enumerate(requests.pairs):

@@ -125,7 +125,7 @@ def define_dtype() -> None:
     )
 
 
-def given_dtype() -> dict[str, str]:
+def given_dtype() -> dict[str, Any]:
     """The options of the model that --dtype changes: none if it is not given."""
     return {} if flags.FLAGS.dtype is None else {"dtype": flags.FLAGS.dtype}
 
@@ -262,12 +262,12 @@ def _print_help(
 
 def _grouped_flags() -> Iterator[tuple[str, list[str]]]:
     """The title and flags of each group. Flags before the first group come first, as "Flags"."""
-    names = list(flags.FLAGS)
+    names, module_of = list(flags.FLAGS), flags.FLAGS.find_module_defining_flag
     for (title, start), (_, end) in itertools.pairwise([("Flags", 0), *_groups, ("", len(names))]):
         ours = [
             name
             for name in names[start:end]
-            if flags.FLAGS.find_module_defining_flag(name).startswith(("retnet_jax", sys.argv[0]))
+            if str(module_of(name)).startswith(("retnet_jax", sys.argv[0]))
         ]
         if ours:
             yield title, ours

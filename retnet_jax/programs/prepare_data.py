@@ -60,7 +60,7 @@ def _main() -> None:
 
 def table(store: TokenStore) -> str:
     """The counts of each split, and the documents that were left out."""
-    rows = [("", "documents", "tokens", "bytes", "bytes/token")]
+    rows: list[tuple[str, ...]] = [("", "documents", "tokens", "bytes", "bytes/token")]
     for name, counts in store.manifest["splits"].items():
         numbers = [f"{counts[key]:,}" for key in ("documents", "tokens", "bytes")]
         rows.append((name, *numbers, f"{counts['bytes'] / counts['tokens']:.2f}"))

@@ -19,12 +19,16 @@ import sys
 from pathlib import Path
 
 from absl import flags
+from jax.sharding import Mesh
+from jax.stages import Compiled
 
 from retnet_jax.aot.compile_step import load
+from retnet_jax.config import Config
 from retnet_jax.parallel import processes
 from retnet_jax.programs import command_line
 from retnet_jax.programs.run_directories import default_workdir
 from retnet_jax.training.loop import train
+from retnet_jax.training.step import TrainState
 
 
 def main() -> None:
@@ -60,12 +64,11 @@ def _main() -> int:
         names = command_line.config_name(), command_line.config_changes()
         workdir = default_workdir(*names)
         print(f"workdir {workdir}", file=sys.stderr)
-    step = None
-    if given.compiled is not None:
 
-        def step(config, mesh, state_shape):
-            return load(Path(given.compiled), config, mesh, state_shape)
+    def load_step(config: Config, mesh: Mesh, state_shape: TrainState) -> Compiled:
+        return load(Path(given.compiled), config, mesh, state_shape)
 
+    step = None if given.compiled is None else load_step
     with processes.ending_with_the_others("The same command resumes from the newest checkpoint."):
         result = train(config, workdir, step=step, command=command_line.prepare_command())
     return 0 if result.status in ("finished", "stopped") else 1

@@ -9,7 +9,7 @@ model during training is an `Evaluator`, such as the held-out loss (`held_out_lo
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -309,7 +309,7 @@ class Run:
                         self.evaluate(due)
             self.read()
 
-    def take_step(self, batches: Iterable[tuple[int, Batch]]) -> None:
+    def take_step(self, batches: Iterator[tuple[int, Batch]]) -> None:
         """Starts a step, and reads the metrics of the previous step while it runs."""
         with self.clock.waiting("data"):
             number, batch = next(batches)
