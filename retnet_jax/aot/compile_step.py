@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import serialize_executable
-from jax.extend import core
 from jax.sharding import Mesh
 
+from retnet_jax.aot.flops import ClosedJaxpr
 from retnet_jax.aot.hlo import memory_of
 from retnet_jax.config import Config
 from retnet_jax.errors import ConfigError, brief
@@ -33,7 +33,7 @@ class CompiledStep(NamedTuple):
     config: Config
     mesh: Mesh
     state: TrainState  # shapes and shardings
-    jaxpr: core.ClosedJaxpr
+    jaxpr: ClosedJaxpr
     lowered: jax.stages.Lowered
     compiled: jax.stages.Compiled
     lower_seconds: float

@@ -19,9 +19,11 @@ ACC = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage] (jax imports it wit
 WGMMA = plgpu.Layout.WGMMA
 OF_ROW = WGMMA.reduce(1)  # a vector with a number for each row of a matrix
 OF_COLUMN = WGMMA.reduce(0)
-SWIZZLE = plgpu.SwizzleTransform(128)
+# jax 0.12 declares abstract methods that these classes get elsewhere.
+SWIZZLE = plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
 AS_ROWS = (SWIZZLE,)
-AS_OPERAND = (plgpu.TilingTransform((8, 64)), SWIZZLE)
+AS_OPERAND = (plgpu.TilingTransform((8, 64)), SWIZZLE)  # pyright: ignore[reportAbstractUsage]
+AS_SUMS = (plgpu.TilingTransform((8, 32)), SWIZZLE)  # pyright: ignore[reportAbstractUsage]
 
 
 def operands(*shape: int):

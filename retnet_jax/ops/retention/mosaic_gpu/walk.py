@@ -17,9 +17,9 @@ from retnet_jax.ops.retention.mosaic_gpu.memory import (
     ACC,
     AS_OPERAND,
     AS_ROWS,
+    AS_SUMS,
     OF_COLUMN,
     OF_ROW,
-    SWIZZLE,
     TILE,
     TOKENS,
     WGMMA,
@@ -168,9 +168,8 @@ class _Shared(NamedTuple):
             registers = plgpu.SMEM((each, TILE, TILE), bfloat16, transforms=AS_OPERAND)
             found = found._replace(registers=registers)
         if reads and tiling.halves == 2:
-            transforms = (plgpu.TilingTransform((8, 32)), SWIZZLE)
             found = found._replace(
-                half=plgpu.SMEM((TILE, TOKENS), jnp.float32, transforms=transforms),
+                half=plgpu.SMEM((TILE, TOKENS), jnp.float32, transforms=AS_SUMS),
                 half_there=plgpu.Barrier(),
                 half_free=plgpu.Barrier(),
             )
