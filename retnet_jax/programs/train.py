@@ -14,14 +14,16 @@ process with
     --coordinator_address=HOST:PORT --num_processes=N --process_id=I
 """
 
+import shlex
 import signal
+import sys
 from pathlib import Path
 
 from absl import flags
 
 from retnet_jax.aot.compile_step import load
 from retnet_jax.parallel import processes
-from retnet_jax.programs import command_line
+from retnet_jax.programs import command_line, compilation_cache
 from retnet_jax.training.loop import train
 
 
@@ -39,6 +41,7 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "directory of the run; created if it does not exist")
     flags.mark_flag_as_required("workdir")
     flags.DEFINE_string("compiled", None, "compiled step from tools/compile_ahead.py --save=FILE")
+    compilation_cache.define_flag()
     command_line.define_processes()
 
 
@@ -49,6 +52,7 @@ def _main() -> int:
     processes.connect(
         given.coordinator_address, given.num_processes, given.process_id, given.connect_seconds
     )
+    compilation_cache.use(given.compilation_cache)
     step = None
     if given.compiled is not None:
 
@@ -57,4 +61,15 @@ def _main() -> int:
 
     with processes.ending_with_the_others("The same command resumes from the newest checkpoint."):
         result = train(config, given.workdir, step=step, command=command_line.prepare_command())
+    if result.status == "finished" and processes.is_first():
+        print(_next_commands(given.workdir), file=sys.stderr)
     return 0 if result.status in ("finished", "stopped") else 1
+
+
+def _next_commands(workdir: str) -> str:
+    """The commands that use a trained model, one in a line."""
+    installed = Path(sys.argv[0]).name.startswith("retnet-")
+    evaluate = "retnet-eval" if installed else "python eval.py"
+    generate = "retnet-generate" if installed else "python generate.py"
+    option = shlex.quote(f"--workdir={workdir}")
+    return f'evaluate:   {evaluate} {option}\ngenerate:   {generate} {option} --prompt="..."'
