@@ -147,7 +147,7 @@ def generate(args) -> None:
     after = None
     if args.load_state is not None:
         after = load_reading(local(args.load_state), model, tokenizer)
-    with showing("reading the prompts"):
+    with showing("compiling, and reading the prompts"):
         writer = Writer(
             model,
             tokenizer,
@@ -161,7 +161,7 @@ def generate(args) -> None:
             after=after,
         )
     speed = Speed(lambda: sum(len(found.tokens) for found in writer.continuations))
-    pieces = with_first(writer, "compiling the generation")
+    pieces = with_first(writer, "compiling the decoding")
     if len(prompts) == 1:
         print(prompts[0], end="", flush=True)
     for additions in pieces:
