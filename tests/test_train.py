@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
 from training_runs import STEPS, assert_same_losses, at_step, latest_step, metrics
 
@@ -168,8 +170,25 @@ def test_a_spike_is_skipped_and_the_run_continues(config, tmp_path, capfd):
 def test_a_finished_run_is_left_as_it_is(config, uninterrupted, capfd):
     before = (uninterrupted / "metrics.jsonl").read_bytes()
     assert train(config, uninterrupted).status == "finished"
-    assert "the run is finished" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "the run is finished" in said
     assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+    places = dict(re.findall(r"^(checkpoint|metrics): +(.+)$", said, re.MULTILINE))
+    assert list(places) == ["checkpoint", "metrics"]
+    assert all(Path(place).exists() for place in places.values())
+
+
+def test_the_commands_named_at_the_end_use_the_model(uninterrupted, config_file, tmp_path):
+    workdir = tmp_path / "a run"
+    shutil.copytree(uninterrupted, workdir)
+    done = programs.run("train.py", f"--config={config_file}", f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    commands = re.findall(r"^(?:evaluate|generate): +python (.+)$", done.stderr, re.MULTILINE)
+    evaluated, generated = map(shlex.split, commands)
+    done = programs.run(*evaluated, "--protocol=window")
+    assert "window of 16" in done.stdout, done.stderr
+    done = programs.run(*generated, "--max_tokens=1")
+    assert done.stdout.startswith("..."), done.stderr
 
 
 def test_metrics_have_the_times_of_a_run(config, uninterrupted):

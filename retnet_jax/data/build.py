@@ -61,6 +61,7 @@ from retnet_jax.files import atomic, lock
 from retnet_jax.files import paths as files
 from retnet_jax.files.digests import sha256_of, sha256_of_file, xxh3_of
 from retnet_jax.provenance import code_fingerprint, versions
+from retnet_jax.waiting import showing
 
 DEFAULT_COMMAND = "build_store(config.data, vocab_size)"
 
@@ -401,8 +402,8 @@ def _make_tokenizer(config: DataConfig, vocab_size: int, surveys: list[dict]) ->
         for item in survey["sample"]:
             sample.push(*item)
     texts = sample.texts()
-    say(f"training a BPE of {vocab_size} tokens on {len(texts)} documents")
-    return train_bpe(texts, vocab_size)
+    with showing(f"training a BPE of {vocab_size} tokens on {len(texts)} documents"):
+        return train_bpe(texts, vocab_size)
 
 
 def _documents(config: DataConfig, pieces: list[Piece], skipped: Skipped) -> Iterator[Document]:

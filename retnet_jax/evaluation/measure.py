@@ -31,6 +31,8 @@ from retnet_jax.evaluation.task_requests import (
 from retnet_jax.evaluation.task_rows import Rows, read_rows
 from retnet_jax.evaluation.tasks import TASKS, Task
 from retnet_jax.model import LanguageModel
+from retnet_jax.parallel import processes
+from retnet_jax.waiting import showing
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,10 @@ def _recall(
 
 @contextmanager
 def progress_bar(description: str, total: int):
-    """A progress bar of tokens, if stderr is a terminal; yields the function that advances it."""
+    """Shows the time passed, and on a terminal a progress bar of tokens.
+
+    Yields the function that advances the bar.
+    """
     from tqdm import tqdm
 
     with tqdm(
@@ -198,4 +203,5 @@ def progress_bar(description: str, total: int):
         disable=None,
     ) as bar:
         update: Callable[[int], object] = bar.update
-        yield update
+        with showing(f"evaluating {description}", processes.is_first()):
+            yield update
