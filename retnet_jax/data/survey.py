@@ -113,17 +113,18 @@ def check_splits(config: DataConfig, surveys: list[dict], held_out_by: str) -> N
     if all(counts.values()):
         return
     documents = sum(counts.values())  # also by "tail": if a split is empty, none was divided
-    by_tail = held_out_by == "tail"
-    ends = ", because they are too short to divide" if by_tail else ""
-    instead = "" if by_tail else ", or hold out their ends with data.held_out_by='tail'"
+    noun, they_are = ("document", "it is") if documents == 1 else ("documents", "they are")
+    why, more = "", "documents, or hold out their ends with data.held_out_by='tail'"
+    if held_out_by == "tail":
+        why, more = f", because {they_are} too short to divide", "text"
     if not counts["held_out"]:
         raise ConfigError(
-            f"data.held_out={config.held_out} holds out none of {documents} documents{ends}; raise "
-            f"it, or give more {'text' if by_tail else 'documents'}{instead}"
+            f"data.held_out={config.held_out} holds out none of {documents} {noun}{why}; raise it, "
+            f"or give more {more}"
         )
     raise ConfigError(
-        f"data.held_out={config.held_out} leaves none of {documents} documents to train on{ends}; "
-        f"lower it, or give more {'text' if by_tail else 'documents'}{instead}"
+        f"data.held_out={config.held_out} leaves none of {documents} {noun} to train on{why}; "
+        f"lower it, or give more {more}"
     )
 
 
