@@ -161,10 +161,14 @@ def _parts(config: DataConfig, path: str, piece_bytes: int) -> list[formats.Part
         return formats.parquet_parts(path, piece_bytes)
     if config.source == "jsonl":
         return formats.line_parts(path, piece_bytes)
+    return [(0, None, 0, _size(path))]
+
+
+def _size(path: str) -> int:
     try:
-        return [(0, None, 0, files.size(path))]
+        return files.size(path)
     except OSError:  # reading it will report the error
-        return [(0, None, 0, 0)]
+        return 0
 
 
 def read_piece(config: DataConfig, piece: Piece, skipped: Skipped) -> Iterator[Document]:
@@ -210,6 +214,19 @@ def file_of(config: DataConfig, piece: Piece) -> str | None:
 def _path_of(config: DataConfig, piece: Piece) -> str:
     """The file of a piece of a corpus of files."""
     return str(_stdlib_root() / piece.path) if config.source == "stdlib" else piece.path
+
+
+def approximate_bytes(config: DataConfig) -> int | None:
+    """Size of a corpus in bytes of its files, which may be compressed; None for a data set.
+
+    Raises:
+      ConfigError: if `data.path` matches no file.
+    """
+    if is_own(config.source) or config.source == "stdlib":
+        return sum(piece.bytes for piece in list_pieces(config))
+    if config.source in ("tfds", "hf"):
+        return None
+    return sum(_size(file.path) for file in corpus_files(config.path))
 
 
 def read_documents(config: DataConfig, skipped: Skipped) -> Iterator[Document]:
