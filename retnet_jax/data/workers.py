@@ -138,6 +138,7 @@ def _line_of_time(label: str) -> contextlib.AbstractContextManager[Any]:
         bar_format="{desc}: {elapsed}",
         delay=_SECONDS_BEFORE_LINE,
         mininterval=0,
+        miniters=0,
         leave=False,
     )
 
