@@ -1,5 +1,6 @@
 # make quickstart      trains a small model on real text, evaluates it and samples from it
 # make test            lint, format check and the tests, in less than five minutes on two cores
+# make types           type check of the package; downloads pyright once
 # make test-compilers  what the compilers for TPUs and GPUs make of it; downloads 500 MB of them once
 # make test-docs       runs the examples of README.md and docs/
 # make test-notebooks  executes the notebooks
@@ -16,7 +17,7 @@ CONFIG := configs/quickstart.py:$(ARCHITECTURE)
 # Carried through a document of 33,000 tokens, a Transformer's cache takes minutes on a CPU.
 PROTOCOL := $(if $(filter transformer,$(ARCHITECTURE)),window,window,stateful)
 
-.PHONY: quickstart test test-docs test-notebooks test-compilers test-wheel test-all lint clean
+.PHONY: quickstart test test-docs test-notebooks test-compilers test-wheel test-all lint types clean
 
 quickstart: .venv/run
 	$(BIN)/python train.py --config=$(CONFIG) --workdir=$(WORKDIR)
@@ -53,6 +54,9 @@ test-all: lint .venv/libtpu .venv/cuda .venv/py312
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: .venv/dev
+	$(BIN)/pyright
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -48,16 +48,18 @@ def main() -> None:
                 config, mesh, state_shape, checkpoints, Path(directory)
             )
             run.begin(state, progress)
-            batches = [run.batches[number] for number in range(8)]
             for segment in range(segments):
                 start = time.perf_counter()
                 run.advance((segment + 1) * steps, StopRequest())
                 looped.append((time.perf_counter() - start) / steps)
 
+                # Batches of their own: after steps on the same ones, others would be spikes.
+                first = 10**6 + segment * steps
+                batches = [run.batches[number] for number in range(first, first + steps)]
                 start = time.perf_counter()
                 state = run.state
-                for number in range(steps):
-                    state, metrics = step(state, batches[number % len(batches)])
+                for batch in batches:
+                    state, metrics = step(state, batch)
                 jax.block_until_ready(metrics)
                 run.state = state
                 bare.append((time.perf_counter() - start) / steps)

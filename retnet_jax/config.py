@@ -42,6 +42,7 @@ __all__ = [
 
 SOURCES = ("stdlib", "text", "jsonl", "parquet", "tfds", "hf")
 TOKENIZERS = ("byte", "bpe")
+HELD_OUT_BY = ("auto", "document", "tail")
 WINDOWS = ("packed", "contiguous")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
@@ -111,7 +112,13 @@ class DataConfig:
     store: str = option("data/stdlib", "Directory of the token store; built if it does not exist")
     held_out: float = option(
         0.02,
-        "Share of documents that are held out from training, chosen by a hash of their names",
+        "Share of the documents, or of each document, that is held out from training",
+        in_store=True,
+    )
+    held_out_by: str = option(
+        "auto",
+        "'document': hold out whole documents, chosen by a hash of their names; 'tail': hold out "
+        "the end of each document; 'auto': 'tail' if there are too few documents for 'document'",
         in_store=True,
     )
     mixture: dict[str, float] = field(
@@ -155,6 +162,7 @@ class DataConfig:
             )
         check_at_least("data.min_bytes", self.min_bytes, 0)
         check_at_least("data.max_document_bytes", self.max_document_bytes, 1)
+        check_choice("data.held_out_by", self.held_out_by, HELD_OUT_BY)
         check_choice("data.windows", self.windows, WINDOWS)
         for number in self.skip_batches:
             check_at_least("data.skip_batches", number, 0)

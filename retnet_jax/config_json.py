@@ -5,13 +5,16 @@ import difflib
 import json
 import typing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from retnet_jax.config import Config
 from retnet_jax.errors import ConfigError
 
+if TYPE_CHECKING:
+    from etils import epath  # only for types: options need no library for storage
+
 # Old names of options, which old configs may have.
-OLD_NAMES = {
+OLD_NAMES: dict[str, str] = {
     "data.skip_steps": "data.skip_batches",
     "train.most_skipped": "train.max_skipped",
 }
@@ -22,7 +25,7 @@ def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
-def config_from_json(text: str, origin: str | Path = "config") -> Config:
+def config_from_json(text: str, origin: "str | Path | epath.Path" = "config") -> Config:
     """Reads the text of `to_json`; `origin` names the text in error messages.
 
     Raises:
@@ -35,7 +38,7 @@ def config_from_json(text: str, origin: str | Path = "config") -> Config:
     return _from_dict(Config, values, path="", origin=str(origin))
 
 
-def read_config(path: Path) -> Config:
+def read_config(path: "Path | epath.Path") -> Config:
     """Reads and checks the config in a file such as `workdir/config.json`.
 
     Raises:
@@ -77,7 +80,7 @@ def options(kind: type = Config, prefix: str = "") -> dict[str, dataclasses.Fiel
     """The fields of all options, by names such as "train.steps", with the metadata of `option`."""
     found: dict[str, dataclasses.Field] = {}
     for field in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(field.type):
+        if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
             found |= options(field.type, f"{prefix}{field.name}.")
         else:
             found[prefix + field.name] = field
@@ -104,7 +107,8 @@ def _from_dict(kind: type, values: Any, path: str, origin: str) -> Any:
     types = typing.get_type_hints(kind)
     filled = {}
     for name, value in values.items():
-        name = OLD_NAMES.get(path + name, path + name).removeprefix(path)
+        full: str = path + name
+        name = OLD_NAMES.get(full, full).removeprefix(path)
         if name not in types:
             raise ConfigError(
                 f"{origin}: {path}{name}: no such field{_suggestion(name, list(types))}"

@@ -63,7 +63,7 @@ def _section_title(section: str) -> str:
     if not section:
         return "others"
     kind = {field.name: field.type for field in dataclasses.fields(Config)}[section]
-    return f"{section}: {' '.join(kind.__doc__.split())}"
+    return f"{section}: {' '.join((kind.__doc__ or '').split())}"
 
 
 def _shown(value: Any) -> str:

@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
@@ -28,7 +27,7 @@ from retnet_jax.runs.workdir import read_workdir
 
 
 def load_pretrained(
-    directory: str | Path, mesh: Mesh | None = None, **changes: Any
+    directory: str | AnyPath, mesh: Mesh | None = None, **changes: Any
 ) -> LanguageModel:
     """Loads the model in a directory.
 

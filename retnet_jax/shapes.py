@@ -6,17 +6,25 @@ it. Letters: b batch, t query time, s key time, h head, k key width, v value wid
 f feed-forward width, w vocabulary, n layer.
 """
 
+from typing import TYPE_CHECKING
+
 from jax import Array
 
-try:
-    from jaxtyping import Bool, Float, Int
-except ImportError:
+if TYPE_CHECKING:
+    # As jaxtyping does: type checkers see the plain array, and the dimensions are a note.
+    from typing import Annotated as Bool
+    from typing import Annotated as Float
+    from typing import Annotated as Int
+else:
+    try:
+        from jaxtyping import Bool, Float, Int
+    except ImportError:
 
-    class _AnyShape:
-        def __class_getitem__(cls, item):
-            return item[0]
+        class _AnyShape:
+            def __class_getitem__(cls, item):
+                return item[0]
 
-    Bool = Float = Int = _AnyShape
+        Bool = Float = Int = _AnyShape
 
 __all__ = [
     "Activations",

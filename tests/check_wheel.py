@@ -5,6 +5,7 @@ from it: by the commands, then from Python, which has to give the same numbers.
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,9 +31,11 @@ def main() -> None:
     heavy = {"orbax.checkpoint", "grain", "jax"} & set(sys.modules)
     assert not heavy, f"`import retnet_jax` imports {heavy}"
 
+    os.environ["XDG_CACHE_HOME"] = str(here / "cache")  # of compiled programs
     prepared = run("retnet-prepare", "--config=quickstart")
     assert "bytes/token" in prepared, prepared
     run("retnet-train", "--config=quickstart", "--workdir=run", *STEPS)
+    assert list(here.glob("cache/retnet_jax/*/jit_train_step-*-cache")), "the step is not kept"
     run("retnet-eval", "--workdir=run", "--protocol=window", "--output=result.json")
     text = run("retnet-generate", "--workdir=run", "--prompt=def main(", "--max_tokens=8")
     assert text.startswith("def main("), text

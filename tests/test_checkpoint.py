@@ -1,4 +1,4 @@
-"""Checkpoints: what comes back is what went in, on any mesh, or nothing."""
+"""Checkpoints: they are restored exactly, on any mesh, or not at all."""
 
 import contextlib
 import dataclasses
@@ -42,7 +42,7 @@ def added(state, number):
 
 
 def state_at(step):
-    """A state with other numbers for each step."""
+    """A state with different numbers for each step."""
     return added(initial(), np.float32(step))
 
 
@@ -82,8 +82,8 @@ def test_restore_is_exact_on_another_mesh(tmp_path):
     assert kernel.sharding.is_equivalent_to(other.model.layers.mixer.q.kernel.sharding, 3)
 
 
-def test_what_is_saved_does_not_change_while_training_goes_on(tmp_path):
-    """The step donates its state: its buffers are written over while the save is under way."""
+def test_a_checkpoint_does_not_change_while_training_continues(tmp_path):
+    """The step donates its state, so its buffers are overwritten during the save."""
     checkpoints = Checkpoints(tmp_path, keep=3)
     state = state_at(1)
     expected = jax.device_get(state.model)
@@ -112,7 +112,7 @@ def test_the_newest_are_kept(tmp_path, shape):
     assert_equal(model, state_at(4).model)
 
 
-def test_every_mth_is_kept_for_ever(tmp_path):
+def test_every_mth_checkpoint_is_never_deleted(tmp_path):
     save(tmp_path, [1, 2, 3, 4, 5, 6, 7], keep=2, keep_every=3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "6", "7"]
 
@@ -144,8 +144,8 @@ def test_every_file_of_a_checkpoint_is_needed(tmp_path, shape, harm):
     assert restore(tmp_path, 2, shape)[1]["step"] == 2
 
 
-def test_no_flipped_bit_goes_through(tmp_path, shape):
-    """Of most flips Orbax makes other numbers, of the rest errors of every kind."""
+def test_every_flipped_bit_is_found(tmp_path, shape):
+    """Most flips give other numbers in Orbax, the rest errors of every kind."""
     save(tmp_path, [1, 2])
     rng = np.random.default_rng(0)
     newest = tmp_path / "2"
@@ -173,14 +173,14 @@ def test_no_flipped_bit_goes_through(tmp_path, shape):
     assert restore_model(tmp_path, shape.model)[1] == 2
 
 
-def test_a_checkpoint_without_the_list_it_was_written_with_is_damaged(tmp_path, shape):
+def test_a_checkpoint_whose_list_is_missing_is_damaged(tmp_path, shape):
     save(tmp_path, [1])
     (tmp_path / "1" / "files.json").unlink()
     with pytest.raises(DamagedCheckpointError, match=r"1 is damaged: .*files\.json is missing"):
         restore_model(tmp_path, shape.model)
 
 
-def test_a_checkpoint_of_before_there_were_digests_loads_and_this_is_said(tmp_path, shape):
+def test_an_old_checkpoint_without_digests_loads_with_a_warning(tmp_path, shape):
     save(tmp_path, [1])
     of_then(tmp_path / "1")
     with pytest.warns(UserWarning, match="1 was written without digests"):
@@ -221,7 +221,7 @@ def test_a_checkpoint_has_no_name_until_its_files_are_listed(tmp_path, monkeypat
     assert checkpoints.steps() == [4]
 
 
-def test_what_a_killed_run_left_is_deleted(tmp_path):
+def test_unfinished_checkpoints_of_a_killed_run_are_deleted(tmp_path):
     save(tmp_path, [1])
     for name in ("2.unfinished", "2.unfinished.orbax-checkpoint-tmp", "0.deleted.unfinished"):
         shutil.copytree(tmp_path / "1", tmp_path / name)
@@ -259,8 +259,8 @@ print("intact")
 """
 
 
-def test_damage_is_one_line_without_digests_too(tmp_path):
-    """Checkpoints of before there were any have sizes alone; then Orbax has to notice.
+def test_damage_without_digests_is_reported_in_one_line(tmp_path):
+    """Old checkpoints have only sizes, so Orbax has to find the damage.
 
     In a process of its own, in which Orbax leaves reads behind that still go on.
     """
@@ -280,7 +280,7 @@ def test_damage_is_one_line_without_digests_too(tmp_path):
         assert len(line) < 600
 
 
-def test_a_checkpoint_deleted_while_it_is_loaded_gives_way_to_the_newest(
+def test_if_a_checkpoint_is_deleted_while_it_is_loaded_the_newest_is_loaded(
     tmp_path, shape, monkeypatch
 ):
     save(tmp_path, [1, 2])
@@ -299,7 +299,7 @@ def test_a_checkpoint_deleted_while_it_is_loaded_gives_way_to_the_newest(
     assert_equal(model, state_at(1).model)
 
 
-def test_a_checkpoint_deleted_between_parameters_is_said(tmp_path, shape):
+def test_a_checkpoint_deleted_between_parameters_is_an_error(tmp_path, shape):
     save(tmp_path, [1])
     reader = ParameterReader(tmp_path, shape.model)
     np.testing.assert_array_equal(reader.read("embedding"), state_at(1).model.embedding[...])
@@ -308,7 +308,7 @@ def test_a_checkpoint_deleted_between_parameters_is_said(tmp_path, shape):
         reader.read("embedding")
 
 
-def test_a_damaged_checkpoint_is_set_aside(tmp_path):
+def test_a_damaged_checkpoint_is_renamed(tmp_path):
     save(tmp_path, [1, 2])
     checkpoints = Checkpoints(tmp_path, keep=3)
     checkpoints.set_aside(2)
@@ -343,7 +343,7 @@ def test_another_models_checkpoint_is_refused_with_every_difference(tmp_path):
     assert len(lines) == 1 + len(jax.tree.leaves(wider.model))
 
 
-def test_no_room_on_the_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_anything_is_written(tmp_path, monkeypatch):
     save(tmp_path, [1])
     checkpoints = Checkpoints(tmp_path, keep=3)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))

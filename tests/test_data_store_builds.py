@@ -196,7 +196,7 @@ def test_progress_in_plain_lines(config, capsys, monkeypatch):
     assert len(lines) == 21
     assert lines[9] == f"reading {store.directory}: 0.0 of 0.0 MB"
     assert lines[19] == f"building {store.directory}: 0.0 of 0.0 MB"
-    assert lines[20].startswith("skipped 1 documents: 1 empty; the first: ")
+    assert lines[20].startswith("skipped documents: 1 (1 empty; the first: ")
 
 
 def test_building_over_a_store_is_refused(config):
@@ -233,14 +233,34 @@ def test_an_unfinished_store_is_refused_with_the_command(config, monkeypatch):
         open_or_build(config, 257)
     command = "python tools/prepare_data.py --config=a.py --config.data.x=1"
     assert str(error.value).endswith(f"0 of 1 shards are built; finish it with: {command}")
-    config.held_out = 0.3
-    with pytest.raises(ConfigError, match="was begun with other options") as error:
-        build_store(config, 0)
-    assert "data.held_out: 0.2 in the store, 0.3 asked for" in str(error.value)
-    config.held_out = 0.2
     Path(config.path.replace("*", "new")).write_text("new")
     with pytest.raises(ConfigError, match="was begun with other files"):
         build_store(config, 0)
+
+
+@pytest.mark.parametrize("build", [lambda c: build_store(c, 300), lambda c: open_or_build(c, 300)])
+def test_an_unfinished_store_of_other_options_is_built_anew(config, build, monkeypatch, capsys):
+    """Even if a part of its shards is written."""
+    monkeypatch.setattr(store_builder, "_SHARD_BYTES", 300)
+    monkeypatch.setattr(store_builder.os, "cpu_count", lambda: 1)
+    encode = store_builder._encode
+
+    def dies_at_the_third(job, task):
+        return 1 / 0 if task[0] == 2 else encode(job, task)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_builder, "_encode", dies_at_the_third)
+        with pytest.raises(ZeroDivisionError):
+            build_store(config, 300, processes=1)
+    assert len(list((Path(config.store) / "shards").iterdir())) == 2
+    config.held_out, config.tokenizer = 0.3, "bpe"
+    capsys.readouterr()
+    store = build(config)
+    said = capsys.readouterr().err
+    assert f"{config.store} was begun with other options and is built anew:\n" in said
+    assert "  data.held_out: 0.2 in the store, 0.3 asked for\n" in said
+    config.store += "_again"
+    assert contents(store.directory) == contents(build_store(config, 300).directory)
 
 
 def test_the_command_that_finishes_a_store_has_all_config_flags(monkeypatch):

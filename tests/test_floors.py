@@ -21,6 +21,7 @@ FLOORS = {
     "own_objects": 0,
     "shapes": 0,
     "trees": 0,
+    "waiting": 0,
     "provenance": 1,
     "files": 1,
     "parallel": 1,

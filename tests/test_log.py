@@ -24,8 +24,8 @@ def line(step):
     return json.dumps(record(step)).encode() + b"\n"
 
 
-def test_records_of_later_steps_and_a_torn_line_are_deleted_and_all_else_stays(tmp_path):
-    """Somebody's own line, another program's, and one that is no UTF-8, all before good lines."""
+def test_records_of_later_steps_and_an_incomplete_line_are_deleted(tmp_path):
+    """Lines of other programs, even one that is not UTF-8, are kept."""
     path = epath.Path(tmp_path / "metrics.jsonl")
     foreign = [b"# restarted after the power cut\n", b'{"epoch": 1}\n', b"\xff\xfe torn\n"]
     path.write_bytes(line(1) + b"".join(foreign) + line(2) + line(5) + line(3) + b'{"step": 6, "lo')
@@ -58,7 +58,7 @@ def test_an_object_store_gets_the_file_at_intervals_and_at_the_end(bucket, tmp_p
     assert path.read_bytes() == b"".join(map(line, range(1, 22)))
 
 
-def test_what_a_full_disk_does_not_take_is_written_later(tmp_path):
+def test_records_that_a_full_disk_refuses_are_written_later(tmp_path):
     path = epath.Path(tmp_path / "metrics.jsonl")
     said = []
     lines = JsonLines(path, said.append)
@@ -75,7 +75,7 @@ def test_what_a_full_disk_does_not_take_is_written_later(tmp_path):
     assert "cannot be written now" in said[0]
     lines.append(record(4))
     assert path.read_bytes() == b"".join(map(line, (1, 2, 3, 4)))
-    # Also when nothing comes after it.
+    # Even if no record follows.
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(path.read_bytes()) + 5, before[1]))
         lines.append(record(5))
@@ -86,7 +86,7 @@ def test_what_a_full_disk_does_not_take_is_written_later(tmp_path):
 
 
 def test_evaluations_are_known_by_their_evaluators(tmp_path):
-    """Those of one step; None is one that names no evaluator."""
+    """The evaluators of one step; None stands for a record without a name."""
     log = MetricsLog(tmp_path, 0, 5)
     assert log.evaluators_at(2) == set()
     log.write(2, {"loss": 2.0})
@@ -103,7 +103,7 @@ def test_evaluations_are_known_by_their_evaluators(tmp_path):
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """A stand-in that notes its calls, and fails at those that `failing` names."""
+    """A stand-in that records its calls, and fails at the calls in `failing`."""
     module = types.SimpleNamespace(calls=[], failing=set())
 
     class Run:
@@ -128,7 +128,7 @@ def wandb(monkeypatch):
     return module
 
 
-def test_runs_of_one_name_in_two_places_are_two_and_a_resumed_one_is_one(wandb, tmp_path):
+def test_two_runs_of_one_name_have_two_ids_and_a_resumed_run_keeps_its_id(wandb, tmp_path):
     for place in ("one/exp", "two/exp", "one/exp"):
         (tmp_path / place).mkdir(parents=True, exist_ok=True)
         log = MetricsLog(tmp_path / place, 0, 5, "retention")
@@ -141,7 +141,7 @@ def test_runs_of_one_name_in_two_places_are_two_and_a_resumed_one_is_one(wandb, 
     assert {found["resume"] for found in settings} == {"allow"}
 
 
-def test_weights_and_biases_that_fails_is_said_once(wandb, tmp_path, capfd):
+def test_a_failure_of_weights_and_biases_is_reported_once(wandb, tmp_path, capfd):
     wandb.failing = {"log", "finish"}
     log = MetricsLog(tmp_path, 0, 5, "retention")
     for step in (1, 2, 3):
@@ -153,9 +153,7 @@ def test_weights_and_biases_that_fails_is_said_once(wandb, tmp_path, capfd):
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
 
 
-def test_weights_and_biases_that_does_not_start_is_an_error_before_anything_changes(
-    wandb, tmp_path
-):
+def test_weights_and_biases_that_does_not_start_is_an_error_before_any_change(wandb, tmp_path):
     wandb.failing = {"init"}
     (tmp_path / "metrics.jsonl").write_bytes(line(1) + line(2))
     with pytest.raises(ConfigError, match=r"did not start \(PermissionError: no API key\); log in"):

@@ -147,7 +147,7 @@ def test_missing_or_damaged_tokenizer_files_are_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"which token opens or ends a text.*tokenizer_config"):
         load_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text('{"bos_token_id": 99999}')
-    with pytest.raises(ValueError, match=r"config.json: bos_token_id=99999 is no id"):
+    with pytest.raises(ValueError, match=r"config.json: bos_token_id=99999 is not an id"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer_config.json is not valid JSON"):
@@ -297,7 +297,9 @@ def test_tokens_added_to_a_sentencepiece_model(newer, tmp_path):
         assert found.fingerprint == tokenizer.fingerprint != plain.fingerprint
     (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "added_tokens.json").write_text('{"<a>": "b"}')
-    with pytest.raises(ValueError, match=r"added_tokens.json: the id of '<a>' is 'b', no number"):
+    with pytest.raises(
+        ValueError, match=r"added_tokens.json: the id of '<a>' is 'b', not a number"
+    ):
         load_tokenizer(tmp_path)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
 from training_runs import STEPS, assert_same_losses, at_step, latest_step, metrics
 
@@ -46,7 +48,7 @@ def test_a_run_leaves_config_metrics_and_checkpoints(config, uninterrupted):
 
 @pytest.fixture(scope="module")
 def mixture(config, tmp_path_factory):
-    """Two stores, read on row by row with the state carried."""
+    """Two stores, with contiguous windows and carried states."""
     directory = tmp_path_factory.mktemp("stores")
     stores = {}
     for name, pattern, weight in (
@@ -79,7 +81,7 @@ def test_carried_states_of_a_mixture_resume_exactly(mixture, tmp_path, monkeypat
     (held_out,) = [x for x in map(json.loads, lines) if x["step"] == 5 and "held_out_loss" in x]
     losses = [held_out[f"held_out_loss/{name}"] for name in ("tests", "model")]
     assert held_out["held_out_loss"] == pytest.approx(0.75 * losses[0] + 0.25 * losses[1])
-    # Bytes are the tokens, but for the BOS that ends a document.
+    # Tokens are bytes, except for the BOS that ends a document.
     for name, loss in zip(("tests", "model"), losses, strict=True):
         assert held_out[f"held_out_bits_per_byte/{name}"] == pytest.approx(loss / np.log(2))
         assert held_out[f"held_out_perplexity/{name}"] == pytest.approx(np.exp(loss))
@@ -127,7 +129,7 @@ def test_steps_that_are_not_finite_are_skipped_and_end_the_run(config, tmp_path,
     assert "paragraph_" in errors.split("Their batches have parts of these documents:")[1]
     assert "--config.data.skip_batches='(1,2,3,)' resumes" in errors
     assert [line["loss"] for line in list(metrics(tmp_path / "run").values())[1:]] == [None] * 2
-    # Without these batches, from the newest checkpoint: here from the beginning.
+    # Without these batches it resumes from the newest checkpoint, here from the beginning.
     passing = dataclasses.replace(
         bad, data=dataclasses.replace(config.data, skip_batches=(1, 2, 3))
     )
@@ -138,7 +140,7 @@ def test_steps_that_are_not_finite_are_skipped_and_end_the_run(config, tmp_path,
 
 
 def test_a_spike_is_skipped_and_the_run_continues(config, tmp_path, capfd):
-    """One batch whose targets are of another kind than all the others."""
+    """One batch has targets that are unlike those of all others."""
     steps, spike = 66, 60
     train_config = dataclasses.replace(
         config.train, steps=steps, checkpoint_every=55, spike_deviations=6.0
@@ -168,8 +170,25 @@ def test_a_spike_is_skipped_and_the_run_continues(config, tmp_path, capfd):
 def test_a_finished_run_is_left_as_it_is(config, uninterrupted, capfd):
     before = (uninterrupted / "metrics.jsonl").read_bytes()
     assert train(config, uninterrupted).status == "finished"
-    assert "the run is finished" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "the run is finished" in said
     assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+    places = dict(re.findall(r"^(checkpoint|metrics): +(.+)$", said, re.MULTILINE))
+    assert list(places) == ["checkpoint", "metrics"]
+    assert all(Path(place).exists() for place in places.values())
+
+
+def test_the_commands_named_at_the_end_use_the_model(uninterrupted, config_file, tmp_path):
+    workdir = tmp_path / "a run"
+    shutil.copytree(uninterrupted, workdir)
+    done = programs.run("train.py", f"--config={config_file}", f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    commands = re.findall(r"^(?:evaluate|generate): +python (.+)$", done.stderr, re.MULTILINE)
+    evaluated, generated = map(shlex.split, commands)
+    done = programs.run(*evaluated, "--protocol=window")
+    assert "window of 16" in done.stdout, done.stderr
+    done = programs.run(*generated, "--max_tokens=1")
+    assert done.stdout.startswith("..."), done.stderr
 
 
 def test_metrics_have_the_times_of_a_run(config, uninterrupted):

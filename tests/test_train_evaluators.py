@@ -71,7 +71,7 @@ def test_an_evaluator_is_added_without_touching_the_loop(config, uninterrupted, 
     ]
     (restored,) = jax.tree.leaves(load_pretrained(tmp_path / "run").layers.ffn.up)
     np.testing.assert_array_equal(restored, result.model.layers.ffn.up.kernel[...])
-    # The same call again finds the run finished, and takes no step.
+    # The same call finds the run finished, and takes no step.
     again = train(short, tmp_path / "run")
     assert (again.status, again.step, again.metrics) == ("finished", 7, [])
 
@@ -96,13 +96,13 @@ def test_an_evaluation_that_fails_costs_no_checkpoint(config, tmp_path, step):
         with pytest.raises(MemoryError):
             train(config, tmp_path / "run", evaluators=[large])
         assert latest_step(tmp_path / "run") == step
-    # Without it the run is finished, with nothing evaluated twice.
+    # Without this evaluator the run finishes, and nothing is evaluated twice.
     assert train(config, tmp_path / "run").status == "finished"
     assert evaluations(tmp_path / "run") == [(5, "held-out loss"), (10, "held-out loss")]
 
 
 def train_until_killed(config, workdir, step):
-    """Ends this process with kill -9, in the second of three evaluators after a step is saved."""
+    """Trains until kill -9 in the second of three evaluators, after a step is saved."""
     steps = iter((4, 8, STEPS))
 
     def norm_or_death(model):

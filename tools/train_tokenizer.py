@@ -49,7 +49,7 @@ def main() -> None:
     tokenizer.save(output)
     print(f"{output}: {tokenizer.vocab_size:,} tokens, fingerprint {tokenizer.fingerprint[:12]}")
     if skipped.count:
-        print(files.printable(f"skipped {skipped.count} documents: {skipped}"))
+        print(files.printable(f"skipped documents: {skipped.count} ({skipped})"))
 
 
 if __name__ == "__main__":

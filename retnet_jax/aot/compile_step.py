@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import serialize_executable
-from jax.extend import core
 from jax.sharding import Mesh
 
+from retnet_jax.aot.flops import ClosedJaxpr
+from retnet_jax.aot.hlo import memory_of
 from retnet_jax.config import Config
 from retnet_jax.errors import ConfigError, brief
 from retnet_jax.parallel.chips import chip
-from retnet_jax.parallel.mesh import make_mesh
+from retnet_jax.parallel.mesh import Device, make_mesh
 from retnet_jax.parallel.sharding import check_fit
 from retnet_jax.training.step import TrainState, abstract_batch, abstract_state, make_step
 
@@ -32,7 +33,7 @@ class CompiledStep(NamedTuple):
     config: Config
     mesh: Mesh
     state: TrainState  # shapes and shardings
-    jaxpr: core.ClosedJaxpr
+    jaxpr: ClosedJaxpr
     lowered: jax.stages.Lowered
     compiled: jax.stages.Compiled
     lower_seconds: float
@@ -40,7 +41,7 @@ class CompiledStep(NamedTuple):
 
 
 def compile_step(
-    config: Config, devices: Sequence[jax.Device] | None = None, one_document: bool = False
+    config: Config, devices: Sequence[Device] | None = None, one_document: bool = False
 ) -> CompiledStep:
     """Compiles the training step of a config.
 
@@ -74,7 +75,7 @@ def compile_step(
         lower_seconds,
         time.perf_counter() - begin,
     )
-    memory = compiled.memory_analysis()
+    memory = memory_of(compiled)
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     check_memory(needed, "step", config, mesh)
     return step

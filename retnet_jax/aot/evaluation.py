@@ -12,7 +12,7 @@ from retnet_jax.aot.compile_step import (
     compile_if_it_fits,
     device_bytes,
 )
-from retnet_jax.aot.hlo import peak_bytes
+from retnet_jax.aot.hlo import memory_of, peak_bytes
 from retnet_jax.config import Config
 from retnet_jax.training.held_out_loss import first_rows_loss
 from retnet_jax.training.step import TrainState, abstract_batch
@@ -35,7 +35,7 @@ def evaluation_memory(step: CompiledStep) -> EvaluationMemory:
     """
     of_what = "evaluation during training", step.config, step.mesh
     lowered = lower_evaluation(step.config, step.mesh, step.state)
-    memory = compile_if_it_fits(lowered, *of_what).memory_analysis()
+    memory = memory_of(compile_if_it_fits(lowered, *of_what))
     # Only the model is an argument of the program; the rest of the state stays on the device too.
     peak = peak_bytes(memory) + device_bytes(step.state._replace(model=None))
     check_memory(peak, *of_what)

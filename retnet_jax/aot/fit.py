@@ -19,7 +19,7 @@ from retnet_jax.aot.report import Report, report
 from retnet_jax.config import Config, MeshConfig
 from retnet_jax.errors import ConfigError
 from retnet_jax.parallel.chips import Chip, chip
-from retnet_jax.parallel.mesh import number_of_slices
+from retnet_jax.parallel.mesh import Device, number_of_slices
 
 # Values of `model.remat`, from most to least recomputation, with two rough numbers: the bfloat16
 # numbers stored per token and layer, in units of d_model; the share of the layers' forward pass
@@ -45,7 +45,7 @@ class Arrangement(NamedTuple):
     bytes: float
 
 
-def fit(config: Config, devices: Sequence[jax.Device] | None, most: int) -> list[Report]:
+def fit(config: Config, devices: Sequence[Device] | None, most: int) -> list[Report]:
     """Compiles the most promising arrangements, with a progress bar.
 
     Meshes, micro-batches and `model.remat` vary. The batch size does not, so what is trained stays
@@ -112,6 +112,7 @@ def ranking(reports: Sequence[Report]) -> str:
     ]
     for x in reports:
         axes = x.mesh
+        assert x.step_seconds is not None  # `arrangements` refuses devices without a data sheet
         compute = x.estimated_seconds or x.compute_seconds
         lines.append(
             f"{axes['data']:4} {axes['fsdp']:4} {axes['seq']:4} {axes['tensor']:6} {x.rows:5}  "
@@ -121,7 +122,7 @@ def ranking(reports: Sequence[Report]) -> str:
     return "\n".join(lines)
 
 
-def arrangements(config: Config, devices: Sequence[jax.Device]) -> Iterator[Arrangement]:
+def arrangements(config: Config, devices: Sequence[Device]) -> Iterator[Arrangement]:
     """All arrangements of a config that are expected to fit.
 
     Raises:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
+ClosedJaxpr = core.ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage] (public all the same)
+
 
 class Kernel(NamedTuple):
     """A Pallas kernel, which the compiler's time estimate does not include."""
@@ -26,7 +28,7 @@ class Costs(NamedTuple):
     kernels: list[Kernel]
 
 
-def costs(jaxpr: core.ClosedJaxpr, devices: int) -> Costs:
+def costs(jaxpr: ClosedJaxpr, devices: int) -> Costs:
     """Counts the FLOPs and kernels of a traced function.
 
     Args:
@@ -99,7 +101,7 @@ def _inner(params: dict[str, Any]):
         if name.startswith(("fwd", "bwd", "jvp")):
             continue  # rules for derivatives, which are not run here
         for item in value if isinstance(value, list | tuple) else (value,):
-            if isinstance(item, core.ClosedJaxpr):
+            if isinstance(item, ClosedJaxpr):
                 yield item.jaxpr
             elif isinstance(item, core.Jaxpr):
                 yield item

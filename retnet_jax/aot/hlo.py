@@ -33,9 +33,11 @@ class Program:
     """A compiled program and its mesh."""
 
     def __init__(self, compiled: jax.stages.Compiled, mesh: Mesh):
-        self.memory = compiled.memory_analysis()
+        self.memory = memory_of(compiled)
         self._mesh = mesh
-        self._computations = Computations(compiled.as_text())
+        text = compiled.as_text()
+        assert text is not None  # programs for CPUs, GPUs and TPUs have one
+        self._computations = Computations(text)
 
     @property
     def peak_bytes(self) -> int:
@@ -45,7 +47,8 @@ class Program:
     @cached_property
     def messages(self) -> list[Messages]:
         """The messages of at least 1 MiB, largest first."""
-        count, received = Counter(), Counter()
+        count: Counter[tuple[str, tuple[str, ...]]] = Counter()
+        received: Counter[tuple[str, tuple[str, ...]]] = Counter()
         for instruction, times in self._computations.instructions():
             found = _collective(instruction, self._mesh)
             if found is not None:
@@ -63,6 +66,11 @@ class Program:
             for instruction, times in self._computations.instructions()
             if (match := re.search(r'"estimated_cycles":"(\d+)"', instruction.text))
         )
+
+
+def memory_of(compiled: jax.stages.Compiled) -> Any:
+    """The bytes of a program by purpose: `memory_analysis()`, which CPUs, GPUs and TPUs have."""
+    return compiled.memory_analysis()
 
 
 def peak_bytes(memory: Any) -> int:
@@ -172,7 +180,7 @@ class Computations:
                 for called in instruction.called:
                     self._run(called, times)
             if instruction.opcode == "call":
-                self._run(re.search(r"to_apply=%?([\w.-]+)", text)[1], times)
+                self._run(re.findall(r"to_apply=%?([\w.-]+)", text)[0], times)
             branches = re.search(r"branch_computations=\{([^}]*)\}", text)
             if branches:
                 self._run(branches[1].split(",")[0].strip(" %"), times)
@@ -193,7 +201,10 @@ def _parsed(line: str, computation: str) -> Instruction | None:
     """The instruction in a line; None for a line without one."""
     # In long lists there is a comment such as `/*index=5*/` before every fifth operand.
     match = _INSTRUCTION.match(re.sub(r"/\*.*?\*/", "", line) if "/*" in line else line)
-    return None if match is None else Instruction(*match.groups(), line, computation)
+    if match is None:
+        return None
+    name, kind, opcode, rest = match.groups()
+    return Instruction(name, kind, opcode, rest, line, computation)
 
 
 def _continues(instruction: Instruction) -> bool:

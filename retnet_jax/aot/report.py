@@ -47,14 +47,14 @@ class Report:
     @property
     def step_seconds(self) -> float | None:
         """A lower bound on the time of a step, with computation and messages fully overlapped."""
-        if self.compute_seconds is None:
+        if self.compute_seconds is None or self.message_seconds is None:
             return None
         return max(self.estimated_seconds or self.compute_seconds, self.message_seconds)
 
     @property
     def mfu(self) -> float | None:
         """Model FLOPs utilisation at `step_seconds`."""
-        if self.step_seconds is None:
+        if self.step_seconds is None or self.peak_flops is None:
             return None
         devices = math.prod(self.mesh.values())
         return self.model_flops / (devices * self.peak_flops * self.step_seconds)

@@ -6,11 +6,13 @@ need jax-cuda12-plugin, jax-cuda12-pjrt and nvidia-cuda-nvcc-cu12. Nothing can b
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.experimental import topologies
 
 from retnet_jax.errors import ConfigError, brief
+from retnet_jax.parallel.mesh import Device
 
 GPUS = ("h100", "h200")
 
@@ -70,7 +72,7 @@ def prepare() -> None:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_WITHOUT_GPUS}".strip()
 
 
-def tpus(topology: str, slices: int = 1) -> Sequence[jax.Device]:
+def tpus(topology: str, slices: int = 1) -> Sequence[Device]:
     """The devices of TPU slices.
 
     Args:
@@ -81,12 +83,13 @@ def tpus(topology: str, slices: int = 1) -> Sequence[jax.Device]:
       ConfigError: if there is no such topology or no libtpu.
     """
     try:
-        import libtpu  # noqa: F401 (jax would say that the platform is unknown)
+        # Without it jax would say that the platform is unknown.
+        import libtpu  # noqa: F401  # pyright: ignore[reportMissingImports] (optional)
     except ImportError:
         raise ConfigError(
             f"--topology={topology} needs the package libtpu: pip install 'jax[tpu]'"
         ) from None
-    several = {"num_slices": slices} if slices > 1 else {}
+    several: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if topology.startswith("v4:"):
         several["chip_config_name"] = "megacore"  # a chip is one device, as on real hardware
     try:
@@ -100,7 +103,7 @@ def tpus(topology: str, slices: int = 1) -> Sequence[jax.Device]:
         ) from error
 
 
-def gpus(name: str, count: int = 1) -> Sequence[jax.Device]:
+def gpus(name: str, count: int = 1) -> Sequence[Device]:
     """GPUs of one node.
 
     Raises:

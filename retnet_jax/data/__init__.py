@@ -2,7 +2,7 @@
 
 sources.py        reads documents; corpus_files.py finds their files, formats.py reads records
 tokenizers/       text to token ids and back
-split.py          decides which documents are held out
+split.py          decides which documents, or ends of documents, are held out
 token_store.py    a directory with all tokens of a corpus, in two splits; block_digests.py verifies
                   the bytes that are read, store_problems.py a whole store
 build.py          builds a store, with build_plan.py, survey.py, bpe_sample.py,

@@ -26,14 +26,22 @@ _TRIED_DOCUMENTS = 1000  # at least one of which must have a loss weight above 0
 
 
 class Batch(NamedTuple):
-    """Windows of tokens, one in each row, as numpy or jax arrays."""
+    """Windows of tokens, one in each row, as numpy or jax arrays, or their shapes.
 
-    tokens: np.ndarray  # int32 [b t]
-    targets: np.ndarray  # int32 [b t]: the next token of the stream; BOS after a document
-    segment_ids: np.ndarray | None  # int32 [b t]: number of the document in its window, 1, 2, ...;
-    # 0 on padding. None: each window is one document (no `BatchStream` returns it)
-    weights: np.ndarray  # float32 [b t]: loss weights of targets, 1 or `LossWeights`; 0 on padding
-    continues: np.ndarray  # bool [b]: the row continues the document its previous window ended in
+    Attributes:
+      tokens: int32 [b t].
+      targets: int32 [b t], the next token of the stream; BOS after a document.
+      segment_ids: int32 [b t], the number of the document in its window, from 1 on; 0 on padding.
+        None: each window is one document (no `BatchStream` returns it).
+      weights: float32 [b t], weights of the targets in the loss: 1 or `LossWeights`, 0 on padding.
+      continues: bool [b], whether a row continues the document that its previous window ended in.
+    """
+
+    tokens: Any
+    targets: Any
+    segment_ids: Any
+    weights: Any
+    continues: Any
 
 
 class BatchStream:
@@ -57,7 +65,7 @@ class BatchStream:
     def __init__(
         self,
         splits: Sequence[Split],
-        weights: Sequence[float],
+        weights: Sequence[float] | np.ndarray,
         *,
         sequence_length: int,
         batch_size: int,
@@ -86,7 +94,8 @@ class BatchStream:
             spans = grain.MapDataset.range(_MOST_STEPS).map(
                 lambda index: schedule.span(*divmod(int(index), batch_size))
             )
-        self._spans, self._batch_size = spans, batch_size
+        self._spans: Any = spans  # a grain.MapDataset of `Span`
+        self._batch_size = batch_size
         self._rows = range(batch_size) if rows is None else rows
         self._batches = grain.MapDataset.range(_MOST_STEPS).map(
             lambda step: self._read(self._spans_of(int(step), self._rows))
@@ -96,7 +105,7 @@ class BatchStream:
 
     def __getitem__(self, step: int) -> Batch:
         """Reads the batch of one step, or this process's rows of it."""
-        return self._batches[step]
+        return self._read(self._spans_of(step, self._rows))
 
     @contextlib.contextmanager
     def iterate(
@@ -215,7 +224,7 @@ class PlacedBatches:
         self,
         mesh: jax.sharding.Mesh,
         splits: Sequence[Split],
-        weights: Sequence[float],
+        weights: Sequence[float] | np.ndarray,
         *,
         batch_size: int,
         **options: Any,

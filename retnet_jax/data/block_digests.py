@@ -142,7 +142,7 @@ class StoredArray:
         begin = low * BLOCK_BYTES
         data = self._bytes[begin : high * BLOCK_BYTES]
         if not self._verified[low:high].all():
-            _verify(self._name, data, begin, self._digests[low:high], self._verified[low:high])
+            _verify(self._name, data.data, begin, self._digests[low:high], self._verified[low:high])
             self._verified[low:high] = self._is_mapped
         return data[first - begin : last - begin]
 
@@ -183,7 +183,7 @@ def write_block_digests(directory: Path, names: Iterable[str]) -> dict[str, Any]
 
 def _verify(
     name: str,
-    data: bytes | np.ndarray,
+    data: bytes | memoryview,
     begin: int,
     digests: np.ndarray,
     verified: np.ndarray | None = None,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from retnet_jax.config import DataConfig
 from retnet_jax.data.sources import Document, Skipped, read_documents
-from retnet_jax.data.split import hash_of_name, split_of
+from retnet_jax.data.split import hash_of_name, parts_of, split_of
 from retnet_jax.data.tokenizers import BPETokenizer, train_bpe
 from retnet_jax.errors import ConfigError
 
@@ -20,7 +20,7 @@ def train_tokenizer(
     """Trains a byte-level BPE on equally large samples of several corpora.
 
     Args:
-      configs: Configs of the corpora; their held-out documents are not used.
+      configs: Configs of the corpora; what their stores hold out is not used.
       vocab_size: Number of tokens.
       skipped: Documents that cannot be used are added to it.
 
@@ -29,10 +29,7 @@ def train_tokenizer(
     """
     texts: list[str] = []
     for config in configs:
-        sample = Sample()
-        for document in read_documents(config, skipped):
-            if split_of(document, config.held_out) == "train":
-                sample.add(document)
+        sample = _training_sample(config, skipped)
         if not sample.texts():
             raise ConfigError(
                 f"data.path={config.path!r} has no documents to train a tokenizer on; "
@@ -40,6 +37,20 @@ def train_tokenizer(
             )
         texts += sample.texts()
     return train_bpe(texts, vocab_size)
+
+
+def _training_sample(config: DataConfig, skipped: Skipped) -> Sample:
+    """A sample of the text that a store of the corpus would train on."""
+    auto = config.held_out_by == "auto"
+    samples = {by: Sample() for by in (("document", "tail") if auto else (config.held_out_by,))}
+    splits = set()  # those that have a document
+    for document in read_documents(config, skipped):
+        splits.add(split_of(document, config.held_out))
+        for held_out_by, sample in samples.items():
+            for split, part in parts_of([document], config.held_out, held_out_by):
+                if split == "train":
+                    sample.add(part)
+    return samples["tail" if auto and len(splits) < 2 else next(iter(samples))]
 
 
 class Sample:

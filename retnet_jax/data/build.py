@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import shutil
@@ -31,14 +30,17 @@ from retnet_jax.data.build_plan import begin_or_resume, discard_plan, has_only_a
 from retnet_jax.data.round_trip import check_round_trip, describe_round_trip, measure_round_trip
 from retnet_jax.data.shard_writer import OLD_RECORD, completed_shard, shard_record, write_shard
 from retnet_jax.data.sources import Document, Piece, Skipped, file_of, list_pieces, read_piece
-from retnet_jax.data.split import split_of
+from retnet_jax.data.split import describe_tail, parts_of
 from retnet_jax.data.store_options import differences, pretrained_tokenizer, stored_options
 from retnet_jax.data.survey import (
+    check_documents,
     check_kept,
     check_splits,
+    digest_of,
     documents_of,
-    sample_to_try,
+    kept_documents,
     skipped_of,
+    survey_documents,
     texts_to_try,
 )
 from retnet_jax.data.token_store import (
@@ -61,6 +63,7 @@ from retnet_jax.files import atomic, lock
 from retnet_jax.files import paths as files
 from retnet_jax.files.digests import sha256_of, sha256_of_file, xxh3_of
 from retnet_jax.provenance import code_fingerprint, versions
+from retnet_jax.waiting import showing
 
 DEFAULT_COMMAND = "build_store(config.data, vocab_size)"
 
@@ -126,7 +129,11 @@ def build_or_wait(
 
 
 def is_to_be_built(config: DataConfig, vocab_size: int) -> bool:
-    """Whether `config.store` has no store, not even an unfinished one, or it is being built."""
+    """Whether `config.store` has no store, or one that is being built.
+
+    An unfinished store that nobody is building is built anew if it was begun with other options.
+    With the same options it is to be finished, by the command that began it.
+    """
     if files.is_remote(config.store):
         return False
     directory = files.local(config.store)
@@ -137,7 +144,7 @@ def is_to_be_built(config: DataConfig, vocab_size: int) -> bool:
     if lock.holder(directory) is not None or has_only_a_lock(directory):
         return True
     plan = directory / "plan.json"
-    if not plan.exists() or is_written(directory):
+    if not plan.exists():
         return False
     found = json.loads(plan.read_text())["options"]
     return bool(differences(found, stored_options(config, vocab_size)))
@@ -148,20 +155,14 @@ def _build(
 ) -> None:
     plan = begin_or_resume(directory, _plan(config, vocab_size, command))
     shards = [[Piece(**piece) for piece in pieces] for pieces in plan["shards"]]
-    job = _Job(config, str(directory))
     for name in ("work", "shards"):
         (directory / name).mkdir(exist_ok=True)
     processes = min(processes or os.cpu_count() or 1, len(shards))
     sizes = [max(1, sum(piece.bytes for piece in pieces)) for pieces in shards]
-
-    undone = [(i, pieces) for i, pieces in enumerate(shards) if not job.survey_path(i).exists()]
-    task = functools.partial(_survey, job)
-    for_each_shard(task, undone, sizes, processes, f"reading {directory}")
-    surveys = [json.loads(job.survey_path(i).read_text()) for i in range(len(shards))]
     try:
-        check_splits(config, surveys)
+        job, surveys = _surveyed(config, directory, shards, sizes, processes)
         kept, texts = _mark_duplicates(job, len(shards))
-        check_kept(config, surveys, kept, texts)
+        check_kept(config, surveys, kept, texts, job.held_out_by)
         if not has_tokenizer(directory):
             tokenizer = _make_tokenizer(config, vocab_size, surveys)
             round_trip = measure_round_trip(tokenizer, texts_to_try(surveys))
@@ -182,18 +183,57 @@ def _build(
     _finish(job, plan, surveys, kept)
 
 
+def _surveyed(
+    config: DataConfig,
+    directory: Path,
+    shards: list[list[Piece]],
+    sizes: list[int],
+    processes: int,
+) -> tuple[_Job, list[dict]]:
+    """Surveys all shards. With `data.held_out_by="auto"` it decides what is held out.
+
+    Returns:
+      The build, and the surveys.
+
+    Raises:
+      ConfigError: if there are no documents, or one of the splits has none.
+    """
+    auto = config.held_out_by == "auto"
+    job = _Job(config, str(directory), "document" if auto else config.held_out_by)
+    surveys = _surveys(job, shards, sizes, processes)
+    check_documents(config, surveys, job.held_out_by)
+    if auto and not all(documents_of(surveys).values()):
+        job = dataclasses.replace(job, held_out_by="tail")
+        surveys = _surveys(job, shards, sizes, processes)
+    check_splits(config, surveys, job.held_out_by)
+    return job, surveys
+
+
+def _surveys(job: _Job, shards: list[list[Piece]], sizes: list[int], processes: int) -> list[dict]:
+    """The surveys of all shards; those that an earlier start has made are read."""
+    undone = [(i, pieces) for i, pieces in enumerate(shards) if not job.survey_path(i).exists()]
+    task = functools.partial(_survey, job)
+    for_each_shard(task, undone, sizes, processes, f"reading {job.directory}")
+    return [json.loads(job.survey_path(i).read_text()) for i in range(len(shards))]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Job:
     """A build, as passed to every process."""
 
     config: DataConfig
     directory: str
+    held_out_by: str  # "document" or "tail", also if the option is "auto"
 
     def survey_path(self, shard: int) -> Path:
-        return Path(self.directory) / "work" / f"{shard:05}.json"
+        return self._of_survey(shard, "json")
 
     def digests_path(self, shard: int) -> Path:
-        return Path(self.directory) / "work" / f"{shard:05}.digests.npy"
+        return self._of_survey(shard, "digests.npy")
+
+    def _of_survey(self, shard: int, kind: str) -> Path:
+        by_tail = ".tail" if self.held_out_by == "tail" else ""
+        return Path(self.directory) / "work" / f"{shard:05}{by_tail}.{kind}"
 
     def kept_path(self, shard: int) -> Path:
         return Path(self.directory) / "work" / f"{shard:05}.kept.npy"
@@ -223,35 +263,12 @@ def _plan(config: DataConfig, vocab_size: int, command: str) -> dict[str, Any]:
 def _survey(job: _Job, task: tuple[int, list[Piece]]) -> int:
     """Reads a shard to find duplicates, and to sample text for training and testing a tokenizer."""
     shard, pieces = task
-    config, skipped = job.config, Skipped()
-    digests, held_out, counts = bytearray(), bytearray(), dict.fromkeys(SPLITS, 0)
-    sample, tried = Sample(), sample_to_try()
-    names: list[str] = []
-    for document in _documents(config, pieces, skipped):
-        split = split_of(document, config.held_out)
-        counts[split] += 1
-        if len(names) < 2 and document.name not in names:
-            names.append(document.name)
-        digests += _digest(document)
-        held_out.append(split == "held_out")
-        if split == "train" and config.tokenizer == "bpe":
-            sample.add(document)
-        tried.add(document)
-    table = np.empty(len(held_out), [("digest", "V16"), ("held_out", bool)])
-    table["digest"] = np.frombuffer(digests, "V16")
-    table["held_out"] = np.frombuffer(held_out, bool)
-    np.save(job.digests_path(shard), table)
-    paths = {piece.path: file_of(config, piece) for piece in pieces if piece.start == 0}
-    found = {
-        "sources": {name: _digest_of_file(path) for name, path in paths.items() if path},
-        "documents": counts,
-        "names": names,
-        "content": sha256_of(digests),
-        "skipped": skipped.as_dict(),
-        "sample": sample.items(),
-        "tried": tried.items(),
-    }
-    atomic.write_text(job.survey_path(shard), json.dumps(found))
+    skipped = Skipped()
+    found, digests = survey_documents(job.config, _documents(job, pieces, skipped), skipped)
+    np.save(job.digests_path(shard), digests)
+    paths = {piece.path: file_of(job.config, piece) for piece in pieces if piece.start == 0}
+    sources = {name: _digest_of_file(path) for name, path in paths.items() if path}
+    atomic.write_text(job.survey_path(shard), json.dumps({"sources": sources} | found))
     return shard
 
 
@@ -288,18 +305,18 @@ def _completed(job: _Job, shard: int) -> bool:
 
 def _write_shard(job: _Job, shard: int, pieces: list[Piece], directory: Path) -> dict[str, Any]:
     """Encodes the documents of a shard into an empty directory; returns the manifest's record."""
-    config, tokenizer = job.config, load_tokenizer(Path(job.directory))
+    tokenizer = load_tokenizer(Path(job.directory))
     survey = json.loads(job.survey_path(shard).read_text())
     kept = np.load(job.kept_path(shard))
     digests = bytearray()
 
-    def kept_documents() -> Iterator[tuple[str, Document]]:
-        for number, document in enumerate(_documents(config, pieces, Skipped())):
-            digests.extend(_digest(document))
+    def documents() -> Iterator[tuple[str, Document]]:
+        for number, (split, document) in enumerate(_documents(job, pieces, Skipped())):
+            digests.extend(digest_of(document))
             if kept[number : number + 1].any():
-                yield split_of(document, config.held_out), document
+                yield split, document
 
-    splits = write_shard(directory, kept_documents(), tokenizer)
+    splits = write_shard(directory, documents(), tokenizer)
     if sha256_of(digests) != survey["content"]:
         raise ConfigError(
             f"{pieces[0].path} or a file after it has changed since the build began; delete "
@@ -325,6 +342,7 @@ def _finish(job: _Job, plan: dict[str, Any], surveys: list[dict], kept: dict[str
         "format": FORMAT,
         "command": plan["command"],
         "options": plan["options"],
+        "held_out_by": job.held_out_by,
         "fingerprint": tokenizer.fingerprint,
         "tokenizer": {name: xxh3_of(contents) for name, contents in tokenizer.files.items()},
         "versions": versions("retnet-jax", "tokenizers", "tiktoken", "sentencepiece")
@@ -347,8 +365,10 @@ def _finish(job: _Job, plan: dict[str, Any], surveys: list[dict], kept: dict[str
     }
     atomic.write_text(directory / "manifest.json", manifest_text(manifest))
     _tidy(directory)
+    if job.held_out_by == "tail":
+        say(f"{directory}: {describe_tail(manifest)}")
     if skipped.count:
-        say(f"skipped {skipped.count} documents: {skipped}")
+        say(f"skipped documents: {skipped.count} ({skipped})")
     if describe_round_trip(round_trip):
         say(f"{directory}: in a sample {describe_round_trip(round_trip)}")
 
@@ -363,31 +383,12 @@ def _tidy(directory: Path) -> None:
 
 
 def _mark_duplicates(job: _Job, shards: int) -> tuple[dict[str, int], int]:
-    """Writes which documents of each shard are kept.
-
-    Of documents with the same text the first is kept, in the order of the shards. Without
-    deduplication all are kept, except copies in `train` of a held-out text. So no text is in both
-    splits. All digests are in memory at once, 16 bytes for each document.
-
-    Returns:
-      The number of documents kept in each split, and the number of different texts in both.
-    """
-    found = [np.load(job.digests_path(shard)) for shard in range(shards)]
-    words = np.concatenate([x["digest"] for x in found]).view("<u8").reshape(-1, 2)
-    order = np.lexsort((words[:, 1], words[:, 0]))  # stable: equal texts stay in their order
-    ordered = words[order]
-    first = np.ones(len(words), bool)  # whether a document is the first with its text, in `order`
-    first[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    kept, held_out = np.ones(len(words), bool), np.concatenate([x["held_out"] for x in found])
-    if job.config.deduplicate:
-        kept[order] = first
-    else:
-        text = np.cumsum(first) - 1
-        kept[order] = held_out[order] | ~np.isin(text, text[held_out[order]])
-    for shard, mask in enumerate(np.split(kept, np.cumsum([len(x) for x in found])[:-1])):
+    """Writes which documents of each shard are kept; returns counts as `kept_documents`."""
+    tables = [np.load(job.digests_path(shard)) for shard in range(shards)]
+    masks, counts, texts = kept_documents(tables, job.config.deduplicate)
+    for shard, mask in enumerate(masks):
         np.save(job.kept_path(shard), mask)
-    counts = {"train": int((kept & ~held_out).sum()), "held_out": int((kept & held_out).sum())}
-    return counts, int(first.sum())
+    return counts, texts
 
 
 def _make_tokenizer(config: DataConfig, vocab_size: int, surveys: list[dict]) -> Tokenizer:
@@ -400,13 +401,15 @@ def _make_tokenizer(config: DataConfig, vocab_size: int, surveys: list[dict]) ->
         for item in survey["sample"]:
             sample.push(*item)
     texts = sample.texts()
-    say(f"training a BPE of {vocab_size} tokens on {len(texts)} documents")
-    return train_bpe(texts, vocab_size)
+    with showing(f"training a BPE of {vocab_size} tokens on {len(texts)} documents"):
+        return train_bpe(texts, vocab_size)
 
 
-def _documents(config: DataConfig, pieces: list[Piece], skipped: Skipped) -> Iterator[Document]:
+def _documents(job: _Job, pieces: list[Piece], skipped: Skipped) -> Iterator[tuple[str, Document]]:
+    """The documents of a shard, or their parts, with their splits."""
     for piece in pieces:
-        yield from read_piece(config, piece, skipped)
+        documents = read_piece(job.config, piece, skipped)
+        yield from parts_of(documents, job.config.held_out, job.held_out_by)
 
 
 def _grouped(pieces: list[Piece]) -> Iterator[list[Piece]]:
@@ -422,10 +425,6 @@ def _grouped(pieces: list[Piece]) -> Iterator[list[Piece]]:
             group, total = [], 0
     if group:
         yield group
-
-
-def _digest(document: Document) -> bytes:
-    return hashlib.blake2b(document.text.encode(), digest_size=16).digest()
 
 
 def _digest_of_file(path: str) -> str | None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from retnet_jax.data.store_options import differences
 from retnet_jax.data.token_store import FORMAT, FORMATS
-from retnet_jax.data.tokenizers import has_tokenizer
+from retnet_jax.data.tokenizers import SAVED_FILES, has_tokenizer
+from retnet_jax.data.workers import say
 from retnet_jax.errors import ConfigError
 from retnet_jax.files import atomic, lock
 
@@ -22,26 +24,23 @@ def begin_or_resume(directory: Path, plan: dict[str, Any]) -> dict[str, Any]:
       plan: Plan of a new build.
 
     Raises:
-      ConfigError: if the directory has a plan with other options or files.
+      ConfigError: if the directory has a tokenizer or shards of other files or of another version.
     """
     path = directory / "plan.json"
     found = json.loads(path.read_text()) if path.exists() else None
-    if found is not None and not is_written(directory):
+    if found is not None:
         changes = differences(found["options"], plan["options"])
-        if changes or found["format"] not in FORMATS or found["shards"] != plan["shards"]:
+        if changes:
+            say(f"{directory} was begun with other options and is built anew:{changes}")
+        is_other = found["format"] not in FORMATS or found["shards"] != plan["shards"]
+        if changes or (is_other and not is_written(directory)):
             discard_plan(directory)
             found = None
     if found is not None:
-        changes = differences(found["options"], plan["options"])
         if found["format"] not in FORMATS:
             raise ConfigError(
                 f"data.store={str(directory)!r} was begun by another version, in format "
                 f"{found['format']}; this one writes format {FORMAT}: finish it with that version, "
-                "give another directory in data.store, or delete this one"
-            )
-        if changes:
-            raise ConfigError(
-                f"data.store={str(directory)!r} was begun with other options:{changes}\n"
                 "give another directory in data.store, or delete this one"
             )
         if found["shards"] != plan["shards"]:
@@ -74,7 +73,12 @@ def is_written(directory: Path) -> bool:
 
 
 def discard_plan(directory: Path) -> None:
-    """Deletes the plan and the survey of a store that has no tokenizer and no shard."""
-    for name in ("work", "shards"):
-        shutil.rmtree(directory / name, ignore_errors=True)
+    """Deletes an unfinished store: its shards, tokenizer and surveys, and the plan last."""
+    (directory / "work").mkdir(exist_ok=True)
+    if (directory / "shards").exists():
+        # Moved at once, because a build must never find a shard that is half deleted.
+        (directory / "shards").rename(tempfile.mkdtemp(prefix="tmp", dir=directory / "work"))
+    for name in SAVED_FILES:
+        (directory / name).unlink(missing_ok=True)
+    shutil.rmtree(directory / "work", ignore_errors=True)
     (directory / "plan.json").unlink()

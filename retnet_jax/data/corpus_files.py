@@ -7,6 +7,7 @@ import glob
 import itertools
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -99,13 +100,22 @@ def _all_matches(patterns: str) -> Iterable[str]:
 def _no_match_message(patterns: str, part: str) -> str:
     where = "" if part == patterns.strip() else f": {part!r}"
     if os.path.isdir(files.expanded(part)):
-        matches = f"is a directory; give the files in it, such as '{part.rstrip('/')}/**/*.txt'"
+        ending = _most_frequent_ending(files.expanded(part))
+        matches = f"is a directory; give the files in it, such as '{part.rstrip('/')}/**/*{ending}'"
     else:
         matches = (
             f"matches no file (from {os.getcwd()}); give a file or a glob such as "
             "'corpus/**/*.txt', or several, separated by commas"
         )
     return f"data.path={patterns!r}{where} {matches}"
+
+
+def _most_frequent_ending(directory: str) -> str:
+    """The most frequent ending of the first thousand files below a directory, or ".txt"."""
+    found = (name for _, _, names in os.walk(directory) for name in sorted(names))
+    endings = Counter(os.path.splitext(name)[1] for name in itertools.islice(found, 1000))
+    endings.pop("", None)
+    return endings.most_common(1)[0][0] if endings else ".txt"
 
 
 def _matches(pattern: str) -> list[str]:

@@ -242,10 +242,10 @@ def tfds_source(path: str):
         return tfds.data_source(name, split=split + bracket + of_split)
 
 
-def tfds_examples(path: str, start: int, stop: int) -> Iterator[Record]:
+def tfds_examples(path: str, start: int, stop: int | None) -> Iterator[Record]:
     """Some examples of a data set of tensorflow_datasets."""
     source = tfds_source(path)
-    for number in range(start, stop):
+    for number in range(start, len(source) if stop is None else stop):
         yield Record(f":{number}", dict(source[number]))
 
 
@@ -311,7 +311,7 @@ def _opened(path: str) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def _decompressed(path: str, file: BinaryIO) -> Iterator[BinaryIO]:
+def _decompressed(path: str, file: BinaryIO) -> Iterator[BinaryIO | io.BufferedIOBase]:
     """The decompressed contents of a file, which need not be compressed.
 
     Raises:

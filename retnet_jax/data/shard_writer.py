@@ -18,6 +18,7 @@ from retnet_jax.data.block_digests import write_block_digests
 from retnet_jax.data.sources import Document
 from retnet_jax.data.token_store import SPLITS, token_dtype
 from retnet_jax.data.tokenizers import Tokenizer, text_parts
+from retnet_jax.data.workers import advance
 
 OLD_RECORD = "shard.json"  # in a shard of format 3: its entry for the manifest
 
@@ -44,6 +45,7 @@ def write_shard(
         encoded = list(zip(batch, ids, strict=True))
         for split, writer in writers.items():
             writer.append([x for x in encoded if x[0].split == split])
+        advance(sum(len(part.text) for part in batch))
     return {split: writer.finish() for split, writer in writers.items()}
 
 

@@ -50,10 +50,12 @@ class Source(Protocol):
     @staticmethod
     def pieces(path: str) -> Iterable[str]:
         """The parts of the corpus that `data.path` names, such as its files."""
+        ...
 
     @staticmethod
     def read(piece: str) -> Iterable[Document]:
         """The documents of one piece, in their order."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -159,10 +161,14 @@ def _parts(config: DataConfig, path: str, piece_bytes: int) -> list[formats.Part
         return formats.parquet_parts(path, piece_bytes)
     if config.source == "jsonl":
         return formats.line_parts(path, piece_bytes)
+    return [(0, None, 0, _size(path))]
+
+
+def _size(path: str) -> int:
     try:
-        return [(0, None, 0, files.size(path))]
+        return files.size(path)
     except OSError:  # reading it will report the error
-        return [(0, None, 0, 0)]
+        return 0
 
 
 def read_piece(config: DataConfig, piece: Piece, skipped: Skipped) -> Iterator[Document]:
@@ -187,7 +193,7 @@ def read_piece(config: DataConfig, piece: Piece, skipped: Skipped) -> Iterator[D
             document = _document(config, piece, record)
         except (UnusableError, UnreadableError) as error:
             name = piece.path
-            if isinstance(error, UnusableError):
+            if isinstance(error, UnusableError) and record is not None:
                 name += record.place if piece.name else f":{record.place}"
             if config.strict and not str(error.args[0]).startswith("filtered"):
                 raise ConfigError(f"{name}: {': '.join(error.args)} (data.strict)") from None
@@ -202,7 +208,25 @@ def file_of(config: DataConfig, piece: Piece) -> str | None:
         return piece.path if os.path.isfile(piece.path) else None
     if config.source in ("tfds", "hf"):
         return None
+    return _path_of(config, piece)
+
+
+def _path_of(config: DataConfig, piece: Piece) -> str:
+    """The file of a piece of a corpus of files."""
     return str(_stdlib_root() / piece.path) if config.source == "stdlib" else piece.path
+
+
+def approximate_bytes(config: DataConfig) -> int | None:
+    """Size of a corpus in bytes of its files, which may be compressed; None for a data set.
+
+    Raises:
+      ConfigError: if `data.path` matches no file.
+    """
+    if is_own(config.source) or config.source == "stdlib":
+        return sum(piece.bytes for piece in list_pieces(config))
+    if config.source in ("tfds", "hf"):
+        return None
+    return sum(_size(file.path) for file in corpus_files(config.path))
 
 
 def read_documents(config: DataConfig, skipped: Skipped) -> Iterator[Document]:
@@ -248,7 +272,7 @@ def _records(config: DataConfig, piece: Piece) -> Iterator[Record]:
     if is_own(config.source):
         return _own_records(config, piece)
     if config.source in ("stdlib", "text"):
-        return formats.whole_file(file_of(config, piece), config.max_document_bytes)
+        return formats.whole_file(_path_of(config, piece), config.max_document_bytes)
     span = (piece.path, piece.start, piece.stop, piece.first)
     if config.source == "jsonl":
         return formats.json_lines(*span, config.max_document_bytes)

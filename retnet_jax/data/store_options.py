@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import json
+import os
 import platform
+import re
 from typing import Any
 
 from retnet_jax.config import TOKENIZERS, DataConfig
@@ -11,6 +14,7 @@ from retnet_jax.config_json import OLD_NAMES, marked
 from retnet_jax.data.tokenizers import TOKENIZER_FILES, Tokenizer, has_tokenizer, load_tokenizer
 from retnet_jax.errors import ConfigError
 from retnet_jax.files import paths as files
+from retnet_jax.files.digests import sha256_of
 
 
 def stored_options(config: DataConfig, vocab_size: int) -> dict[str, Any]:
@@ -45,6 +49,50 @@ def differences(built: dict[str, Any], asked: dict[str, Any]) -> str:
         for name in sorted(built | asked)
         if built.get(name) != asked.get(name)
     )
+
+
+def default_store(config: DataConfig, vocab_size: int) -> str:
+    """A directory for the store of a corpus, such as "data/shakespeare_bpe1024".
+
+    It depends only on the options that determine the store's contents: equal ones have the same
+    directory, different ones different directories. The name is that of the corpus and of the
+    tokenizer. It ends with a short hash of the options, unless the corpus is a text file in the
+    working directory, or the standard library, and no other option is set.
+
+    Args:
+      config: The data options.
+      vocab_size: `model.vocab_size`.
+    """
+    defaults = _options_of(DataConfig())
+    # Only what differs from the defaults, so that a new option does not change the directory.
+    given = {name: x for name, x in _options_of(config).items() if x != defaults[name]}
+    name = _plain(_name_of_corpus(config))
+    tokenizer = _plain(os.path.basename(os.path.normpath(config.tokenizer)))
+    tokenizer += str(vocab_size) if config.tokenizer == "bpe" else ""
+    is_simple = config.tokenizer in TOKENIZERS and (
+        given.keys() - {"data.source", "data.path", "data.tokenizer"} == set()
+    )
+    if is_simple and (config.source, config.path) in (("text", f"{name}.txt"), ("stdlib", "")):
+        return f"data/{name}_{tokenizer}"
+    contents = json.dumps([given, tokenizer]).encode()
+    return f"data/{name}_{tokenizer}_{sha256_of(contents)[:8]}"
+
+
+def _name_of_corpus(config: DataConfig) -> str:
+    """The last part of `data.path` without wildcards; a file without its endings."""
+    parts = [x for x in config.path.split("/") if x and not glob.has_magic(x) and x not in _HERE]
+    if not parts:
+        return config.source
+    is_file = config.source in ("text", "jsonl", "parquet") and config.path.endswith(parts[-1])
+    return parts[-1].partition(".")[0] if is_file else parts[-1]
+
+
+_HERE = (".", "..", "~")
+
+
+def _plain(name: str) -> str:
+    """A part of a directory's name, from any text."""
+    return re.sub(r"[^\w.-]+", "_", name, flags=re.ASCII)[:60].strip(".") or "corpus"
 
 
 def pretrained_tokenizer(config: DataConfig) -> Tokenizer:

@@ -8,11 +8,27 @@ import numpy as np
 
 from retnet_jax.config import TOKENIZERS, DataConfig
 from retnet_jax.data.build import DEFAULT_COMMAND, build_or_wait, is_to_be_built
-from retnet_jax.data.store_options import differences, pretrained_tokenizer, stored_options
+from retnet_jax.data.store_options import (
+    default_store,
+    differences,
+    pretrained_tokenizer,
+    stored_options,
+)
 from retnet_jax.data.token_store import TokenStore, open_store
 from retnet_jax.data.tokenizers import ByteTokenizer, Tokenizer
 from retnet_jax.errors import ConfigError
 from retnet_jax.files import paths as files
+
+__all__ = [
+    "Stores",
+    "check_tokenizer",
+    "default_store",
+    "open_or_build",
+    "open_stores",
+    "repetition_notes",
+]
+
+_MANY_TIMES = 20
 
 
 class Stores(NamedTuple):
@@ -57,6 +73,27 @@ def open_stores(config: DataConfig, vocab_size: int, command: str = DEFAULT_COMM
     return Stores(stores, np.array(list(config.mixture.values())), first.tokenizer)
 
 
+def repetition_notes(stores: Stores, steps: int, tokens_of_step: int) -> list[str]:
+    """A message for each store whose text a run reads more than 20 times.
+
+    Args:
+      stores: The stores of the run.
+      steps: `train.steps`.
+      tokens_of_step: Number of tokens in a batch.
+    """
+    shares = stores.weights / stores.weights.sum()
+    notes = []
+    for share, store in zip(shares, stores.stores.values(), strict=True):
+        times = share * steps * tokens_of_step / store.train.token_count
+        if times > _MANY_TIMES:
+            notes.append(
+                f"this run reads the {store.train.token_count:,} training tokens of "
+                f"{store.directory} {times:,.0f} times; with --config.train.steps="
+                f"{max(1, int(steps * _MANY_TIMES / times))} it would read them {_MANY_TIMES} times"
+            )
+    return notes
+
+
 def open_or_build(
     config: DataConfig, vocab_size: int, command: str = DEFAULT_COMMAND
 ) -> TokenStore:
@@ -84,6 +121,9 @@ def open_or_build(
         if built.get("data.tokenizer") in TOKENIZERS:  # or data.tokenizer is a typing error
             pretrained_tokenizer(config)
         asked["data.tokenizer"] = built.get("data.tokenizer")
+    held_out_by = store.manifest.get("held_out_by", "document")
+    if asked["data.held_out_by"] in _ways_of(held_out_by):
+        asked["data.held_out_by"] = built.get("data.held_out_by", "auto")
     changes = differences(built, asked)
     if changes:
         raise ConfigError(
@@ -93,6 +133,15 @@ def open_or_build(
         )
     _check_vocabulary(store, vocab_size)
     return store
+
+
+def _ways_of(held_out_by: str) -> tuple[str, ...]:
+    """The values of `data.held_out_by` with which a store holds out whole documents, or tails.
+
+    If whole documents can be held out, "auto" does so. But a store of tails may have been built
+    with "tail" from documents of which "auto" would hold out whole ones.
+    """
+    return ("document", "auto") if held_out_by == "document" else ("tail",)
 
 
 def check_tokenizer(config: DataConfig, vocab_size: int) -> None:

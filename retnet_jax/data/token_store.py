@@ -209,7 +209,7 @@ class Split:
             files_of_shard, counts = self._shards[shard]
             name = f"{self._name}.{kind}.npy"
             try:
-                array = files_of_shard.array(name)
+                array: Any = files_of_shard.array(name)
                 if kind != "tokens":
                     array = array[:]
             except DamagedBlockError as error:

@@ -102,7 +102,12 @@ class ContiguousSchedule:
     """
 
     def __init__(
-        self, splits: Sequence[Split], weights: Sequence[float], length: int, rows: int, seed: int
+        self,
+        splits: Sequence[Split],
+        weights: Sequence[float] | np.ndarray,
+        length: int,
+        rows: int,
+        seed: int,
     ):
         self._splits, self._length, self._seed = splits, length, seed
         self._weights = np.asarray(weights, np.float64) / sum(weights)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import contextvars
 import multiprocessing
 import os
 import signal
@@ -24,7 +25,7 @@ def for_each_shard(
     """Runs a task for each shard, in this process or in others, which end when this one does.
 
     Args:
-      task: Function of a shard's number and data, which returns the number.
+      task: Function of a shard's number and data. It may call `advance`.
       items: Numbers and data of the shards.
       sizes: Source bytes of every shard, by its number.
       processes: Number of processes that work in parallel.
@@ -34,25 +35,78 @@ def for_each_shard(
     with progress:
         if processes == 1 or len(items) == 1:
             for item in items:
-                progress.add(sizes[task(item)])
+                _run(task, item, sizes[item[0]], progress.add)
             return
         context = multiprocessing.get_context("spawn")
         alive, held = context.Pipe(duplex=False)
+        done = context.Value("q", 0)  # bytes, added up by all processes
         pool = concurrent.futures.ProcessPoolExecutor(
-            processes, context, initializer=_prepare_process, initargs=(alive,)
+            processes, context, initializer=_prepare_process, initargs=(alive, done)
         )
         with pool:
-            futures = [pool.submit(task, item) for item in items]
+            waiting = {pool.submit(_run, task, item, sizes[item[0]]) for item in items}
             try:
-                for future in concurrent.futures.as_completed(futures):
-                    progress.add(sizes[future.result()])
+                while waiting:
+                    ended, waiting = concurrent.futures.wait(
+                        waiting, _SECONDS_BETWEEN_LOOKS, concurrent.futures.FIRST_COMPLETED
+                    )
+                    for future in ended:
+                        future.result()
+                    progress.move_to(done.value)
             except BaseException:
                 held.close()  # ends the processes; their unfinished work is not needed
                 pool.shutdown(cancel_futures=True)
                 raise
 
 
-def _prepare_process(alive: Connection) -> None:
+_SECONDS_BETWEEN_LOOKS = 0.5
+_BYTES_BETWEEN_REPORTS = 500_000
+
+
+def advance(size: int) -> None:
+    """Called by a task: it has worked through this many more bytes of its shard, about."""
+    _advance.get()(size)
+
+
+_advance = contextvars.ContextVar("advance", default=lambda size: None)
+
+
+def _run(
+    task: Callable[[tuple[int, Any]], int],
+    item: tuple[int, Any],
+    size: int,
+    report: Callable[[int], None] | None = None,
+) -> None:
+    """Runs a task. All its reports together are the size of its shard."""
+    report = report or _add_to_done
+    left, unreported = size, 0
+
+    def advanced(more: int) -> None:
+        nonlocal left, unreported
+        unreported = min(left, unreported + more)
+        if unreported >= _BYTES_BETWEEN_REPORTS:
+            report(unreported)
+            left, unreported = left - unreported, 0
+
+    before = _advance.set(advanced)
+    try:
+        task(item)
+    finally:
+        _advance.reset(before)
+    report(left)
+
+
+_done: Any = None  # in a process of a pool: the shared number of bytes
+
+
+def _add_to_done(size: int) -> None:
+    with _done.get_lock():
+        _done.value += size
+
+
+def _prepare_process(alive: Connection, done: Any) -> None:
+    global _done
+    _done = done
     # There is a process for each core; a tokenizer's own threads would only compete with them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # Ctrl-C reaches all processes of a terminal; the process that started these handles it.
@@ -89,11 +143,14 @@ class _Progress:
             self._bar.close()
 
     def add(self, size: int) -> None:
-        tenths_before, self._done = 10 * self._done // self._total, self._done + size
+        self.move_to(self._done + size)
+
+    def move_to(self, done: int) -> None:
+        tenths_before, step, self._done = 10 * self._done // self._total, done - self._done, done
         if self._bar is not None:
-            self._bar.update(size)
-        elif 10 * self._done // self._total > tenths_before:
-            say(f"{self._label}: {self._done / 1e6:.1f} of {self._total / 1e6:.1f} MB")
+            self._bar.update(step)
+        elif 10 * done // self._total > tenths_before:
+            say(f"{self._label}: {done / 1e6:.1f} of {self._total / 1e6:.1f} MB")
 
 
 def say(message: str) -> None:

@@ -9,6 +9,8 @@ needs lm-eval (`pip install lm-eval`).
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 from lm_eval.api.model import TemplateLM
@@ -117,7 +119,9 @@ class RetNetLM(TemplateLM):
             )
         return None
 
-    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def loglikelihood(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
         """The log-likelihood of each continuation, and whether greedy decoding would give it."""
         pairs = encode_pairs(self.tokenizer, [request.args for request in requests])
         for request, pair in zip(requests, pairs, strict=True):
@@ -174,7 +178,7 @@ class RetNetLM(TemplateLM):
         model = for_decoding(self.model)
         groups = defaultdict(list)
         for number, request in enumerate(requests):
-            options = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
+            options: dict[str, Any] = {**normalize_gen_kwargs(request.args[1], self.max_gen_toks)}
             if options.get("num_beams") == 1:
                 del options["num_beams"]
             if unknown := set(options) - _GENERATION:

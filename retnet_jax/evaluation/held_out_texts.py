@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from retnet_jax.config import Config, DataConfig
 from retnet_jax.data import Tokenizer, open_store
@@ -53,7 +54,7 @@ def encoded(texts: list[str], tokenizer: Tokenizer) -> list[np.ndarray]:
     return [np.array([tokenizer.bos_id, *ids], np.int32) for ids in tokenizer.encode_batch(texts)]
 
 
-def held_out_text(config: Config, tokenizer: Tokenizer, workdir: Path) -> Text:
+def held_out_text(config: Config, tokenizer: Tokenizer, workdir: epath.Path) -> Text:
     """The held-out documents of the stores that a run was trained on.
 
     Raises:

@@ -31,6 +31,8 @@ from retnet_jax.evaluation.task_requests import (
 from retnet_jax.evaluation.task_rows import Rows, read_rows
 from retnet_jax.evaluation.tasks import TASKS, Task
 from retnet_jax.model import LanguageModel
+from retnet_jax.parallel import processes
+from retnet_jax.waiting import showing
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def evaluate_model(
     results = Results(text)
     perplexity = "perplexity" in plan.parts
     if perplexity and plan.context_lengths:
-        check_contexts(text.tokens, plan.context_lengths)
+        check_contexts(results.documents.tokens, plan.context_lengths)
     # All requests are made first, so that an unusable row is found before anything is computed.
     prepared = [
         (of_task, shots, _requests(of_task, shots, tokenizer, plan))
@@ -72,12 +74,12 @@ def evaluate_model(
         for shots in plan.shots
     ]
     for protocol in plan.protocols if perplexity else ():
-        results.nll[protocol] = _nll(model, text.tokens, protocol, plan)
+        results.nll[protocol] = _nll(model, results.documents.tokens, protocol, plan)
     if perplexity and plan.context_lengths:
         results.last_nll.update(
             last_tokens_nll(
                 model,
-                text.tokens,
+                results.documents.tokens,
                 plan.context_lengths,
                 scored=LAST_TOKENS,
                 batch_size=plan.batch_size,
@@ -87,7 +89,7 @@ def evaluate_model(
         key = of_task.task.name, shots
         results.tasks[key], results.read[key] = _task(model, of_task.task, shots, requests, plan)
     if "recall" in plan.parts:
-        results.recall.extend(_recall(model, tokenizer, text, plan))
+        results.recall.extend(_recall(model, tokenizer, results.documents, plan))
     return results
 
 
@@ -142,6 +144,7 @@ def _requests(of_task: TaskRows, shots: int, tokenizer: Tokenizer, plan: Plan) -
     task, rows = of_task.task, of_task.rows
     examples = [()] * len(rows.rows)
     if shots:
+        assert of_task.pool is not None  # `read_tasks` reads it if the plan has examples
         examples = draw_shots(task, rows, of_task.pool, shots, plan.shot_mode, plan.seed)
     requests = task_requests(task, rows, examples, tokenizer, plan.variant)
     for number, pair in enumerate(requests.pairs):
@@ -184,7 +187,10 @@ def _recall(
 
 @contextmanager
 def progress_bar(description: str, total: int):
-    """A progress bar of tokens, if stderr is a terminal; yields the function that advances it."""
+    """Shows the time passed, and on a terminal a progress bar of tokens.
+
+    Yields the function that advances the bar.
+    """
     from tqdm import tqdm
 
     with tqdm(
@@ -197,4 +203,5 @@ def progress_bar(description: str, total: int):
         disable=None,
     ) as bar:
         update: Callable[[int], object] = bar.update
-        yield update
+        with showing(f"evaluating {description}", processes.is_first()):
+            yield update

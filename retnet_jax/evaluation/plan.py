@@ -116,13 +116,13 @@ def make_plan(
         stride = -(-window_length // 2)
     if shots is None:
         shots = (0, 4) if "paper" in parts else (0,)
-    several = {name: x for name, x in fields.items() if isinstance(x, list | tuple)}
+    fields |= {name: _once_each(x) for name, x in fields.items() if isinstance(x, list | tuple)}
     return Plan(
         parts=_once_each(expanded(parts)),
         window_length=window_length,
         stride=stride,
         shots=_once_each(shots),
-        **fields | {name: _once_each(x) for name, x in several.items()},
+        **fields,
     )
 
 

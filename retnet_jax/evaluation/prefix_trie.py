@@ -141,8 +141,8 @@ def _row(
         )
     inputs = np.array([*context, *continuation[:-1]], np.int32)
     truncated = max_length is not None and len(inputs) > max_length
-    if truncated:
-        inputs = inputs[-max_length:]
+    if max_length is not None:
+        inputs = inputs[max(0, len(inputs) - max_length) :]
     return _Row(number, inputs, continuation[-1], len(inputs) - len(continuation), truncated)
 
 

@@ -48,7 +48,7 @@ class RecallResult:
 
 def recall(
     model: LanguageModel,
-    filler: Sequence[int],
+    filler: Sequence[int] | np.ndarray,
     *,
     bos_id: int,
     vocab_size: int | None = None,
@@ -96,7 +96,7 @@ def recall(
     return results
 
 
-def _cut(filler: Sequence[int], length: int, rng: np.random.Generator) -> np.ndarray:
+def _cut(filler: Sequence[int] | np.ndarray, length: int, rng: np.random.Generator) -> np.ndarray:
     start = rng.integers(len(filler))
     return np.take(np.asarray(filler), range(start, start + length), mode="wrap")
 

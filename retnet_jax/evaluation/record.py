@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
 from retnet_jax.config import ModelConfig
 from retnet_jax.data import Tokenizer
@@ -66,7 +67,7 @@ def evaluation_record(
 
 
 def model_record(
-    checkpoint: Path | None,
+    checkpoint: epath.Path | None,
     sha256: str | None,
     step: int | None,
     config: ModelConfig,

@@ -64,13 +64,19 @@ class Results:
     read: dict[tuple[str, int], TokensRead] = field(default_factory=dict)
     recall: list[RecallResult] = field(default_factory=list)
 
+    @property
+    def documents(self) -> Text:
+        """The text, for a plan that needs one (`Plan.needs_text`)."""
+        assert self.text is not None
+        return self.text
+
     @cached_property
     def perplexity(self) -> dict[str, dict[str, PerplexityReport]]:
         """Reports by protocol, then by source: "" is all documents, others are single stores.
 
         Single stores are reported only if there are several.
         """
-        return {protocol: _by_source(nll, self.text) for protocol, nll in self.nll.items()}
+        return {protocol: _by_source(nll, self.documents) for protocol, nll in self.nll.items()}
 
     @cached_property
     def positions(self) -> list[PositionBucket]:
@@ -97,7 +103,7 @@ def _by_source(nll: Sequence[np.ndarray], text: Text) -> dict[str, PerplexityRep
     found = {"": perplexity_report(nll, text.texts, text.byte_counts)}
     sources = list(dict.fromkeys(text.sources))
     for source in sources if len(sources) > 1 else []:
-        of_source = np.flatnonzero(np.array(text.sources) == source)
+        of_source = np.flatnonzero(np.array(text.sources) == source).tolist()
         found[source] = perplexity_report(
             [nll[i] for i in of_source],
             [text.texts[i] for i in of_source],
@@ -123,7 +129,7 @@ def differences(one: Results, other: Results) -> Differences:
     """The first model's results minus the second's, on the same documents and rows."""
     return Differences(
         bits_per_byte={
-            protocol: bits_difference(nll, other.nll[protocol], one.text)
+            protocol: bits_difference(nll, other.nll[protocol], one.documents)
             for protocol, nll in one.nll.items()
         },
         tasks={

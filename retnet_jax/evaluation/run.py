@@ -202,10 +202,11 @@ def _evaluate_one(
     say: Callable[[str], object],
 ) -> tuple[Results, dict[str, Any]]:
     """The results of one model, and its part of the record; its weights are freed."""
-    directory = None if isinstance(of.source, LanguageModel) else of.source
-    if directory is None:
-        model, step = of.source, None
+    directory = model = step = None
+    if isinstance(of.source, LanguageModel):
+        model = of.source
     else:
+        directory = of.source
         model, step = load_checkpoint(directory, mesh, **({"dtype": dtype} if dtype else {}))
     first = processes.is_first()
     if first:
@@ -247,7 +248,7 @@ def _mesh(source: LanguageModel | epath.Path, batch_size: int, fsdp: bool) -> Me
     if not isinstance(source, LanguageModel):
         return evaluation_mesh(batch_size, fsdp)
     sharding = jax.tree.leaves(source)[0].sharding
-    if isinstance(sharding, NamedSharding):
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
         return sharding.mesh
     return make_mesh(MeshConfig(), list(sharding.device_set))
 
@@ -263,8 +264,9 @@ def evaluation_mesh(batch_size: int, fsdp: bool) -> Mesh:
 
 def _names(subjects: Sequence[Subject]) -> list[str]:
     """A short name for each model, or the whole path if short names are not unique."""
-    if any(isinstance(x.source, LanguageModel) for x in subjects):
+    directories = [x.source for x in subjects if not isinstance(x.source, LanguageModel)]
+    if len(directories) < len(subjects):
         return [f"model {number}" for number in range(1, len(subjects) + 1)]
-    names = [x.source.name for x in subjects]
+    names = [directory.name for directory in directories]
     alike = len(set(names)) < len(names) or "" in names
-    return [str(x.source) for x in subjects] if alike else names
+    return [str(directory) for directory in directories] if alike else names

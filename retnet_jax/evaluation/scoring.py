@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from heapq import heappop, heappush
 from itertools import count
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -195,7 +195,7 @@ class _Slots:
 
     def before(self, node: Node) -> int:
         """The slot with the state from which a node is read."""
-        return self._of.get(node.parent, self.START)
+        return self.START if node.parent is None else self._of.get(node.parent, self.START)
 
     def has_read(self, node: Node) -> None:
         """Frees the slot of a node's parent if this was its last unread child."""
@@ -228,7 +228,7 @@ class _Pool:
         self._batch_size = batch_size
         self._capacity = capacity  # of a Transformer's cache
         self.slots = _Slots(2 * batch_size)
-        self._state = model.init_state(len(self.slots), capacity)
+        self._state: Any = model.init_state(len(self.slots), capacity)  # one kind of `State`
 
     def read(self, batch: Sequence[Node]) -> Answers:
         """Reads nodes, and answers their queries."""
@@ -281,14 +281,17 @@ class _Pool:
 @partial(jax.jit, donate_argnames="pool")
 def _read(
     model: LanguageModel,
-    pool: State,
+    pool: Any,
     sources: Int[Array, " b"],
     targets: Int[Array, " b"] | None,
     tokens: Int[Array, "b t"],
     counts: Int[Array, " b"],
     queries: Int[Array, "b s 2"],
 ) -> tuple[State, Answers]:
-    """Reads tokens from the states in slots `sources`, and puts the new states into `targets`."""
+    """Reads tokens from the states in slots `sources`, and puts the new states into `targets`.
+
+    `pool` is a `State` of the model's own kind.
+    """
     segment_ids = (jnp.arange(tokens.shape[1]) < counts[:, None]).astype(jnp.int32)
     hidden, state = model.hidden(constrain(tokens, "bt"), pool.take(sources), segment_ids)
     if targets is not None:

@@ -196,10 +196,10 @@ def _tasks(
             random, majority = percent(each[0].random), percent(each[0].majority)
             table.add(task, str(shots), metric, *cells, random, majority, f"{each[0].rows:,}")
     for shots in plan.shots:
-        means = [
-            percent(np.mean([x.accuracy() for (_, n), x in found.tasks.items() if n == shots]))
-            for found in results
-        ]
+        accuracies = (
+            [x.accuracy() for (_, n), x in found.tasks.items() if n == shots] for found in results
+        )
+        means = [percent(float(np.mean(each))) for each in accuracies]
         table.add("average", str(shots), "acc", *(cell for mean in means for cell in (mean, "")))
     return table
 

@@ -63,7 +63,7 @@ class Task:
 
     name: str
     hub: tuple[str, str | None]
-    fields: dict[str, type | tuple[type, ...]]
+    fields: Mapping[str, type | tuple[type, ...]]
     parts: Callable[[Row, bool], tuple[list[str], list[str], int]]
     split: str
     shots_from: str

@@ -9,13 +9,10 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
 
 from etils import epath
 
 from retnet_jax.files.paths import is_remote
-
-P = TypeVar("P", Path, epath.Path)
 
 ENDING = ".unfinished"  # of temporary names
 
@@ -30,7 +27,7 @@ def write_bytes(path: Path | epath.Path, contents: bytes) -> None:
     if is_remote(path):
         path.write_bytes(contents)
         return
-    unfinished = _unfinished(path)
+    unfinished = _unfinished(Path(path))
     try:
         unfinished.write_bytes(contents)
         unfinished.replace(path)
@@ -61,6 +58,6 @@ def is_unfinished(path: Path | epath.Path) -> bool:
     return path.name.endswith(ENDING)
 
 
-def _unfinished(path: P) -> P:
+def _unfinished(path: Path) -> Path:
     # Two processes may write the same file, so each has its own temporary name.
     return path.with_name(f".{path.name}.{os.getpid()}{ENDING}")

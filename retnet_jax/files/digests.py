@@ -30,7 +30,7 @@ def sha256_of_file(path: str | os.PathLike) -> str:
     return _of_file(path, hashlib.sha256())
 
 
-def sha256_of(contents: bytes) -> str:
+def sha256_of(contents: bytes | bytearray) -> str:
     """The SHA-256 of bytes."""
     return hashlib.sha256(contents).hexdigest()
 

@@ -39,7 +39,7 @@ def held(
     if is_remote(directory):
         yield
         return
-    with _locked(directory / FILE_NAME, waiting) as file:
+    with _locked(Path(directory) / FILE_NAME, waiting) as file:
         file.truncate(0)
         print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
         yield

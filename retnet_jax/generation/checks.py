@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -69,7 +70,7 @@ def check_prompts(
     return checked
 
 
-def check_finite(model: LanguageModel, log_probabilities: Sequence[Sequence[float]]) -> None:
+def check_finite(model: LanguageModel, log_probabilities: Sequence[Any]) -> None:
     """Raises `CheckpointError` unless the log-probabilities of each row's tokens are finite."""
     wrong = [row for row, each in enumerate(log_probabilities) if not np.isfinite(each).all()]
     if wrong:

@@ -48,11 +48,11 @@ class Progress(NamedTuple):
 
 
 class NewTokens(NamedTuple):
-    """The next tokens generated for each row."""
+    """The next tokens generated for each row: on devices, or on the host from a `Stream`."""
 
-    tokens: Int[Array, "b n"]  # after its end, a row is filled with `end_id`
+    tokens: Int[Array | np.ndarray, "b n"]  # after its end, a row is filled with `end_id`
     # Under the model's distribution over the allowed ids, without temperature, top_k and top_p.
-    log_probabilities: Float[Array, "b n"]
+    log_probabilities: Float[Array | np.ndarray, "b n"]
 
 
 class Generated(NamedTuple):
@@ -97,13 +97,13 @@ def generate(
     """
     max_tokens = check_lengths(model, max_tokens, vocab_size)
     ends = check_ends(model, end_id, vocab_size)
-    prompts = check_prompts(prompts, model.config.vocab_size)
-    keys = row_keys(check_seed(seed), len(prompts))
-    samplers = Samplers.of(sampler, len(prompts))
+    checked = check_prompts(prompts, model.config.vocab_size)
+    keys = row_keys(check_seed(seed), len(checked))
+    samplers = Samplers.of(sampler, len(checked))
     model = for_decoding(model)
     # Loops are compiled for powers of two, which are few; they stop after `max_tokens`.
     room = max(16, power_of_two(max_tokens))
-    progress = prefill(model, prompts, room)
+    progress = prefill(model, checked, room)
     new, _ = complete(
         model, progress, keys, jnp.int32(max_tokens), room, samplers, ends, vocab_size
     )
@@ -231,11 +231,11 @@ def prefill(
         segment_ids[row, length - len(prompt) :] = 1
     if progress is not None:
         _check_progress(model, progress, len(prompts), longest + room)
-    progress = _room_for(model, progress, len(prompts), length + room)
+    after = _room_for(model, progress, len(prompts), length + room)
     for start in range(0, length, piece):
         here = np.s_[:, start : start + piece]
-        progress = _read(model, progress, tokens[here], segment_ids[here])
-    return progress
+        after = _read(model, after, tokens[here], segment_ids[here])
+    return after
 
 
 def _room_for(model: LanguageModel, progress: Progress | None, rows: int, tokens: int) -> Progress:

@@ -96,7 +96,7 @@ def read_requests(
         options = {field: value for field, value in fields.items() if field in _KINDS}
         others = {field: value for field, value in fields.items() if field not in _KINDS}
         try:
-            requests.append(Request(prompt, Sampler(**defaults | options), others))
+            requests.append(Request(prompt, Sampler(**{**defaults, **options}), others))
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from None
     return requests

@@ -117,8 +117,8 @@ class Writer:
         for new in self._stream:
             tokens, log_p = (x.tolist() for x in new)
             yield [
-                row.add(*of_row, self._end_ids)
-                for row, *of_row in zip(self._rows, tokens, log_p, strict=True)
+                row.add(row_tokens, row_log_p, self._end_ids)
+                for row, row_tokens, row_log_p in zip(self._rows, tokens, log_p, strict=True)
             ]
             self._stream.stop([row.done for row in self._rows])
         yield [row.rest() for row in self._rows]

@@ -71,7 +71,7 @@ BESIDE_WEIGHTS = (
 )
 
 
-def load(directory: str | Path, mesh: Mesh | None = None, **changes: Any) -> LanguageModel:
+def load(directory: str | AnyPath, mesh: Mesh | None = None, **changes: Any) -> LanguageModel:
     """Loads the model in a directory, in any layout.
 
     Args:
@@ -124,19 +124,19 @@ def convert(
       ConfigError: if the layout cannot express the model, with the reasons.
       CheckpointError: as `load` and `save`.
     """
-    source = place(source)
-    parameters = open_source(source)
+    directory = place(source)
+    parameters = open_source(directory)
     if fold_head_norm:
         parameters = HeadNormFolded(parameters)
     description = parameters.description
-    tokenizer = _tokenizer_in(source)
+    tokenizer = _tokenizer_in(directory)
     if description.bos_id is None and tokenizer is not None:
         ends = list(tokenizer.end_ids)
         description = dataclasses.replace(
             description, bos_id=tokenizer.bos_id, eos_id=ends if len(ends) > 1 else ends[0]
         )
     _layout(layout, description.model).write(parameters, target, description=description, **options)
-    for path in source.iterdir():
+    for path in directory.iterdir():
         if any(fnmatch(path.name, pattern) for pattern in BESIDE_WEIGHTS) and path.is_file():
             (Path(target) / path.name).write_bytes(path.read_bytes())
     # End-of-text ids that only the source's config.json names must be kept somewhere.

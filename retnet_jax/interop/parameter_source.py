@@ -31,7 +31,10 @@ class Description:
 class Source(Protocol):
     """Parameters to load, save or convert, in this project's orientation."""
 
-    description: Description
+    @property
+    def description(self) -> Description:
+        """What the checkpoint's config says."""
+        ...
 
     def info(self, own: str, layer: int | None) -> TensorInfo:
         """Shape and dtype of a parameter; `layer` as in `read`."""

@@ -17,26 +17,30 @@ def paper(**options: Any) -> ModelConfig:
     LayerNorm, biases, gelu with a LayerNorm before W2, values of width 2 d_model. The experiments
     of arXiv 2307.08621 use decay="log_spaced" instead.
     """
-    return ModelConfig(**(TORCHSCALE_2023 | {"norm_epsilon": 1e-5, "ffn_norm": "layer"} | options))
+    return _model(TORCHSCALE_2023 | {"norm_epsilon": 1e-5, "ffn_norm": "layer"}, options)
 
 
 def torchscale(**options: Any) -> ModelConfig:
     """As torchscale since October 2023: RMSNorm, a gated feed-forward layer, no biases."""
-    return ModelConfig(**(TORCHSCALE | {"ffn": "geglu"} | options))
+    return _model(TORCHSCALE | {"ffn": "geglu"}, options)
 
 
 def fla(**options: Any) -> ModelConfig:
     """As flash-linear-attention: rotary positions, no row normaliser, a scale in the head norm."""
-    return ModelConfig(**(FLA | {"head_norm_scale": True} | options))
+    return _model(FLA | {"head_norm_scale": True}, options)
 
 
 def syncdoth(**options: Any) -> ModelConfig:
     """As syncdoth/RetNet: torchscale since October 2023 in Hugging Face's format."""
-    return ModelConfig(**(SYNCDOTH | {"ffn": "geglu", "decay": "powers_of_two"} | options))
+    return _model(SYNCDOTH | {"ffn": "geglu", "decay": "powers_of_two"}, options)
+
+
+def _model(fields: dict[str, Any], options: dict[str, Any]) -> ModelConfig:
+    return ModelConfig(**(fields | options))
 
 
 # The fields that are the same in all checkpoints of an implementation.
-TORCHSCALE_2023 = {
+TORCHSCALE_2023: dict[str, Any] = {
     "norm": "layer",
     "rotation": "torchscale",
     "row_normalizer": True,
@@ -45,20 +49,20 @@ TORCHSCALE_2023 = {
     "ffn_bias": True,
     "head_norm_scale": False,
 }
-TORCHSCALE = TORCHSCALE_2023 | {
+TORCHSCALE: dict[str, Any] = TORCHSCALE_2023 | {
     "norm": "rms",
     "mixer_bias": False,
     "ffn_bias": False,
     "ffn_norm": None,
 }
-SYNCDOTH = {
+SYNCDOTH: dict[str, Any] = {
     "norm": "rms",
     "rotation": "torchscale",
     "row_normalizer": True,
     "mixer_bias": False,
     "head_norm_scale": False,
 }
-FLA = {
+FLA: dict[str, Any] = {
     "ffn": "swiglu",
     "norm": "rms",
     "rotation": "rope",

@@ -90,8 +90,8 @@ class Layout:
           ConfigError: for a config that this project cannot compute, and for invalid changes.
           CheckpointError: for weights that are missing, damaged, or do not fit the config.
         """
-        directory = epath.Path(directory)
-        return load_model(self.open(directory, open_tensor_files(directory)), mesh, **changes)
+        path = epath.Path(directory)
+        return load_model(self.open(path, open_tensor_files(path)), mesh, **changes)
 
     def save(
         self,

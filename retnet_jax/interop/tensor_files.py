@@ -154,8 +154,8 @@ class SafetensorsFiles:
                         )
                     self.infos[name] = TensorInfo(tuple(tensor.get_shape()), DTYPES[dtype])
                     self._path_of[name] = path
-        absent = [] if path_of is None else sorted(set(path_of) - set(self.infos))
-        if absent:
+        absent = sorted(set(path_of or {}) - set(self.infos))
+        if path_of and absent:
             raise CheckpointError(
                 f"{path_of[absent[0]]} does not hold {absent[0]}, although {INDEX} says so; "
                 "download both again"
@@ -223,8 +223,7 @@ class TorchFile:
             self.infos[name] = TensorInfo(tuple(tensor.shape), dtypes[tensor.dtype])
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        import torch
-
+        torch = _torch(f"reading {name}")
         tensor = self._tensors[name].detach()
         tensor = (tensor if rows is None else tensor[rows]).contiguous()
         if tensor.dtype == torch.bfloat16:  # torch cannot convert it to numpy's (ml_dtypes)
@@ -353,7 +352,7 @@ def _write_file(path: Path, tensors: Sequence[TensorToWrite]) -> None:
 
 def _torch(purpose: str):
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports] (optional)
     except ImportError as error:
         raise CheckpointError(
             f"{purpose} needs PyTorch: pip install torch; safetensors files do not need it"

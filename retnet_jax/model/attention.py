@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.core import Tracer
 
 from retnet_jax.config import ModelConfig
 from retnet_jax.model.layers import Linear, split_heads
@@ -60,7 +61,7 @@ class KVCache(NamedTuple):
 
     def with_room(self, tokens: int) -> "KVCache":
         """The same cache with slots for `tokens` more tokens."""
-        if isinstance(self.length, jax.core.Tracer):
+        if isinstance(self.length, Tracer):
             return self
         return self.with_capacity(int(self.length.max()) + tokens)
 

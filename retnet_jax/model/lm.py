@@ -92,7 +92,7 @@ class LanguageModel(nnx.Module):
         """
         config = dataclasses.replace(config, mixer=self.mixer)
         config.check()
-        if config.dtype == "float64" and not jax.config.jax_enable_x64:
+        if config.dtype == "float64" and not _wide_numbers():
             raise ConfigError(
                 "model.dtype='float64' needs 64-bit numbers in jax: build and call the model "
                 "inside `with jax.enable_x64(True):`"
@@ -144,9 +144,10 @@ class LanguageModel(nnx.Module):
         """Like a call, without the output head: the normed activations that it is applied to."""
         config = self.config
         _check_input(tokens, segment_ids)
+        rows, length = tokens.shape
         if state is not None:
-            check_state(self, state, tokens.shape[0])
-        context, layers = self.mixer_type.prepare(config, state, tokens.shape, segment_ids)
+            check_state(self, state, rows)
+        context, layers = self.mixer_type.prepare(config, state, (rows, length), segment_ids)
         x, layers = self._run_layers(self._embed(tokens), layers, context, form)
         if not config.post_norm:
             x = self.final_norm(x)
@@ -242,6 +243,11 @@ def build_model(config: ModelConfig, *, rngs: nnx.Rngs) -> LanguageModel:
     if is_own(config.mixer):
         return OwnMixerModel(config, rngs=rngs)
     return {"retention": RetNet, "attention": Transformer}[config.mixer](config, rngs=rngs)
+
+
+def _wide_numbers() -> bool:
+    """Whether jax allows numbers of 64 bits."""
+    return jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue] (set by setattr)
 
 
 def check_state(model: LanguageModel, state: State, rows: int) -> None:

@@ -138,7 +138,7 @@ class Mixer(Projections):
     def prepare(
         cls,
         config: ModelConfig,
-        state: RetentionState | None,
+        state: Any,
         shape: tuple[int, int],
         segment_ids: Int[Array, "b t"] | None,
     ) -> tuple[MixerContext, Any]:

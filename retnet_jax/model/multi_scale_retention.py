@@ -94,7 +94,7 @@ class MultiScaleRetention(Mixer):
         # store [b t h v].
         y = checkpoint_name(y.reshape(*x.shape[:2], -1), "retention").reshape(y.shape)
         if config.score_clamp is not None:
-            y = y * self._score_scale(q, k, state, context, form)[..., None]
+            y = y * self._score_scale(config.score_clamp, q, k, state, context, form)[..., None]
         kind = "rms" if config.head_norm_scale else config.norm
         y = gated_norm(y, gate, context.row_scale, kind, config.norm_epsilon)
         y = y.reshape(*x.shape[:2], -1)
@@ -103,11 +103,11 @@ class MultiScaleRetention(Mixer):
             y = y * scale.astype(y.dtype)[None, None]
         return self.out(y), new_state
 
-    def _score_scale(self, q, k, state, context, form) -> Float[Array, "b t h"]:
+    def _score_scale(self, rule: str, q, k, state, context, form) -> Float[Array, "b t h"]:
         if form != "parallel" or state is not None:
             raise ValueError(
-                f"score_clamp={self.config.score_clamp!r} needs all scores of a document, which "
-                f"only form='parallel' without a state computes, not form={form!r} "
+                f"score_clamp={rule!r} needs all scores of a document, which only form='parallel' "
+                f"without a state computes, not form={form!r} "
                 f"with{'out' if state is None else ''} a state; set score_clamp=None"
             )
         return score_clamp(
@@ -116,7 +116,7 @@ class MultiScaleRetention(Mixer):
             context.log_decay,
             context.row_scale,
             None if context.documents is None else context.documents.documents,
-            self.config.score_clamp,
+            rule,
         )
 
     @staticmethod

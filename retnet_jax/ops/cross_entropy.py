@@ -42,7 +42,6 @@ def cross_entropy_sum(
     return objective_sum(hidden, head, targets, weights, 0.0)[0]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def objective_sum(
     hidden: Float[Array, "b t d"],
     head: Float[Array, "w d"],
@@ -57,7 +56,7 @@ def objective_sum(
     is differentiated. On a mesh (`jax.set_mesh`) each device has its part of the rows, positions
     and vocabulary.
     """
-    return _objective_and_gradients(hidden, head, targets, weights, z_loss)[0]
+    return _objective(hidden, head, targets, weights, z_loss)
 
 
 def token_cross_entropy(
@@ -70,9 +69,15 @@ def token_cross_entropy(
         log_normalizer = jax.nn.logsumexp(_logits(hidden, head), axis=-1)
         return None, log_normalizer - _target_logits(hidden, head, targets)
 
-    size = _chunk_size(hidden.shape, head.shape[0])
+    b, t, d = hidden.shape
+    size = _chunk_size((b, t, d), head.shape[0])
     _, losses = jax.lax.scan(chunk, None, (_chunks(hidden, size), _chunks(targets, size)))
-    return _join(losses, targets.shape[1])
+    return _join(losses, t)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _objective(hidden, head, targets, weights, z_loss):
+    return _objective_and_gradients(hidden, head, targets, weights, z_loss)[0]
 
 
 def _objective_and_gradients(hidden, head, targets, weights, z_loss):
@@ -175,7 +180,7 @@ def _scale(z_loss, gradients, cotangents):
     return d_hidden, d_head, None, None
 
 
-objective_sum.defvjp(_objective_and_gradients, _scale)
+_objective.defvjp(_objective_and_gradients, _scale)
 
 
 def _logits(hidden, head):

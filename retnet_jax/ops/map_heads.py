@@ -11,8 +11,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
 from retnet_jax.parallel.mesh import backend, many_devices
@@ -73,6 +71,9 @@ def on_tpu(function: Callable, like: Array, *arrays: Array | None, outputs: int 
 
 
 def _call(function, n_heads, shared, width, dtype, outputs, *arrays):
+    from jax.experimental import pallas as pl  # here, because models import this module everywhere
+    from jax.experimental.pallas import tpu as pltpu
+
     b, t = arrays[0].shape[:2]
     out = jax.ShapeDtypeStruct((b, t, n_heads * width), dtype)
     moved = [*arrays, *[out] * outputs]

@@ -1,6 +1,7 @@
 """The device mesh, and the platform, devices and axes of the mesh that is set."""
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 from jax.experimental import mesh_utils
@@ -9,11 +10,16 @@ from jax.sharding import AxisType, Mesh
 from retnet_jax.config import MeshConfig
 from retnet_jax.errors import ConfigError
 
+if TYPE_CHECKING:
+    from jaxlib._jax import Device  # `jax.Device`, which is a variable to type checkers
+else:
+    Device = jax.Device
+
 # The last axis has neighbouring devices: those of `tensor` exchange the most data.
 AXES = ("data", "fsdp", "seq", "tensor")
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Device] | None = None) -> Mesh:
     """The mesh of `devices`, by default of all.
 
     Raises:
@@ -40,7 +46,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _mesh_of_slices(sizes: list[int], slices: int, devices: Sequence[jax.Device]) -> Mesh:
+def _mesh_of_slices(sizes: list[int], slices: int, devices: Sequence[Device]) -> Mesh:
     """A mesh of several TPU slices; only the axis `data` extends over more than one slice."""
     data, *others = sizes
     if data % slices:
@@ -62,7 +68,7 @@ def first_device() -> Mesh:
     return make_mesh(MeshConfig(), jax.devices()[:1])
 
 
-def number_of_slices(devices: Iterable[jax.Device]) -> int:
+def number_of_slices(devices: Iterable[Device]) -> int:
     """The number of TPU slices that the devices belong to; 1 for other devices."""
     return len({getattr(device, "slice_index", 0) for device in devices})
 

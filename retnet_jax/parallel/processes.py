@@ -58,7 +58,7 @@ def connect(
             "--coordinator_address, --num_processes and --process_id belong together; "
             f"given are {coordinator}, {count} and {index}"
         )
-    if coordinator is not None:
+    if coordinator is not None and count is not None and index is not None:
         if not 0 <= index < count:
             raise ConfigError(f"--process_id={index} is not one of --num_processes={count}")
         meet(coordinator, count, index, seconds)
@@ -193,20 +193,22 @@ def together(action: Callable[[], T]) -> T:
       ConfigError, CheckpointError: if the action raised it: this process's own error, or else that
         of the first process with one.
     """
-    result, failure = None, None
     try:
         result = action()
     except _SHARED as error:
-        failure = error
-    said = gather_texts(f"{type(failure).__name__}\n{failure}")
-    if failure is not None:
-        raise failure
-    for text in said:
+        _tell_all(error)
+        raise
+    for text in _tell_all(None):
         kind, _, message = text.partition("\n")
         for error in _SHARED:
             if kind == error.__name__:
                 raise error(message)
     return result
+
+
+def _tell_all(failure: Exception | None) -> list[str]:
+    """Every process's failure, or None, as its type and message."""
+    return gather_texts(f"{type(failure).__name__}\n{failure}")
 
 
 _SHARED = (ConfigError, DamagedCheckpointError, CheckpointError)

@@ -82,7 +82,7 @@ def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
     """The rows of a batch that devices of this process hold."""
     rows = NamedSharding(mesh, PartitionSpec(BATCH[0]))
     held = rows.addressable_devices_indices_map((batch_size,)).values()
-    return sorted({row for (part,) in held for row in range(*part.indices(batch_size))})
+    return sorted({row for index in held if index for row in range(*index[0].indices(batch_size))})
 
 
 def place_batch(mesh: Mesh, batch: Any, rows: Sequence[int], batch_size: int) -> Any:

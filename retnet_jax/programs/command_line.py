@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from logging import CRITICAL, getLogger
 from pathlib import Path
 from types import MappingProxyType
@@ -26,6 +26,7 @@ from retnet_jax.errors import CheckpointError, ConfigError
 from retnet_jax.files.paths import place
 from retnet_jax.pretrained import is_run
 from retnet_jax.programs import overrides
+from retnet_jax.programs.corpus_fit import fitted_to_corpus
 from retnet_jax.programs.help_text import help_text
 from retnet_jax.programs.output import forgiving_output
 from retnet_jax.programs.run_directories import newest_run
@@ -63,7 +64,8 @@ class _Given:
 
     default_config: str | None = None
     config: str | None = None  # the value of --config as it was typed
-    changes: Mapping[str, Any] = MappingProxyType({})
+    options: Set[str] = frozenset()  # names of the options that the command line sets
+    changes: Mapping[str, Any] = MappingProxyType({})  # those with another value than the config's
 
 
 _given = _Given()
@@ -125,7 +127,7 @@ def define_dtype() -> None:
     )
 
 
-def given_dtype() -> dict[str, str]:
+def given_dtype() -> dict[str, Any]:
     """The options of the model that --dtype changes: none if it is not given."""
     return {} if flags.FLAGS.dtype is None else {"dtype": flags.FLAGS.dtype}
 
@@ -193,7 +195,7 @@ def given_config() -> Config:
             raise ConfigError(f"--config: {error}") from error
         raise ConfigError(f"--config: get_config() must return a retnet_jax.Config, not {kind}")
     config.check()
-    return config
+    return fitted_to_corpus(config, config_name(), _given.options)
 
 
 def _parse(arguments: Sequence[str], positional: Sequence[str], module: str) -> list[str]:
@@ -203,6 +205,7 @@ def _parse(arguments: Sequence[str], positional: Sequence[str], module: str) -> 
         expanded, given = overrides.taken_out(expanded)
     arguments = [arguments[0], *map(_with_underscores, expanded)]
     _given.config, _given.changes = None, {}
+    _given.options = {name for name, _ in given}
     asks_for_help = bool(_HELP & set(arguments))
     named = any(argument.partition("=")[0] == "--config" for argument in arguments)
     if _given.default_config and not named and not asks_for_help:
@@ -262,12 +265,12 @@ def _print_help(
 
 def _grouped_flags() -> Iterator[tuple[str, list[str]]]:
     """The title and flags of each group. Flags before the first group come first, as "Flags"."""
-    names = list(flags.FLAGS)
+    names, module_of = list(flags.FLAGS), flags.FLAGS.find_module_defining_flag
     for (title, start), (_, end) in itertools.pairwise([("Flags", 0), *_groups, ("", len(names))]):
         ours = [
             name
             for name in names[start:end]
-            if flags.FLAGS.find_module_defining_flag(name).startswith(("retnet_jax", sys.argv[0]))
+            if str(module_of(name)).startswith(("retnet_jax", sys.argv[0]))
         ]
         if ours:
             yield title, ours

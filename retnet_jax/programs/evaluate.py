@@ -10,6 +10,7 @@ The results are printed as tables. --output also writes them to a JSON file, tog
 everything needed to repeat the evaluation, and to a Markdown file.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from retnet_jax.evaluation.task_rows import HUBS
 from retnet_jax.evaluation.tasks import TASKS, VARIANTS
 from retnet_jax.files.paths import local
 from retnet_jax.parallel import processes
-from retnet_jax.programs import command_line
+from retnet_jax.programs import command_line, compilation_cache
 
 
 def main() -> None:
@@ -41,6 +42,7 @@ def _main() -> None:
         given.coordinator_address, given.num_processes, given.process_id, given.connect_seconds
     )
     command_line.find_model()
+    compilation_cache.use(given.compilation_cache)
     with processes.ending_with_the_others("Nothing was written."):
         text, task_data = divided(given.data or [])
         options = given_options(given, task_data)
@@ -75,6 +77,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "output", None, "JSON file to write, with a Markdown file beside it; neither may exist"
     )
+    compilation_cache.define_flag()
     command_line.define_processes()
 
 
@@ -277,3 +280,5 @@ def print_evaluation(
     if output is not None:
         write_report(output, evaluation.record, evaluation.tables)
     print(*evaluation.tables, sep="\n\n")
+    if output is not None:
+        print(f"written to {output} and {output.with_suffix('.md')}", file=sys.stderr)

@@ -35,7 +35,8 @@ from retnet_jax.generation.saved_state import load_reading, save_reading
 from retnet_jax.generation.texts import Writer
 from retnet_jax.model import for_decoding
 from retnet_jax.pretrained import load_pretrained, read_pretrained
-from retnet_jax.programs import command_line
+from retnet_jax.programs import command_line, compilation_cache
+from retnet_jax.waiting import showing, with_first
 
 
 def main() -> None:
@@ -71,6 +72,7 @@ def define_flags() -> None:
         None,
         "File to write the model's state to, after a single prompt and its continuation",
     )
+    compilation_cache.define_flag()
 
 
 def _define_prompts() -> None:
@@ -113,6 +115,7 @@ def _define_sampling() -> None:
 def _main() -> int:
     """Generates as the flags say."""
     command_line.find_model()
+    compilation_cache.use(flags.FLAGS.compilation_cache)
     try:
         generate(flags.FLAGS)
     except KeyboardInterrupt:
@@ -138,27 +141,30 @@ def generate(args) -> None:
         raise ConfigError(f"--save_state takes a single prompt; there are {len(prompts)}")
     directory = place(args.workdir or args.checkpoint)
     _, tokenizer = read_pretrained(directory)
-    model = load_pretrained(directory, **command_line.given_dtype())
-    model = for_decoding(model, weights=args.weights, state_dtype=args.state_dtype)
+    with showing("loading the model"):
+        model = load_pretrained(directory, **command_line.given_dtype())
+        model = for_decoding(model, weights=args.weights, state_dtype=args.state_dtype)
     after = None
     if args.load_state is not None:
         after = load_reading(local(args.load_state), model, tokenizer)
-    writer = Writer(
-        model,
-        tokenizer,
-        prompts,
-        args.max_tokens,
-        [request.sampler for request in requests],
-        args.seed,
-        stop=args.stop,
-        # A saved state must not have read any token beyond the end of the text.
-        tokens_at_once=1 if args.save_state else 16,
-        after=after,
-    )
+    with showing("compiling, and reading the prompts"):
+        writer = Writer(
+            model,
+            tokenizer,
+            prompts,
+            args.max_tokens,
+            [request.sampler for request in requests],
+            args.seed,
+            stop=args.stop,
+            # A saved state must not have read any token beyond the end of the text.
+            tokens_at_once=1 if args.save_state else 16,
+            after=after,
+        )
     speed = Speed(lambda: sum(len(found.tokens) for found in writer.continuations))
+    pieces = with_first(writer, "compiling the decoding")
     if len(prompts) == 1:
         print(prompts[0], end="", flush=True)
-    for additions in writer:
+    for additions in pieces:
         speed.note()
         if len(prompts) == 1:
             print(additions[0], end="", flush=True)
@@ -175,8 +181,10 @@ def generate(args) -> None:
             for request, found in zip(requests, writer.continuations, strict=True):
                 record = {**request.others, "prompt": request.prompt, **dataclasses.asdict(found)}
                 file.write(_as_json(record) + "\n")
+        print(f"written to {output}", file=sys.stderr)
     if args.save_state is not None:
         save_reading(local(args.save_state), writer.reading, model, tokenizer)
+        print(f"the state is written to {args.save_state}", file=sys.stderr)
 
 
 def _as_json(record: dict[str, Any]) -> str:

@@ -33,10 +33,11 @@ def help_text(
 
 def _flag_lines(flag: flags.Flag) -> Iterator[str]:
     kind = flag.flag_type()
+    choices = getattr(flag.parser, "enum_values", None)
     if kind == "bool":
         value = ""
-    elif hasattr(flag.parser, "enum_values"):
-        value = f"={'|'.join(flag.parser.enum_values)}"
+    elif choices is not None:
+        value = f"={'|'.join(choices)}"
     elif flag.name == "config":
         value = "=FILE[:ARGUMENT]"
     else:

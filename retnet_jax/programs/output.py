@@ -6,6 +6,7 @@ evaluation loses its results.
 
 import contextlib
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -80,7 +81,7 @@ def forgiving_output(when_gone: Callable[[], object] = lambda: None) -> Iterator
 
     before = sys.stdout, sys.stderr
     for stream in before:
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     sys.stdout = _Forgiving(before[0], tell, drops_all=False)
     sys.stderr = _Forgiving(before[1], tell, drops_all=True)

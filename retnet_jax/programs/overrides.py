@@ -65,7 +65,9 @@ def option_from_text(name: str, text: str) -> Any:
       ConfigError: for a text that is no value of the option's type.
     """
     field = options()[name]
-    kinds = typing.get_args(field.type) if _is_optional(field.type) else (field.type,)
+    kinds: tuple[Any, ...] = (
+        typing.get_args(field.type) if _is_optional(field.type) else (field.type,)
+    )
     if type(None) in kinds and text.strip().lower() in ("none", "null", ""):
         return None
     (kind,) = (kind for kind in kinds if kind is not type(None))
@@ -97,7 +99,7 @@ def shares_from_text(text: str) -> dict[str, float]:
     return shares
 
 
-def _tuple_from_text(text: str, kinds: Sequence[Any]) -> tuple[Any, ...]:
+def _tuple_from_text(text: str, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
     inside = text.strip()
     if inside[:1] + inside[-1:] in ("()", "[]"):
         inside = inside[1:-1].strip()

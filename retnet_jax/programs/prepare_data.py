@@ -14,6 +14,7 @@ from absl import flags
 
 from retnet_jax.data.build import build_or_wait
 from retnet_jax.data.round_trip import describe_round_trip
+from retnet_jax.data.split import describe_tail
 from retnet_jax.data.store_problems import check_files
 from retnet_jax.data.stores import check_tokenizer, open_or_build
 from retnet_jax.data.token_store import TokenStore
@@ -60,11 +61,13 @@ def _main() -> None:
 
 def table(store: TokenStore) -> str:
     """The counts of each split, and the documents that were left out."""
-    rows = [("", "documents", "tokens", "bytes", "bytes/token")]
+    rows: list[tuple[str, ...]] = [("", "documents", "tokens", "bytes", "bytes/token")]
     for name, counts in store.manifest["splits"].items():
         numbers = [f"{counts[key]:,}" for key in ("documents", "tokens", "bytes")]
         rows.append((name, *numbers, f"{counts['bytes'] / counts['tokens']:.2f}"))
     lines = [f"{row[0]:<10}" + "".join(f"{cell:>15}" for cell in row[1:]) for row in rows]
+    tail = describe_tail(store.manifest)
+    lines += [tail] if tail else []
     skipped = store.manifest["skipped"]
     counts = f"{store.manifest['duplicates']:,} duplicates, {skipped['count']:,} skipped"
     lines.append(f"left out: {counts}")

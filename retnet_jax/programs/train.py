@@ -14,17 +14,22 @@ process with
     --coordinator_address=HOST:PORT --num_processes=N --process_id=I
 """
 
+import shlex
 import signal
 import sys
 from pathlib import Path
 
 from absl import flags
+from jax.sharding import Mesh
+from jax.stages import Compiled
 
 from retnet_jax.aot.compile_step import load
+from retnet_jax.config import Config
 from retnet_jax.parallel import processes
-from retnet_jax.programs import command_line
+from retnet_jax.programs import command_line, compilation_cache
 from retnet_jax.programs.run_directories import default_workdir
 from retnet_jax.training.loop import train
+from retnet_jax.training.step import TrainState
 
 
 def main() -> None:
@@ -45,6 +50,7 @@ def define_flags() -> None:
         "with the options that are changed",
     )
     flags.DEFINE_string("compiled", None, "compiled step from tools/compile_ahead.py --save=FILE")
+    compilation_cache.define_flag()
     command_line.define_processes()
 
 
@@ -55,17 +61,28 @@ def _main() -> int:
     processes.connect(
         given.coordinator_address, given.num_processes, given.process_id, given.connect_seconds
     )
+    compilation_cache.use(given.compilation_cache)
     workdir = given.workdir
     if workdir is None:
         names = command_line.config_name(), command_line.config_changes()
         workdir = default_workdir(*names)
         print(f"workdir {workdir}", file=sys.stderr)
-    step = None
-    if given.compiled is not None:
 
-        def step(config, mesh, state_shape):
-            return load(Path(given.compiled), config, mesh, state_shape)
+    def load_step(config: Config, mesh: Mesh, state_shape: TrainState) -> Compiled:
+        return load(Path(given.compiled), config, mesh, state_shape)
 
+    step = None if given.compiled is None else load_step
     with processes.ending_with_the_others("The same command resumes from the newest checkpoint."):
         result = train(config, workdir, step=step, command=command_line.prepare_command())
+    if result.status == "finished" and processes.is_first():
+        print(_next_commands(str(workdir)), file=sys.stderr)
     return 0 if result.status in ("finished", "stopped") else 1
+
+
+def _next_commands(workdir: str) -> str:
+    """The commands that use a trained model, one in a line."""
+    installed = Path(sys.argv[0]).name.startswith("retnet-")
+    evaluate = "retnet-eval" if installed else "python eval.py"
+    generate = "retnet-generate" if installed else "python generate.py"
+    run = shlex.quote(workdir)
+    return f'evaluate:   {evaluate} {run}\ngenerate:   {generate} {run} "..."'

@@ -214,7 +214,7 @@ def _verify(path: epath.Path, items: list[str]) -> bool:
     return processes.together(lambda: checkpoint_files.verify(path, items, share))
 
 
-def restore_model(directory: Path, model: Any) -> tuple[Any, int]:
+def restore_model(directory: Path | epath.Path, model: Any) -> tuple[Any, int]:
     """The model of the newest checkpoint in a run's `checkpoints/`, and its step.
 
     Args:
@@ -242,7 +242,7 @@ class ParameterReader:
       CheckpointError: as `restore_model`.
     """
 
-    def __init__(self, directory: Path, model: Any):
+    def __init__(self, directory: Path | epath.Path, model: Any):
         def open_model(path: epath.Path) -> epath.Path:
             _check_arrays(path, "model", model)
             return path / "model"
@@ -270,7 +270,7 @@ class ParameterReader:
         return found
 
 
-def _of_newest(directory: Path, read: Callable[[epath.Path], T]) -> T:
+def _of_newest(directory: Path | epath.Path, read: Callable[[epath.Path], T]) -> T:
     """Verifies the newest checkpoint in a directory and returns the result of `read`.
 
     A run that is still training may delete it meanwhile. Then the next newest one is read.
@@ -331,7 +331,7 @@ def _read(path: epath.Path, **trees: Any) -> Any:
         raise DamagedCheckpointError(f"checkpoint {path} is damaged: {_brief(error)}") from error
 
 
-def _check_arrays(path: Path, item: str, tree: Any) -> None:
+def _check_arrays(path: epath.Path, item: str, tree: Any) -> None:
     """Raises a `CheckpointError` that lists every missing, extra or misshapen array."""
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
         stored = handler.metadata(_absolute(path / item)).tree

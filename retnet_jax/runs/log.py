@@ -167,7 +167,7 @@ class _WeightsAndBiases:
 
     def __init__(self, project: str, workdir: epath.Path, say: Callable[[str], object]):
         try:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports] (optional)
         except ImportError:
             raise ConfigError(
                 f"train.wandb={project!r} needs the package wandb: pip install wandb"
@@ -193,17 +193,17 @@ class _WeightsAndBiases:
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Sends the values of a step."""
-        self._try(lambda: self._run.log(dict(values), step=step))
+        self._try(lambda run: run.log(dict(values), step=step))
 
     def finish(self) -> None:
         """Sends the remaining values."""
-        self._try(lambda: self._run.finish())
+        self._try(lambda run: run.finish())
 
-    def _try(self, action: Callable[[], object]) -> None:
+    def _try(self, action: Callable[[Any], object]) -> None:
         if self._run is None:
             return
         try:
-            action()
+            action(self._run)
         except Exception as error:
             self._run = None
             self._say(

@@ -16,6 +16,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from etils import epath
 
@@ -173,7 +174,7 @@ def _record(
     atomic.write_text(workdir / "config.json", to_json(config))
 
 
-def check_store(workdir: epath.Path, store: TokenStore) -> None:
+def check_store(workdir: Path | epath.Path, store: TokenStore) -> None:
     """Raises `ConfigError` if a store holds other data than when the run began.
 
     With other data, held-out documents may be among those that the model was trained on, and a
@@ -189,7 +190,7 @@ def check_store(workdir: epath.Path, store: TokenStore) -> None:
         )
 
 
-def _recorded_stores(workdir: epath.Path) -> dict[str, str]:
+def _recorded_stores(workdir: Path | epath.Path) -> dict[str, str]:
     path = epath.Path(workdir) / STORES
     if not path.exists():
         return {}
@@ -208,7 +209,7 @@ def _record_stores(workdir: epath.Path, stores: Sequence[TokenStore]) -> None:
         atomic.write_text(workdir / STORES, json.dumps(found, indent=2) + "\n")
 
 
-def read_workdir(workdir: epath.Path) -> tuple[Config, Tokenizer]:
+def read_workdir(workdir: Path | epath.Path) -> tuple[Config, Tokenizer]:
     """The config and the tokenizer of a run.
 
     Raises:
@@ -245,7 +246,7 @@ def progress_of_old_checkpoint(workdir: epath.Path, step: int) -> dict[str, floa
     }
 
 
-def _recorded_tokenizer(workdir: epath.Path) -> Tokenizer:
+def _recorded_tokenizer(workdir: Path | epath.Path) -> Tokenizer:
     try:
         return load_tokenizer(workdir)
     except (OSError, ValueError) as error:

@@ -7,6 +7,7 @@ import jax
 from retnet_jax.config import Config
 from retnet_jax.config_text import summary
 from retnet_jax.data import Stores
+from retnet_jax.data.stores import repetition_notes
 from retnet_jax.parallel import processes
 from retnet_jax.runs.log import MetricsLog, NoLog
 from retnet_jax.training.step import TrainState
@@ -35,6 +36,9 @@ def announce(
         log.say(note)
     log.say(summary(config))
     log.say(describe(config, stores, state, mesh))
+    tokens = config.train.batch_size * config.data.sequence_length
+    for note in repetition_notes(stores, config.train.steps, tokens):
+        log.say(note)
     if config.profile.steps and config.profile.start <= int(state.step):
         log.say(
             f"no steps are traced: profile.start={config.profile.start} is already done; give a "

@@ -4,16 +4,17 @@ import contextlib
 import time
 from collections.abc import Iterable, Iterator
 
-import jax
 import numpy as np
 
 from retnet_jax.parallel.chips import chip
+from retnet_jax.parallel.mesh import Device
 
 
-def peak_flops(devices: Iterable[jax.Device]) -> float | None:
+def peak_flops(devices: Iterable[Device]) -> float | None:
     """Peak FLOP/s of all devices together; None if one has no data sheet, such as a CPU."""
     known = [chip(device.device_kind) for device in devices]
-    return None if None in known else sum(x.flops for x in known)
+    flops = [x.flops for x in known if x is not None]
+    return sum(flops) if len(flops) == len(known) else None
 
 
 class Clock:
@@ -50,7 +51,7 @@ class Clock:
         self._lap_began = self._last_step = time.perf_counter()
         self._paused = 0.0  # since the last step
         self._steps: list[float] = []
-        self._waited = dict.fromkeys(("data", "checkpoint", "evaluation"), 0.0)
+        self._waited: dict[str, float] = dict.fromkeys(("data", "checkpoint", "evaluation"), 0.0)
 
     @contextlib.contextmanager
     def waiting(self, reason: str) -> Iterator[None]:

@@ -9,7 +9,7 @@ model during training is an `Evaluator`, such as the held-out loss (`held_out_lo
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +36,7 @@ from retnet_jax.training.held_out_loss import HeldOutLoss
 from retnet_jax.training.memory import check_memory
 from retnet_jax.training.start import RunProgress, check_finite, items_of, start_or_restore
 from retnet_jax.training.step import StepMetrics, TrainState, abstract_state, make_step
+from retnet_jax.waiting import showing, showing_first_call
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
@@ -108,8 +109,11 @@ def train(
         stop = stack.enter_context(processes.stop_signals())
         stack.enter_context(jax.set_mesh(mesh))
         checkpoints = stack.enter_context(contextlib.closing(_checkpoints(config, workdir)))
-        state, progress, damage = start_or_restore(config, mesh, state_shape, checkpoints, workdir)
-        check_finite(state, config, workdir)
+        with showing("preparing the training state", processes.is_first()):
+            state, progress, damage = start_or_restore(
+                config, mesh, state_shape, checkpoints, workdir
+            )
+            check_finite(state, config, workdir)
         log = stack.enter_context(contextlib.closing(_open_log(config, workdir, int(state.step))))
         notes = [*(f"resumed with a changed option: {change}" for change in changes or ()), *damage]
         notes.append(memory)
@@ -188,7 +192,8 @@ class Run:
         self.config = config
         self.workdir = workdir
         self.stores = stores
-        self.step = step
+        first = processes.is_first()
+        self.step = showing_first_call(step, "compiling the training step", first)
         self.checkpoints = checkpoints
         self.log = log
         self.evaluators = tuple(evaluators)
@@ -235,6 +240,8 @@ class Run:
         if not self.save_last():
             return self.result("unsaved")
         self.log.say("the run is finished" if finished else "the same command resumes from here")
+        self.log.say(f"checkpoint: {self.workdir / 'checkpoints' / str(self.done)}")
+        self.log.say(f"metrics:    {self.workdir / 'metrics.jsonl'}")
         return self.result("finished" if finished else "stopped")
 
     def begin(self, state: TrainState, progress: RunProgress) -> None:
@@ -309,7 +316,7 @@ class Run:
                         self.evaluate(due)
             self.read()
 
-    def take_step(self, batches: Iterable[tuple[int, Batch]]) -> None:
+    def take_step(self, batches: Iterator[tuple[int, Batch]]) -> None:
         """Starts a step, and reads the metrics of the previous step while it runs."""
         with self.clock.waiting("data"):
             number, batch = next(batches)
@@ -414,7 +421,8 @@ class Run:
           ConfigError: if a value has a name that every record already has.
         """
         for evaluator in evaluators:
-            values = evaluator.function(self.state.model)
+            with showing(f"evaluating the {evaluator.name}", processes.is_first()):
+                values = evaluator.function(self.state.model)
             for name in ("step", "evaluator"):
                 if name in values:
                     raise ConfigError(

@@ -8,6 +8,7 @@ import jax
 
 from retnet_jax.config import Config
 from retnet_jax.errors import ConfigError
+from retnet_jax.parallel.mesh import Device
 from retnet_jax.training.step import TrainState
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -48,7 +49,7 @@ def check_memory(config: Config, state_shape: TrainState) -> str:
     return f"memory of a device: at least {_gb(needed)}{share}: {parts}; activations come on top"
 
 
-def device_memory(device: jax.Device) -> int | None:
+def device_memory(device: Device) -> int | None:
     """Bytes that a device has; of a CPU its share of the machine's. None: unknown."""
     statistics = device.memory_stats()
     if statistics and statistics.get("bytes_limit"):

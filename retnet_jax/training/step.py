@@ -61,11 +61,13 @@ def initial_state(config: Config) -> TrainState:
 
 def state_of(config: Config, model: LanguageModel) -> TrainState:
     """The state before the first step, with given parameters."""
-    optimizer = make_optimizer(config.optimizer, config.train.steps).init(model)
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    # optax's types name no pytrees but containers of arrays.
+    optimizer_state = optimizer.init(model)  # pyright: ignore[reportArgumentType]
     carry = None
     if config.train.carry_state:
         carry = model.init_state(config.train.batch_size, capacity=0)
-    return TrainState(jnp.zeros((), jnp.int32), model, optimizer, carry, nothing_yet())
+    return TrainState(jnp.zeros((), jnp.int32), model, optimizer_state, carry, nothing_yet())
 
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
@@ -126,8 +128,9 @@ def loss_sum(
     return objective, Sums(loss, batch.weights.sum(), None if carry is None else state)
 
 
-def _where_continued(continues: Bool[Array, " b"], carry: RetentionState) -> RetentionState:
+def _where_continued(continues: Bool[Array, " b"], carry: State) -> RetentionState:
     """The carried state for rows that continue, the empty state for the others."""
+    assert isinstance(carry.layers, Array)  # stacked: `config.train.carry_state` is for a RetNet
     return RetentionState(
         layers=jnp.where(continues[None, :, None, None, None], carry.layers, 0.0),
         position=jnp.where(continues, carry.position, 0),
@@ -147,8 +150,9 @@ def train_step(config: Config, state: TrainState, batch: Batch) -> tuple[TrainSt
     loss, norm = sums.loss / sums.weight, optax.tree.norm(gradients)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     before = at_step(state.optimizer, state.step)
-    updates, optimizer_state = optimizer.update(gradients, before, state.model)
-    model = optax.apply_updates(state.model, updates)
+    model: Any = state.model  # a pytree that optax's types do not name, as in `state_of`
+    updates, optimizer_state = optimizer.update(gradients, before, model)
+    model = optax.apply_updates(model, updates)
     finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(model)]).all()
     good, usual = judge(state.usual, loss, norm, config.train.spike_deviations, finite)
     factor = learning_rate_factor(config.optimizer, config.train.steps)
@@ -189,13 +193,13 @@ def gradient_sums(
 
     def split(x, axis=0):
         # Part i takes every `micro_batches`-th row from i on, so rows stay on their devices.
-        rows = jnp.moveaxis(x, axis, 0)
-        parts = rows.reshape(-1, micro_batches, *rows.shape[1:]).swapaxes(0, 1)
-        return jnp.moveaxis(parts, 1, axis + 1)
+        rows = jnp.moveaxis(x, axis, 0)  # [b ...]
+        parts = rows.reshape(-1, micro_batches, *rows.shape[1:]).swapaxes(0, 1)  # [n b/n ...]
+        return jnp.moveaxis(parts, 1, axis + 1)  # [n ...], with the rows at their axis again
 
     def join(parts, axis=0):
-        rows = jnp.moveaxis(parts, axis + 1, 1).swapaxes(0, 1)
-        return jnp.moveaxis(rows.reshape(-1, *rows.shape[2:]), 0, axis)
+        rows = jnp.moveaxis(parts, axis + 1, 1).swapaxes(0, 1)  # [b/n n ...]
+        return jnp.moveaxis(rows.reshape(-1, *rows.shape[2:]), 0, axis)  # as before `split`
 
     parts = jax.tree.map(split, batch)
     if carry is not None:

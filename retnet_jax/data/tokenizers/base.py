@@ -7,10 +7,13 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from retnet_jax.errors import ConfigError
 from retnet_jax.files.digests import sha256_of
+
+if TYPE_CHECKING:
+    from etils import epath
 
 FILE_NAME = "tokenizer.json"
 SENTENCEPIECE_NAME = "tokenizer.model"
@@ -72,7 +75,7 @@ class Tokenizer(Protocol):
                 f"{shown}"
             )
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path | epath.Path) -> None:
         """Writes the files from which `load_tokenizer` loads the same tokenizer."""
         for name, contents in self.files.items():
             (directory / name).write_bytes(contents)

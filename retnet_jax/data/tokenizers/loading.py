@@ -92,7 +92,7 @@ def _load_json(directory: Path) -> Tokenizer:
         ours = _may_be_ours(json.loads(serialised))
     except Exception as error:  # `tokenizers` raises no narrower class
         raise ValueError(f"{path} is not a tokenizer: {error}") from error
-    special = _special_ids(directory, found.token_to_id, found.id_to_token, required=not ours)
+    special = _known_special_ids(directory, found.token_to_id, found.id_to_token)
     bos = found.token_to_id(BOS)
     if ours and special in (None, (bos, (bos,))) and not (directory / CONFIG_NAME).exists():
         return BPETokenizer(serialised)
@@ -143,7 +143,7 @@ def _load_sentencepiece(directory: Path) -> Tokenizer:
     names = {i: token for token, i in added.items()}
 
     def id_of(piece: str) -> int | None:
-        found = added.get(piece, model.piece_to_id(piece))
+        found = added[piece] if piece in added else model.piece_to_id(piece)
         return found if token_of(found) == piece else None
 
     def token_of(number: int) -> str | None:
@@ -182,7 +182,22 @@ def _special_ids(
     id_of: Callable[[str], int | None],
     token_of: Callable[[int], str | None],
     own: dict[str, int] | None = None,
-    required: bool = True,
+) -> tuple[int, tuple[int, ...]]:
+    """As `_known_special_ids`; raises `ValueError` where nothing is known."""
+    found = _known_special_ids(directory, id_of, token_of, own)
+    if found is None:
+        raise ValueError(
+            f"no file in {directory} says which token opens or ends a text; add it to "
+            f'{directory / CONFIG_NAME}, such as {{"bos_token": "<s>", "eos_token": "</s>"}}'
+        )
+    return found
+
+
+def _known_special_ids(
+    directory: Path,
+    id_of: Callable[[str], int | None],
+    token_of: Callable[[int], str | None],
+    own: dict[str, int] | None = None,
 ) -> tuple[int, tuple[int, ...]] | None:
     """The id that opens a text, and the ids that end one. If only one is known, it does both.
 
@@ -190,7 +205,7 @@ def _special_ids(
     tokenizer itself, then as ids in config.json and generation_config.json; the first found is
     used. If one of these files has several ids that end a text, all of them do.
 
-    Returns None if no id is known and it is not `required`.
+    Returns None if no id is known.
     """
 
     def ids(name: str, key: str) -> list[int]:
@@ -218,18 +233,14 @@ def _special_ids(
         return None
 
     bos, end = found("bos"), found("eos")
-    if bos is None and end is None:
-        if not required:
-            return None
-        raise ValueError(
-            f"no file in {directory} says which token opens or ends a text; add it to "
-            f'{directory / CONFIG_NAME}, such as {{"bos_token": "<s>", "eos_token": "</s>"}}'
-        )
-    ends = [bos if end is None else end]
+    opens, closes = end if bos is None else bos, bos if end is None else end
+    if opens is None or closes is None:
+        return None
+    ends = [closes]
     for name in (CONFIG_NAME, *_ID_FILES):
         if isinstance(_values(directory / name).get("eos_token_id"), list):
             ends += ids(name, "eos_token_id")
-    return (end if bos is None else bos), tuple(dict.fromkeys(ends))
+    return opens, tuple(dict.fromkeys(ends))
 
 
 _ID_FILES = ("config.json", "generation_config.json")

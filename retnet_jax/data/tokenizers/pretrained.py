@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType, ModuleType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from retnet_jax.data.tokenizers.base import (
     ADDED_NAME,
@@ -237,7 +237,7 @@ class Cl100kTokenizer(Tokenizer):
 
 def _special_tokens(token_of: Callable[[int], str], bos_id: int, end_ids: Sequence[int]) -> bytes:
     """A tokenizer_config.json with the special tokens; several ids that end a text are listed."""
-    values = {"bos_token": token_of(bos_id), "eos_token": token_of(end_ids[0])}
+    values: dict[str, Any] = {"bos_token": token_of(bos_id), "eos_token": token_of(end_ids[0])}
     if len(end_ids) > 1:
         values["eos_token_id"] = list(end_ids)
     return (json.dumps(values, ensure_ascii=False, indent=2) + "\n").encode()

@@ -128,7 +128,7 @@ def _shard_map(part: Callable, q, k, v, log_decay, state, split: SplitDocuments 
     wide = activation_spec("bthk", q.shape)
     state_spec = activation_spec("bhkv", (q.shape[0], *q.shape[2:], v.shape[3]))
     by_row = PartitionSpec(wide[0])
-    each = Documents(*[PartitionSpec(*wide[:2])] * 3)
+    by_token = PartitionSpec(*wide[:2])
     return jax.shard_map(
         part,
         in_specs=(
@@ -137,7 +137,9 @@ def _shard_map(part: Callable, q, k, v, log_decay, state, split: SplitDocuments 
             activation_spec("bthv", v.shape),
             PartitionSpec(wide[2]),
             None if state is None else state_spec,
-            None if split is None else SplitDocuments(each, by_row, by_row),
+            None
+            if split is None
+            else split._replace(documents=by_token, end_count=by_row, end_index=by_row),
         ),
         out_specs=(activation_spec("bthv", v.shape), state_spec),
         check_vma=False,

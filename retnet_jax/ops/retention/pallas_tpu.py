@@ -145,8 +145,8 @@ def _retention_forward(tiling, *inputs):
     is_primal = lambda x: isinstance(x, jax.custom_derivatives.CustomVJPPrimal)  # noqa: E731
     decay_is_trained = inputs[3].perturbed
     inputs = jax.tree.map(lambda x: x.value, inputs, is_leaf=is_primal)
-    y, final = _retention(tiling, *inputs)
-    return (y, final), (inputs, final if decay_is_trained else None)
+    result: tuple[Array, Array] = _retention(tiling, *inputs)
+    return result, (inputs, result[1] if decay_is_trained else None)
 
 
 def _retention_backward(tiling, residuals, cotangents):

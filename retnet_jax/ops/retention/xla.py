@@ -46,7 +46,7 @@ def parallel(
     if state is None:
         state = zero_state(q, v)
     row = _Loop(start=0, n=1, chunks=1, size=q.shape[1])  # one chunk
-    qkv = (row.read(x, 0) for x in (q, k, v))  # [b h n l w] each
+    qkv = row.read(q, 0), row.read(k, 0), row.read(v, 0)  # [b h n l w] each
     y, state = _outputs(*qkv, state, row.decays(log_decay, documents)(0))
     return row.write(jnp.zeros_like(v), y, 0), state
 
@@ -112,7 +112,7 @@ def _run(loop: "_Loop", q, k, v, log_decay, documents, state, y):
 
     def step(carry, start):
         state, y = carry
-        qkv = (loop.read(x, start) for x in (q, k, v))  # [b h n l w] each
+        qkv = loop.read(q, start), loop.read(k, start), loop.read(v, start)  # [b h n l w] each
         y_span, after = _outputs(*qkv, state, decays(start))
         return (after, loop.write(y, y_span, start)), state
 
@@ -157,8 +157,8 @@ def _run_backward(loop: "_Loop", arrays, log_decay, documents, states, d_state, 
     def step(carry, span):
         d_state, d_qkv = carry
         start, state = span
-        heads = (loop.read(x, start) for x in arrays)  # [b h n l w] each
-        *d_span, d_state = _gradients(*heads, state, d_state, decays(start))
+        q, k, v, d_y = (loop.read(x, start) for x in arrays)  # [b h n l w] each
+        *d_span, d_state = _gradients(q, k, v, d_y, state, d_state, decays(start))
         written = (loop.write(x, part, start) for x, part in zip(d_qkv, d_span, strict=True))
         return (d_state, tuple(written)), None
 
@@ -215,7 +215,7 @@ def _recurrent_forward(*inputs):
 
 def _recurrent_backward(inputs, cotangents):
     *arrays, documents = inputs
-    _, backward = jax.vjp(lambda *arrays: chunkwise(*arrays, documents), *arrays)
+    _, backward = jax.vjp(partial(chunkwise, documents=documents), *arrays)
     return (*backward(cotangents), None)
 
 

@@ -145,6 +145,7 @@ def _recurrence(
         states.reverse()
     states = jnp.stack(states, axis=1)
     y, after = walk_segments(q, k, v, scores, factors, states, length, reverse)
+    assert y is not None  # which it is only without queries
     return y, after[:, 0 if reverse else -1, :, :written, :contracted]
 
 

@@ -1,6 +1,7 @@
 """Helpers of both kernels: tiles in shared memory, loads into registers, sums of products."""
 
 import inspect
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,17 @@ from retnet_jax.parallel.mesh import backend
 TOKENS = 64  # tokens of a chunk: rows of a warpgroup's matrix product
 TILE = 64  # columns of a tile
 
+Ref = Any  # memory or a barrier that a kernel refers to; Pallas has no public type for them
+ACC = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage] (jax imports it without __all__)
+
 WGMMA = plgpu.Layout.WGMMA
 OF_ROW = WGMMA.reduce(1)  # a vector with a number for each row of a matrix
 OF_COLUMN = WGMMA.reduce(0)
-SWIZZLE = plgpu.SwizzleTransform(128)
+# jax 0.12 declares abstract methods that these classes get elsewhere.
+SWIZZLE = plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
 AS_ROWS = (SWIZZLE,)
-AS_OPERAND = (plgpu.TilingTransform((8, 64)), SWIZZLE)
+AS_OPERAND = (plgpu.TilingTransform((8, 64)), SWIZZLE)  # pyright: ignore[reportAbstractUsage]
+AS_SUMS = (plgpu.TilingTransform((8, 32)), SWIZZLE)  # pyright: ignore[reportAbstractUsage]
 
 
 def operands(*shape: int):
@@ -70,17 +76,19 @@ def accumulate(products, *sums):
       The matrices with the products added.
     """
     if not interpreter():
-        return pl.run_state(products)(tuple(map(plgpu.ACC.init, sums)))
+        return pl.run_state(products)(tuple(map(ACC.init, sums)))
 
     # In the interpreter accumulators always begin with 0.
     def added(*accumulators):
         products(accumulators)
         return [accumulator[...] for accumulator in accumulators]
 
-    zeros = [plgpu.ACC(x.shape, x.dtype) for x in sums]
+    zeros = [ACC(x.shape, x.dtype) for x in sums]
     return tuple(x + y for x, y in zip(sums, pl.run_scoped(added, *zeros), strict=True))
 
 
 def interpreter():
     """Pallas's interpreter, where the program runs on a CPU; None on a GPU."""
-    return plgpu.InterpretGPUParams() if backend() == "cpu" else None
+    if backend() != "cpu":
+        return None
+    return plgpu.InterpretGPUParams()  # pyright: ignore[reportAttributeAccessIssue] (jax 0.11)

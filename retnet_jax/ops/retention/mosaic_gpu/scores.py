@@ -10,11 +10,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from retnet_jax.ops.retention.document_index import Chunks
 from retnet_jax.ops.retention.mosaic_gpu import memory
 from retnet_jax.ops.retention.mosaic_gpu.memory import (
+    ACC,
     AS_ROWS,
     OF_COLUMN,
     OF_ROW,
     TILE,
     TOKENS,
+    Ref,
     along_columns,
     along_rows,
     load,
@@ -72,10 +74,10 @@ def decayed_scores(
 class _Shared(NamedTuple):
     """Shared memory and barriers of a CTA."""
 
-    q: object  # ring of tiles
-    k: object  # ring of tiles
-    scores: object
-    loaded: object  # a barrier for each slot of the rings
+    q: Ref  # ring of tiles
+    k: Ref  # ring of tiles
+    scores: Ref
+    loaded: Ref  # a barrier for each slot of the rings
 
 
 def _products(q, k, shared: _Shared, row, head, chunk, n_tiles: int):
@@ -106,7 +108,7 @@ def _products(q, k, shared: _Shared, row, head, chunk, n_tiles: int):
         return total[...]
 
     pl.loop(0, stages)(fetch)
-    return pl.run_scoped(product, plgpu.ACC((TOKENS, TOKENS), jnp.float32))
+    return pl.run_scoped(product, ACC((TOKENS, TOKENS), jnp.float32))
 
 
 def _decay(log_decay, count, code, row, head, chunk):

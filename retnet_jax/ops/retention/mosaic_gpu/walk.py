@@ -5,7 +5,7 @@ of the output. Its computing warpgroups hold T in registers; one more warpgroup 
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +14,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from retnet_jax.ops.retention.mosaic_gpu import memory
 from retnet_jax.ops.retention.mosaic_gpu.memory import (
+    ACC,
     AS_OPERAND,
     AS_ROWS,
+    AS_SUMS,
     OF_COLUMN,
     OF_ROW,
-    SWIZZLE,
     TILE,
     TOKENS,
     WGMMA,
+    Ref,
     accumulate,
     along_columns,
     along_rows,
@@ -112,39 +114,42 @@ def _walk(arrays: "_Arrays", shared: "_Shared", tiling: Tiling, segments: Segmen
 
 
 class _Arrays(NamedTuple):
-    """Arrays in the GPU's memory: the arguments of `walk_segments` and its results."""
+    """Arrays in the GPU's memory: the arguments of `walk_segments` and its results.
 
-    q: Array | None
-    k: Array
-    v: Array
-    scores: Array | None
-    factors: Array
-    states: Array | None
-    after: Array
-    y: Array | None
+    Outside the kernel they are arrays, or shapes of results; inside it they are references.
+    """
+
+    q: Ref | None
+    k: Ref
+    v: Ref
+    scores: Ref | None
+    factors: Ref
+    states: Ref | None
+    after: Ref
+    y: Ref  # None without q
 
 
 class _Shared(NamedTuple):
     """Shared memory and barriers of a CTA."""
 
-    ring: object  # tiles of q and k
-    v: object  # v of two chunks, as are factors and scores
-    factors: object
-    chunk_loaded: object
-    chunk_free: object
-    tile_loaded: object
-    tile_free: object
+    ring: Ref  # tiles of q and k
+    v: Ref  # v of two chunks, as are factors and scores
+    factors: Ref
+    chunk_loaded: Ref
+    chunk_free: Ref
+    tile_loaded: Ref
+    tile_free: Ref
     # Where there are queries.
-    scores: object = None
-    y: object = None
-    registers: object = None  # for the interpreter, which cannot take a left operand from registers
+    scores: Ref = None
+    y: Ref = None
+    registers: Ref = None  # for the interpreter, which cannot take a left operand from registers
     # Where two warpgroups add what they read from T.
-    half: object = None
-    half_there: object = None
-    half_free: object = None
+    half: Ref = None
+    half_there: Ref = None
+    half_free: Ref = None
 
     @staticmethod
-    def of(tiling: Tiling, reads: bool) -> dict[str, object]:
+    def of(tiling: Tiling, reads: bool) -> dict[str, Any]:
         """The memory to allocate, by field."""
         each, bfloat16 = tiling.warpgroups, jnp.bfloat16
         found = _Shared(
@@ -163,9 +168,8 @@ class _Shared(NamedTuple):
             registers = plgpu.SMEM((each, TILE, TILE), bfloat16, transforms=AS_OPERAND)
             found = found._replace(registers=registers)
         if reads and tiling.halves == 2:
-            transforms = (plgpu.TilingTransform((8, 32)), SWIZZLE)
             found = found._replace(
-                half=plgpu.SMEM((TILE, TOKENS), jnp.float32, transforms=transforms),
+                half=plgpu.SMEM((TILE, TOKENS), jnp.float32, transforms=AS_SUMS),
                 half_there=plgpu.Barrier(),
                 half_free=plgpu.Barrier(),
             )
@@ -279,7 +283,7 @@ class _Computing(NamedTuple):
     warpgroup: Array
     group: Array
     half: Array
-    rows: object  # rows of T and columns of y
+    rows: Any  # rows of T and columns of y
 
     @staticmethod
     def of(arrays: _Arrays, shared: _Shared, work: _Work, warpgroup) -> "_Computing":
@@ -359,7 +363,7 @@ class _Computing(NamedTuple):
                 self._free(first + j)
             return y[...]
 
-        return pl.run_scoped(products, plgpu.ACC((TILE, TOKENS), jnp.float32))
+        return pl.run_scoped(products, ACC((TILE, TOKENS), jnp.float32))
 
     def _tile(self, number):
         """A tile of the ring, once it is loaded."""
