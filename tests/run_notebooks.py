@@ -18,7 +18,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError
 
 ROOT = Path(__file__).parent.parent
-LONGEST_CELL = 900  # seconds; on two idle cores the longest takes less than 40
+LONGEST_CELL = 900  # seconds; training takes minutes on a busy machine
 
 
 def main() -> int:
