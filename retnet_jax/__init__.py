@@ -8,14 +8,23 @@ import importlib
 
 _HOME = {
     "Config": "retnet_jax.config",
+    "DataConfig": "retnet_jax.config",
+    "Evaluator": "retnet_jax.training.loop",
     "ModelConfig": "retnet_jax.config",
+    "OptimizerConfig": "retnet_jax.config",
     "RetNet": "retnet_jax.model",
+    "Sampler": "retnet_jax.generation",
+    "TrainConfig": "retnet_jax.config",
     "Transformer": "retnet_jax.model",
+    "Writer": "retnet_jax.generation",
     "evaluate": "retnet_jax.evaluation.run",
     "for_decoding": "retnet_jax.model",
     "generate": "retnet_jax.generation.decode",
     "load_pretrained": "retnet_jax.pretrained",
+    "load_reading": "retnet_jax.generation.saved_state",
+    "load_tokenizer": "retnet_jax.data",
     "retention": "retnet_jax.ops.retention",
+    "save_reading": "retnet_jax.generation.saved_state",
     "train": "retnet_jax.training.loop",
 }
 

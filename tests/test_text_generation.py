@@ -205,9 +205,10 @@ def test_a_state_with_nan_is_not_saved(tmp_path):
 
 def test_unusable_saved_states_are_refused(tmp_path):
     model, path = build(RetNet), tmp_path / "text.state"
-    save_reading(path, written(model, BYTES, ["x"], 3, tokens_at_once=1).reading, model, BYTES)
+    reading = written(model, BYTES, ["x"], 3, tokens_at_once=1).reading
+    save_reading(str(path), reading, model, BYTES)
     intact = path.read_bytes()
-    load_reading(path, model, BYTES)
+    load_reading(str(path), model, BYTES)
     with pytest.raises(CheckpointError, match="exists already"):
         save_reading(path, written(model, BYTES, ["x"], 3).reading, model, BYTES)
 

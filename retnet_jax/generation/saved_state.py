@@ -17,6 +17,7 @@ from retnet_jax.config import ModelConfig
 from retnet_jax.data import Tokenizer
 from retnet_jax.errors import CheckpointError, brief
 from retnet_jax.files import atomic
+from retnet_jax.files.paths import local
 from retnet_jax.generation.decode import Progress
 from retnet_jax.generation.texts import Reading
 from retnet_jax.model import LanguageModel
@@ -28,7 +29,9 @@ _FORMAT = "retnet-jax state 3"
 _OLD_FORMATS = ("retnet-jax state 2", "retnet-jax state 1")
 
 
-def save_reading(path: Path, reading: Reading, model: LanguageModel, tokenizer: Tokenizer) -> None:
+def save_reading(
+    path: str | Path, reading: Reading, model: LanguageModel, tokenizer: Tokenizer
+) -> None:
     """Writes a reading to a file, which appears when it is complete.
 
     Raises:
@@ -36,6 +39,7 @@ def save_reading(path: Path, reading: Reading, model: LanguageModel, tokenizer: 
     """
     from safetensors.numpy import save
 
+    path = local(path)
     if path.exists():
         raise CheckpointError(f"{path} exists already: name another file, or delete it")
     arrays = {name: np.asarray(x) for name, x in named_leaves(reading.progress).items()}
@@ -63,7 +67,7 @@ def save_reading(path: Path, reading: Reading, model: LanguageModel, tokenizer: 
         raise CheckpointError(f"{path} cannot be written: {error}") from error
 
 
-def load_reading(path: Path, model: LanguageModel, tokenizer: Tokenizer) -> Reading:
+def load_reading(path: str | Path, model: LanguageModel, tokenizer: Tokenizer) -> Reading:
     """Reads a file of `save_reading`, for the same model with the same decoding options.
 
     Raises:
@@ -71,18 +75,23 @@ def load_reading(path: Path, model: LanguageModel, tokenizer: Tokenizer) -> Read
     """
     from safetensors import SafetensorError, safe_open
 
+    path = local(path)
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             plain = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; --save_state writes such files") from None
+        raise CheckpointError(
+            f"{path} does not exist; `save_reading` and --save_state write such files"
+        ) from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} is not a saved state, or is damaged: {brief(error)}; read the text again"
         ) from error
     if metadata.get("format") not in (_FORMAT, *_OLD_FORMATS):
-        raise CheckpointError(f"{path} is not a saved state; --save_state writes such files")
+        raise CheckpointError(
+            f"{path} is not a saved state; `save_reading` and --save_state write such files"
+        )
     old = metadata["format"] in _OLD_FORMATS
     try:
         if not old and _digest(metadata, plain) != metadata["sha256"]:
