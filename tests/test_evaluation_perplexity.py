@@ -377,8 +377,7 @@ def test_a_store_with_another_tokenizer_is_refused(workdir, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Exactly one of (workdir, checkpoint)"),
-        (["--workdir=a", "--checkpoint=b"], "Exactly one of (workdir, checkpoint)"),
+        (["--workdir=a", "--checkpoint=b"], "--checkpoint=b: give only one of them"),
         (["--checkpoint=b"], "--checkpoint needs --data"),
     ],
 )

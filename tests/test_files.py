@@ -25,7 +25,7 @@ def test_a_file_is_the_old_one_until_the_new_one_is_complete(kind, tmp_path, mon
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(path), "write_bytes", full)
+        patch.setattr(type(tmp_path), "write_bytes", full)
         with pytest.raises(OSError, match="no space left"):
             atomic.write_text(path, "new")
     assert [x.name for x in tmp_path.iterdir()] == ["file"]

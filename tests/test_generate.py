@@ -276,7 +276,7 @@ def test_the_program_reports_invalid_arguments(workdir):
     config = workdir / "config.json"
     config.write_text(config.read_text().replace('"vocab_size": 264', '"vocab_size": 200'))
     for arguments, message in (
-        (("--prompt=a", "--workdir=x", "--checkpoint=y"), "Exactly one of (workdir, checkpoint)"),
+        (("--prompt=a", "--workdir=x", "--checkpoint=y"), "give only one of them"),
         (("--prompt=", f"--workdir={workdir}"), "--prompt='' is empty"),
         (("--prompt=a", f"--workdir={workdir}"), "257 ids"),
     ):
