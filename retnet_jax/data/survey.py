@@ -42,7 +42,8 @@ def survey_documents(
       documents: The split of each document, and the document.
       skipped: The skipped documents, complete when all documents are read.
     """
-    digests, held_out, counts = bytearray(), bytearray(), dict.fromkeys(SPLITS, 0)
+    digests, held_out = bytearray(), bytearray()
+    counts: dict[str, int] = dict.fromkeys(SPLITS, 0)
     sample, tried = Sample(), sample_to_try()
     names: list[str] = []
     for split, document in documents:

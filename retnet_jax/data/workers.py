@@ -68,7 +68,9 @@ def advance(size: int) -> None:
     _advance.get()(size)
 
 
-_advance = contextvars.ContextVar("advance", default=lambda size: None)
+_advance: contextvars.ContextVar[Callable[[int], None]] = contextvars.ContextVar(
+    "advance", default=lambda size: None
+)
 
 
 def _run(
@@ -81,7 +83,7 @@ def _run(
     report = report or _add_to_done
     left, unreported = size, 0
 
-    def advanced(more: int) -> None:
+    def advanced(more: int, /) -> None:
         nonlocal left, unreported
         unreported = min(left, unreported + more)
         if unreported >= _BYTES_BETWEEN_REPORTS:

@@ -22,10 +22,11 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import jax
-import jaxlib
 from absl import flags
 
 from retnet_jax.errors import ConfigError
@@ -65,7 +66,7 @@ def use(given: str | None) -> None:
         return
     # The environment has chosen a directory, or none. Of several processes only the first one
     # writes, and on GPUs those that compile wait for each other: all must find the same entries.
-    chosen = jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache
+    chosen = _option("jax_compilation_cache_dir") or not _option("jax_enable_compilation_cache")
     if given is None and (chosen or jax.distributed.is_initialized()):
         return
     if given is not None and is_remote(given):
@@ -99,12 +100,17 @@ def default_root() -> Path:
     return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "retnet_jax"
 
 
+def _option(name: str) -> Any:
+    """An option of JAX, which has them as attributes that no type checker knows."""
+    return getattr(jax.config, name)
+
+
 def kind_of_machine() -> str:
     """The name of the directory for this version of jaxlib, system and kind of processor."""
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else platform.processor()
     system = f"{platform.system()}-{platform.machine()}".lower()
-    return f"{_KIND}{jaxlib.__version__}-{system}-{processor_digest(text)}"
+    return f"{_KIND}{metadata.version('jaxlib')}-{system}-{processor_digest(text)}"
 
 
 def processor_digest(cpuinfo: str) -> str:
@@ -178,7 +184,7 @@ def _handle_failures(directory: Path) -> None:
             path.unlink(missing_ok=True)
         if action == "reading":
             _say(f"the kept program {program} cannot be read ({reason}): it is compiled again")
-        elif jax.config.jax_persistent_cache_min_compile_time_secs < float("inf"):
+        elif _option("jax_persistent_cache_min_compile_time_secs") < float("inf"):
             jax.config.update("jax_persistent_cache_min_compile_time_secs", float("inf"))
             _say(f"compiled programs are no longer kept: {directory}: {reason}")
 
