@@ -180,8 +180,9 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(
     config, config_file, uninterrupted, tmp_path, disk
 ):
     """Files may not grow beyond 16 kB from step 5 on, or until the first failure is reported."""
-    arguments = [disk, f"--config={config_file}", f"--workdir={tmp_path / 'run'}"]
-    arguments.append("--compilation_cache=off")  # it would be full too
+    # The cache of compiled programs would be full too.
+    arguments = [disk, f"--config={config_file}", "--compilation_cache=off"]
+    arguments.append(f"--workdir={tmp_path / 'run'}")  # the last, as FULL_DISK has it
     command = [sys.executable, "-c", FULL_DISK, *arguments]
     environment = {x: os.environ[x] for x in os.environ if x != "JAX_COMPILATION_CACHE_DIR"}
     done = subprocess.run(
