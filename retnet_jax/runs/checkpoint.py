@@ -112,17 +112,21 @@ class Checkpoints:
 
         Runs in a thread of each process.
         """
-        self._writer.wait_until_finished()
         barrier = ocp.multihost.get_barrier_sync_fn()
-        if jax.process_count() > 1:
-            checkpoint_files.hash_own(path, jax.process_index())
-        barrier(key=f"checkpoint {save} is hashed", timeout_ms=1000 * _MOST_SECONDS)
-        if processes.is_first():
-            checkpoint_files.write_list(path)
-            if not is_remote(path):
-                path.rename(self._directory / str(step))
-            self._delete_old()
-        barrier(key=f"checkpoint {save} is complete", timeout_ms=1000 * _MOST_SECONDS)
+        try:
+            self._writer.wait_until_finished()
+            if jax.process_count() > 1:
+                checkpoint_files.hash_own(path, jax.process_index())
+        finally:  # after an error too: the others wait here
+            barrier(key=f"checkpoint {save} is hashed", timeout_ms=1000 * _MOST_SECONDS)
+        try:
+            if processes.is_first():
+                checkpoint_files.write_list(path)
+                if not is_remote(path):
+                    path.rename(self._directory / str(step))
+                self._delete_old()
+        finally:
+            barrier(key=f"checkpoint {save} is complete", timeout_ms=1000 * _MOST_SECONDS)
 
     def _delete_old(self) -> None:
         for step in self.steps()[self._keep :]:

@@ -36,7 +36,9 @@ def files_under(path: epath.Path, prefix: str = "") -> list[str]:
 
 def hash_own(path: epath.Path, process: int) -> None:
     """Writes a list of the files of one process, which `write_list` collects."""
-    names = [name for name in files_under(path) if f"process_{process}" in name.split("/")]
+    # Orbax's names of what one process writes: its array data, and their shapes.
+    own = {f"ocdbt.process_{process}", f"process_{process}"}
+    names = [name for name in files_under(path) if own & set(name.split("/"))]
     atomic.write_text(path / f"files.{process}.json", json.dumps(_digests(path, names)))
 
 
