@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from test_train_step import CONFIG
 
 from retnet_jax.config import MeshConfig
@@ -360,3 +361,18 @@ def test_no_checkpoint_is_an_error(tmp_path, shape):
         restore_model(tmp_path, shape.model)
     with pytest.raises(CheckpointError, match="nothing does not exist"):
         restore_model(tmp_path / "nothing", shape.model)
+
+
+def test_a_process_hashes_all_that_it_wrote_and_the_first_the_rest(tmp_path):
+    save(tmp_path, [1])
+    path = epath.Path(tmp_path / "1")
+    names = checkpoint_files.files_under(path)
+    written = json.loads((path / "files.json").read_text())
+    checkpoint_files.hash_own(path, 0)
+    own = list(json.loads((path / "files.0.json").read_text()))
+    # Orbax adds a small index of all processes; the arrays are in what each has written.
+    assert own == [x for x in names if "/ocdbt.process_0/" in x or x.endswith("/process_0")]
+    assert any("/ocdbt.process_0/d/" in name for name in own)
+    checkpoint_files.write_list(path)
+    assert json.loads((path / "files.json").read_text()) == written
+    assert not (path / "files.0.json").exists()

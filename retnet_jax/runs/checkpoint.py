@@ -10,6 +10,7 @@ Orbax reads most flipped bits without an error.
 
 import concurrent.futures
 import contextlib
+import itertools
 import shutil
 import time
 import warnings
@@ -32,6 +33,7 @@ from retnet_jax.trees import named_leaves, nested, with_leaves
 T = TypeVar("T")
 
 _MOST_SECONDS = 3600  # for writing one checkpoint
+_saves = itertools.count()  # of this process: a barrier's name may be used once
 
 
 class Checkpoints:
@@ -46,7 +48,6 @@ class Checkpoints:
     def __init__(self, directory: epath.PathLike, keep: int, keep_every: int = 0):
         self._directory = _absolute(directory)
         self._keep, self._keep_every = keep, keep_every
-        self._saves = 0  # saves that this process has started
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._finishing: concurrent.futures.Future | None = None
         self._writer = ocp.AsyncCheckpointer(
@@ -104,8 +105,7 @@ class Checkpoints:
                     ),
                 ),
             )
-            self._saves += 1
-            self._finishing = self._thread.submit(self._finish, path, step, self._saves)
+            self._finishing = self._thread.submit(self._finish, path, step, next(_saves))
 
     def _finish(self, path: epath.Path, step: int, save: int) -> None:
         """Waits until Orbax has written a checkpoint, lists its files and renames it.

@@ -45,7 +45,7 @@ def hash_own(path: epath.Path, process: int) -> None:
 def write_list(path: epath.Path) -> None:
     """Writes `files.json`: the lists of `hash_own`, and the files that none of them has."""
     files: dict[str, dict[str, Any]] = {}
-    parts = [entry for entry in path.iterdir() if re.fullmatch(_LISTS, entry.name)]
+    parts = [x for x in path.iterdir() if x.name != FILES and re.fullmatch(_LISTS, x.name)]
     for part in parts:
         files |= json.loads(part.read_text())
     files |= _digests(path, [name for name in files_under(path) if name not in files])
