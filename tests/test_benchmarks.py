@@ -125,6 +125,8 @@ def test_all_sections_on_tiny_shapes(tmp_path):
 def check_every_section_is_measured(tiny):
     sections = json.loads(tiny.read_text())["sections"]
     assert list(sections) == list(SECTIONS)
+    errors = [x["largest_error"] for x in sections.pop("checks")["cases"].values()]
+    assert all(0 < error < 2e-2 for error in errors)
     for section in sections.values():
         assert list(section["cases"]) == section["planned"]
         for record in section["cases"].values():
@@ -339,7 +341,7 @@ def test_the_script_needs_no_libraries_of_data_or_checkpoints(tmp_path):
     script = [sys.executable, "-m", "benchmarks.accelerator", "--tiny", "--sections=limits"]
     script.append(f"--output={tmp_path}/results.json")
     for command, expected in (
-        ([sys.executable, "-c", program], "[True, True, True, True]"),
+        ([sys.executable, "-c", program], "[True, True, True, True, True]"),
         (script, "limits: matrix: ms "),
     ):
         done = subprocess.run(

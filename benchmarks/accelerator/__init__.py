@@ -1,6 +1,6 @@
 """The speed of this project on one accelerator, compared with the limits of the device.
 
-    python -m benchmarks.accelerator [--minutes=10] [--sections=limits,kernels,training,decoding]
+    python -m benchmarks.accelerator [--minutes=10] [--sections=checks,limits,kernels,...]
     python -m benchmarks.accelerator --tiny          # small shapes, to test the script
     python -m benchmarks.accelerator --resume        # continues a run that was out of time
     python -m benchmarks.accelerator --plot_only     # only tables and plots, from the JSON
@@ -9,6 +9,7 @@ It runs on the first device of jax, and writes `accelerator.json`, `.md` (the ta
 `benchmarks/results/`, or beside `--output=FILE.json`. It needs jax, flax and optax; for comparisons
 also torch and fla, and for plots matplotlib.
 
+    checks.py     the kernel's results and gradients, compared with XLA's
     limits.py     limits of the device: copy bandwidth, and rate of matrix products
     kernels.py    implementations of retention, fla (fla_kernel.py), and cuDNN attention
     training.py   the training step: tokens/s, model FLOPs utilisation, memory

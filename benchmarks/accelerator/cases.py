@@ -143,5 +143,6 @@ def _shown(record: dict[str, Any]) -> str:
     for problem in PROBLEMS:
         if problem in record:
             return f"{problem.replace('_', ' ')}: {record[problem]}"
-    names = ("ms", "tokens_per_second", "batch", "bytes_per_second", "flops_per_second")
+    names = ("largest_error", "ms", "tokens_per_second", "batch")
+    names += ("bytes_per_second", "flops_per_second")
     return ", ".join(f"{name} {record[name]:.4g}" for name in names if name in record)

@@ -263,9 +263,18 @@ def text(report: Report) -> str:
             f"Copy bandwidth {report.bandwidth / 1e12:.3g} TB/s, bfloat16 matrix products "
             f"{report.matrix_rate / 1e12:.4g} TFLOP/s."
         )
-    parts += [goals_table(report), _kernels(report), _training(report), _decoding(report)]
+    parts += [goals_table(report), _checks(report), _kernels(report), _training(report), _decoding(report)]
     parts += [_prefill(report), _without_numbers(report)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _checks(report: Report) -> str:
+    rows = [
+        [name, f"{x['largest_error']:.1e}"]
+        for name, x in report.records("checks").items()
+        if "largest_error" in x
+    ]
+    return _table("Checks", ["the kernel against XLA in float32", "largest error"], rows)
 
 
 def _kernels(report: Report) -> str:
@@ -348,8 +357,7 @@ def _without_numbers(report: Report) -> str:
             record = found["cases"].get(name)
             if record is None:
                 rows.append([section, name, "not reached"])
-            elif "ms" not in record:
-                problem = next(problem for problem in PROBLEMS if problem in record)
+            elif problem := next((x for x in PROBLEMS if x in record), None):
                 rows.append([section, name, f"{problem.replace('_', ' ')}: {record[problem]}"])
     return _table("Without numbers", ["section", "case", "why"], rows)
 

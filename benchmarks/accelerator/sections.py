@@ -9,7 +9,7 @@ from benchmarks.accelerator.timing import memory_limit
 from benchmarks.measure import provenance
 
 # In order of importance, with shares of the time; the time that one leaves goes to later ones.
-SECTIONS = {"limits": 0.06, "kernels": 0.36, "training": 0.28, "decoding": 0.30}
+SECTIONS = {"checks": 0.12, "limits": 0.05, "kernels": 0.32, "training": 0.25, "decoding": 0.26}
 BROKEN = 75  # exit status of a process that must be started again
 
 
@@ -41,7 +41,9 @@ def describe(results: Results, tiny: bool) -> None:
 def cases_of(section: str, tiny: bool) -> list[Case]:
     """All cases of a section, the most important first."""
     # Imported here, so that a section needs only its own libraries.
-    if section == "limits":
+    if section == "checks":
+        from benchmarks.accelerator import checks as module
+    elif section == "limits":
         from benchmarks.accelerator import limits as module
     elif section == "kernels":
         from benchmarks.accelerator import kernels as module

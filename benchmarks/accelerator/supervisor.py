@@ -11,7 +11,8 @@ from benchmarks.accelerator.cases import Results
 from benchmarks.accelerator.sections import BROKEN, SECTIONS
 
 ROOT = Path(__file__).parents[2]
-_PATIENCE = 150  # seconds for one case, including compilation
+# Seconds for one case, including compilation and, in the kernels, fla's tuning.
+_PATIENCE = {"checks": 45, "limits": 45, "kernels": 90, "training": 150, "decoding": 150}
 _MEMORY_SECONDS = 2  # until the memory of a killed process is free
 
 
@@ -37,7 +38,7 @@ def _ended(section: str, output: Path, deadline: float, options: list[str]) -> b
     command = [sys.executable, "-m", "benchmarks.accelerator", *options]
     command += [f"--section={section}", f"--deadline={deadline}", f"--output={output}"]
     process = subprocess.Popen(command, cwd=ROOT, env=environment(section))
-    problem = _watch(process, output, deadline)
+    problem = _watch(process, output, deadline, _PATIENCE[section])
     status = process.poll()
     results = Results(output)
     if problem is None and status not in (0, BROKEN):
@@ -49,7 +50,9 @@ def _ended(section: str, output: Path, deadline: float, options: list[str]) -> b
     return status == 0 or time.time() >= deadline
 
 
-def _watch(process: subprocess.Popen, output: Path, deadline: float) -> tuple[str, str] | None:
+def _watch(
+    process: subprocess.Popen, output: Path, deadline: float, patience: float
+) -> tuple[str, str] | None:
     """Waits for a process; if it hangs or its time is over, kills it and returns the problem."""
     last = _written(output)
     since = time.time()
@@ -60,8 +63,8 @@ def _watch(process: subprocess.Popen, output: Path, deadline: float) -> tuple[st
         problem = None
         if time.time() >= deadline:
             problem = ("cut_off", "the section's time was over")
-        elif time.time() - since > _PATIENCE:
-            problem = ("ended", f"it did not end within {_PATIENCE} seconds")
+        elif time.time() - since > patience:
+            problem = ("ended", f"it did not end within {patience} seconds")
         if problem is not None:
             process.kill()
             with contextlib.suppress(subprocess.TimeoutExpired):
