@@ -263,7 +263,13 @@ def text(report: Report) -> str:
             f"Copy bandwidth {report.bandwidth / 1e12:.3g} TB/s, bfloat16 matrix products "
             f"{report.matrix_rate / 1e12:.4g} TFLOP/s."
         )
-    parts += [goals_table(report), _checks(report), _kernels(report), _training(report), _decoding(report)]
+    parts += [
+        goals_table(report),
+        _checks(report),
+        _kernels(report),
+        _training(report),
+        _decoding(report),
+    ]
     parts += [_prefill(report), _without_numbers(report)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
