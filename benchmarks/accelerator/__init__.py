@@ -1,6 +1,7 @@
 """The speed of this project on one accelerator, compared with the limits of the device.
 
     python -m benchmarks.accelerator [--minutes=10] [--sections=checks,limits,kernels,...]
+    python -m benchmarks.accelerator --only="6.7B retnet"   # only cases with such names
     python -m benchmarks.accelerator --tiny          # small shapes, to test the script
     python -m benchmarks.accelerator --resume        # continues a run that was out of time
     python -m benchmarks.accelerator --plot_only     # only tables and plots, from the JSON

@@ -12,6 +12,7 @@ from benchmarks.measure import RESULTS
 
 flags.DEFINE_float("minutes", 10.0, "Time for all sections and plots, in minutes")
 flags.DEFINE_list("sections", list(sections.SECTIONS), "Sections to measure")
+flags.DEFINE_string("only", "", "Regular expression of the names of cases to measure")
 flags.DEFINE_string("output", None, "JSON file to write, with .md and .png beside it")
 flags.DEFINE_bool("tiny", False, "Small shapes, to test the script")
 flags.DEFINE_bool("resume", False, "Keep existing records, and measure the missing cases")
@@ -27,7 +28,7 @@ def main(_) -> None:
     args, begin = flags.FLAGS, time.time()
     output = Path(args.output).absolute() if args.output else default_output(args.tiny)
     if args.section:
-        sections.measure(args.section, output, args.tiny, args.deadline)
+        sections.measure(args.section, output, args.tiny, args.only, args.deadline)
         return
     if unknown := set(args.sections) - set(sections.SECTIONS):
         raise app.UsageError(
@@ -43,7 +44,8 @@ def main(_) -> None:
             output.unlink(missing_ok=True)
         ordered = [name for name in sections.SECTIONS if name in args.sections]
         seconds = 60 * args.minutes - _FOR_REPORT - (time.time() - begin)
-        supervisor.run(ordered, output, seconds, ["--tiny"] if args.tiny else [])
+        options = [f"--only={args.only}"] + ["--tiny"] * args.tiny
+        supervisor.run(ordered, output, seconds, options)
     write_report(output)
 
 

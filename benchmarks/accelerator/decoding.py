@@ -23,6 +23,7 @@ from benchmarks.accelerator.cases import Case
 from benchmarks.accelerator.timing import (
     REPEATS,
     check_memory,
+    kernel_times,
     memory_limit,
     peak_bytes,
     summary,
@@ -106,6 +107,8 @@ def measure(size: str, architecture: str, batch: int, position: int) -> dict:
         tokens, progress = decoder(model, progress, row_keys(0, batch))
         jax.block_until_ready(tokens)
         seconds.append((time.perf_counter() - begin) / _TOKENS)
+    finite = bool(jnp.isfinite(progress.logits).all())
+    kernels = kernel_times(lambda: decoder(model, progress, row_keys(0, batch)))
     found = summary(seconds[1:])
     return found | {
         "size": size,
@@ -114,7 +117,8 @@ def measure(size: str, architecture: str, batch: int, position: int) -> dict:
         "position": position,
         "tokens_per_second": batch / (found["ms"] / 1000),
         "peak_bytes": peak_bytes(decoder),
-        "finite": bool(jnp.isfinite(progress.logits).all()),
+        "finite": finite,
+        "kernels_ms": {name: ms / _TOKENS for name, ms in kernels.items()},
         **traffic(model, position),
     }
 
@@ -184,13 +188,10 @@ def random_model(size: str, architecture: str) -> LanguageModel:
 
 
 def _drawn(config: ModelConfig) -> LanguageModel:
-    @jax.jit
-    def build():
-        model = build_model(config, rngs=nnx.Rngs(0))
-        retains = config.mixer == "retention"
-        return for_decoding(model, state_dtype="bfloat16" if retains else None)
-
-    return build()
+    """Two programs: in one, XLA would draw the numbers of a stack again for each of its layers."""
+    state_dtype = "bfloat16" if config.mixer == "retention" else None
+    model = jax.jit(lambda: build_model(config, rngs=nnx.Rngs(0)))()
+    return jax.jit(lambda model: for_decoding(model, state_dtype=state_dtype))(model)
 
 
 def start(model: LanguageModel, batch: int, position: int, capacity: int) -> Progress:

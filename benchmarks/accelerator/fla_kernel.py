@@ -42,7 +42,7 @@ def measure(sets: Sequence[tuple], kind: str) -> Measured:
         len(shared),
         REPEATS,
     )
-    return Measured(times | _event_times(torch, function, shared, times["ms"]), first)
+    return Measured(times | _event_times(torch, function, shared, times["ms"]), first, {})
 
 
 def _event_times(torch, function, shared, host_ms: float) -> dict:

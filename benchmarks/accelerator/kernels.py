@@ -4,7 +4,7 @@ q and k always have width 2048 over all heads, as in the paper's 1.3B model: 8 h
 128, and 16 heads of 128 in attention. "both" is a forward and a backward pass with a random
 cotangent; it returns the outputs and the gradients of q, k and v. Decays are fla's.
 `relative_error` is the largest |x - r| / |r| of these arrays, in the first row, where r is from the
-chunkwise XLA form in float32.
+chunkwise XLA form in float32 on the CPU.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks.accelerator import fla_kernel
 from benchmarks.accelerator.bounds import attention_work, retention_work
 from benchmarks.accelerator.cases import Case
-from benchmarks.accelerator.timing import device_time
+from benchmarks.accelerator.timing import device_time, on_cpu
 from retnet_jax.ops.retention import IMPLEMENTATIONS, log_decay, retention
 
 KINDS = ("both", "forward")
@@ -92,7 +92,8 @@ def measure_own(implementation: str, shape: Shape, kind: str) -> dict:
     function = computing(partial(_retained, implementation, shape.heads), kind)
     found = device_time(function, inputs(shape))
     first = [np.asarray(x[:1], np.float32) for x in found.result]
-    return _described(implementation, shape, kind) | found.times | _error(first, shape)
+    record = _described(implementation, shape, kind) | found.times | _error(first, shape)
+    return record | {"kernels_ms": found.kernels_ms}
 
 
 def measure_fla(shape: Shape, kind: str) -> dict:
@@ -147,12 +148,9 @@ def _retained(implementation: str, heads: int, q, k, v):
 
 @lru_cache(maxsize=1)
 def _reference(shape: Shape) -> list[np.ndarray]:
-    """Outputs and gradients of the first row in float32."""
+    """Outputs and gradients of the first row in float32, by the CPU."""
     function = computing(partial(_retained, "xla", shape.heads), "both")
-    arrays = [x[:1].astype(jnp.float32) for x in inputs(shape)[0]]
-    # Otherwise GPUs would round operands to tf32.
-    with jax.default_matmul_precision("highest"):
-        return [np.asarray(x) for x in jax.jit(function)(*arrays)]
+    return on_cpu(function, [x[:1] for x in inputs(shape)[0]])
 
 
 def _error(found: list[np.ndarray], shape: Shape) -> dict:

@@ -1,6 +1,7 @@
 """The sections, and the work of the process that measures one."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -13,12 +14,13 @@ SECTIONS = {"checks": 0.12, "limits": 0.05, "kernels": 0.32, "training": 0.25, "
 BROKEN = 75  # exit status of a process that must be started again
 
 
-def measure(section: str, output: Path, tiny: bool, deadline: float) -> None:
+def measure(section: str, output: Path, tiny: bool, only: str, deadline: float) -> None:
     """Measures a section, in a process started by the supervisor."""
     results = Results(output)
     describe(results, tiny)
+    cases = [case for case in cases_of(section, tiny) if re.search(only, case.name)]
     try:
-        run(results, section, cases_of(section, tiny), deadline)
+        run(results, section, cases, deadline)
     except BrokenDeviceError:
         sys.stdout.flush()
         os._exit(BROKEN)  # clean-up can hang on a broken device

@@ -1,11 +1,17 @@
-"""Device time of compiled functions, and their memory."""
+"""Device time of compiled functions and of their kernels, and memory; references by the CPU."""
 
+import re
 import statistics
+import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 REPEATS = 5
 # Most programs enqueued at once. This is below jax's limit, so enqueuing does not wait for the
@@ -19,6 +25,7 @@ class Measured(NamedTuple):
 
     times: dict[str, Any]
     result: Any
+    kernels_ms: dict[str, float]  # of one call, as from `kernel_times`
 
 
 def device_time(function: Callable, sets: Sequence[tuple], repeats: int = REPEATS) -> Measured:
@@ -38,7 +45,8 @@ def device_time(function: Callable, sets: Sequence[tuple], repeats: int = REPEAT
     compiled = program.lower(sets).compile()
     times = rounds(lambda: compiled(sets), jax.block_until_ready, len(sets), repeats)
     times["temporary_bytes"] = compiled.memory_analysis().temp_size_in_bytes
-    return Measured(times, compiled(sets)[0])
+    kernels = {name: ms / len(sets) for name, ms in kernel_times(lambda: compiled(sets)).items()}
+    return Measured(times, compiled(sets)[0], kernels)
 
 
 def rounds(call: Callable[[], Any], wait: Callable[[Any], Any], parts: int, repeats: int) -> dict:
@@ -65,6 +73,45 @@ def summary(seconds: Sequence[float]) -> dict:
     """The median and all samples, in milliseconds."""
     samples = [1000 * x for x in seconds]
     return {"ms": statistics.median(samples), "samples_ms": samples}
+
+
+def kernel_times(call: Callable[[], Any], most: int = 16) -> dict[str, float]:
+    """Milliseconds of the kernels that `call` runs on a GPU, summed by name; empty elsewhere.
+
+    Args:
+      call: Enqueues a program that has run before, and returns its results.
+      most: Number of names; the others are summed as "others".
+    """
+    sums: dict[str, float] = defaultdict(float)
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            jax.block_until_ready(call())
+        for path in Path(directory).rglob("*.xplane.pb"):
+            for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+                if plane.name.startswith("/device:GPU"):
+                    for line in plane.lines:
+                        if line.name.startswith("Stream"):
+                            for event in line.events:
+                                sums[_kind(event.name)] += event.duration_ns / 1e6
+    ordered = sorted(sums.items(), key=lambda x: -x[1])
+    others = {"others": sum(ms for _, ms in ordered[most:])} if len(ordered) > most else {}
+    return dict(ordered[:most]) | others
+
+
+def _kind(name: str) -> str:
+    """The name of a kernel without the numbers that distinguish it from others of its kind."""
+    return re.sub(r"[_.]\d+$", "", name)[:80]
+
+
+def on_cpu(function: Callable, arrays: Sequence[jax.Array]) -> list[np.ndarray]:
+    """The results of a function for these arrays in float32, by the CPU, which rounds no operands.
+
+    It also compiles in a second what takes a GPU's compiler half a minute of tuning.
+    """
+    cpu = jax.devices("cpu")[0]
+    with jax.default_device(cpu):
+        exact = [jnp.asarray(np.asarray(x, np.float32)) for x in arrays]
+        return [np.asarray(x, np.float32) for x in jax.jit(function)(*exact)]
 
 
 def peak_bytes(compiled: jax.stages.Compiled) -> int:

@@ -5,20 +5,29 @@ GPU cannot use flash attention (`retnet_jax/ops/flash_attention.py`).
 
 A step has 32,768 tokens, in micro-batches of 16,384 tokens or of one row, and recomputes only as
 much as memory requires: `retnet_jax/aot/fit.py` proposes an arrangement, and the compiler checks
-that it fits. Steps run without pauses; the time of a step is the time between the previous step's
-metrics and its own. MFU counts `ModelConfig.training_flops_per_token`, without recomputation.
+that it fits. Steps run without pauses, because one is always enqueued ahead; the time of a step is
+the time between the previous step's metrics and its own. MFU counts
+`ModelConfig.training_flops_per_token`, without recomputation.
 """
 
 import dataclasses
+import statistics
 import time
 from collections.abc import Iterator
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from benchmarks.accelerator.cases import Case
-from benchmarks.accelerator.timing import REPEATS, check_memory, peak_bytes, summary
+from benchmarks.accelerator.timing import (
+    REPEATS,
+    check_memory,
+    kernel_times,
+    peak_bytes,
+    summary,
+)
 from configs import retnet_1p3b, retnet_2p7b
 from retnet_jax.aot.compile_step import CompiledStep, DoesNotFitError, compile_step
 from retnet_jax.aot.fit import arrangements
@@ -74,9 +83,8 @@ def measure(size: str, architecture: str, config: Config) -> dict:
     step = compiled(config)
     config = step.config
     length, rows = config.data.sequence_length, config.train.batch_size
-    seconds, losses = step_seconds(step)
-    found = summary(seconds)
-    return found | {
+    timed = timed_steps(step)
+    return summary(timed.seconds) | {
         "size": size,
         "architecture": architecture,
         "length": length,
@@ -85,10 +93,11 @@ def measure(size: str, architecture: str, config: Config) -> dict:
         "remat": config.model.remat,
         "parameters": config.model.parameter_count(),
         "flops_per_token": config.model.training_flops_per_token(length),
-        "tokens_per_second": rows * length / (found["ms"] / 1000),
+        "tokens_per_second": rows * length / statistics.median(timed.seconds),
         "peak_bytes": peak_bytes(step.compiled),
         "compile_seconds": step.compile_seconds,
-        "losses": losses,
+        "losses": timed.losses,
+        "kernels_ms": timed.kernels_ms,
     }
 
 
@@ -134,24 +143,33 @@ def candidates(config: Config) -> list[Config]:
     return [one.config for one in chosen[: _TRIES - 1]] + [smallest]
 
 
-def step_seconds(step: CompiledStep) -> tuple[list[float], list[float]]:
-    """The seconds of each timed step on random tokens, and the losses of all steps."""
+class TimedSteps(NamedTuple):
+    """Steps on random tokens."""
+
+    seconds: list[float]  # of each timed step
+    losses: list[float]  # of all steps
+    kernels_ms: dict[str, float]  # of one step, as from `kernel_times`
+
+
+def timed_steps(step: CompiledStep) -> TimedSteps:
+    """Runs steps, with one always enqueued before the last one's metrics are awaited."""
     config, mesh = step.config, step.mesh
     shardings = jax.tree.map(lambda x: x.sharding, step.state)
     batch = random_batch(config)
     with jax.set_mesh(mesh):
         state = jax.jit(partial(initial_state, config), out_shardings=shardings)()
         batch = jax.device_put(batch, batch_shardings(mesh, batch))
-        enqueued = []
-        for _ in range(REPEATS + 2):
-            state, metrics = step.compiled(state, batch)
-            enqueued.append(metrics)
-        arrived = []
-        for metrics in enqueued:
-            jax.block_until_ready(metrics)
-            arrived.append(time.perf_counter())
+        metrics, arrived = [], []
+        for i in range(REPEATS + 3):
+            state, found = step.compiled(state, batch)
+            metrics.append(found)
+            if i > 0:
+                jax.block_until_ready(metrics[-2])
+                arrived.append(time.perf_counter())
+        kernels = kernel_times(lambda: step.compiled(state, batch))
     # The first step is a warm-up; the second is timed from its metrics.
-    return np.diff(arrived[1:]).tolist(), [float(metrics.loss) for metrics in enqueued]
+    losses = [float(x.loss) for x in metrics]
+    return TimedSteps(np.diff(arrived[1:]).tolist(), losses, kernels)
 
 
 def random_batch(config: Config) -> Batch:
