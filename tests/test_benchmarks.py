@@ -83,7 +83,7 @@ def test_traffic_counts_weights_and_states():
 def test_candidates_of_all_lengths_recompute_alike(monkeypatch):
     device = SimpleNamespace(device_kind="NVIDIA H200", platform="gpu")
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    for length, rows in ((2048, 8), (8192, 2), (32_768, 1)):
+    for length, rows in ((2048, 16), (8192, 4), (32_768, 1)):
         config = training.on_one_device(training.CONFIGS["1.3B"]("retnet"), length)
         found = training.candidates(config)
         assert [x.model.remat for x in found] == [

@@ -24,12 +24,12 @@ from retnet_jax.shapes import Array, Float, Int
 def logits_at_once() -> int:
     """The largest number of logits that a device holds at a time.
 
-    Accelerators: 2^27, 512 MiB in float32. The head's gradient, which is equally large, is then
-    read and written once for about a thousand tokens; not yet measured. CPU: 2^21, which stay in
-    its caches: the loss and gradients of 2048 tokens, with d 128 and a vocabulary of 4096, took
-    68 ms, and up to 105 ms with other sizes from 2^18 to 2^25 (2 cores, float32).
+    GPUs: 2^28, 1 GiB in float32. The gradient of a head of 100,000 words is then read and written
+    once for 2,000 tokens. TPUs, which have less memory: half of that. CPU: 2^21, which stay in its
+    caches: the loss and gradients of 2048 tokens, with d 128 and a vocabulary of 4096, took 68 ms,
+    and up to 105 ms with other sizes from 2^18 to 2^25 (2 cores, float32).
     """
-    return 2**21 if backend() == "cpu" else 2**27
+    return {"cpu": 2**21, "gpu": 2**28}.get(backend(), 2**27)
 
 
 def cross_entropy_sum(
@@ -104,6 +104,9 @@ def _objective_and_gradients(hidden, head, targets, weights, z_loss):
     )(hidden, head, targets, weights)
 
 
+_TILE = 64  # rows of a matrix that a matrix unit takes at a time
+
+
 class _Split(NamedTuple):
     """Mesh axes along which the devices have different tokens and different words."""
 
@@ -116,11 +119,12 @@ def _of_this_device(hidden, head, targets, weights, z_loss, split):
     """Objective, cross-entropy and gradients, from this device's tokens and words."""
     over_words = partial(_over, split.words)
     first_word = 0 if split.words is None else jax.lax.axis_index(split.words) * head.shape[0]
+    rounded = head.astype(hidden.dtype)  # once for all chunks
 
     def chunk(carry, inputs):
         sums, d_head = carry  # [2], [d w]
         hidden, targets, weights = inputs  # [b c d], [b c], [b c]
-        logits = _logits(hidden, head)  # [b c w]
+        logits = _logits(hidden, rounded)  # [b c w]
         # The exponentials are used for the sum and the gradient; the logits are read only once.
         top = over_words(jax.lax.pmax, logits.max(-1, keepdims=True))  # [b c 1]
         exponentials = jnp.exp(logits - top)
@@ -128,7 +132,7 @@ def _of_this_device(hidden, head, targets, weights, z_loss, split):
         log_normalizer = jnp.log(total) + top  # [b c 1]
         word = targets - first_word  # [b c]
         own = (word >= 0) & (word < head.shape[0])
-        target_logits = _target_logits(hidden, head, jnp.where(own, word, 0))
+        target_logits = _target_logits(hidden, rounded, jnp.where(own, word, 0))
         target_logits = over_words(jax.lax.psum, jnp.where(own, target_logits, 0))
         losses = log_normalizer[..., 0] - target_logits  # [b c]
         squares = jnp.square(log_normalizer[..., 0])
@@ -138,7 +142,7 @@ def _of_this_device(hidden, head, targets, weights, z_loss, split):
         scale = weights * (1 + 2 * z_loss * log_normalizer) / total  # [b c 1]
         d_logits = exponentials * scale - jnp.where(is_target, weights, 0)
         d_logits = materialized(d_logits.astype(hidden.dtype))
-        d_hidden = jnp.einsum("bcw,wd->bcd", d_logits, head.astype(hidden.dtype))
+        d_hidden = jnp.einsum("bcw,wd->bcd", d_logits, rounded)
         d_head += _head_gradient(hidden, d_logits, head.dtype)
         sums += jnp.stack([(x * weights[..., 0]).sum() for x in (losses, squares)])
         return (sums, d_head), over_words(jax.lax.psum, d_hidden)
@@ -199,8 +203,12 @@ def _target_logits(hidden, head, targets):
 
 def _chunk_size(shape: tuple[int, int, int], vocabulary: int) -> int:
     batch, length, _ = shape
-    n_chunks = -(-batch * length * vocabulary // logits_at_once())
-    return max(1, -(-length // n_chunks))
+    fewest = -(-batch * length * vocabulary // logits_at_once())
+    # Chunks of equal length that fill whole tiles of a matrix unit, if they are not much shorter.
+    for n_chunks in range(fewest, 2 * fewest + 1):
+        if length % (n_chunks * _TILE) == 0:
+            return length // n_chunks
+    return max(1, -(-length // fewest))
 
 
 def _chunks(x, size):

@@ -46,8 +46,9 @@ def views(tiles):
     return (tiles, tiles) if backend() == "cpu" else tiles
 
 
-# jax 0.10 requires an index argument.
-_EVERYTHING = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
+# jax 0.10 requires an index argument, which later versions warn of.
+_INDEX = inspect.signature(plgpu.load).parameters.get("idx")
+_EVERYTHING = ((),) if _INDEX is not None and _INDEX.default is inspect.Parameter.empty else ()
 
 
 def load(ref, layout, optimized=True):

@@ -78,15 +78,19 @@ def walk_segments(
     )
     structure = jax.tree.structure(arrays)
 
+    cluster = tiling.cluster(written)
+
     def walk(*refs, **shared):
-        _walk(jax.tree.unflatten(structure, refs), _Shared(**shared), tiling, segments)
+        _walk(jax.tree.unflatten(structure, refs), _Shared(**shared), tiling, segments, cluster)
 
     found = plgpu.kernel(
         walk,
         out_type=tuple(jax.tree.leaves((arrays.after, arrays.y))),
-        scratch_types=_Shared.of(tiling, reads=q is not None),
-        grid=(pl.cdiv(written, tiling.rows), h, b * segments.n),
+        scratch_types=_Shared.of(tiling, cluster, reads=q is not None),
+        grid=(pl.cdiv(written, cluster * tiling.rows), h, b * segments.n),
         grid_names=("columns", "heads", "segments"),
+        cluster=(cluster,),
+        cluster_names=("cluster",),
         num_threads=tiling.warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
@@ -95,9 +99,11 @@ def walk_segments(
     return (None if q is None else found[1]), found[0]
 
 
-def _walk(arrays: "_Arrays", shared: "_Shared", tiling: Tiling, segments: Segments) -> None:
+def _walk(
+    arrays: "_Arrays", shared: "_Shared", tiling: Tiling, segments: Segments, cluster: int
+) -> None:
     """The kernel: what each warpgroup of a CTA does."""
-    work = _Work.of_this_cta(tiling, segments)
+    work = _Work.of_this_cta(tiling, segments, cluster)
     warpgroup = jax.lax.axis_index("warpgroup")
 
     @pl.when(warpgroup < tiling.warpgroups)
@@ -138,7 +144,7 @@ class _Shared(NamedTuple):
     chunk_loaded: Ref
     chunk_free: Ref
     tile_loaded: Ref
-    tile_free: Ref
+    tiles_free: Ref  # all tiles of q, and all tiles of k
     # Where there are queries.
     scores: Ref = None
     y: Ref = None
@@ -149,17 +155,22 @@ class _Shared(NamedTuple):
     half_free: Ref = None
 
     @staticmethod
-    def of(tiling: Tiling, reads: bool) -> dict[str, Any]:
+    def of(tiling: Tiling, cluster: int, reads: bool) -> dict[str, Any]:
         """The memory to allocate, by field."""
         each, bfloat16 = tiling.warpgroups, jnp.bfloat16
+        tiles = tiling.tiles * (1 + reads)  # of q and k in a chunk
+        in_ring = (tiling.chunks_ahead, tiles)
+        free = plgpu.Barrier
+        if cluster > 1:  # what all CTAs receive is overwritten when all have read it
+            free = partial(plgpu.ClusterBarrier, collective_axes=("cluster",))
         found = _Shared(
-            ring=operands(tiling.stages, tiling.halves),
+            ring=operands(tiling.chunks_ahead, tiles, tiling.halves),
             v=operands(2, each),
             factors=plgpu.SMEM((2, 3, TOKENS), jnp.float32),
             chunk_loaded=plgpu.Barrier(num_arrivals=each + 1 + reads, num_barriers=2),
-            chunk_free=plgpu.Barrier(num_arrivals=each, num_barriers=2),
-            tile_loaded=plgpu.Barrier(num_arrivals=tiling.halves, num_barriers=tiling.stages),
-            tile_free=plgpu.Barrier(num_arrivals=each, num_barriers=tiling.stages),
+            chunk_free=free(num_arrivals=each, num_barriers=2),
+            tile_loaded=plgpu.Barrier(num_arrivals=tiling.halves, num_barriers=in_ring),
+            tiles_free=free(num_arrivals=each, num_barriers=(tiling.chunks_ahead, 1 + reads)),
         )
         if reads:
             y = plgpu.SMEM((tiling.groups, TOKENS, TILE), bfloat16, transforms=AS_ROWS)
@@ -180,6 +191,7 @@ class _Work(NamedTuple):
     """The part of the work that one CTA does."""
 
     tiling: Tiling
+    cluster: int
     reverse: bool
     row: Array
     head: Array
@@ -189,16 +201,18 @@ class _Work(NamedTuple):
     n_chunks: Array
 
     @staticmethod
-    def of_this_cta(tiling: Tiling, segments: Segments) -> "_Work":
+    def of_this_cta(tiling: Tiling, segments: Segments, cluster: int) -> "_Work":
         row, segment = jnp.divmod(jax.lax.axis_index("segments"), segments.n)
         start = (segment + segments.first) * segments.length
+        columns = jax.lax.axis_index("columns") * cluster + jax.lax.axis_index("cluster")
         return _Work(
             tiling=tiling,
+            cluster=cluster,
             reverse=segments.reverse,
             row=row,
             head=jax.lax.axis_index("heads"),
             segment=segment,
-            columns=jax.lax.axis_index("columns") * tiling.rows,
+            columns=columns * tiling.rows,
             start=start,
             n_chunks=jnp.minimum(segments.length, segments.n_chunks - start),
         )
@@ -220,7 +234,39 @@ class _Loading(NamedTuple):
     work: _Work
 
     def walk(self) -> None:
-        jax.lax.fori_loop(0, self.work.n_chunks, self._chunk, None)
+        n_chunks, tiling = self.work.n_chunks, self.work.tiling
+        jax.lax.fori_loop(0, n_chunks, self._chunk, None)
+        # A CTA must not end before the others of its cluster have arrived at all its barriers.
+        pl.loop(n_chunks, n_chunks + 2)(self._await_chunk)
+
+        @pl.loop(n_chunks, n_chunks + tiling.chunks_ahead)
+        def _(i):
+            for n in range(len(self._read)):
+                self._await_tiles(i, n)
+
+    @property
+    def _read(self) -> list[Ref]:
+        return [array for array in (self.arrays.q, self.arrays.k) if array is not None]
+
+    def _await_chunk(self, i) -> None:
+        """Waits until the memory for the i-th chunk is free."""
+
+        @pl.when(i >= 2)
+        def _():
+            plgpu.barrier_wait(self.shared.chunk_free.at[i % 2])
+
+    def _await_tiles(self, i, n: int) -> None:
+        """Waits until the memory for q (n = 0) or k of the i-th chunk is free."""
+        ahead = self.work.tiling.chunks_ahead
+
+        @pl.when(i >= ahead)
+        def _():
+            plgpu.barrier_wait(self.shared.tiles_free.at[i % ahead, n])
+
+    def _load_for_cluster(self, source, target, barrier) -> None:
+        """Loads what all CTAs of the cluster need: each loads a part for all."""
+        axes = "cluster" if self.work.cluster > 1 else None
+        plgpu.copy_gmem_to_smem(source, target, barrier, collective_axes=axes)
 
     def _chunk(self, i, _) -> None:
         arrays, shared, work = self
@@ -228,16 +274,13 @@ class _Loading(NamedTuple):
         loaded = shared.chunk_loaded.at[slot]
         number = work.chunk(i)
 
-        @pl.when(i >= 2)
-        def _():
-            plgpu.barrier_wait(shared.chunk_free.at[slot])
-
+        self._await_chunk(i)
         plgpu.copy_gmem_to_smem(
             arrays.factors.at[work.row, work.head, number], shared.factors.at[slot], loaded
         )
         if arrays.scores is not None:
             rows, _ = views(shared.scores)
-            plgpu.copy_gmem_to_smem(
+            self._load_for_cluster(
                 arrays.scores.at[work.row, work.head, number], rows.at[slot], loaded
             )
         rows, _ = views(shared.v)
@@ -248,29 +291,22 @@ class _Loading(NamedTuple):
                 rows.at[slot, warpgroup],
                 loaded,
             )
-        read = [array for array in (arrays.q, arrays.k) if array is not None]
-        tiles = work.tiling.tiles
-        for n, array in enumerate(read):
-            first = (len(read) * i + n) * tiles
-            jax.lax.fori_loop(0, tiles, partial(self._tile, array, i, first), None)
+        for n, array in enumerate(self._read):
+            self._await_tiles(i, n)
+            pl.loop(0, work.tiling.tiles)(partial(self._tile, array, n, i))
 
-    def _tile(self, array, i, first, j, _) -> None:
+    def _tile(self, array, n: int, i, j) -> None:
         """Loads the j-th tile of columns of a chunk of q or k, for each half, into the ring."""
         shared, work, tiling = self.shared, self.work, self.work.tiling
-        number = first + j
-        slot = jax.lax.rem(number, tiling.stages)
-
-        @pl.when(number >= tiling.stages)
-        def _():
-            plgpu.barrier_wait(shared.tile_free.at[slot])
+        slot, tile = tiling.place(i, n, j)
 
         rows, _ = views(shared.ring)
         for half in range(tiling.halves):
             columns = pl.ds((half * tiling.tiles + j) * TILE, TILE)
-            plgpu.copy_gmem_to_smem(
+            self._load_for_cluster(
                 array.at[work.row, work.tokens(i), work.head, columns],
-                rows.at[slot, half],
-                shared.tile_loaded.at[slot],
+                rows.at[slot, tile, half],
+                shared.tile_loaded.at[slot, tile],
             )
 
 
@@ -304,6 +340,12 @@ class _Computing(NamedTuple):
             zeros = plgpu.layout_cast(jnp.zeros((TILE, TILE), jnp.float32), WGMMA)
             state = (zeros,) * n_tiles
         state = jax.lax.fori_loop(0, work.n_chunks, self._chunk, state)
+        if self.shared.half_free is not None:
+
+            @pl.when(self.half == 1)
+            def _():
+                plgpu.barrier_wait(self.shared.half_free)
+
         after = arrays.after.at[work.row, work.segment, work.head]
         for j, piece in enumerate(state):
             after[self.rows, self._columns(j)] = piece
@@ -320,14 +362,12 @@ class _Computing(NamedTuple):
         plgpu.barrier_wait(shared.chunk_loaded.at[slot])
         _, v = views(shared.v)
         v = v.at[slot, self.warpgroup]
-        first = i * tiling.tiles * (2 if reads else 1)
         if reads:
-            y = along_columns(self._factor(slot, 0, OF_COLUMN)) * self._from_state(first, state)
+            y = along_columns(self._factor(slot, 0, OF_COLUMN)) * self._from_state(i, state)
             if tiling.halves == 1:
-                self._store(i, self._within(slot, v, y))
+                y = self._within(slot, v, y).astype(jnp.bfloat16)
             else:
                 self._add_halves(i, y, slot, v)
-            first += tiling.tiles
         values = load(v, WGMMA).astype(jnp.float32) * along_rows(self._factor(slot, 1, OF_ROW))
         across = along_rows(self._factor(slot, 2, OF_ROW))
         v[...] = values.astype(jnp.bfloat16)
@@ -335,11 +375,12 @@ class _Computing(NamedTuple):
 
         def update(state):
             for j, piece in enumerate(state):
-                plgpu.wgmma(piece, v.T, self._tile(first + j))
+                plgpu.wgmma(piece, v.T, self._tile(i, int(reads), j))
+            if reads and tiling.halves == 1:
+                self._store(i, y)  # while the products are computed
 
         state = accumulate(update, *(across * piece for piece in state))
-        for j in range(tiling.tiles):
-            self._free(first + j)
+        self._free(i, int(reads))
         plgpu.barrier_arrive(shared.chunk_free.at[slot])
         return state
 
@@ -347,34 +388,35 @@ class _Computing(NamedTuple):
         """Powers of gamma of a chunk's tokens: 0 for reading T, 1 for writing it, 2 across."""
         return load(self.shared.factors.at[slot, n], layout)
 
-    def _from_state(self, first, state: tuple):
+    def _from_state(self, i, state: tuple):
         """The product T q^T [c l]: what the queries read from T."""
         registers = self.shared.registers
 
         def products(y):
             for j, piece in enumerate(state):
-                q = self._tile(first + j)
+                q = self._tile(i, 0, j)
                 left = piece.astype(jnp.bfloat16)
                 if registers is not None:
                     registers.at[self.warpgroup][...] = left
                     left = registers.at[self.warpgroup]
                 plgpu.wgmma(y, left, q.T)
                 plgpu.wgmma_wait(0)  # two products at a time would spill registers
-                self._free(first + j)
+            self._free(i, 0)
             return y[...]
 
         return pl.run_scoped(products, ACC((TILE, TOKENS), jnp.float32))
 
-    def _tile(self, number):
-        """A tile of the ring, once it is loaded."""
-        slot = jax.lax.rem(number, self.work.tiling.stages)
+    def _tile(self, i, n: int, j: int):
+        """The j-th tile of q (n = 0) or k of the i-th chunk, once it is loaded."""
+        slot, tile = self.work.tiling.place(i, n, j)
         _, ring = views(self.shared.ring)
-        plgpu.barrier_wait(self.shared.tile_loaded.at[slot])
-        return ring.at[slot, self.half]
+        plgpu.barrier_wait(self.shared.tile_loaded.at[slot, tile])
+        return ring.at[slot, tile, self.half]
 
-    def _free(self, number) -> None:
-        slot = jax.lax.rem(number, self.work.tiling.stages)
-        plgpu.barrier_arrive(self.shared.tile_free.at[slot])
+    def _free(self, i, n: int) -> None:
+        """Tells that q (n = 0) or k of the i-th chunk has been read."""
+        slot = i % self.work.tiling.chunks_ahead
+        plgpu.barrier_arrive(self.shared.tiles_free.at[slot, n])
 
     def _within(self, slot, v, y):
         """`y` plus the contribution of the chunk's own tokens, [c l]."""
@@ -386,7 +428,7 @@ class _Computing(NamedTuple):
     def _store(self, i, y) -> None:
         work, tile = self.work, self.shared.y.at[self.group]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        tile.T[...] = plgpu.layout_cast(y.astype(jnp.bfloat16), plgpu.Layout.WGMMA_TRANSPOSED)
+        tile.T[...] = plgpu.layout_cast(y, plgpu.Layout.WGMMA_TRANSPOSED)
         plgpu.commit_smem()
         place = (work.row, work.tokens(i), work.head, self.rows)
         plgpu.copy_smem_to_gmem(tile, self.arrays.y.at[place])
@@ -411,4 +453,4 @@ class _Computing(NamedTuple):
             plgpu.barrier_wait(shared.half_there)
             whole = y + load(shared.half, WGMMA)
             plgpu.barrier_arrive(shared.half_free)
-            self._store(i, whole)
+            self._store(i, whole.astype(jnp.bfloat16))
