@@ -21,6 +21,7 @@ from retnet_jax.data.windows import packed_starts
 from retnet_jax.errors import ConfigError
 from retnet_jax.files import paths as files
 from retnet_jax.programs import command_line
+from retnet_jax.programs.missing_corpus import check_corpus
 
 flags.DEFINE_string("store", None, "directory or URL of a store")
 flags.DEFINE_enum("split", "train", ["train", "held_out"], "split to show")
@@ -42,6 +43,7 @@ def main() -> None:
         stores = [open_store(given.store)]
     else:
         command = command_line.prepare_command()
+        check_corpus(config, command)
         found = open_stores(config.data, config.model.vocab_size, command)
         stores = list(found.stores.values())
     length = given.sequence_length if config is None else config.data.sequence_length

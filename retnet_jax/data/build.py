@@ -109,6 +109,7 @@ def build_or_wait(
             "build it in a local directory and copy that to the URL, where it can be read"
         )
     directory = files.local(config.store)
+    created = files.missing_directories(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -119,9 +120,10 @@ def build_or_wait(
         if not (directory / "manifest.json").exists():
             try:
                 _build(config, vocab_size, processes, directory, command)
-            except ConfigError:
+            except BaseException:
                 if has_only_a_lock(directory):
                     shutil.rmtree(directory)
+                    files.remove_empty(created)
                 raise
         else:
             _tidy(directory)  # deletes the lock, and what a build killed at its end has left
