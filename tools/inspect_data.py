@@ -16,6 +16,7 @@ from absl import flags
 from retnet_jax.config import Config
 from retnet_jax.data import BatchStream, Split, Tokenizer, open_store, open_stores
 from retnet_jax.data.round_trip import describe_round_trip
+from retnet_jax.data.split import describe_tail
 from retnet_jax.data.token_store import TokenStore
 from retnet_jax.data.windows import packed_starts
 from retnet_jax.errors import ConfigError
@@ -67,6 +68,9 @@ def describe(store: TokenStore, split: str, sequence_length: int) -> Iterator[st
         ratio = counts["bytes"] / counts["tokens"]
         cells = f"{counts['documents']:>14,}{counts['tokens']:>18,}{counts['bytes']:>18,}"
         yield f"  {name:<9}{cells}{ratio:>13.2f}"
+    tail = describe_tail(manifest)
+    if tail:
+        yield f"  {tail}"
     if not store.has_block_digests:
         yield "  no digests of blocks, so tokens are not verified; build it again to add them"
     skipped = manifest["skipped"]

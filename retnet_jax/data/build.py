@@ -120,7 +120,7 @@ def build_or_wait(
         if not (directory / "manifest.json").exists():
             try:
                 _build(config, vocab_size, processes, directory, command)
-            except BaseException:
+            except (ConfigError, KeyboardInterrupt):
                 if has_only_a_lock(directory):
                     shutil.rmtree(directory)
                     files.remove_empty(created)

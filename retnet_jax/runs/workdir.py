@@ -42,9 +42,9 @@ STORES = "stores.json"
 def locked(workdir: epath.Path) -> Iterator[None]:
     """Locks a workdir for this process until the `with` ends; creates it if it does not exist.
 
-    A workdir that was created here is removed again if no run was recorded in it, and so are its
-    parents. The lock works on
-    local and network disks; object stores have no locks.
+    A workdir that was created here is removed again if no run was recorded in it, and so are the
+    empty parents that were created for it. The lock works on local and network disks; object stores
+    have no locks.
 
     Raises:
       ConfigError: if another process holds the lock, or if the directory has files but is no
