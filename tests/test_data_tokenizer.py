@@ -133,7 +133,7 @@ def test_bpe_training_is_deterministic():
 
 @pytest.mark.parametrize("word", ["a", "\x00", "-", "中"])
 def test_a_long_word_is_learned_in_parts_and_encoded_whole(word):
-    """In parts of 1000 bytes, so that a text without a space does not take hours."""
+    """In parts of 1000 bytes, because the time grows with the square of a word's length."""
     text = word * 20_000
     with pytest.raises(ConfigError, match=r"more than the \d+ tokens that") as refusal:
         train_bpe([text], 300)
