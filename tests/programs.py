@@ -13,6 +13,7 @@ import pytest
 from absl import app, flags, logging
 
 ROOT = Path(__file__).parent.parent
+DIRECTORY = ROOT  # the working directory of the programs
 
 
 class Done(NamedTuple):
@@ -24,7 +25,7 @@ class Done(NamedTuple):
 
 
 def run(program, *arguments):
-    """Runs a program, such as generate.py, in the repository's root as if from a shell."""
+    """Runs a program of the repository, such as generate.py, as if from a shell."""
     app.define_help_flags()
     known, verbosity = set(flags.FLAGS), logging.get_verbosity()
     output, errors = io.StringIO(), io.StringIO()
@@ -36,7 +37,7 @@ def run(program, *arguments):
     ):
         # A warning of ml_collections when it loads a config file; a program would not raise it.
         warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)
-        patch.chdir(ROOT)
+        patch.chdir(DIRECTORY)
         patch.setattr(sys, "argv", [program, *map(str, arguments)])
         patch.setattr(sys, "path", [str((ROOT / program).parent), *sys.path])
         status = 0

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from token_stores import small_store_config
 
+from retnet_jax import waiting
 from retnet_jax.config import DataConfig
 from retnet_jax.configs.quickstart import fitted, get_config
 from retnet_jax.data import Stores, build_store, shard_writer, workers
@@ -117,8 +118,15 @@ def test_progress_inside_a_shard(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shard_writer, "_BATCH_CHARACTERS", 90_000)
     monkeypatch.setattr(shard_writer, "_PART_CHARACTERS", 100_000)
     monkeypatch.setattr(workers, "_BYTES_BETWEEN_REPORTS", 50_000)
+    monkeypatch.setattr(waiting, "AFTER_SECONDS", 0.0)
     store = build_store(config, 0)
     lines = capsys.readouterr().err.splitlines()
+    last = {line.split(": ")[0]: line.split(": ")[1] for line in lines[:-1]}
+    assert last == {
+        f"reading {config.store}": "1.1 of 1.1 MB",
+        f"reading {config.store} again, to hold out the ends of its documents": "1.1 of 1.1 MB",
+        f"building {config.store}": "1.1 of 1.1 MB",
+    }
     built = [line.split(": ")[1] for line in lines if line.startswith(f"building {config.store}")]
     assert len(built) == 10
     assert built[-1] == "1.1 of 1.1 MB"
@@ -137,6 +145,7 @@ def _working(item):
 @pytest.mark.parametrize(("task", "processes"), [(_working, 1), (operator.itemgetter(0), 2)])
 def test_progress_ends_at_the_size_whatever_tasks_say(task, processes, monkeypatch, capsys):
     monkeypatch.setattr(workers, "_BYTES_BETWEEN_REPORTS", 50_000)
+    monkeypatch.setattr(waiting, "AFTER_SECONDS", 0.0)
     items, sizes = [(0, None), (1, None)], [100_000, 900_000]
     workers.for_each_shard(task, items, sizes, processes, "working")
     assert capsys.readouterr().err.splitlines()[-1] == "working: 1.0 of 1.0 MB"

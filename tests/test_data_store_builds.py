@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from token_stores import TEXTS, contents, small_store_config, texts_of, tokens_of
 
+from retnet_jax import waiting
 from retnet_jax.data import bpe_sample, shard_writer
 from retnet_jax.data import build as store_builder
 from retnet_jax.data.bpe_sample import Sample
@@ -188,15 +189,23 @@ def test_files_that_change_between_the_passes_are_noticed(config, monkeypatch):
 
 def test_progress_in_plain_lines(config, capsys, monkeypatch):
     monkeypatch.setattr(store_builder, "_SHARD_BYTES", 1)
+    monkeypatch.setattr(waiting, "AFTER_SECONDS", 0.0)
     store = build_store(config, 0, processes=1)
     out, err = capsys.readouterr()
     lines = err.splitlines()
     assert out == ""
     assert "\r" not in err
     assert len(lines) == 21
-    assert lines[9] == f"reading {store.directory}: 0.0 of 0.0 MB"
-    assert lines[19] == f"building {store.directory}: 0.0 of 0.0 MB"
+    assert lines[9] == f"reading {store.directory}: 100%"
+    assert lines[19] == f"building {store.directory}: 100%"
     assert lines[20].startswith("skipped documents: 1 (1 empty; the first: ")
+
+
+def test_a_build_of_a_moment_shows_no_progress(config, capsys, monkeypatch):
+    monkeypatch.setattr(waiting, "AFTER_SECONDS", 1000.0)
+    build_store(config, 0, processes=1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("skipped documents: 1 (1 empty; the first: ")
 
 
 def test_building_over_a_store_is_refused(config):

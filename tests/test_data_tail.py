@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import programs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -217,3 +218,12 @@ def test_texts_too_short_to_divide_are_refused(config):
         open_or_build(config, 257)
     config.held_out_by = "auto"
     assert len(open_or_build(config, 257).held_out) == len(open_store(config.store).train) == 1
+
+
+def test_inspecting_a_store_says_that_the_ends_are_held_out(config):
+    build_store(config, 0)
+    done = programs.run("tools/inspect_data.py", f"--store={config.store}", "--split=held_out")
+    assert done.returncode == 0, done.stderr
+    said = "there are too few documents to hold out whole ones, so the last 10% of each document is"
+    assert f"\n  {said} held out from training\n" in done.stdout
+    assert "--- play.txt (its end): " in done.stdout

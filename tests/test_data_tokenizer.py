@@ -2,6 +2,8 @@
 
 import functools
 import itertools
+import json
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -127,6 +129,21 @@ def test_bpe_has_the_size_asked_for_and_bos_first():
 def test_bpe_training_is_deterministic():
     assert train_bpe(iter(WORDS * 3), 300).fingerprint == bpe().fingerprint
     assert train_bpe(WORDS * 3, 299).fingerprint != bpe().fingerprint
+
+
+@pytest.mark.parametrize("word", ["a", "\x00", "-", "中"])
+def test_a_long_word_is_learned_in_parts_and_encoded_whole(word):
+    """In parts of 1000 bytes, because the time grows with the square of a word's length."""
+    text = word * 20_000
+    with pytest.raises(ConfigError, match=r"more than the \d+ tokens that") as refusal:
+        train_bpe([text], 300)
+    most = int(re.search(r"than the (\d+) tokens", str(refusal.value))[1])
+    tokenizer = train_bpe([text], most)
+    kept = json.loads(tokenizer.files["tokenizer.json"])["pre_tokenizer"]
+    assert kept["type"] == "ByteLevel"
+    longest = max(len(tokenizer.token(i)) for i in range(most))  # a character for each byte
+    assert 256 <= longest <= 1000
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_impossible_vocabulary_sizes_are_named():

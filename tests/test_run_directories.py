@@ -14,6 +14,14 @@ NAMES = [
     ("configs/retnet_1p3b.py:transformer", {}, "retnet_1p3b_transformer"),
     ("quickstart", {"optimizer.learning_rate": 0.02}, "quickstart_learning_rate-0.02"),
     ("quickstart", {"train.steps": 7, "model.d_model": 64}, "quickstart_d_model-64_steps-7"),
+    ("quickstart", {"data.source": "text", "data.path": "a.txt"}, "quickstart_path-a.txt"),
+    ("quickstart", {"data.source": "jsonl", "data.path": "a.jsonl"}, "quickstart_path-a.jsonl"),
+    (
+        "quickstart",
+        {"data.source": "text", "data.path": "a.jsonl"},
+        "quickstart_path-a.jsonl_source-text",
+    ),
+    ("quickstart", {"data.source": "jsonl"}, "quickstart_source-jsonl"),
     ("quickstart", {"train.log_every": 5, "mesh.data": 2}, "quickstart"),  # changeable on resume
 ]
 

@@ -16,11 +16,13 @@ from absl import flags
 from retnet_jax.config import Config
 from retnet_jax.data import BatchStream, Split, Tokenizer, open_store, open_stores
 from retnet_jax.data.round_trip import describe_round_trip
+from retnet_jax.data.split import describe_tail
 from retnet_jax.data.token_store import TokenStore
 from retnet_jax.data.windows import packed_starts
 from retnet_jax.errors import ConfigError
 from retnet_jax.files import paths as files
 from retnet_jax.programs import command_line
+from retnet_jax.programs.missing_corpus import check_corpus
 
 flags.DEFINE_string("store", None, "directory or URL of a store")
 flags.DEFINE_enum("split", "train", ["train", "held_out"], "split to show")
@@ -42,6 +44,7 @@ def main() -> None:
         stores = [open_store(given.store)]
     else:
         command = command_line.prepare_command()
+        check_corpus(config, command)
         found = open_stores(config.data, config.model.vocab_size, command)
         stores = list(found.stores.values())
     length = given.sequence_length if config is None else config.data.sequence_length
@@ -65,6 +68,9 @@ def describe(store: TokenStore, split: str, sequence_length: int) -> Iterator[st
         ratio = counts["bytes"] / counts["tokens"]
         cells = f"{counts['documents']:>14,}{counts['tokens']:>18,}{counts['bytes']:>18,}"
         yield f"  {name:<9}{cells}{ratio:>13.2f}"
+    tail = describe_tail(manifest)
+    if tail:
+        yield f"  {tail}"
     if not store.has_block_digests:
         yield "  no digests of blocks, so tokens are not verified; build it again to add them"
     skipped = manifest["skipped"]

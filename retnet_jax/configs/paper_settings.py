@@ -9,6 +9,8 @@ from retnet_jax.config import (
     TrainConfig,
 )
 
+CORPUS = "data/corpus/**/*.jsonl"  # which each user has to bring
+
 
 def paper_model(*, n_layers: int, d_model: int) -> ModelConfig:
     """A RetNet with heads of width 256 (values 512) and feed-forward layers of width 2 d.
@@ -39,7 +41,7 @@ def paper_config(
         model=model.built_as(architecture, n_heads=2 * model.n_heads),
         data=DataConfig(
             source="jsonl",
-            path="data/corpus/**/*.jsonl",
+            path=CORPUS,
             store="data/corpus_bpe100k",
             held_out=0.001,
             sequence_length=2048,

@@ -109,6 +109,7 @@ def build_or_wait(
             "build it in a local directory and copy that to the URL, where it can be read"
         )
     directory = files.local(config.store)
+    created = files.missing_directories(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -119,9 +120,10 @@ def build_or_wait(
         if not (directory / "manifest.json").exists():
             try:
                 _build(config, vocab_size, processes, directory, command)
-            except ConfigError:
+            except (ConfigError, KeyboardInterrupt):
                 if has_only_a_lock(directory):
                     shutil.rmtree(directory)
+                    files.remove_empty(created)
                 raise
         else:
             _tidy(directory)  # deletes the lock, and what a build killed at its end has left
@@ -200,20 +202,23 @@ def _surveyed(
     """
     auto = config.held_out_by == "auto"
     job = _Job(config, str(directory), "document" if auto else config.held_out_by)
-    surveys = _surveys(job, shards, sizes, processes)
+    surveys = _surveys(job, shards, sizes, processes, f"reading {directory}")
     check_documents(config, surveys, job.held_out_by)
     if auto and not all(documents_of(surveys).values()):
         job = dataclasses.replace(job, held_out_by="tail")
-        surveys = _surveys(job, shards, sizes, processes)
+        label = f"reading {directory} again, to hold out the ends of its documents"
+        surveys = _surveys(job, shards, sizes, processes, label)
     check_splits(config, surveys, job.held_out_by)
     return job, surveys
 
 
-def _surveys(job: _Job, shards: list[list[Piece]], sizes: list[int], processes: int) -> list[dict]:
+def _surveys(
+    job: _Job, shards: list[list[Piece]], sizes: list[int], processes: int, label: str
+) -> list[dict]:
     """The surveys of all shards; those that an earlier start has made are read."""
     undone = [(i, pieces) for i, pieces in enumerate(shards) if not job.survey_path(i).exists()]
     task = functools.partial(_survey, job)
-    for_each_shard(task, undone, sizes, processes, f"reading {job.directory}")
+    for_each_shard(task, undone, sizes, processes, label)
     return [json.loads(job.survey_path(i).read_text()) for i in range(len(shards))]
 
 

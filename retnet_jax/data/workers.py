@@ -10,9 +10,12 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
+
+from retnet_jax import waiting
 
 
 def for_each_shard(
@@ -44,11 +47,11 @@ def for_each_shard(
             processes, context, initializer=_prepare_process, initargs=(alive, done)
         )
         with pool:
-            waiting = {pool.submit(_run, task, item, sizes[item[0]]) for item in items}
+            running = {pool.submit(_run, task, item, sizes[item[0]]) for item in items}
             try:
-                while waiting:
-                    ended, waiting = concurrent.futures.wait(
-                        waiting, _SECONDS_BETWEEN_LOOKS, concurrent.futures.FIRST_COMPLETED
+                while running:
+                    ended, running = concurrent.futures.wait(
+                        running, _SECONDS_BETWEEN_LOOKS, concurrent.futures.FIRST_COMPLETED
                     )
                     for future in ended:
                         future.result()
@@ -127,17 +130,27 @@ def _end_with(alive: Connection) -> None:
 
 
 class _Progress:
-    """Shows on stderr how many source bytes are done: a bar, or a line for every tenth."""
+    """Shows on stderr how many source bytes are done: a bar, or a line for every tenth.
+
+    Work of less than two seconds shows nothing.
+    """
 
     def __init__(self, total: int, label: str):
         self._total, self._label, self._done = total, label, 0
+        self._begins = time.monotonic() + waiting.AFTER_SECONDS
         self._bar = None
 
     def __enter__(self):
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=self._total, desc=self._label, unit="B", unit_scale=True)
+            self._bar = tqdm(
+                total=self._total,
+                desc=self._label,
+                unit="B",
+                unit_scale=True,
+                delay=waiting.AFTER_SECONDS,
+            )
         return self
 
     def __exit__(self, *_):
@@ -151,8 +164,13 @@ class _Progress:
         tenths_before, step, self._done = 10 * self._done // self._total, done - self._done, done
         if self._bar is not None:
             self._bar.update(step)
-        elif 10 * done // self._total > tenths_before:
-            say(f"{self._label}: {done / 1e6:.1f} of {self._total / 1e6:.1f} MB")
+        elif 10 * done // self._total > tenths_before and time.monotonic() >= self._begins:
+            say(f"{self._label}: {self._amount(done)}")
+
+    def _amount(self, done: int) -> str:
+        if self._total < 1e6:  # also of data sets, whose size is not known
+            return f"{done / self._total:.0%}"
+        return f"{done / 1e6:.1f} of {self._total / 1e6:.1f} MB"
 
 
 def say(message: str) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +47,23 @@ def exists(path: AnyPath) -> bool:
         system, inner = _remote(path)
         return system.exists(inner)
     return os.path.exists(path)
+
+
+def missing_directories(path: Path | epath.Path) -> list[Path | epath.Path]:
+    """Those of a path and its parents that do not exist, the deepest first; none of a URL.
+
+    `remove_empty` removes them again after a failure.
+    """
+    if is_remote(path):
+        return []
+    return list(itertools.takewhile(lambda x: not x.exists(), [path, *path.parents]))
+
+
+def remove_empty(directories: Iterable[Path | epath.Path]) -> None:
+    """Removes the directories that exist and are empty, in this order."""
+    for directory in directories:
+        with contextlib.suppress(OSError):
+            os.rmdir(directory)
 
 
 def size(path: AnyPath) -> int:

@@ -319,8 +319,16 @@ def _reporting(function: Callable, *arguments):
     try:
         return function(*arguments)
     except (flags.Error, ConfigError, CheckpointError) as error:
-        print(f"{sys.argv[0]}: {error}", file=sys.stderr)
+        print(f"{sys.argv[0]}: {_of_config_file(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{sys.argv[0]}: interrupted", file=sys.stderr)
         sys.exit(130)  # as a shell reports SIGINT
+
+
+def _of_config_file(error: Exception) -> BaseException:
+    """The `ConfigError` of a config file, which reaches us as a flag's error with a traceback."""
+    chain: list[BaseException] = [error]
+    while isinstance(error, flags.Error) and chain[-1].__context__ is not None:
+        chain.append(chain[-1].__context__)
+    return next((x for x in reversed(chain) if isinstance(x, ConfigError)), error)

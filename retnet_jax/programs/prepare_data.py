@@ -21,6 +21,7 @@ from retnet_jax.data.token_store import TokenStore
 from retnet_jax.files import paths as files
 from retnet_jax.pretrained import with_initial_model
 from retnet_jax.programs import command_line
+from retnet_jax.programs.missing_corpus import check_corpus
 
 
 def main() -> None:
@@ -51,6 +52,7 @@ def _main() -> None:
     complete = files.exists(manifest) and not files.exists(plan)
     command = command_line.prepare_command()
     if not complete:
+        check_corpus(config, command)
         check_tokenizer(config.data, config.model.vocab_size)
         build_or_wait(config.data, config.model.vocab_size, flags.FLAGS.processes, command)
     store = open_or_build(config.data, config.model.vocab_size, command)

@@ -22,7 +22,8 @@ def default_workdir(config: str, changes: Mapping[str, Any]) -> Path:
         is resumed do not count.
 
     Returns:
-      Such as runs/quickstart_learning_rate-0.02; equal for equal arguments.
+      Such as runs/quickstart_learning_rate-0.02; equal for equal arguments. A source of files is
+      not named if the endings in `data.path` say it.
     """
     name, _, argument = config.partition(":")
     parts = [Path(name).stem, *([argument] if argument else [])]
@@ -32,7 +33,11 @@ def default_workdir(config: str, changes: Mapping[str, Any]) -> Path:
         if not options()[option].metadata.get("changeable")
     }
     if kept:
-        suffix = "_".join(f"{x.rpartition('.')[2]}-{_word(value)}" for x, value in kept.items())
+        suffix = "_".join(
+            f"{option.rpartition('.')[2]}-{_word(value)}"
+            for option, value in kept.items()
+            if option != "data.source" or value != _source_of(kept.get("data.path", ""))
+        )
         if len(suffix) > _MOST_CHARACTERS or _ambiguous(kept):
             digest = hashlib.sha256(repr(kept).encode()).hexdigest()[:8]
             suffix = f"{suffix[:_MOST_CHARACTERS]}_{digest}"
@@ -53,6 +58,13 @@ def newest_run() -> Path:
             "directory of a trained model, or train one with: python train.py"
         )
     return written[max(written)]
+
+
+def _source_of(path: str) -> str:
+    """The source that `data.path` makes a reader expect; "" for no path."""
+    if not path:
+        return ""
+    return "parquet" if ".parquet" in path else "jsonl" if ".json" in path else "text"
 
 
 def _word(value: Any) -> str:

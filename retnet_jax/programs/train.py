@@ -27,6 +27,7 @@ from retnet_jax.aot.compile_step import load
 from retnet_jax.config import Config
 from retnet_jax.parallel import processes
 from retnet_jax.programs import command_line, compilation_cache
+from retnet_jax.programs.missing_corpus import check_corpus
 from retnet_jax.programs.run_directories import default_workdir
 from retnet_jax.training.loop import train
 from retnet_jax.training.step import TrainState
@@ -62,18 +63,18 @@ def _main() -> int:
         given.coordinator_address, given.num_processes, given.process_id, given.connect_seconds
     )
     compilation_cache.use(given.compilation_cache)
+    command = command_line.prepare_command()
+    processes.once(lambda: check_corpus(config, command))
     workdir = given.workdir
     if workdir is None:
-        names = command_line.config_name(), command_line.config_changes()
-        workdir = default_workdir(*names)
-        print(f"workdir {workdir}", file=sys.stderr)
+        workdir = default_workdir(command_line.config_name(), command_line.config_changes())
 
     def load_step(config: Config, mesh: Mesh, state_shape: TrainState) -> Compiled:
         return load(Path(given.compiled), config, mesh, state_shape)
 
     step = None if given.compiled is None else load_step
     with processes.ending_with_the_others("The same command resumes from the newest checkpoint."):
-        result = train(config, workdir, step=step, command=command_line.prepare_command())
+        result = train(config, workdir, step=step, command=command)
     if result.status == "finished" and processes.is_first():
         print(_next_commands(str(workdir)), file=sys.stderr)
     return 0 if result.status in ("finished", "stopped") else 1

@@ -32,6 +32,7 @@ from retnet_jax.data.tokenizers import (
 )
 from retnet_jax.errors import CheckpointError, ConfigError
 from retnet_jax.files import atomic, lock
+from retnet_jax.files.paths import missing_directories, remove_empty
 from retnet_jax.runs.json_lines import records_in
 
 STORES = "stores.json"
@@ -41,8 +42,9 @@ STORES = "stores.json"
 def locked(workdir: epath.Path) -> Iterator[None]:
     """Locks a workdir for this process until the `with` ends; creates it if it does not exist.
 
-    A workdir that was created here is removed again if no run was recorded in it. The lock works on
-    local and network disks; object stores have no locks.
+    A workdir that was created here is removed again if no run was recorded in it, and so are the
+    empty parents that were created for it. The lock works on local and network disks; object stores
+    have no locks.
 
     Raises:
       ConfigError: if another process holds the lock, or if the directory has files but is no
@@ -50,6 +52,7 @@ def locked(workdir: epath.Path) -> Iterator[None]:
     """
     # Files that a start may leave if it is cut off before it records its config.
     ours = {*SAVED_FILES, STORES, lock.FILE_NAME}
+    created = missing_directories(workdir)
     new = not workdir.exists()
     found = list(workdir.iterdir()) if workdir.is_dir() else []
     names = {path.name for path in found if not atomic.is_unfinished(path)}
@@ -75,10 +78,11 @@ def locked(workdir: epath.Path) -> Iterator[None]:
             yield
         finally:
             if new and not (workdir / "config.json").exists():
-                _remove_empty(workdir)
+                _remove_unused(workdir)
+                remove_empty(created)
 
 
-def _remove_empty(workdir: epath.Path) -> None:
+def _remove_unused(workdir: epath.Path) -> None:
     """Deletes a workdir that has no file but the lock."""
     if workdir.is_dir() and {path.name for path in workdir.iterdir()} <= {lock.FILE_NAME}:
         workdir.rmtree()

@@ -29,7 +29,7 @@ def announce(
       stores: The stores that it is trained on.
       state: The state that it begins with.
       mesh: The devices.
-      notes: Messages to print first: changed options, damaged checkpoints.
+      notes: Messages to print first: the workdir, changed options, damaged checkpoints.
     """
     log.begin(processes.facts())
     for note in notes:

@@ -115,8 +115,9 @@ def train(
             )
             check_finite(state, config, workdir)
         log = stack.enter_context(contextlib.closing(_open_log(config, workdir, int(state.step))))
-        notes = [*(f"resumed with a changed option: {change}" for change in changes or ()), *damage]
-        notes.append(memory)
+        notes = [f"workdir {workdir}"]
+        notes += [f"resumed with a changed option: {change}" for change in changes or ()]
+        notes += [*damage, memory]
         announce(log, config, stores, state, mesh, notes)
         held_out = HeldOutLoss(config, mesh, stores)
         evaluators = (Evaluator(HELD_OUT_LOSS, config.train.eval_every, held_out), *evaluators)

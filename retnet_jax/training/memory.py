@@ -14,6 +14,16 @@ from retnet_jax.training.step import TrainState
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
+def least_bytes(state_shape: TrainState) -> int:
+    """Bytes of the parameters, gradients and optimiser state of a run, over all devices.
+
+    Args:
+      state_shape: Shapes and dtypes of the training state.
+    """
+    model, optimizer = _bytes(state_shape.model), _bytes(state_shape.optimizer)
+    return 2 * model + optimizer  # gradients have the size of the parameters
+
+
 def check_memory(config: Config, state_shape: TrainState) -> str:
     """The least memory of a device, in a sentence: that of parameters, optimiser and gradients.
 
@@ -32,21 +42,24 @@ def check_memory(config: Config, state_shape: TrainState) -> str:
     device = jax.local_devices()[0]
     available = device_memory(device)
     parts = (
-        f"{_gb(parameters)} of parameters, {_gb(optimizer)} of optimiser state and "
-        f"{_gb(parameters)} of gradients"
+        f"{gigabytes(parameters)} of parameters, {gigabytes(optimizer)} of optimiser state and "
+        f"{gigabytes(parameters)} of gradients"
     )
     if available is not None and needed > available:
+        devices = math.ceil(least_bytes(state_shape) / available)
         raise ConfigError(
             f"not enough memory: {config.model.parameter_count():,} parameters need at least "
-            f"{_gb(needed)} on each device, and a {device.device_kind} has {_gb(available)} here\n"
-            f"  these are {parts}, without activations, on the mesh {_shown(state_shape)}\n"
-            "  more devices share them along the mesh axis fsdp: --config.mesh.fsdp=-1; a smaller "
-            "model is --config=quickstart or --config=retnet_200m\n"
-            "  what fits which devices: python tools/compile_ahead.py --config=... "
-            "--topology=v5p:4x4x4 --fit=8"
+            f"{gigabytes(needed)} on each device, and a {device.device_kind} has "
+            f"{gigabytes(available)} here\n"
+            f"  these are {parts} on the mesh {_shown(state_shape)}; activations come on top\n"
+            f"  at least {devices} such devices can hold them, divided by --config.mesh.fsdp=-1; "
+            "docs/many_devices.md says how to find out what fits which devices\n"
+            "  smaller models are --config=retnet_200m and --config=quickstart"
         )
-    share = "" if available is None else f" of {_gb(available)}"
-    return f"memory of a device: at least {_gb(needed)}{share}: {parts}; activations come on top"
+    share = "" if available is None else f" of {gigabytes(available)}"
+    return (
+        f"memory of a device: at least {gigabytes(needed)}{share}: {parts}; activations come on top"
+    )
 
 
 def device_memory(device: Device) -> int | None:
@@ -69,10 +82,15 @@ def _bytes_of_a_device(tree) -> int:
     )
 
 
+def _bytes(tree) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
 def _shown(state_shape: TrainState) -> str:
     mesh = jax.tree.leaves(state_shape.model)[0].sharding.mesh
     return ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
 
 
-def _gb(size: float) -> str:
+def gigabytes(size: float) -> str:
+    """A number of bytes with its unit, such as "25.9 GB"."""
     return f"{size / 1e9:.3g} GB"

@@ -11,6 +11,8 @@ from retnet_jax.errors import ConfigError
 
 BOS = "<bos>"
 
+_LONGEST_WORD = 1000  # bytes
+
 
 class ByteTokenizer(Tokenizer):
     """Ids 0 to 255 are the UTF-8 bytes of the text; 256 is BOS."""
@@ -65,7 +67,10 @@ class BPETokenizer(Tokenizer):
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     """Trains a byte-level BPE of `vocab_size` tokens: `<bos>` (id 0), the 256 bytes, and merges.
 
-    The same texts in the same order give the same tokenizer.
+    The same texts in the same order give the same tokenizer. Merges are learned within words, as
+    the regular expression of GPT-2 finds them. The time to learn grows with the square of a word's
+    length, and a text without spaces may be one word of millions of bytes. So words are learned in
+    parts of at most 1000 bytes; the tokenizer encodes them whole.
 
     Raises:
       ConfigError: if `vocab_size` is less than 257, or more than the texts have merges for.
@@ -77,7 +82,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
         )
     hf = hugging_face()
     bpe = hf.Tokenizer(hf.models.BPE())
-    bpe.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    parts = hf.pre_tokenizers.Split(hf.Regex(f".{{1,{_LONGEST_WORD}}}"), "isolated")
+    bpe.pre_tokenizer = hf.pre_tokenizers.Sequence([words, parts])
     bpe.decoder = hf.decoders.ByteLevel(add_prefix_space=False)
     trainer = hf.trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -86,6 +93,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
+    bpe.pre_tokenizer = words
     if bpe.get_vocab_size() < vocab_size:
         raise ConfigError(
             f"model.vocab_size={vocab_size} is more than the {bpe.get_vocab_size()} tokens that "
