@@ -10,7 +10,7 @@ receives n states [b w-1 c] for each call, however long the rows are.
 """
 
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -140,7 +140,7 @@ def _state_after(u, weight, state, documents: Documents | None) -> LastInputs:
 @jax.custom_vjp
 def _convolve(u, weight, state, documents: Documents | None) -> Float[Array, "b t c"]:
     """The outputs of rows. Its gradient computes the sums again, and so keeps no float32 arrays."""
-    return _by_padding(_shifted, _compacted, u, weight, state, documents)
+    return _by_padding(_shifted, u, weight, state, documents)[0]
 
 
 def _convolve_forward(*inputs):
@@ -148,66 +148,104 @@ def _convolve_forward(*inputs):
 
 
 def _convolve_backward(inputs, d_y):
-    def gradient(form, u, weight, state, documents, d_y):
-        return jax.vjp(partial(form, documents=documents), u, weight, state)[1](d_y)
-
-    forms = (partial(gradient, form) for form in (_shifted, _compacted))
-    return *_by_padding(*forms, *inputs, d_y), None
+    return *_by_padding(_shifted_gradient, *inputs, d_y), None
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
-def _by_padding(shifted: Callable, compacted: Callable, u, weight, state, documents, *others):
-    """The result of `compacted` if there is padding inside a document, else of `shifted`."""
-    operands = (u, weight, state, documents, *others)
+def _by_padding(shifted: Callable, u, weight, state, documents: Documents | None, *d_y) -> tuple:
+    """The results of `shifted` for any rows; the first of them is an array [b t c].
+
+    Where padding interrupts a document, real tokens are moved together for it.
+    """
     if documents is None or u.shape[1] == 1:
-        return shifted(*operands)
-    return jax.lax.cond(_interrupted(documents, state is not None), compacted, shifted, *operands)
+        return shifted(u, weight, state, documents, *d_y)
+
+    def moved_together(u, weight, state, documents, *d_y):
+        order = jnp.argsort(~documents.real, axis=1, stable=True)  # real tokens before padding
+        u, *d_y = (_take(x, order) for x in (u, *d_y))
+        together = Documents(*(_take(x, order) for x in documents))
+        by_token, *others = shifted(u, weight, state, together, *d_y)
+        by_token = _take(by_token, jnp.maximum(documents.count - 1, 0))
+        return jnp.where(documents.real[..., None], by_token, 0), *others
+
+    interrupted = _interrupted(documents, state is not None)
+    return jax.lax.cond(interrupted, moved_together, shifted, u, weight, state, documents, *d_y)
 
 
 def _interrupted(documents: Documents, has_state: bool) -> Bool[Array, ""]:
     """Whether padding separates a real token from those of its document, or from the state."""
-    real_before = jnp.pad(documents.real[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    real_before = _moved(documents.real, 1, fill=True)
     count_before, index_before = documents.before()
     after_padding = documents.real & ~real_before & (documents.index == index_before)
     return jnp.any(after_padding if has_state else after_padding & (count_before > 0))
 
 
-def _shifted(u, weight, state, documents: Documents | None) -> Float[Array, "b t c"]:
-    """The outputs of rows whose documents are not interrupted by padding: w shifted products."""
-    (_, length, _), width = u.shape, weight.shape[1]
-    wide = np.promote_types(np.float32, u.dtype)
-    start = ((0, 0), (width - 1, 0))
-    if state is None:
-        inputs = jnp.pad(u, (*start, (0, 0)))
-    else:
-        inputs = jnp.concatenate([state.astype(u.dtype), u], axis=1)
-    inputs, weight = inputs.astype(wide), weight.astype(wide)  # [b w-1+t c]
-    if documents is not None:
-        real = jnp.pad(documents.real, start, constant_values=True)
-        index = jnp.pad(documents.index, start)
-    total = jnp.zeros((), wide)
-    for j in range(width):
-        seen = slice(j, j + length)
-        term = inputs[:, seen]
+def _shifted(u, weight, state, documents: Documents | None) -> tuple[Float[Array, "b t c"]]:
+    """The outputs of rows whose documents are not interrupted by padding."""
+    y = jax.nn.silu(_total(_windows(u, weight, state, documents), weight))
+    return (y.astype(u.dtype),)
+
+
+def _shifted_gradient(u, weight, state, documents: Documents | None, d_y):
+    """The gradients of u, weight and state.
+
+    Gradients are moved before they are masked and multiplied: a TPU would store what is moved.
+    """
+    size = weight.shape[1] - 1
+    windows = _windows(u, weight, state, documents)
+    total = _total(windows, weight)
+    sigmoid = jax.nn.sigmoid(total)
+    d_total = d_y * sigmoid * (1 + total * (1 - sigmoid))
+    d_weight = jnp.stack([(d_total * window).sum((0, 1)) for window in windows], axis=1)
+    d_u, d_state = 0.0, 0.0
+    for j in range(size + 1):
+        factor = weight[None, None, :, j].astype(total.dtype)
+        to_u, to_state = _moved(d_total, j - size), _moved(d_total[:, :size], j, size)
         if documents is not None:
-            same = real[:, seen] & (index[:, seen] == documents.index)
-            term = jnp.where(same[..., None], term, 0)
-        total = total + term * weight[None, None, :, j]
-    y = jax.nn.silu(total)
-    if documents is not None:
-        y = jnp.where(documents.real[..., None], y, 0)
-    return y.astype(u.dtype)
+            seen = _seen(documents, size - j)[..., None]
+            to_u = jnp.where(_moved(seen, j - size), to_u, 0)
+            to_state = jnp.where(_moved(seen[:, :size], j, size), to_state, 0)
+        d_u += to_u * factor
+        d_state += to_state * factor
+    d_state = None if state is None else d_state.astype(state.dtype)
+    return d_u.astype(u.dtype), d_weight.astype(weight.dtype), d_state
 
 
-def _compacted(u, weight, state, documents: Documents) -> Float[Array, "b t c"]:
-    """The outputs of any rows: the real tokens are moved together, and their outputs back."""
-    order = jnp.argsort(~documents.real, axis=1, stable=True)  # real tokens before padding
-    together = Documents(*(_take(x, order) for x in documents))
-    y = _shifted(_take(u, order), weight, state, together)
-    y = _take(y, jnp.maximum(documents.count - 1, 0))
-    return jnp.where(documents.real[..., None], y, 0)
+def _total(windows: list[Float[Array, "b t c"]], weight) -> Float[Array, "b t c"]:
+    weight = weight.astype(windows[0].dtype)
+    return sum(window * weight[None, None, :, j] for j, window in enumerate(windows))
+
+
+def _windows(u, weight, state, documents: Documents | None) -> list[Float[Array, "b t c"]]:
+    """For each weight, the input that it multiplies for each token; in float32 or float64."""
+    size, wide = weight.shape[1] - 1, np.promote_types(np.float32, u.dtype)
+    windows = []
+    for j in range(size + 1):
+        window = _moved(u.astype(wide), size - j)
+        if state is not None:
+            window += _moved(state.astype(wide), -j, u.shape[1])
+        if documents is not None:
+            window = jnp.where(_seen(documents, size - j)[..., None], window, 0)
+        windows.append(window)
+    return windows
+
+
+def _seen(documents: Documents, distance: int) -> Bool[Array, "b t"]:
+    """Whether each token sees the input at this distance before it, in the row or the state.
+
+    Padding sees nothing, so its sums and outputs are 0.
+    """
+    both_real = documents.real & _moved(documents.real, distance, fill=True)
+    return both_real & (_moved(documents.index, distance) == documents.index)
+
+
+def _moved(x: Array, by: int, length: int | None = None, fill: Any = 0) -> Array:
+    """Array x [b t ...] moved `by` tokens towards the end, and cut or filled to `length` tokens."""
+    after = (x.shape[1] if length is None else length) - x.shape[1] - by
+    none = [(0, 0, 0)] * (x.ndim - 2)
+    return jax.lax.pad(x, jnp.asarray(fill, x.dtype), [(0, 0, 0), (by, after, 0), *none])
 
 
 def _take(x: Array, places: Int[Array, "b n"]) -> Array:
