@@ -96,13 +96,15 @@ def segment_ids(t):
     return st.lists(row, min_size=B, max_size=B).map(np.array)
 
 
-@pytest.mark.parametrize("with_state", [True, False])
-@pytest.mark.parametrize(("t", "w"), [(T, W), (2, W), (1, W), (5, 1)])
+@pytest.mark.parametrize(
+    ("t", "w", "with_state"),
+    [(T, W, True), (T, W, False), (2, W, True), (1, W, True), (5, 1, True)],
+)
 def test_outputs_states_and_gradients_follow_the_definition(t, w, with_state):
     """Whatever stands in padding, even NaN, has no effect."""
     u, weight, state, *cotangents = arrays(t, w)
 
-    @settings(max_examples=60)
+    @settings(max_examples=40)
     @given(segment_ids(t))
     def holds(segments):
         found = compiled(
@@ -207,7 +209,7 @@ def test_rows_on_eight_devices_are_whole_rows(with_state):
     u, weight, state, *cotangents = arrays(LONG)
     with jax.set_mesh(mesh_of(seq=8)):
 
-        @settings(max_examples=60)
+        @settings(max_examples=40)
         @given(segment_ids(LONG), st.integers(0, LONG), st.integers(0, 10))
         def holds(segments, start, length):
             segments[:, start : start + length] = 0  # parts without a real token
@@ -228,7 +230,7 @@ def test_rows_on_eight_devices_are_whole_rows(with_state):
         check(found, (u, weight, state, *cotangents), ones, with_state)
 
 
-@pytest.mark.parametrize("mesh", [*MESHES[1:], {"data": 2, "tensor": 4}, {"fsdp": 8}], ids=str)
+@pytest.mark.parametrize("mesh", [*MESHES[1:], {"data": 2, "tensor": 4}], ids=str)
 def test_other_meshes(mesh):
     """Rows and channels are split too, where they can be."""
     given_arrays = arrays(LONG, c=8)
@@ -267,13 +269,11 @@ def test_devices_that_share_no_row_send_nothing():
     mesh = mesh_of(data=2, tensor=4)
     u, weight, state, *_ = arrays(c=8)
     with jax.set_mesh(mesh):
-        rows = jax.jit(split_documents)(jax.device_put(PADDING, jax.NamedSharding(mesh, BY_ROW)))
+        placed = jax.device_put(PADDING, jax.NamedSharding(mesh, jax.P("data")))
+        rows = jax.jit(split_documents)(placed)
         u = jax.device_put(u, jax.NamedSharding(mesh, jax.P("data", None, "tensor")))
         program = jax.jit(short_convolution).lower(u, weight, state, rows).compile()
     assert collectives(program.as_text()) == []
-
-
-BY_ROW = jax.P("data")
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,9 @@ def short_convolution(
     The gradient is for reverse mode (`jax.grad`, `jax.vjp`). It keeps only the arguments.
     """
     _check(u, weight, state, segment_ids)
+    state_dtype = u.dtype if state is None else state.dtype
+    if state is not None:
+        state = state.astype(u.dtype)
     split = segment_ids
     if split is not None and not isinstance(split, SplitDocuments):
         split = split_documents(split)
@@ -64,7 +67,7 @@ def short_convolution(
         y, after = _shard_map(_whole_rows, u, weight, state, split)
     else:
         y, after = _whole_rows(u, weight, state, split)
-    return y, after.astype(u.dtype if state is None else state.dtype)
+    return y, after.astype(state_dtype)
 
 
 def _whole_rows(u, weight, state, split: SplitDocuments | None):
@@ -74,18 +77,18 @@ def _whole_rows(u, weight, state, split: SplitDocuments | None):
 
 def _sequence_parallel(u, weight, state, split: SplitDocuments | None):
     """The convolution of a device's part of rows that "seq" splits."""
-    n, (rows, size, _) = axis_size("seq"), u.shape
+    n, here, (rows, size, _) = axis_size("seq"), jax.lax.axis_index("seq"), u.shape
     if split is None:
+        documents = None
         count = jnp.broadcast_to(size * jnp.arange(n + 1, dtype=jnp.int32), (rows, n + 1))
         index = jnp.zeros_like(count)
     else:
         count, index = (jnp.pad(x, ((0, 0), (1, 0))) for x in (split.end_count, split.end_index))
-    here, documents = jax.lax.axis_index("seq"), None
-    if split is not None:  # numbered as if the row began with this part
         real, counted, numbered = split.documents
+        # Numbered as if the row began with this part.
         documents = Documents(real, counted - count[:, here, None], numbered - index[:, here, None])
     own = _state_after(u, weight, None, documents)
-    first = jnp.zeros_like(own) if state is None else state.astype(own.dtype)
+    first = jnp.zeros_like(own) if state is None else state
     states = jnp.concatenate([first[None], jax.lax.all_gather(own, "seq")])  # [n+1 b w-1 c]
     before = checkpoint_name(_state_at(here, states, count, index), "state_before")
     return _convolve(u, weight, before, documents), _state_at(n, states, count, index)
@@ -117,11 +120,10 @@ def _state_at(
 
 
 def _state_after(u, weight, state, documents: Documents | None) -> LastInputs:
-    """The state after rows, in u's dtype."""
+    """The state after rows."""
     size, length = weight.shape[1] - 1, u.shape[1]
     if state is None:
         state = jnp.zeros((u.shape[0], size, u.shape[2]), u.dtype)
-    state = state.astype(u.dtype)
     if documents is None or length == 1:
         newest = jnp.concatenate([state, u[:, max(length - size, 0) :]], axis=1)
         newest = newest[:, newest.shape[1] - size :]
@@ -155,9 +157,9 @@ _convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 def _by_padding(shifted: Callable, u, weight, state, documents: Documents | None, *d_y) -> tuple:
-    """The results of `shifted` for any rows; the first of them is an array [b t c].
+    """The results of `shifted`; the first of them is an array [b t c].
 
-    Where padding interrupts a document, real tokens are moved together for it.
+    If padding interrupts a document, `shifted` gets rows in which all real tokens precede padding.
     """
     if documents is None or u.shape[1] == 1:
         return shifted(u, weight, state, documents, *d_y)
@@ -175,7 +177,7 @@ def _by_padding(shifted: Callable, u, weight, state, documents: Documents | None
 
 
 def _interrupted(documents: Documents, has_state: bool) -> Bool[Array, ""]:
-    """Whether padding separates a real token from those of its document, or from the state."""
+    """Whether padding precedes a token whose document began before it, in the row or the state."""
     real_before = _moved(documents.real, 1, fill=True)
     count_before, index_before = documents.before()
     after_padding = documents.real & ~real_before & (documents.index == index_before)
@@ -191,7 +193,8 @@ def _shifted(u, weight, state, documents: Documents | None) -> tuple[Float[Array
 def _shifted_gradient(u, weight, state, documents: Documents | None, d_y):
     """The gradients of u, weight and state.
 
-    Gradients are moved before they are masked and multiplied: a TPU would store what is moved.
+    Gradients are moved before they are masked and multiplied by weights: XLA for TPU stores what it
+    moves, and without this it would store w arrays in float32.
     """
     size = weight.shape[1] - 1
     windows = _windows(u, weight, state, documents)
@@ -209,7 +212,7 @@ def _shifted_gradient(u, weight, state, documents: Documents | None, d_y):
             to_state = jnp.where(_moved(seen[:, :size], j, size), to_state, 0)
         d_u += to_u * factor
         d_state += to_state * factor
-    d_state = None if state is None else d_state.astype(state.dtype)
+    d_state = None if state is None else d_state.astype(u.dtype)
     return d_u.astype(u.dtype), d_weight.astype(weight.dtype), d_state
 
 
