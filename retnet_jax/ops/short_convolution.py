@@ -202,7 +202,7 @@ def _shifted_gradient(u, weight, state, documents: Documents | None, d_y):
     sigmoid = jax.nn.sigmoid(total)
     d_total = d_y * sigmoid * (1 + total * (1 - sigmoid))
     d_weight = jnp.stack([(d_total * window).sum((0, 1)) for window in windows], axis=1)
-    d_u, d_state = 0.0, 0.0
+    d_u = d_state = jnp.zeros((), total.dtype)
     for j in range(size + 1):
         factor = weight[None, None, :, j].astype(total.dtype)
         to_u, to_state = _moved(d_total, j - size), _moved(d_total[:, :size], j, size)
@@ -218,7 +218,8 @@ def _shifted_gradient(u, weight, state, documents: Documents | None, d_y):
 
 def _total(windows: list[Float[Array, "b t c"]], weight) -> Float[Array, "b t c"]:
     weight = weight.astype(windows[0].dtype)
-    return sum(window * weight[None, None, :, j] for j, window in enumerate(windows))
+    products = (window * weight[None, None, :, j] for j, window in enumerate(windows))
+    return sum(products, jnp.zeros((), weight.dtype))
 
 
 def _windows(u, weight, state, documents: Documents | None) -> list[Float[Array, "b t c"]]:
