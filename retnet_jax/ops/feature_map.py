@@ -20,7 +20,7 @@ def feature_map(name: str) -> Callable[[Array], Array]:
     It computes in float32, or float64 for float64 inputs.
 
     Raises:
-      ValueError: for other names. `prelu` and `xielu` have parameters and are functions of theirs.
+      ValueError: for other names. The maps with parameters are the functions `prelu` and `xielu`.
     """
     if name in LEARNED:
         raise ValueError(
