@@ -7,6 +7,7 @@ annotations, as `config.py`.
 import dataclasses
 from dataclasses import dataclass
 
+from retnet_jax.attention_config import AttentionLayers, check_kv_heads
 from retnet_jax.config_fields import (
     check_at_least,
     check_choice,
@@ -56,6 +57,20 @@ class ModelConfig:
     value_dim: int | None = option(
         None,
         "Width of values, summed over the heads; None: 2 d_model for retention, otherwise d_model",
+    )
+    n_kv_heads: int | None = option(
+        None,
+        "Number of heads of keys and values, each shared by n_heads / n_kv_heads query heads in a "
+        "row; None: n_heads",
+    )
+    window: int | None = option(
+        None,
+        "With mixer='attention': number of tokens that a query sees, itself included; None: all",
+    )
+    attention_layers: tuple[AttentionLayers, ...] = option(
+        (),
+        "Layers of a RetNet whose mixer is attention, with their settings, such as "
+        "1,5:n_heads=8,n_kv_heads=2,window=128; other settings follow a semicolon",
     )
     ffn: str = option(
         "gelu",
@@ -173,6 +188,27 @@ class ModelConfig:
         return self.ffn.endswith("glu")
 
     @property
+    def k_width(self) -> int:
+        """Width of keys, summed over their heads."""
+        return self.q_width // self.n_heads * (self.n_kv_heads or self.n_heads)
+
+    @property
+    def layer_kinds(self) -> tuple[int | None, ...]:
+        """The entry of `attention_layers` that each layer is in; None: it has the model's mixer."""
+        kinds: list[int | None] = [None] * self.n_layers
+        for number, entry in enumerate(self.attention_layers):
+            for layer in entry.layers:
+                kinds[layer] = number
+        return tuple(kinds)
+
+    @property
+    def layer_period(self) -> int:
+        """The smallest divisor p of n_layers for which layers i and i + p are of one kind."""
+        kinds, n = self.layer_kinds, self.n_layers
+        periods = (p for p in range(1, n + 1) if n % p == 0 and kinds == kinds[:p] * (n // p))
+        return next(periods)
+
+    @property
     def kept_activations(self) -> tuple[str, ...]:
         """The activations that `remat` keeps by name."""
         return tuple(self.remat.removeprefix("offload:").split(","))
@@ -192,6 +228,7 @@ class ModelConfig:
         check_values("model", self)
         self._check_choices()
         self._check_sizes()
+        self._check_attention()
 
     def _check_choices(self) -> None:
         check_choice("model.mixer", self.mixer, MIXERS, own=True)
@@ -248,6 +285,33 @@ class ModelConfig:
                 "1 - gamma of the first and of the last head, such as (1/32, 1/512)"
             )
 
+    def _check_attention(self) -> None:
+        if self.window is not None:
+            check_at_least("model.window", self.window, 1)
+            if self.mixer != "attention":
+                raise ConfigError(
+                    f"model.window={self.window} is for model.mixer='attention', not "
+                    f"{self.mixer!r}; the entries of model.attention_layers have their own"
+                )
+        if self.n_kv_heads is not None:
+            check_at_least("model.n_kv_heads", self.n_kv_heads, 1)
+        check_kv_heads("model", self.n_heads, self.n_kv_heads)
+        if self.attention_layers and self.mixer != "retention":
+            raise ConfigError(
+                "model.attention_layers is for a RetNet, model.mixer='retention', not "
+                f"{self.mixer!r}"
+            )
+        seen: set[int] = set()
+        for number, entry in enumerate(self.attention_layers):
+            entry.check(f"model.attention_layers[{number}]", self.d_model, self.n_layers)
+            for layer in entry.layers:
+                if layer in seen:
+                    raise ConfigError(
+                        f"model.attention_layers[{number}].layers={entry.layers}: layer {layer} is "
+                        "listed twice"
+                    )
+                seen.add(layer)
+
     def built_as(self, architecture: str, n_heads: int | None = None) -> "ModelConfig":
         """This config for "retnet", its `transformer_twin` for "transformer"."""
         check_choice("the argument after --config=FILE:", architecture, ARCHITECTURES)
@@ -260,13 +324,14 @@ class ModelConfig:
         layer is wider by the difference: 4 d instead of 2 d at the paper's sizes (section 3.1).
         """
         matrices = 3 if self.ffn_gated else 2
-        surplus = self._mixer_parameters() - 4 * self.d_model**2
+        surplus = self._mixer_matrices() / self.n_layers - 4 * self.d_model**2
         return dataclasses.replace(
             self,
             mixer="attention",
             n_heads=n_heads or self.n_heads,
             key_dim=None,
             value_dim=None,
+            attention_layers=(),
             ffn_dim=self.ffn_width + round(surplus / (matrices * self.d_model)),
         )
 
@@ -278,6 +343,7 @@ class ModelConfig:
         return (
             heads * self.vocab_size * self.d_model
             + self.n_layers * layer
+            + sum(len(x.layers) * self._difference(x) for x in self.attention_layers)
             + norms * _norm_parameters(self.norm, self.d_model)
         )
 
@@ -289,21 +355,39 @@ class ModelConfig:
         on average; retention reads and writes a k by v state for each head; the user's own mixer
         counts its own (`Mixer.flops_per_token`).
         """
-        layers = self.n_layers * (self._mixer_parameters() + self._ffn_parameters())
+        layers = self._mixer_matrices() + self.n_layers * self._ffn_parameters()
         if self.mixer == "attention":
-            core = 2 * (self.q_width + self.v_width) * (sequence_length + 1) / 2
+            core = 4 * self.q_width * _mean_keys(sequence_length, self.window)
         elif is_own(self.mixer):
             core = own_object("model.mixer", self.mixer).flops_per_token(self, sequence_length)
         else:
             core = 4 * self.q_width * self.v_width / self.n_heads
-        return 6 * (layers + self.vocab_size * self.d_model) + 3 * self.n_layers * core
+        cores = core * (self.n_layers - sum(len(x.layers) for x in self.attention_layers))
+        for entry in self.attention_layers:
+            seen = _mean_keys(sequence_length, entry.window)
+            cores += len(entry.layers) * 4 * self.d_model * seen
+        return 6 * (layers + self.vocab_size * self.d_model) + 3 * cores
+
+    def _mixer_matrices(self) -> int:
+        """Parameters of the matrices of all layers' mixers."""
+        own = self._mixer_parameters()
+        return self.n_layers * own + sum(
+            len(x.layers) * (_attention_matrices(self.d_model, x) - own)
+            for x in self.attention_layers
+        )
+
+    def _difference(self, entry: AttentionLayers) -> int:
+        """Parameters that an attention layer has more than a layer of the model's mixer."""
+        vectors = self.d_model * (entry.n_heads + 2 * entry.kv_heads) // entry.n_heads
+        attention = _attention_matrices(self.d_model, entry) + entry.bias * vectors
+        return attention - self._mixer_parameters() - self._mixer_vectors()
 
     def _mixer_parameters(self) -> int:
         """Parameters of a mixer's matrices; all parameters of the user's own mixer."""
         if is_own(self.mixer):
             return own_object("model.mixer", self.mixer).parameter_count(self)
         if self.mixer == "attention":
-            return 2 * self.d_model * (self.q_width + self.v_width)
+            return 2 * self.d_model * (self.q_width + self.k_width)
         return self.d_model * (2 * self.q_width + 3 * self.v_width)
 
     def _ffn_parameters(self) -> int:
@@ -312,17 +396,34 @@ class ModelConfig:
 
     def _layer_vectors(self) -> int:
         """Parameters in scales and biases of one layer."""
-        count = 2 * _norm_parameters(self.norm, self.d_model)
-        retains = self.mixer == "retention"
-        if self.mixer_bias and not is_own(self.mixer):
-            count += 2 * self.q_width + (2 if retains else 1) * self.v_width + self.d_model
-        if self.head_norm_scale and retains:
-            count += self.v_width // self.n_heads
+        count = 2 * _norm_parameters(self.norm, self.d_model) + self._mixer_vectors()
         if self.ffn_bias:
             count += (2 if self.ffn_gated else 1) * self.ffn_width + self.d_model
         if self.ffn_norm is not None:
             count += _norm_parameters(self.ffn_norm, self.ffn_width)
         return count
+
+    def _mixer_vectors(self) -> int:
+        """Parameters in scales and biases of one layer's mixer."""
+        count = 0
+        if self.mixer_bias and self.mixer == "attention":
+            count += self.q_width + 2 * self.k_width + self.d_model
+        if self.mixer_bias and self.mixer == "retention":
+            count += 2 * self.q_width + 2 * self.v_width + self.d_model
+        if self.head_norm_scale and self.mixer == "retention":
+            count += self.v_width // self.n_heads
+        return count
+
+
+def _attention_matrices(d_model: int, entry: AttentionLayers) -> int:
+    """Parameters of the matrices of an attention layer of a hybrid."""
+    return 2 * d_model * (d_model + d_model * entry.kv_heads // entry.n_heads)
+
+
+def _mean_keys(sequence_length: int, window: int | None) -> float:
+    """The mean number of keys that a token of a row sees."""
+    w = min(window or sequence_length, sequence_length)
+    return (w * (w + 1) / 2 + (sequence_length - w) * w) / sequence_length
 
 
 def _norm_parameters(norm: str, width: int) -> int:

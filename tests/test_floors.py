@@ -12,6 +12,7 @@ import retnet_jax
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
+    "attention_config": 0,
     "config": 0,
     "config_fields": 0,
     "config_json": 0,
