@@ -35,7 +35,9 @@ def test_all_wrong_tensors_are_listed_and_nothing_is_written(tmp_path):
 @pytest.mark.parametrize(
     ("case", "values", "message"),
     [
-        ("fla/default", {"attn": {"layers": [1]}}, "hybrid attention"),
+        ("fla/default", {"attn": {"layers": [1]}}, "has no field num_heads"),
+        ("fla/default", {"attn": [{"layers": [1], "num_heads": 2, "qk_norm": True}]}, "qk_norm"),
+        ("fla/default", {"attn": {"layers": [7], "num_heads": 2}}, "layer 7 is not one of"),
         ("fla/default", {"use_short_conv": True}, "short convolutions"),
         ("fla/default", {"feature_map": "relu"}, "feature map"),
         ("fla/default", {"num_kv_heads": 2}, "key heads shared"),

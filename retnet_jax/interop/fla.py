@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from retnet_jax.attention_config import AttentionLayers
 from retnet_jax.config import ModelConfig
 from retnet_jax.errors import ConfigError
 from retnet_jax.interop.parameter_source import Description
@@ -28,8 +29,11 @@ RULES = (
     Rule("embedding", "model.embeddings.weight"),
     Rule("layers/mixer_norm/scale", _LAYER + "attn_norm.weight"),
     Rule("layers/mixer/q/kernel", _LAYER + "attn.q_proj.weight", transposed=True),
+    Rule("layers/mixer/q/bias", _LAYER + "attn.q_proj.bias"),
     Rule("layers/mixer/k/kernel", _LAYER + "attn.k_proj.weight", transposed=True),
+    Rule("layers/mixer/k/bias", _LAYER + "attn.k_proj.bias"),
     Rule("layers/mixer/v/kernel", _LAYER + "attn.v_proj.weight", transposed=True),
+    Rule("layers/mixer/v/bias", _LAYER + "attn.v_proj.bias"),
     Rule("layers/mixer/gate/kernel", _LAYER + "attn.g_proj.weight", transposed=True),
     Rule("layers/mixer/head_norm/scale", _LAYER + "attn.g_norm_swish_gate.weight"),
     Rule("layers/mixer/out/kernel", _LAYER + "attn.o_proj.weight", transposed=True),
@@ -54,7 +58,6 @@ def read_config(values: dict[str, Any], infos: Mapping[str, TensorInfo]) -> Desc
         "fla",
         values,
         {
-            "attn": ("hybrid attention", None),
             "use_short_conv": ("short convolutions of q, k and v", False),
             "feature_map": ("a feature map of q and k", None),
             "num_kv_heads": ("key heads shared by query heads", None, heads),
@@ -76,6 +79,7 @@ def read_config(values: dict[str, Any], infos: Mapping[str, TensorInfo]) -> Desc
         norm_epsilon=values.get("norm_eps", 1e-6),
         head_norm_scale=bool(values.get("elementwise_affine", True)),
         tie_embeddings=values.get("tie_word_embeddings", False),
+        attention_layers=_attention_layers(values.get("attn")),
     )
     return Description(
         model,
@@ -95,7 +99,7 @@ def write_config(description: Description, *, fused: bool) -> dict[str, Any]:
     check_exact("fla", model, FLA, _REASONS)
     return {
         "architectures": ["RetNetForCausalLM"],
-        "attn": None,
+        "attn": _attn(model),
         "attn_mode": "chunk",
         "bos_token_id": description.bos_id,
         "conv_size": 4,
@@ -124,6 +128,72 @@ def write_config(description: Description, *, fused: bool) -> dict[str, Any]:
         "use_short_conv": False,
         "vocab_size": model.vocab_size,
     }
+
+
+_ATTENTION_FIELDS = ("layers", "num_heads", "num_kv_heads", "qkv_bias", "window_size", "rope_theta")
+
+
+def _attention_layers(attn: Any) -> tuple[AttentionLayers, ...]:
+    """The attention layers in fla's field `attn`: null, one dictionary or a list of them.
+
+    Raises:
+      ConfigError: for fields that are missing, of the wrong type or unknown. fla ignores unknown
+        ones, so its model is not what they say.
+    """
+    if attn is None:
+        return ()
+    entries = attn if isinstance(attn, list) else [attn]
+    return tuple(_attention_entry(entry) for entry in entries)
+
+
+def _attention_entry(entry: Any) -> AttentionLayers:
+    if not isinstance(entry, dict):
+        raise ConfigError(f"config.json: attn={entry!r} is not an object of fields")
+    for name in entry:
+        if name not in _ATTENTION_FIELDS:
+            raise ConfigError(
+                f"config.json: attn has the unknown field {name}={entry[name]!r}, which fla "
+                f"ignores; delete it to load what fla computes; the known fields are "
+                f"{', '.join(_ATTENTION_FIELDS)}"
+            )
+    for name in ("layers", "num_heads"):
+        if name not in entry:
+            raise ConfigError(f"config.json: attn={entry} has no field {name}")
+    layers = entry["layers"]
+    if not isinstance(layers, list):
+        raise ConfigError(f"config.json: attn.layers={layers!r} is not a list of layers")
+    nulls = {"num_kv_heads", "window_size"}
+    given = {name: x for name, x in entry.items() if not (name in nulls and x is None)}
+    check_types(
+        "fla",
+        given,
+        {int: "num_heads num_kv_heads window_size", float: "rope_theta", bool: "qkv_bias"},
+    )
+    heads, kv_heads = entry["num_heads"], entry.get("num_kv_heads")
+    return AttentionLayers(
+        layers=tuple(layers),
+        n_heads=heads,
+        n_kv_heads=None if kv_heads == heads else kv_heads,
+        window=entry.get("window_size"),
+        bias=given.get("qkv_bias", False),
+        rope_base=float(given.get("rope_theta", 10_000.0)),
+    )
+
+
+def _attn(model: ModelConfig) -> list[dict[str, Any]] | None:
+    """The attention layers as fla's field `attn`."""
+    entries = [
+        {
+            "layers": list(entry.layers),
+            "num_heads": entry.n_heads,
+            "num_kv_heads": entry.kv_heads,
+            "qkv_bias": entry.bias,
+            "window_size": entry.window,
+            "rope_theta": entry.rope_base,
+        }
+        for entry in model.attention_layers
+    ]
+    return entries or None
 
 
 def split_fused_gates(files: TensorFiles) -> TensorFiles:

@@ -6,7 +6,7 @@ are named as in this project, such as `layers/mixer/q/kernel`, and read one laye
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,19 @@ class Rule:
       own: This project's name of a parameter; "layers/..." are stacked over layers: [n ...].
       foreign: The layout's name. With "{layer}" in it, each layer is a separate tensor.
       transposed: Whether the layout stores [out, in] where this project's kernels are [in, out].
+      first: The layer that is the first in the parameter's stack.
+      step: Number of layers from one in the stack to the next.
     """
 
     own: str
     foreign: str
     transposed: bool = False
+    first: int = 0
+    step: int = 1
+
+    def foreign_name(self, layer: int | None) -> str:
+        """The layout's name of the tensor of a layer, numbered in the parameter's stack."""
+        return self.foreign.format(layer=None if layer is None else self.first + layer * self.step)
 
 
 @dataclass(frozen=True)
@@ -164,14 +172,29 @@ class Layout:
     def foreign_names(self, config: ModelConfig) -> Iterator[tuple[str, Rule, int | None]]:
         """The name of each tensor, its rule, and its layer (None: not a tensor of one layer)."""
         own = parameter_shapes(config)
-        for rule in self.rules:
+        for rule in self.rules_of(config):
             if rule.own not in own:
                 continue
             if "{layer}" in rule.foreign:
-                for layer in range(config.n_layers):
-                    yield rule.foreign.format(layer=layer), rule, layer
+                for layer in range(own[rule.own][0]):
+                    yield rule.foreign_name(layer), rule, layer
             else:
                 yield rule.foreign, rule, None
+
+    def rules_of(self, config: ModelConfig) -> tuple[Rule, ...]:
+        """The table for a model: in a hybrid each place of the period has its own parameters."""
+        if not config.attention_layers:
+            return self.rules
+        period = config.layer_period
+        rules = []
+        for rule in self.rules:
+            if "{layer}" not in rule.foreign:
+                rules.append(rule)
+                continue
+            for place in range(period):
+                own = rule.own.replace("layers/", f"layers/{place}/", 1)
+                rules.append(replace(rule, own=own, first=place, step=period))
+        return tuple(rules)
 
     def tied_head(self, config: ModelConfig) -> str | None:
         """The layout's name of the output head if it is tied to the embedding, else None."""
@@ -243,7 +266,7 @@ class Layout:
         stacked = rule.own.startswith("layers/") and layer is None
         info = source.info(rule.own, 0 if stacked else layer)
         info = TensorInfo(_foreign_shape(rule, layer, config), dtype or info.dtype)
-        layers = range(config.n_layers) if stacked else [layer]
+        layers = range(parameter_shape(config, rule.own, None)[0]) if stacked else [layer]
         return TensorToWrite(name, info, _Pieces(source, rule, layers, info.dtype))
 
 
@@ -296,8 +319,8 @@ class LayoutSource:
         return array.T if rule.transposed else array
 
     def _place(self, own: str, layer: int | None) -> tuple[str, Rule]:
-        for rule in self.layout.rules:
-            name = rule.foreign.format(layer=layer)
+        for rule in self.layout.rules_of(self.description.model):
+            name = rule.foreign_name(layer)
             if rule.own == own and name in self.files.infos:
                 return name, rule
         raise KeyError(own)
@@ -343,6 +366,8 @@ def check_exact(
     if config.mixer != "retention":
         kind = "a Transformer" if config.mixer == "attention" else config.mixer
         raise ConfigError(f"{layout} holds RetNets; this is {kind} (model.mixer)")
+    if config.attention_layers and layout != "fla":
+        raise ConfigError(f"{layout} has no attention layers; this is a hybrid (attention_layers)")
     wrong = [
         f"model.{name} is {getattr(config, name)!r}, {layout} has {value!r}"
         + (f": {reasons[name]}" if name in reasons else "")

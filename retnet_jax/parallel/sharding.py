@@ -28,7 +28,11 @@ PARAMETERS = (
     ),
     (r"(q|k|v|gate|up|linear)/kernel", PartitionSpec(None, "fsdp", "tensor")),
     (r"(out|down)/kernel", PartitionSpec(None, ("tensor", "fsdp"), None)),
-    (r"carry/layers", PartitionSpec(None, ("data", "fsdp"), "tensor")),
+    (
+        r"carry/layers(/.+)?",
+        PartitionSpec(None, ("data", "fsdp"), "tensor"),
+        PartitionSpec(None, ("data", "fsdp")),  # fewer key heads than devices
+    ),
     (r"carry/position", PartitionSpec(("data", "fsdp"))),
 )
 
