@@ -331,6 +331,7 @@ class ModelConfig:
             n_heads=n_heads or self.n_heads,
             key_dim=None,
             value_dim=None,
+            n_kv_heads=None,
             attention_layers=(),
             ffn_dim=self.ffn_width + round(surplus / (matrices * self.d_model)),
         )

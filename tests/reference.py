@@ -101,7 +101,7 @@ def _torchscale(weights, config, tokens, gammas, kind):
 
 
 def fla(weights, config, tokens):
-    """Logits [b t w] of flash-linear-attention, token by token; with attention where `attn` says."""
+    """Logits [b t w] of flash-linear-attention, token by token; `attn` as in its config."""
     entries = config.get("attn") or []
     attentions = {
         layer: entry

@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
@@ -18,7 +20,7 @@ from retnet_jax import interop
 from retnet_jax.attention_config import AttentionLayers
 from retnet_jax.config import Config, DataConfig, MeshConfig, ModelConfig
 from retnet_jax.config_json import config_from_json, to_json
-from retnet_jax.data import ByteTokenizer
+from retnet_jax.data.tokenizers.byte_level import ByteTokenizer
 from retnet_jax.errors import ConfigError
 from retnet_jax.evaluation.perplexity import stateful_nll
 from retnet_jax.evaluation.prefix_trie import Request
@@ -33,6 +35,8 @@ from retnet_jax.model import build_model, for_decoding
 from retnet_jax.model.kv_cache import KVCache, WindowCache
 from retnet_jax.model.parameters import parameter_shapes
 from retnet_jax.programs.overrides import option_from_text
+from retnet_jax.training.step import initial_state
+from retnet_jax.trees import leaf_name
 
 RECORDED = Path(__file__).parent / "fixtures" / "fla_options"
 WINDOWED = AttentionLayers(layers=(1, 3), n_heads=4, n_kv_heads=2, window=5)
@@ -63,7 +67,7 @@ def built(config):
     def made():
         model = build_model(config, rngs=nnx.Rngs(0))
         # Larger parameters; otherwise attention is close to a mean.
-        return jax.tree.map(lambda x: 3 * x if x.ndim > 2 else x, model)
+        return jax.tree.map(lambda x: 2 * x if x.ndim > 2 else x, model)
 
     return made()
 
@@ -190,7 +194,7 @@ def test_rows_of_different_lengths_continue_in_one_batch(name, models):
     expected, _ = read(model, tokens())
     _, three = read(model, tokens()[:, :3], model.init_state(2, T))
     _, thirteen = read(model, tokens()[:, :13], model.init_state(2, T))
-    mixed = three.put(np.array([1]), thirteen.take(np.array([1])))
+    mixed = three.put(jnp.array([1]), thirteen.take(jnp.array([1])))
     following = np.stack([tokens()[0, 3:15], tokens()[1, 13:25]])
     logits, _ = read(model, following, mixed)
     assert_close(logits, np.stack([expected[0, 3:15], expected[1, 13:25]]))
@@ -247,13 +251,27 @@ def test_generation_equals_recomputing_the_whole_text(models):
             assert chosen.tolist() == each.tokens
 
 
-def test_decoding_with_rounded_weights_and_state_is_close(models):
+def test_int8_weights_and_a_bfloat16_state(models):
     model = models["hybrid"]
-    expected, _ = read(model, tokens())
-    found = in_parts(for_decoding(model, "int8", "bfloat16"), [11, *[1] * 17, 12])
-    assert 0 < relative_difference(found, expected) < 0.1
+
+    def nearest(path, x):
+        if not leaf_name(path).endswith(("kernel", "head")):
+            return x
+        part = np.abs(x).max(-2 if x.ndim == 3 else -1, keepdims=True) / 127
+        return jnp.asarray(np.round(x / part) * part)
+
+    rounded = jax.tree_util.tree_map_with_path(nearest, model)
+    expected, _ = read(rounded, tokens())
+    decoding = for_decoding(model, "int8")
+    assert_close(read(decoding, tokens(), decoding.init_state(2, T))[0], expected)
+    decoding = for_decoding(model, state_dtype="bfloat16")
+    kinds = [str(x.dtype) for x in jax.tree.leaves(decoding.init_state(2, T).layers)]
+    assert kinds == ["bfloat16", "float32", "float32"] * 2
+    found = in_parts(decoding, [11, *[1] * 17, 12])
+    assert_close(found, read(model, tokens())[0], "bfloat16")
 
 
+@pytest.mark.compiles(80, reason="a hybrid's state has many shapes, each copied by itself")
 def test_a_saved_state_is_continued(tmp_path):
     config = dataclasses.replace(CONFIGS["both"], vocab_size=BYTES.vocab_size)
     model, path = for_decoding(built(config)), tmp_path / "text.state"
@@ -319,7 +337,8 @@ def test_training_on_eight_devices_equals_one(axes):
 
 def test_micro_batches_carry_windows():
     config = hybrid_run()
-    model = built(config.model)
+    model = jax.jit(partial(initial_state, config))().model
+    model.embedding = nnx.Param(50 * model.embedding[...])
     carry = model.init_state(8, capacity=0)
     carry = sums_of_gradients(model, batch(0), 1, carry)[1].carry
     expected = sums_of_gradients(model, batch(1), 1, carry)

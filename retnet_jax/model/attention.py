@@ -409,8 +409,20 @@ def attend_to_all(
 
     Queries have been scaled by k^-1/2. Query head h uses key head h // (h/g).
     """
-    y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None, scale=1.0)
+    if q.dtype == jnp.float64:
+        y = _attend_in_float64(q, k, v, mask)
+    else:
+        y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None, scale=1.0)
     return checkpoint_name(y, "retention")
+
+
+def _attend_in_float64(q, k, v, mask):
+    """As `attend_to_all`: jax's function computes the softmax in float32."""
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    if mask is None:
+        mask = jnp.tri(q.shape[1], k.shape[1], dtype=bool)[None, None]
+    scores = jnp.where(mask, jnp.einsum("bthk,bshk->bhts", q, k), 0.7 * jnp.finfo(q.dtype).min)
+    return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(scores, axis=-1), v)
 
 
 def attend_to_cache(
