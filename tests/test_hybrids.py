@@ -267,8 +267,10 @@ def test_int8_weights_and_a_bfloat16_state(models):
     decoding = for_decoding(model, state_dtype="bfloat16")
     kinds = [str(x.dtype) for x in jax.tree.leaves(decoding.init_state(2, T).layers)]
     assert kinds == ["bfloat16", "float32", "float32"] * 2
-    found = in_parts(decoding, [11, *[1] * 17, 12])
-    assert_close(found, read(model, tokens())[0], "bfloat16")
+    found, (expected, _) = in_parts(decoding, [11, *[1] * 17, 12]), read(model, tokens())
+    assert_close(found[:, :11], expected[:, :11])
+    error = np.abs(found - expected)
+    assert 0 < error.mean() < 2e-2 * np.abs(expected).mean()
 
 
 @pytest.mark.compiles(80, reason="a hybrid's state has many shapes, each copied by itself")
