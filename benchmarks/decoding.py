@@ -100,6 +100,10 @@ def main(_) -> None:
             f"{results[architecture]['cache_copies']} copies of a cache"
         )
     options = [x for x in (args.weights, args.state_dtype and f"state_{args.state_dtype}") if x]
+    if (args.d_model, args.n_layers) != (128, 2):
+        options.insert(0, f"{args.n_layers}x{args.d_model}")
+    if args.attention_layers:
+        options.insert(0, "hybrid")
     if args.dtype != "float32":
         options.insert(0, args.dtype)
     name = "_".join(["decoding", jax.default_backend(), *options])

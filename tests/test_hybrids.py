@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import reference
 from flax import nnx
-from safetensors.numpy import load_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from test_train_step import CONFIG, batch, losses_of, sums_of_gradients
 from tolerances import assert_close, relative_difference
 
@@ -25,7 +26,7 @@ from retnet_jax.errors import ConfigError
 from retnet_jax.evaluation.perplexity import stateful_nll
 from retnet_jax.evaluation.prefix_trie import Request
 from retnet_jax.evaluation.scoring import score
-from retnet_jax.generation import generate
+from retnet_jax.generation import generate, saved_state
 from retnet_jax.generation.decode import decode, prefill, row_keys
 from retnet_jax.generation.saved_state import load_reading, save_reading
 from retnet_jax.generation.texts import Writer
@@ -291,6 +292,27 @@ def test_a_saved_state_is_continued(tmp_path):
     assert first.continuations[0].tokens + rest.tokens == whole.tokens
 
 
+def test_a_cache_saved_in_format_3_is_continued(tmp_path):
+    config = dataclasses.replace(CONFIGS["grouped"], vocab_size=BYTES.vocab_size)
+    model, path = for_decoding(built(config)), tmp_path / "text.state"
+    writer = Writer(model, BYTES, ["a text"], 0)
+    save_reading(path, writer.reading, model, BYTES)
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata()
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    shapes = json.loads(metadata["shapes"])
+    for name, array in arrays.items():
+        if name.endswith(("keys", "values")):  # [b h k s], written as [b s h k]
+            x = np.moveaxis(array.view("f4").reshape(shapes[name]), -1, -3)
+            shapes[name], arrays[name] = x.shape, np.frombuffer(x.tobytes(), np.uint8)
+    metadata |= {"format": "retnet-jax state 3", "shapes": json.dumps(shapes)}
+    metadata["sha256"] = saved_state._digest(metadata, arrays)
+    save_file(arrays, path, metadata)
+    again = load_reading(path, model, BYTES).progress.state
+    expected = writer.reading.progress.state
+    jax.tree.map(np.testing.assert_array_equal, again, expected)
+
+
 @pytest.mark.parametrize("name", ["hybrid", pytest.param("both", marks=pytest.mark.slow)])
 def test_scores_with_shared_prefixes_are_those_of_each_request(name, models):
     rng = np.random.default_rng(0)
@@ -335,6 +357,20 @@ def test_training_on_eight_devices_equals_one(axes):
     one = losses_of(config, MeshConfig(), jax.devices()[:1])
     mesh = MeshConfig(**({"data": 1} | axes))
     assert_close(losses_of(config, mesh, jax.devices()), one)
+
+
+@pytest.mark.slow
+def test_eight_devices_carry_windows():
+    config = dataclasses.replace(
+        hybrid_run(dataclasses.replace(WINDOWED, n_kv_heads=1)),
+        data=DataConfig(windows="contiguous"),
+        train=dataclasses.replace(CONFIG.train, carry_state=True),
+    )
+    config.check()
+    one = losses_of(config, MeshConfig(), jax.devices()[:1])
+    assert_close(losses_of(config, MeshConfig(data=2, fsdp=2, tensor=2), jax.devices()), one)
+    config.train = dataclasses.replace(config.train, carry_state=False)
+    assert abs(losses_of(config, MeshConfig(), jax.devices()[:1])[2] - one[2]) > 1e-5
 
 
 def test_micro_batches_carry_windows():

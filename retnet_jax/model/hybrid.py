@@ -23,7 +23,6 @@ from retnet_jax.model.attention import (
     explain_choice,
     find_places,
     find_slots,
-    write_layers,
 )
 from retnet_jax.model.kv_cache import put_rows, take_rows, with_slots
 from retnet_jax.model.mixer import RetentionState
@@ -96,24 +95,20 @@ class HybridContext(NamedTuple):
 
     def state(self, layers) -> HybridState:
         """The state after the batch, from what each layer returns."""
-        after = tuple(
-            new
-            if self.kinds[i % len(self.kinds)] is None
-            else write_layers(self.of(i).write, None if self.before is None else before, new)
-            for i, (before, new) in enumerate(zip(self._before(layers), _each(layers), strict=True))
-        )
-        if isinstance(layers, PeriodStates):
-            after = PeriodStates(after)
+        new = _each(layers)
+        before = (None,) * len(new) if self.before is None else _each(self.before)
+        after = []
+        for i, (old, each) in enumerate(zip(before, new, strict=True)):
+            context = self.of(i)
+            attends = isinstance(context, AttentionContext)
+            after.append(context.write(old, each) if attends else each)
         slots = self.slots
         return HybridState(
-            after,
+            PeriodStates(tuple(after)) if isinstance(layers, PeriodStates) else tuple(after),
             None if slots is None else slots.visible,
             None if slots is None else slots.length,
             self.position,
         )
-
-    def _before(self, layers) -> tuple[Any, ...]:
-        return (None,) * len(_each(layers)) if self.before is None else _each(self.before)
 
 
 def _each(layers: PeriodStates | tuple[Any, ...]) -> tuple[Any, ...]:
