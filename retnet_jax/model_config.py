@@ -26,6 +26,20 @@ NORMS = ("layer", "rms")
 ROTATIONS = ("rope", "torchscale")
 SCORE_CLAMPS = ("absolute", "signed")
 DTYPES = ("float32", "bfloat16", "float64")
+# Functions of `ops/feature_map.py`, by the names of transformers' activations.
+FEATURE_MAPS = (
+    *("linear", "relu", "relu2", "relu6", "leaky_relu", "sigmoid", "tanh", "silu", "swish"),
+    *("gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh"),
+    *("gelu_python_tanh", "gelu_10", "quick_gelu", "mish", "hardswish", "laplace"),
+    *("sqrtsoftplus", "prelu", "xielu"),
+)
+# Option of a mixer -> the mixers that have it; the others are given its default.
+MIXER_OPTIONS = {
+    "short_conv": ("retention",),
+    "n_kv_heads": ("retention",),
+    "feature_map": ("retention",),
+    "output_gate": ("retention",),
+}
 REMATS = ("none", "full", "dots")
 # Activations of a layer that `model.remat` can name.
 ACTIVATIONS = (
@@ -80,6 +94,24 @@ class ModelConfig:
         True,
         "Divide retention by the square root of the sum of its decays; False only for checkpoints "
         "of fla",
+    )
+    short_conv: int | None = option(
+        None,
+        "Width of a causal convolution of each channel of q, k and v, with SiLU: the number of "
+        "tokens it sees, 2 or more; None: there is none",
+    )
+    n_kv_heads: int | None = option(
+        None,
+        "Heads of keys and values, each shared by n_heads / n_kv_heads heads in a row; None: "
+        "n_heads",
+    )
+    feature_map: str | None = option(
+        None,
+        "Elementwise function of q and k, such as 'relu' or 'gelu'; 'prelu' and 'xielu' have "
+        "learned parameters; None: there is none",
+    )
+    output_gate: bool = option(
+        True, "Multiply the outputs of retention, after their norm, by swish(x W_gate)"
     )
     tie_embeddings: bool = option(False, "Use the embedding matrix as output head too")
     dtype: str = option(
@@ -161,6 +193,21 @@ class ModelConfig:
         return 2 * self.d_model if self.mixer == "retention" else self.d_model
 
     @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def k_channels(self) -> int:
+        """Outputs of the projection of keys: their width, summed over their own heads."""
+        return self.q_width // self.n_heads * self.kv_heads
+
+    @property
+    def v_channels(self) -> int:
+        """Outputs of the projection of values: their width, summed over their own heads."""
+        return self.v_width // self.n_heads * self.kv_heads
+
+    @property
     def ffn_width(self) -> int:
         """Inner width of the feed-forward layer."""
         if self.ffn_dim is not None:
@@ -204,6 +251,15 @@ class ModelConfig:
             check_choice("model.ffn_norm", self.ffn_norm, NORMS)
         if self.score_clamp is not None:
             check_choice("model.score_clamp", self.score_clamp, SCORE_CLAMPS)
+        if self.feature_map is not None:
+            check_choice("model.feature_map", self.feature_map, FEATURE_MAPS)
+        for name, mixers in MIXER_OPTIONS.items():
+            value, default = getattr(self, name), _DEFAULTS[name]
+            if self.mixer not in mixers and value != default:
+                raise ConfigError(
+                    f"model.{name}={value!r} is for model.mixer={' or '.join(map(repr, mixers))}, "
+                    f"not {self.mixer!r}: leave it out, or set it to {default!r}"
+                )
         if self.remat not in REMATS and not set(self.kept_activations) <= set(ACTIVATIONS):
             raise ConfigError(
                 f"model.remat={self.remat!r} is not one of {', '.join(map(repr, REMATS))}, nor a "
@@ -221,6 +277,13 @@ class ModelConfig:
         for name in ("key_dim", "value_dim", "ffn_dim", "chunk_size"):
             if getattr(self, name) is not None:
                 check_at_least(f"model.{name}", getattr(self, name), 1)
+        if self.short_conv is not None:
+            check_at_least("model.short_conv", self.short_conv, 2)
+        check_at_least("model.n_kv_heads", self.kv_heads, 1)
+        if self.n_heads % self.kv_heads:
+            raise ConfigError(
+                f"model.n_kv_heads={self.n_kv_heads} does not divide model.n_heads={self.n_heads}"
+            )
         check_positive("model.norm_epsilon", self.norm_epsilon)
         for name, width in (("key_dim", self.q_width), ("value_dim", self.v_width)):
             shown = f"model.{name}={width}"
@@ -258,11 +321,18 @@ class ModelConfig:
 
         Attention has 4 d^2 parameters where retention has 2 d^2 + 3 d value_dim. The feed-forward
         layer is wider by the difference: 4 d instead of 2 d at the paper's sizes (section 3.1).
+        Options that attention does not have are left out.
         """
         matrices = 3 if self.ffn_gated else 2
-        surplus = self._mixer_parameters() - 4 * self.d_model**2
+        surplus = self._mixer_parameters() + self._conv_parameters() - 4 * self.d_model**2
+        dropped = {
+            name: _DEFAULTS[name]
+            for name, mixers in MIXER_OPTIONS.items()
+            if "attention" not in mixers
+        }
         return dataclasses.replace(
             self,
+            **dropped,
             mixer="attention",
             n_heads=n_heads or self.n_heads,
             key_dim=None,
@@ -284,12 +354,14 @@ class ModelConfig:
     def training_flops_per_token(self, sequence_length: int) -> float:
         """Model FLOPs of one token's forward and backward pass, without recomputation.
 
-        6 for each weight of a matrix product (the embedding look-up is not one), and the FLOPs of
-        the mixer's algorithm: causal attention multiplies with half the positions of the sequence
-        on average; retention reads and writes a k by v state for each head; the user's own mixer
-        counts its own (`Mixer.flops_per_token`).
+        6 for each weight of a matrix product (the embedding look-up is not one) or convolution, and
+        the FLOPs of the mixer's algorithm: causal attention multiplies with half the positions of
+        the sequence on average; retention reads and writes a k by v state for each head; the user's
+        own mixer counts its own (`Mixer.flops_per_token`).
         """
-        layers = self.n_layers * (self._mixer_parameters() + self._ffn_parameters())
+        layers = self.n_layers * (
+            self._mixer_parameters() + self._conv_parameters() + self._ffn_parameters()
+        )
         if self.mixer == "attention":
             core = 2 * (self.q_width + self.v_width) * (sequence_length + 1) / 2
         elif is_own(self.mixer):
@@ -304,18 +376,26 @@ class ModelConfig:
             return own_object("model.mixer", self.mixer).parameter_count(self)
         if self.mixer == "attention":
             return 2 * self.d_model * (self.q_width + self.v_width)
-        return self.d_model * (2 * self.q_width + 3 * self.v_width)
+        of_gate_and_out = (2 if self.output_gate else 1) * self.v_width
+        return self.d_model * (self.q_width + self.k_channels + self.v_channels + of_gate_and_out)
+
+    def _conv_parameters(self) -> int:
+        """Weights of the convolutions of a layer."""
+        return (self.short_conv or 0) * (self.q_width + self.k_channels + self.v_channels)
 
     def _ffn_parameters(self) -> int:
         """Parameters of the matrices of a feed-forward layer."""
         return self.d_model * self.ffn_width * (3 if self.ffn_gated else 2)
 
     def _layer_vectors(self) -> int:
-        """Parameters in scales and biases of one layer."""
+        """Parameters of one layer that are not in matrices."""
         count = 2 * _norm_parameters(self.norm, self.d_model)
+        count += self._conv_parameters()
+        count += {"prelu": 1, "xielu": 2}.get(self.feature_map or "", 0)
         retains = self.mixer == "retention"
         if self.mixer_bias and not is_own(self.mixer):
-            count += 2 * self.q_width + (2 if retains else 1) * self.v_width + self.d_model
+            count += self.q_width + self.k_channels + self.v_channels + self.d_model
+            count += self.v_width if retains and self.output_gate else 0
         if self.head_norm_scale and retains:
             count += self.v_width // self.n_heads
         if self.ffn_bias:
@@ -323,6 +403,9 @@ class ModelConfig:
         if self.ffn_norm is not None:
             count += _norm_parameters(self.ffn_norm, self.ffn_width)
         return count
+
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
 
 
 def _norm_parameters(norm: str, width: int) -> int:

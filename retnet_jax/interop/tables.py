@@ -45,11 +45,32 @@ class Rule:
       own: This project's name of a parameter; "layers/..." are stacked over layers: [n ...].
       foreign: The layout's name. With "{layer}" in it, each layer is a separate tensor.
       transposed: Whether the layout stores [out, in] where this project's kernels are [in, out].
+      depthwise: Whether the layout stores [c, 1, w], as PyTorch's Conv1d with a group for each
+        channel, where this project's convolutions are [c, w].
+      when: Whether the line is for a model with this config; of several for one parameter at most
+        one is.
     """
 
     own: str
     foreign: str
     transposed: bool = False
+    depthwise: bool = False
+    when: Callable[[ModelConfig], bool] = lambda _: True
+
+    def to_foreign(self, array: np.ndarray) -> np.ndarray:
+        """One layer's parameter as the layout stores it."""
+        array = array.T if self.transposed else array
+        return array[:, None] if self.depthwise else array
+
+    def to_own(self, array: np.ndarray) -> np.ndarray:
+        """The inverse of `to_foreign`."""
+        array = array[:, 0] if self.depthwise else array
+        return array.T if self.transposed else array
+
+    def foreign_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape that `to_foreign` gives an array of this shape."""
+        shape = shape[::-1] if self.transposed else shape
+        return (shape[0], 1, *shape[1:]) if self.depthwise else shape
 
 
 @dataclass(frozen=True)
@@ -66,6 +87,8 @@ class Layout:
       buffers: Tensors that follow from the config; they are checked when read.
       writes_tied_head: Whether an output head that is tied to the embedding is written too.
       split: Splits and renames the joined tensors of older checkpoints.
+      ignored: What the implementation drops when it loads such a model, so that it computes
+        something else; None: nothing.
     """
 
     name: str
@@ -75,6 +98,7 @@ class Layout:
     buffers: Callable[[ModelConfig], dict[str, np.ndarray]] = lambda _: {}
     writes_tied_head: bool = False
     split: Callable[[TensorFiles], TensorFiles] = lambda files: files
+    ignored: Callable[[ModelConfig], str | None] = lambda _: None
 
     def load(
         self, directory: str | Path, mesh: Mesh | None = None, **changes: Any
@@ -127,6 +151,7 @@ class Layout:
         dtype: str | None = None,
         max_file_bytes: int = 5 * 10**9,
         torch_file: bool = False,
+        fla_ignores_conv: bool = False,
     ) -> None:
         """Writes the parameters of a source to a directory in this layout, one by one.
 
@@ -137,6 +162,8 @@ class Layout:
           dtype: Dtype of the parameters, "float32", "float16" or "bfloat16"; None: the source's.
           max_file_bytes: Largest size of a safetensors file; a larger model is split into several.
           torch_file: Whether to write one PyTorch file as fairseq's instead, from memory.
+          fla_ignores_conv: Whether to write a model with convolutions for fla, which drops them.
+            Then a README.md in the directory says so.
 
         Raises:
           As `save`.
@@ -150,6 +177,12 @@ class Layout:
             )
         directory = Path(directory)
         values = self.write_config(description or source.description)
+        ignored = self.ignored(source.description.model)
+        if ignored is not None and not fla_ignores_conv:
+            raise ConfigError(
+                f"{ignored}\n  fla_ignores_conv=True (--fla_ignores_conv) writes it all the same, "
+                "for programs that use these weights, as this project does"
+            )
         numpy_dtype = next((x for x in DTYPES.values() if x.name == dtype), None)
         tensors = self.tensors(source, numpy_dtype)
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -160,12 +193,14 @@ class Layout:
             else:
                 write_safetensors(unfinished, tensors, max_file_bytes)
             (unfinished / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+            if ignored is not None:
+                (unfinished / "README.md").write_text(f"# A RetNet\n\n{ignored}\n")
 
     def foreign_names(self, config: ModelConfig) -> Iterator[tuple[str, Rule, int | None]]:
         """The name of each tensor, its rule, and its layer (None: not a tensor of one layer)."""
         own = parameter_shapes(config)
         for rule in self.rules:
-            if rule.own not in own:
+            if rule.own not in own or not rule.when(config):
                 continue
             if "{layer}" in rule.foreign:
                 for layer in range(config.n_layers):
@@ -259,7 +294,7 @@ class _Pieces:
     def __iter__(self) -> Iterator[np.ndarray]:
         for layer in self.layers:
             array = self.source.read(self.rule.own, layer)
-            yield self._rounded(array.T if self.rule.transposed else array)
+            yield self._rounded(self.rule.to_foreign(array))
 
     def _rounded(self, array: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):
@@ -293,7 +328,7 @@ class LayoutSource:
             array = self.files.read(name)
         else:
             array = self.files.read(name, slice(layer, layer + 1))[0]
-        return array.T if rule.transposed else array
+        return rule.to_own(array)
 
     def _place(self, own: str, layer: int | None) -> tuple[str, Rule]:
         for rule in self.layout.rules:
@@ -381,7 +416,7 @@ def check_types(layout: str, found: Mapping[str, Any], expected: Mapping[type, s
     Args:
       layout: Name of the layout.
       found: Values of a checkpoint's config.
-      expected: Names of the fields of each type: int, float (an int will do) and bool.
+      expected: Names of the fields of each type: int, float (an int will do), bool and str.
     """
     wrong = [
         f"{name}={found[name]!r} is no {kind.__name__}"
@@ -397,8 +432,7 @@ def check_types(layout: str, found: Mapping[str, Any], expected: Mapping[type, s
 
 
 def _foreign_shape(rule: Rule, layer: int | None, config: ModelConfig) -> tuple[int, ...]:
-    shape = parameter_shape(config, rule.own, layer)
-    return shape[::-1] if rule.transposed else shape
+    return rule.foreign_shape(parameter_shape(config, rule.own, layer))
 
 
 def _near(found: np.ndarray, expected: np.ndarray) -> bool:

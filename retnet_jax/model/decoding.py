@@ -18,10 +18,11 @@ from flax import nnx
 from retnet_jax.errors import ConfigError
 from retnet_jax.model.layers import Linear
 from retnet_jax.model.lm import LanguageModel, State
+from retnet_jax.model.mixer import map_matrix
 from retnet_jax.model.multi_scale_retention import MultiScaleRetention
 from retnet_jax.ops.rounding import round_at_random
 from retnet_jax.own_objects import is_own
-from retnet_jax.shapes import Array, Float, Int
+from retnet_jax.shapes import Array, Float, Int, RetentionMatrix
 
 STATE_DTYPES = ("float32", "bfloat16")
 
@@ -111,7 +112,7 @@ def _product(x: Float[Array, "... i"], weight: Array) -> Float[Array, "... o"]:
 class DecodingModel(LanguageModel):
     """A model from `for_decoding`: a language model that cannot be trained or saved.
 
-    Its state has a tuple of the layers' states. A RetNet's are [b h v k]: the keys, over which a
+    Its state has a tuple of the layers' states. A RetNet's S are [b h v k]: the keys, over which a
     read-out sums, are next to each other in memory.
     """
 
@@ -140,7 +141,7 @@ class DecodingModel(LanguageModel):
         after = []
         for number, (block, layer_state) in enumerate(zip(self.layers, before, strict=True)):
             if layer_state is not None and self._retains:
-                layer_state = layer_state.astype(self.config.accumulation_dtype).swapaxes(-1, -2)
+                layer_state = map_matrix(self._computed, layer_state)
             x, layer_state = block(x, layer_state, context, form)
             after.append(self._stored(layer_state, context.position, number))
         return x, tuple(after)
@@ -149,15 +150,21 @@ class DecodingModel(LanguageModel):
     def _retains(self) -> bool:
         return issubclass(self.mixer_type, MultiScaleRetention)
 
+    def _computed(self, matrix: Float[Array, "b h v k"]) -> RetentionMatrix:
+        """A stored S as layers compute it."""
+        return matrix.astype(self.config.accumulation_dtype).swapaxes(-1, -2)
+
     def _stored(self, layer_state, position: Int[Array, " b"], number: int):
-        """A layer's state [b h k v] as it is stored, [b h v k]; a Transformer's is not changed."""
-        if not self._retains:
-            return layer_state
-        layer_state = layer_state.swapaxes(-1, -2)
-        if self.state_dtype == "bfloat16":
-            # A prime larger than any number of layers: layers and positions share no seeds.
-            return round_at_random(layer_state, position * 1009 + number)
-        return layer_state
+        """A layer's state with S as it is stored, [b h v k]; a Transformer's is not changed."""
+
+        def stored(matrix: RetentionMatrix) -> Float[Array, "b h v k"]:
+            matrix = matrix.swapaxes(-1, -2)
+            if self.state_dtype == "bfloat16":
+                # A prime larger than any number of layers: layers and positions share no seeds.
+                return round_at_random(matrix, position * 1009 + number)
+            return matrix
+
+        return map_matrix(stored, layer_state) if self._retains else layer_state
 
     def logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t w"]:
         if self.int8_head:

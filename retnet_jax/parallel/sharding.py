@@ -28,7 +28,13 @@ PARAMETERS = (
     ),
     (r"(q|k|v|gate|up|linear)/kernel", PartitionSpec(None, "fsdp", "tensor")),
     (r"(out|down)/kernel", PartitionSpec(None, ("tensor", "fsdp"), None)),
-    (r"carry/layers", PartitionSpec(None, ("data", "fsdp"), "tensor")),
+    (r"(q|k|v)_conv/weight", PartitionSpec(None, "tensor"), PartitionSpec()),
+    (r"carry/layers(/matrix)?", PartitionSpec(None, ("data", "fsdp"), "tensor")),
+    (  # last inputs of convolutions; of keys and values there may be fewer heads than devices
+        r"carry/layers/(q|k|v)",
+        PartitionSpec(None, ("data", "fsdp"), None, "tensor"),
+        PartitionSpec(None, ("data", "fsdp")),
+    ),
     (r"carry/position", PartitionSpec(("data", "fsdp"))),
 )
 

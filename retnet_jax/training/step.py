@@ -130,9 +130,10 @@ def loss_sum(
 
 def _where_continued(continues: Bool[Array, " b"], carry: State) -> RetentionState:
     """The carried state for rows that continue, the empty state for the others."""
-    assert isinstance(carry.layers, Array)  # stacked: `config.train.carry_state` is for a RetNet
     return RetentionState(
-        layers=jnp.where(continues[None, :, None, None, None], carry.layers, 0.0),
+        layers=jax.tree.map(
+            lambda x: jnp.where(continues[None, :, None, None, None], x, 0.0), carry.layers
+        ),
         position=jnp.where(continues, carry.position, 0),
     )
 
@@ -203,9 +204,11 @@ def gradient_sums(
 
     parts = jax.tree.map(split, batch)
     if carry is not None:
-        carry = RetentionState(split(carry.layers, axis=1), split(carry.position))
+        layers = jax.tree.map(partial(split, axis=1), carry.layers)
+        carry = RetentionState(layers, split(carry.position))
     zeros = jax.tree.map(jnp.zeros_like, (model, jnp.float32(0), jnp.float32(0)))
     (gradients, loss, weight), carry = jax.lax.scan(add, zeros, (parts, carry))
     if carry is not None:
-        carry = RetentionState(join(carry.layers, axis=1), join(carry.position))
+        layers = jax.tree.map(partial(join, axis=1), carry.layers)
+        carry = RetentionState(layers, join(carry.position))
     return gradients, Sums(loss, weight, carry)
