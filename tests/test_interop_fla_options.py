@@ -73,10 +73,9 @@ def test_float32(case):
     assert_states(model, state, io, 37)
     steps = prefill_then_steps(model, io["tokens_T37"])
     assert difference(steps, io["logits_prefill20_then_steps_f32_T37"][:, 20:]) <= FLOAT32_FLA
-    for length in (64, 100):
-        if f"tokens_T{length}" in io:
-            longer, _ = run(model, io[f"tokens_T{length}"], form="chunkwise")
-            assert difference(longer, io[f"logits_f64_T{length}"]) <= FLOAT32_FLA
+    if "tokens_T100" in io:
+        longer, _ = run(model, io["tokens_T100"], form="chunkwise")
+        assert difference(longer, io["logits_f64_T100"]) <= FLOAT32_FLA
     loss = optax.losses.softmax_cross_entropy_with_integer_labels(
         logits[:, :-1], io["tokens_T37"][:, 1:]
     ).mean()
@@ -88,12 +87,12 @@ def test_float32(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_float64_in_every_form(case):
+def test_float64(case):
     io = recorded(case)
     expected = io["logits_f64_T37"]
     with jax.enable_x64(True):
         model = interop.load(FIXTURES / "fla_options" / case, dtype="float64", chunk_size=16)
-        for form in ("parallel", "chunkwise", "recurrent"):
+        for form in ("parallel", "chunkwise", "recurrent") if case == "all" else ("chunkwise",):
             logits, _ = run(model, io["tokens_T37"], form=form)
             assert difference(logits, expected) <= FLOAT64 * np.abs(expected).max()
 

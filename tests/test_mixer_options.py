@@ -1,11 +1,10 @@
-"""Short convolutions, shared key heads, feature maps, no gate: against a loop over the equations."""
+"""Convolutions, shared key heads, feature maps, no gate: against a loop over the equations."""
 
 import dataclasses
 import math
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -16,6 +15,7 @@ from tolerances import assert_close
 from retnet_jax import ModelConfig
 from retnet_jax.model.mixer import ConvolvedState
 from retnet_jax.model.multi_scale_retention import MultiScaleRetention
+from retnet_jax.ops.retention.api import FORMS
 
 SMALL = ModelConfig(vocab_size=29, d_model=12, n_layers=1, n_heads=4, key_dim=16, value_dim=12)
 OPTIONS = [
@@ -175,9 +175,16 @@ def assert_state(state, references):
             assert_close(last.reshape(expected.shape), expected, "float64")
 
 
-@pytest.mark.parametrize("most", [6, pytest.param(150, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("form", ["parallel", "chunkwise", "recurrent"])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+OFTEN = [(options, "chunkwise", 6) for options in OPTIONS]
+OFTEN += [(OPTIONS[0], form, 6) for form in ("parallel", "recurrent")]
+SELDOM = [(options, form, 150) for options in OPTIONS for form in FORMS]
+
+
+@pytest.mark.parametrize(
+    ("options", "form", "most"),
+    [*OFTEN, *(pytest.param(*x, marks=pytest.mark.slow) for x in SELDOM)],
+    ids=str,
+)
 def test_any_documents_in_any_pieces(options, form, most):
     with jax.enable_x64(True):
         mixer = mixer_of(options)
