@@ -223,6 +223,7 @@ def test_prompts_longer_than_a_piece(monkeypatch):
         assert_close(progress.logits[row], expected)
 
 
+@pytest.mark.compiles(110, reason="samplers and progress are prepared outside of jit")
 def test_a_saved_state_is_continued(tmp_path):
     model, path = for_decoding(build(), state_dtype="bfloat16"), tmp_path / "text.state"
     whole = written(model, BYTES, ["Grüße, "], 30).continuations[0]
@@ -332,6 +333,30 @@ def test_rematerialisation_does_not_change_the_losses(remat):
     _, expected = run_on(mesh, dataclasses.replace(CONFIG, model=model), steps=2)
     _, found = run_on(mesh, kept, steps=2)
     assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "usual"),
+    [
+        ("jax_numpy_rank_promotion", "raise", "allow"),
+        ("jax_numpy_dtype_promotion", "strict", "standard"),
+    ],
+)
+@pytest.mark.parametrize("name", ["prelu", "xielu", "gelu_10", "sqrtsoftplus"])
+def test_models_obey_jaxs_strictest_settings(option, value, usual, name):
+    config = dataclasses.replace(SMALL, feature_map=name, dtype="bfloat16")
+    ids = jax.ShapeDtypeStruct((2, 9), "int32")
+
+    def loss(model, ids, segment_ids):
+        logits, state = model(ids, None, segment_ids)
+        return logits.mean() + model(ids[:, :1], state, form="recurrent")[0].mean()
+
+    model = jax.eval_shape(lambda: RetNet(config, rngs=nnx.Rngs(0)))
+    jax.config.update(option, value)
+    try:
+        jax.eval_shape(jax.grad(loss), model, ids, ids)
+    finally:
+        jax.config.update(option, usual)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

@@ -50,11 +50,13 @@ class RetentionContext(NamedTuple):
 class MultiScaleRetention(Mixer):
     """Retention with its projections, normalisers and gate.
 
-    Options add, in this order: a convolution of q, k and v with SiLU (`short_conv`), a feature map
-    of q and k (`feature_map`), and after the rotation the repetition of keys and values that
-    several heads share (`n_kv_heads`). Retention gets them repeated, so it reads and writes
-    b t h (k + v) numbers for keys and values, as many as without shared heads, and the repetition
-    writes them once more; what is saved are parameters and their products.
+    The order is that of flash-linear-attention: projections, convolutions of q, k and v with SiLU
+    (`short_conv`), feature map of q and k (`feature_map`), rotation, repetition of the keys and
+    values that heads share (`n_kv_heads`), retention, norm, gate (unless `output_gate=False`).
+
+    Sharing g key heads among h heads saves parameters and products of the projections, but no
+    memory traffic in retention, whose kernels take h heads: the repeated keys and values, b t h k
+    and b t h v numbers, are written once, and read as often as if they were not shared.
     """
 
     def __init__(
@@ -182,14 +184,12 @@ class MultiScaleRetention(Mixer):
         k, v = config.q_width // heads, config.v_width // heads
         layers = jnp.zeros((config.n_layers, batch_size, heads, k, v), config.state_dtype)
         if config.short_conv is not None:
-
-            def last(n_heads: int, width: int) -> Array:
-                shape = (config.n_layers, batch_size, config.short_conv - 1, n_heads, width)
-                return jnp.zeros(shape, config.dtype)
-
-            layers = ConvolvedState(
-                layers, last(heads, k), last(config.kv_heads, k), last(config.kv_heads, v)
+            shape = (config.n_layers, batch_size, config.short_conv - 1)
+            of_each = ((heads, k), (config.kv_heads, k), (config.kv_heads, v))
+            last = (
+                jnp.zeros((*shape, *heads_and_width), config.dtype) for heads_and_width in of_each
             )
+            layers = ConvolvedState(layers, *last)
         return RetentionState(layers, position=jnp.zeros(batch_size, jnp.int32))
 
     @staticmethod

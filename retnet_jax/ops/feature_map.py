@@ -41,7 +41,8 @@ def _in_float32(function: Callable) -> Callable:
     @wraps(function)
     def computed(x, *parameters):
         wide = np.promote_types(np.float32, x.dtype)
-        return function(x.astype(wide), *(p.astype(wide) for p in parameters)).astype(x.dtype)
+        each = (p.astype(wide).reshape([1] * x.ndim) for p in parameters)
+        return function(x.astype(wide), *each).astype(x.dtype)
 
     return computed
 
