@@ -140,8 +140,7 @@ def arrangements(config: Config, devices: Sequence[Device]) -> Iterator[Arrangem
         _powers(_MOST_TENSOR), _powers(len(devices)), REMATS
     ):
         data, rest = divmod(len(devices), tensor * fsdp * seq)
-        channels = (config.model.n_heads, config.model.k_channels, config.model.v_channels)
-        if rest or data % slices or any(size % tensor for size in channels):
+        if rest or data % slices or config.model.n_heads % tensor:
             continue
         for rows in _powers(_MOST_ROWS):
             micro_batches, rest = divmod(config.train.batch_size, data * fsdp * rows)

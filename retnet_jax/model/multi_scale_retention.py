@@ -93,10 +93,8 @@ class MultiScaleRetention(Mixer):
     ) -> tuple[Activations, LayerState]:
         config = self.config
         q, k, v, *gates = self.project(x)
-        matrix, last = state, None
-        if config.short_conv is not None:
-            q, k, v, last = self._convolve(q, k, v, state, context)
-            matrix = None if state is None else state.matrix
+        q, k, v, last = self._convolve(q, k, v, state, context)
+        matrix = state.matrix if isinstance(state, ConvolvedState) else state
         q = split_heads(q, config.n_heads)  # [b t h k]
         k, v = (split_heads(y, config.kv_heads) for y in (k, v))  # [b t h k or v]
         gate = split_heads(gates[0], config.n_heads) if gates else None
@@ -130,21 +128,27 @@ class MultiScaleRetention(Mixer):
         if config.head_norm_scale:
             scale = jnp.tile(self.head_norm.scale[...], config.n_heads)
             y = y * scale.astype(y.dtype)[None, None]
-        return self.out(y), matrix if last is None else last._replace(matrix=matrix)
+        return self.out(y), ConvolvedState(matrix, *last) if last else matrix
 
     def _convolve(
-        self, q, k, v, state: ConvolvedState | None, context: RetentionContext
-    ) -> tuple[Array, Array, Array, ConvolvedState]:
-        """The convolutions of q, k and v [b t (h k)], and the state with their new last inputs."""
+        self, q, k, v, state: LayerState | None, context: RetentionContext
+    ) -> tuple[Array, Array, Array, tuple[Array, ...]]:
+        """The convolutions of q, k and v [b t (h k)], and the new last inputs [b last h k] of each.
+
+        Without convolutions: q, k and v themselves, and no last inputs.
+        """
+        if self.config.short_conv is None:
+            return q, k, v, ()
+        before = state[1:] if isinstance(state, ConvolvedState) else (None, None, None)
         heads = (self.config.n_heads, self.config.kv_heads, self.config.kv_heads)
-        before = ConvolvedState(None, None, None, None) if state is None else state
+        convolutions = (self.q_conv, self.k_conv, self.v_conv)
         (q, q_last), (k, k_last), (v, v_last) = (
             convolution(u, last, context.documents, n_heads)
             for convolution, u, last, n_heads in zip(
-                (self.q_conv, self.k_conv, self.v_conv), (q, k, v), before[1:], heads, strict=True
+                convolutions, (q, k, v), before, heads, strict=True
             )
         )
-        return q, k, v, ConvolvedState(before.matrix, q_last, k_last, v_last)
+        return q, k, v, (q_last, k_last, v_last)
 
     def _score_scale(self, rule: str, q, k, state, context, form) -> Float[Array, "b t h"]:
         if form != "parallel" or state is not None:
