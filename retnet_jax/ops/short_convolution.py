@@ -109,9 +109,7 @@ def _state_at(
       index: Number of the document that is open at each cut.
     """
     m, rows, size, channels = states.shape
-    number = (
-        count[:, cut, None] - jnp.arange(size)[None, ::-1]
-    )  # [b w-1], among its real tokens
+    number = count[:, cut, None] - jnp.arange(size)[None, ::-1]  # [b w-1], among its real tokens
     # The tokens of the initial state have the numbers 0, -1, ... and are at cut 0.
     holder = (count[:, None] < number[..., None]).sum(-1)  # [b w-1], the first cut after the token
     column = size - 1 - (_take(count, holder) - number)
