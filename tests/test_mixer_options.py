@@ -175,8 +175,7 @@ def assert_state(state, references):
             assert_close(last.reshape(expected.shape), expected, "float64")
 
 
-OFTEN = [(options, "chunkwise", 6) for options in OPTIONS]
-OFTEN += [(OPTIONS[0], form, 6) for form in ("parallel", "recurrent")]
+OFTEN = [*((options, "chunkwise", 5) for options in OPTIONS), (OPTIONS[0], "recurrent", 5)]
 SELDOM = [(options, form, 150) for options in OPTIONS for form in FORMS]
 
 

@@ -352,9 +352,8 @@ def test_rematerialisation_does_not_change_the_losses(remat):
         ("jax_numpy_dtype_promotion", "strict", "standard"),
     ],
 )
-@pytest.mark.parametrize("name", ["prelu", "xielu", "gelu_10", "sqrtsoftplus"])
-def test_models_obey_jaxs_strictest_settings(option, value, usual, name):
-    config = dataclasses.replace(SMALL, feature_map=name, dtype="bfloat16")
+def test_models_obey_jaxs_strictest_settings(option, value, usual):
+    config = dataclasses.replace(SMALL, n_layers=1, feature_map="xielu", dtype="bfloat16")
     ids = jax.ShapeDtypeStruct((2, 9), "int32")
 
     def loss(model, ids, segment_ids):
