@@ -41,6 +41,14 @@ class AttentionLayers:
         """Number of heads of keys and values."""
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
+    def matrices(self, d_model: int) -> int:
+        """Parameters of the matrices of one layer's mixer."""
+        return 2 * d_model * (d_model + d_model * self.kv_heads // self.n_heads)
+
+    def vectors(self, d_model: int) -> int:
+        """Parameters of the biases of one layer's mixer."""
+        return self.bias * d_model * (self.n_heads + 2 * self.kv_heads) // self.n_heads
+
     def __str__(self) -> str:
         """The text that `from_text` reads."""
         settings = [
@@ -79,15 +87,33 @@ class AttentionLayers:
                 "(model.d_model); the width must be an even integer, because pairs of numbers are "
                 "rotated"
             )
-        check_kv_heads(name, self.n_heads, self.n_kv_heads)
+        if self.n_heads % self.kv_heads:
+            raise ConfigError(
+                f"{name}.n_kv_heads={self.n_kv_heads} does not divide {name}.n_heads={self.n_heads}"
+            )
 
 
-def check_kv_heads(section: str, n_heads: int, n_kv_heads: int | None) -> None:
-    """Raises `ConfigError` if the heads of keys do not divide those of queries."""
-    if n_kv_heads is not None and n_heads % n_kv_heads:
-        raise ConfigError(
-            f"{section}.n_kv_heads={n_kv_heads} does not divide {section}.n_heads={n_heads}"
-        )
+def check_attention_layers(
+    entries: tuple[AttentionLayers, ...], d_model: int, n_layers: int
+) -> None:
+    """Raises `ConfigError` for entries that do not fit a model or each other."""
+    seen: set[int] = set()
+    for number, entry in enumerate(entries):
+        name = f"model.attention_layers[{number}]"
+        entry.check(name, d_model, n_layers)
+        for layer in entry.layers:
+            if layer in seen:
+                raise ConfigError(f"{name}.layers={entry.layers}: layer {layer} is listed twice")
+            seen.add(layer)
+
+
+def layer_kinds(entries: tuple[AttentionLayers, ...], n_layers: int) -> tuple[int | None, ...]:
+    """The number of the entry that each layer of a model is in; None: it is in none."""
+    kinds: list[int | None] = [None] * n_layers
+    for number, entry in enumerate(entries):
+        for layer in entry.layers:
+            kinds[layer] = number
+    return tuple(kinds)
 
 
 def attention_layers_from_text(text: str) -> tuple[AttentionLayers, ...]:

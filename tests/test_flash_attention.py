@@ -16,8 +16,8 @@ from retnet_jax import ModelConfig, Transformer
 from retnet_jax.aot.compile_step import compile_step
 from retnet_jax.aot.flops import flops_of
 from retnet_jax.config import MeshConfig
-from retnet_jax.model.attention import attend_to_all
 from retnet_jax.ops import flash_attention
+from retnet_jax.ops.attention import attend_to_all
 from retnet_jax.parallel.mesh import make_mesh
 
 __all__ = ["tpus"]  # a fixture

@@ -24,6 +24,7 @@ from retnet_jax.interop.parameter_source import (
     Source,
     load_model,
 )
+from retnet_jax.interop.rules import Rule
 from retnet_jax.interop.safetensors_reader import DTYPES, AnyPath
 from retnet_jax.interop.tensor_files import (
     TensorFiles,
@@ -35,29 +36,6 @@ from retnet_jax.interop.tensor_files import (
 )
 from retnet_jax.model import LanguageModel
 from retnet_jax.model.parameters import parameter_shape, parameter_shapes
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One line of a table.
-
-    Attributes:
-      own: This project's name of a parameter; "layers/..." are stacked over layers: [n ...].
-      foreign: The layout's name. With "{layer}" in it, each layer is a separate tensor.
-      transposed: Whether the layout stores [out, in] where this project's kernels are [in, out].
-      first: The layer that is the first in the parameter's stack.
-      step: Number of layers from one in the stack to the next.
-    """
-
-    own: str
-    foreign: str
-    transposed: bool = False
-    first: int = 0
-    step: int = 1
-
-    def foreign_name(self, layer: int | None) -> str:
-        """The layout's name of the tensor of a layer, numbered in the parameter's stack."""
-        return self.foreign.format(layer=None if layer is None else self.first + layer * self.step)
 
 
 @dataclass(frozen=True)
@@ -74,6 +52,8 @@ class Layout:
       buffers: Tensors that follow from the config; they are checked when read.
       writes_tied_head: Whether an output head that is tied to the embedding is written too.
       split: Splits and renames the joined tensors of older checkpoints.
+      ignored: What the implementation drops when it loads such a model, so that it computes
+        something else; None: nothing.
     """
 
     name: str
@@ -83,6 +63,7 @@ class Layout:
     buffers: Callable[[ModelConfig], dict[str, np.ndarray]] = lambda _: {}
     writes_tied_head: bool = False
     split: Callable[[TensorFiles], TensorFiles] = lambda files: files
+    ignored: Callable[[ModelConfig], str | None] = lambda _: None
 
     def load(
         self, directory: str | Path, mesh: Mesh | None = None, **changes: Any
@@ -135,6 +116,7 @@ class Layout:
         dtype: str | None = None,
         max_file_bytes: int = 5 * 10**9,
         torch_file: bool = False,
+        fla_ignores_conv: bool = False,
     ) -> None:
         """Writes the parameters of a source to a directory in this layout, one by one.
 
@@ -145,6 +127,8 @@ class Layout:
           dtype: Dtype of the parameters, "float32", "float16" or "bfloat16"; None: the source's.
           max_file_bytes: Largest size of a safetensors file; a larger model is split into several.
           torch_file: Whether to write one PyTorch file as fairseq's instead, from memory.
+          fla_ignores_conv: Whether to write a model with convolutions for fla, which drops them.
+            Then a README.md in the directory says so.
 
         Raises:
           As `save`.
@@ -158,6 +142,12 @@ class Layout:
             )
         directory = Path(directory)
         values = self.write_config(description or source.description)
+        ignored = self.ignored(source.description.model)
+        if ignored is not None and not fla_ignores_conv:
+            raise ConfigError(
+                f"{ignored}\n  fla_ignores_conv=True (--fla_ignores_conv) writes it all the same, "
+                "for programs that use these weights, as this project does"
+            )
         numpy_dtype = next((x for x in DTYPES.values() if x.name == dtype), None)
         tensors = self.tensors(source, numpy_dtype)
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -168,12 +158,14 @@ class Layout:
             else:
                 write_safetensors(unfinished, tensors, max_file_bytes)
             (unfinished / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+            if ignored is not None:
+                (unfinished / "README.md").write_text(f"# A RetNet\n\n{ignored}\n")
 
     def foreign_names(self, config: ModelConfig) -> Iterator[tuple[str, Rule, int | None]]:
         """The name of each tensor, its rule, and its layer (None: not a tensor of one layer)."""
         own = parameter_shapes(config)
         for rule in self.rules_of(config):
-            if rule.own not in own:
+            if rule.own not in own or not rule.when(config):
                 continue
             if "{layer}" in rule.foreign:
                 for layer in range(own[rule.own][0]):
@@ -282,7 +274,7 @@ class _Pieces:
     def __iter__(self) -> Iterator[np.ndarray]:
         for layer in self.layers:
             array = self.source.read(self.rule.own, layer)
-            yield self._rounded(array.T if self.rule.transposed else array)
+            yield self._rounded(self.rule.to_foreign(array))
 
     def _rounded(self, array: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):
@@ -316,7 +308,7 @@ class LayoutSource:
             array = self.files.read(name)
         else:
             array = self.files.read(name, slice(layer, layer + 1))[0]
-        return array.T if rule.transposed else array
+        return rule.to_own(array)
 
     def _place(self, own: str, layer: int | None) -> tuple[str, Rule]:
         for rule in self.layout.rules_of(self.description.model):
@@ -406,7 +398,7 @@ def check_types(layout: str, found: Mapping[str, Any], expected: Mapping[type, s
     Args:
       layout: Name of the layout.
       found: Values of a checkpoint's config.
-      expected: Names of the fields of each type: int, float (an int will do) and bool.
+      expected: Names of the fields of each type: int, float (an int will do), bool and str.
     """
     wrong = [
         f"{name}={found[name]!r} is no {kind.__name__}"
@@ -422,8 +414,7 @@ def check_types(layout: str, found: Mapping[str, Any], expected: Mapping[type, s
 
 
 def _foreign_shape(rule: Rule, layer: int | None, config: ModelConfig) -> tuple[int, ...]:
-    shape = parameter_shape(config, rule.own, layer)
-    return shape[::-1] if rule.transposed else shape
+    return rule.foreign_shape(parameter_shape(config, rule.own, layer))
 
 
 def _near(found: np.ndarray, expected: np.ndarray) -> bool:

@@ -19,10 +19,11 @@ from retnet_jax.errors import ConfigError
 from retnet_jax.model.hybrid import PeriodStates
 from retnet_jax.model.layers import Linear
 from retnet_jax.model.lm import LanguageModel, State
+from retnet_jax.model.mixer import map_matrix
 from retnet_jax.model.multi_scale_retention import MultiScaleRetention
 from retnet_jax.ops.rounding import round_at_random
 from retnet_jax.own_objects import is_own
-from retnet_jax.shapes import Array, Float
+from retnet_jax.shapes import Array, Float, RetentionMatrix
 
 STATE_DTYPES = ("float32", "bfloat16")
 
@@ -113,7 +114,7 @@ def _product(x: Float[Array, "... i"], weight: Array) -> Float[Array, "... o"]:
 class DecodingModel(LanguageModel):
     """A model from `for_decoding`: a language model that cannot be trained or saved.
 
-    Its state has a tuple of the layers' states. A RetNet's are [b h v k]: the keys, over which a
+    Its state has a tuple of the layers' states. A RetNet's S are [b h v k]: the keys, over which a
     read-out sums, are next to each other in memory.
     """
 
@@ -142,21 +143,27 @@ class DecodingModel(LanguageModel):
         after = []
         for number, (block, layer_state) in enumerate(zip(self.layers, before, strict=True)):
             if layer_state is not None and _retains(block):
-                layer_state = layer_state.astype(self.config.accumulation_dtype).swapaxes(-1, -2)
+                layer_state = map_matrix(self._computed, layer_state)
             of_layer = context.of(number) if self.config.attention_layers else context
             x, layer_state = block(x, layer_state, of_layer, form)
             after.append(self._stored(layer_state, of_layer, number))
         return x, tuple(after)
 
+    def _computed(self, matrix: Float[Array, "b h v k"]) -> RetentionMatrix:
+        """A stored S as layers compute it."""
+        return matrix.astype(self.config.accumulation_dtype).swapaxes(-1, -2)
+
     def _stored(self, layer_state, context, number: int):
-        """A layer's state [b h k v] as it is stored, [b h v k]; that of attention is unchanged."""
-        if not _retains(self.layers[number]):
-            return layer_state
-        layer_state = layer_state.swapaxes(-1, -2)
-        if self.state_dtype == "bfloat16":
-            # A prime larger than any number of layers: layers and positions share no seeds.
-            return round_at_random(layer_state, context.position * 1009 + number)
-        return layer_state
+        """A layer's state with S as it is stored, [b h v k]; that of attention is unchanged."""
+
+        def stored(matrix: RetentionMatrix) -> Float[Array, "b h v k"]:
+            matrix = matrix.swapaxes(-1, -2)
+            if self.state_dtype == "bfloat16":
+                # A prime larger than any number of layers: layers and positions share no seeds.
+                return round_at_random(matrix, context.position * 1009 + number)
+            return matrix
+
+        return map_matrix(stored, layer_state) if _retains(self.layers[number]) else layer_state
 
     def logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t w"]:
         if self.int8_head:
@@ -172,7 +179,8 @@ class DecodingModel(LanguageModel):
         for i, block in enumerate(self.layers):
             layer_state = _layer_state(state.layers, i)
             if _retains(block):
-                layer_state = layer_state.swapaxes(-1, -2).astype(self.state_dtype)
+                stored = lambda x: x.swapaxes(-1, -2).astype(self.state_dtype)  # noqa: E731
+                layer_state = map_matrix(stored, layer_state)
             layers.append(layer_state)
         return state._replace(layers=tuple(layers))
 
