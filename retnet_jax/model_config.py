@@ -1,7 +1,8 @@
 """The options of a model, their checks, and the sizes that follow from them.
 
 Parameter and FLOP counts are derived here and nowhere else. Imports no jax and does not postpone
-annotations, as `config.py`. One file, though a long one: each option stands beside its checks and sizes.
+annotations, as `config.py`. The file is long because each option stands beside its checks and the
+sizes that follow.
 """
 
 import dataclasses

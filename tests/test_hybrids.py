@@ -51,6 +51,15 @@ CONFIGS = {
         ),
         **SIZES,
     ),
+    "options": ModelConfig(
+        n_layers=4,
+        attention_layers=(WINDOWED,),
+        short_conv=3,
+        n_kv_heads=1,
+        feature_map="relu",
+        output_gate=False,
+        **SIZES,
+    ),
 }
 T = 40
 BYTES = ByteTokenizer()
@@ -170,7 +179,7 @@ def test_reading_in_parts_equals_reading_at_once(name, models):
         assert_close(in_parts(model, [11, *[1] * 17, 12]), expected)
 
 
-@pytest.mark.parametrize("name", ["window", "both"])
+@pytest.mark.parametrize("name", ["window", "both", "options"])
 def test_documents_and_padding_have_no_effect_on_others(name, models):
     model = models[name]
     packed, _ = read(model, tokens(), None, SEGMENTS)
