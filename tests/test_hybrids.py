@@ -33,6 +33,7 @@ from retnet_jax.interop import presets
 from retnet_jax.interop.parameter_source import ModelSource
 from retnet_jax.model import build_model, for_decoding
 from retnet_jax.model.kv_cache import KVCache, WindowCache
+from retnet_jax.ops.attention import attend_in_window, attend_to_all, without_padding
 from retnet_jax.training.step import initial_state
 from retnet_jax.trees import leaf_name
 
@@ -61,6 +62,10 @@ CONFIGS = {
         **SIZES,
     ),
 }
+SLOW = pytest.mark.slow
+# For tests that take long.
+MOST = [pytest.param(name, marks=[] if name == "hybrid" else SLOW) for name in CONFIGS]
+MIXED = ("both", "options")
 T = 40
 BYTES = ByteTokenizer()
 # Padding on both sides, inside of a document and between two; documents longer than the windows.
@@ -171,7 +176,7 @@ def test_a_hybrid_of_four_layers_equals_a_loop_over_tokens():
     )
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", MOST)
 def test_reading_in_parts_equals_reading_at_once(name, models):
     """Parts longer than the window, and single tokens for longer than two windows."""
     for model in (models[name], for_decoding(models[name])):
@@ -179,7 +184,7 @@ def test_reading_in_parts_equals_reading_at_once(name, models):
         assert_close(in_parts(model, [11, *[1] * 17, 12]), expected)
 
 
-@pytest.mark.parametrize("name", ["window", "both", "options"])
+@pytest.mark.parametrize("name", ["window", *(pytest.param(x, marks=SLOW) for x in MIXED)])
 def test_documents_and_padding_have_no_effect_on_others(name, models):
     model = models[name]
     packed, _ = read(model, tokens(), None, SEGMENTS)
@@ -205,6 +210,46 @@ def test_rows_of_different_lengths_continue_in_one_batch(name, models):
     following = np.stack([tokens()[0, 3:15], tokens()[1, 13:25]])
     logits, _ = read(model, following, mixed)
     assert_close(logits, np.stack([expected[0, 3:15], expected[1, 13:25]]))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_chunks_of_a_window_are_the_masked_scores(packed):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(2, T, heads, 8)).astype("f4") for heads in (4, 2, 2))
+    document = np.where(SEGMENTS == 0, -1, SEGMENTS) if packed else np.zeros((2, T), int)
+    # The number of a token in its document, which padding does not change.
+    number = np.stack([[(row[:i] == row[i]).sum() for i in range(T)] for row in document])
+    near = number[:, :, None] - number[:, None, :] < 5
+    mask = near & (document[:, :, None] == document[:, None, :]) & np.tri(T, dtype=bool)
+
+    def both(attend):
+        def function(q, k, v):
+            return jnp.where((document >= 0)[..., None, None], attend(q, k, v), 0)
+
+        y, pullback = jax.vjp(function, q, k, v)
+        return y, pullback(jnp.sin(jnp.arange(y.size)).reshape(y.shape))
+
+    def chunks(q, k, v):
+        run = partial(attend_in_window, window=5, smallest_chunk=7)
+        ids = jnp.asarray(document)
+        return without_padding(run, q, k, v, ids) if packed else run(q, k, v)
+
+    expected = jax.jit(
+        lambda: both(lambda q, k, v: attend_to_all(q, k, v, jnp.asarray(mask[:, None])))
+    )()
+    assert_close(jax.jit(lambda: both(chunks))(), expected)
+
+
+def test_a_windows_memory_is_proportional_to_the_row():
+    model = jax.eval_shape(lambda: build_model(CONFIGS["window"], rngs=nnx.Rngs(0)))
+
+    def largest(length):
+        ids = np.ones((1, length), "i4")
+        text = jax.jit(lambda *x: x[0].hidden(*x[1:])[0]).lower(model, ids, None, ids).as_text()
+        sizes = re.findall(r"tensor<([\dx]+)xf32>", text)
+        return max(np.prod([int(n) for n in size.split("x")]) for size in sizes)
+
+    assert largest(8192) == 2 * largest(4096)
 
 
 def test_the_state_has_the_same_size_after_any_number_of_tokens(models):
@@ -246,16 +291,16 @@ def test_decoding_copies_no_cache(name, models):
     assert not re.findall(rf"= f32\[[\d,]*8,{slots}\]\S* (?:copy|transpose)\(", compiled)
 
 
-def test_generation_equals_recomputing_the_whole_text(models):
-    for name in ("both", "hybrid"):
-        prompts = [[1, 2, 3, 4, 5, 6, 7], [8]]
-        found = generate(models[name], prompts, 12)
-        for prompt, each in zip(prompts, found, strict=True):
-            text = np.zeros((2, T), "i4")
-            text[0, : len(prompt) + 12] = prompt + each.tokens
-            logits, _ = read(models[name], text)
-            chosen = logits[0, len(prompt) - 1 : len(prompt) + 11].argmax(-1)
-            assert chosen.tolist() == each.tokens
+@pytest.mark.parametrize("name", [pytest.param("both", marks=SLOW), "window"])
+def test_generation_equals_recomputing_the_whole_text(name, models):
+    prompts = [[1, 2, 3, 4, 5, 6, 7], [8]]
+    found = generate(models[name], prompts, 12)
+    for prompt, each in zip(prompts, found, strict=True):
+        text = np.zeros((2, T), "i4")
+        text[0, : len(prompt) + 12] = prompt + each.tokens
+        logits, _ = read(models[name], text)
+        chosen = logits[0, len(prompt) - 1 : len(prompt) + 11].argmax(-1)
+        assert chosen.tolist() == each.tokens
 
 
 def test_int8_weights_and_a_bfloat16_state(models):
@@ -345,8 +390,10 @@ def test_stateful_perplexity_equals_reading_at_once(models):
         assert_close(found[1], expected[:8])
 
 
-def hybrid_run(entry=WINDOWED, **changes):
-    model = dataclasses.replace(CONFIG.model, n_layers=4, attention_layers=(entry,), **changes)
+def hybrid_run(entry=WINDOWED, n_layers=4, **changes):
+    model = dataclasses.replace(
+        CONFIG.model, n_layers=n_layers, attention_layers=(entry,), **changes
+    )
     return dataclasses.replace(CONFIG, model=model)
 
 
@@ -359,7 +406,8 @@ MESHES = [
 
 @pytest.mark.parametrize("axes", MESHES, ids=str)
 def test_training_on_eight_devices_equals_one(axes):
-    config = hybrid_run(dataclasses.replace(WINDOWED, bias=True), remat="q,k,v,up")
+    entry = dataclasses.replace(WINDOWED, layers=(1,), bias=True)
+    config = hybrid_run(entry, n_layers=2, remat="q,k,v,up")
     one = losses_of(config, MeshConfig(), jax.devices()[:1])
     mesh = MeshConfig(**({"data": 1} | axes))
     devices = jax.devices()[: np.prod(list(axes.values()))]
@@ -380,6 +428,7 @@ def test_eight_devices_carry_windows():
     assert abs(losses_of(config, MeshConfig(), jax.devices()[:1])[2] - one[2]) > 1e-5
 
 
+@pytest.mark.slow
 def test_micro_batches_carry_windows():
     config = hybrid_run()
     model = jax.jit(partial(initial_state, config))().model

@@ -3,8 +3,7 @@
 It has the interface of multi-scale retention, so that one Block, one trainer and one generator
 serve both. Its state is a cache of keys and values (`kv_cache.py`): of all tokens so far, which
 grows with the text, or of a window. Whole rows use flash attention where there is a kernel
-(`ops/flash_attention.py`). Attention with all scores at once (`ops/attention.py`) is the reference,
-and is used in all other cases.
+(`ops/flash_attention.py`), and XLA in all other cases (`ops/attention.py`).
 """
 
 import dataclasses
@@ -30,7 +29,12 @@ from retnet_jax.model.kv_cache import (
 from retnet_jax.model.layers import Linear, split_heads
 from retnet_jax.model.mixer import Mixer
 from retnet_jax.ops import flash_attention
-from retnet_jax.ops.attention import attend_to_all, attend_to_cache
+from retnet_jax.ops.attention import (
+    attend_in_window,
+    attend_to_all,
+    attend_to_cache,
+    without_padding,
+)
 from retnet_jax.ops.retention import number_documents, positions
 from retnet_jax.ops.rotation import Rotation, rotate, rotation
 from retnet_jax.parallel.sharding import constrain
@@ -287,7 +291,7 @@ def attention_context(
         turn = turn._replace(cos=jnp.where(slots.overflows, jnp.nan, turn.cos))
         write = partial(_write_slots, slots.start)
     if places.fresh:
-        attend = _attend_to_batch(settings, config.dtype, places, slots)
+        attend = _attend_to_batch(settings, config.dtype, places)
     else:
         seen, seen_new = _seen_slots(places, slots, settings.window), _seen(places, settings.window)
 
@@ -351,29 +355,26 @@ def _seen_slots(places: Places, slots: Slots | None, window: int | None) -> Bool
     return (continues & seen)[:, None]
 
 
-def _attend_to_batch(
-    settings: AttentionSettings, dtype: str, places: Places, slots: Slots | None
-) -> Callable:
-    """Attention where nothing was read before: in a kernel, or with all scores at once."""
+def _attend_to_batch(settings: AttentionSettings, dtype: str, places: Places) -> Callable:
+    """Attention where nothing was read before: in a kernel, in a window, or with all scores."""
     t = places.place.shape[1]
-    q = _queries(settings, dtype, places.place.shape)
-    kernel = flash_attention.best(q, places.one_document)
-    # Kernels count the tokens of a window in the row, where padding would count too.
-    if kernel is not None and (places.one_document or _limit(settings, t) is None):
-        document = None if places.one_document else places.key_document
+    window = _limit(settings, t)
+    document = None if places.one_document else places.key_document
+    kernel = flash_attention.best(_queries(settings, dtype, places.place.shape), document is None)
+    if kernel is not None:
         run = partial(
             flash_attention.flash_attention,
-            document=document,
             implementation=kernel,
-            window=_limit(settings, t),
+            window=window,
         )
-        return lambda q, k, v, cache: run(q, k, v)
-    mask = None
-    if _limit(settings, t) is not None:
-        mask = _seen(places, settings.window)
-    elif not places.one_document:
-        mask = _seen(places, None)
-    return lambda q, k, v, cache: attend_to_all(q, k, v, mask)
+    elif window is not None:
+        run = partial(attend_in_window, window=window)
+    else:
+        mask = None if document is None else _seen(places, None)
+        return lambda q, k, v, cache: attend_to_all(q, k, v, mask)
+    if document is None or window is None:
+        return lambda q, k, v, cache: run(q, k, v, document)
+    return lambda q, k, v, cache: without_padding(run, q, k, v, document)
 
 
 def _limit(settings: AttentionSettings, t: int) -> int | None:
@@ -392,7 +393,7 @@ def explain_choice(
     settings: AttentionSettings, dtype: str, shape: tuple[int, int], one_document: bool
 ) -> str:
     """The implementation that training uses for a batch of tokens [b t], as a sentence."""
-    q = _queries(settings, dtype, shape)
-    if not one_document and _limit(settings, shape[1]) is not None:
-        return "attention runs in XLA, with all scores in memory: windows of packed documents"
-    return flash_attention.explain_choice(q, one_document)
+    said = flash_attention.explain_choice(_queries(settings, dtype, shape), one_document)
+    if _limit(settings, shape[1]) is None:
+        return said
+    return said.replace("with all scores in memory", "with the scores of a window in memory")

@@ -1,14 +1,17 @@
-"""Softmax attention in XLA, with all scores at once: the reference of the kernels.
+"""Softmax attention in XLA: the reference of the kernels, and what runs where there is none.
 
-`attend_to_all` is for whole rows, `attend_to_cache` for tokens after those of a cache.
+`attend_to_all` computes all scores of whole rows at once, `attend_in_window` those of a window,
+`attend_to_cache` those of tokens after a cache.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from retnet_jax.shapes import Array, Bool, Float
+from retnet_jax.shapes import Array, Bool, Float, Int
 
 
 def attend_to_all(
@@ -35,6 +38,80 @@ def _attend_in_float64(q, k, v, mask):
         mask = jnp.tri(q.shape[1], k.shape[1], dtype=bool)[None, None]
     scores = jnp.where(mask, jnp.einsum("bthk,bshk->bhts", q, k), 0.7 * jnp.finfo(q.dtype).min)
     return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(scores, axis=-1), v)
+
+
+SMALLEST_CHUNK = 128  # tokens; matrix products of smaller ones are slow
+
+
+def attend_in_window(
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b t g k"],
+    v: Float[Array, "b t g k"],
+    document: Int[Array, "b t"] | None = None,
+    *,
+    window: int,
+    smallest_chunk: int = SMALLEST_CHUNK,
+) -> Float[Array, "b t h k"]:
+    """Attention of each token to the last `window` tokens of its document, itself included.
+
+    Rows are cut into chunks of a window or more, so a token sees no more than its chunk and the one
+    before: the number of scores is proportional to the row's length.
+
+    Args:
+      q: Queries, scaled by k^-1/2.
+      k: Keys. Query head h uses key head h // (h/g).
+      v: Values.
+      document: As in `flash_attention`; tokens are counted in the row.
+      window: Number of tokens that a token sees.
+      smallest_chunk: Smallest number of tokens in a chunk.
+    """
+    b, t = q.shape[:2]
+    size = min(max(window, smallest_chunk), t)
+    n = -(-t // size)
+    if document is None:
+        document = jnp.zeros((b, t), jnp.int32)
+
+    def chunks(x, fill=0):  # [b t ...] as [b n size ...]
+        behind = [(0, 0), (0, n * size - t), *[(0, 0)] * (x.ndim - 2)]
+        return jnp.pad(x, behind, constant_values=fill).reshape(b, n, size, *x.shape[2:])
+
+    def with_previous(x, fill=0):  # [b n size ...] as [(b n) 2size ...]
+        first = [(0, 0), (1, 0), *[(0, 0)] * (x.ndim - 2)]
+        previous = jnp.pad(x, first, constant_values=fill)[:, :-1]
+        return jnp.concatenate([previous, x], axis=2).reshape(b * n, 2 * size, *x.shape[3:])
+
+    own = chunks(document, -1)
+    keys = with_previous(own, -2)  # before the first chunk there is no document
+    distance = jnp.arange(size, 2 * size)[:, None] - jnp.arange(2 * size)
+    seen = (distance >= 0) & (distance < window)
+    mask = seen & (own.reshape(b * n, size, 1) == keys[:, None])
+    y = attend_to_all(
+        chunks(q).reshape(b * n, size, *q.shape[2:]),
+        with_previous(chunks(k)),
+        with_previous(chunks(v)),
+        mask[:, None],
+    )
+    return y.reshape(b, n * size, *q.shape[2:])[:, :t]
+
+
+def without_padding(
+    attend: Callable,
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b t g k"],
+    v: Float[Array, "b t g k"],
+    document: Int[Array, "b t"],
+) -> Float[Array, "b t h k"]:
+    """`attend(q, k, v, document)` of rows whose padding, document -1, is moved to the end.
+
+    A window counts the tokens of a document, also across padding inside of it.
+    """
+    order = jnp.argsort(document < 0, axis=1, stable=True)
+
+    def moved(x, order):
+        return jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1)
+
+    y = attend(*(moved(x, order) for x in (q, k, v, document)))
+    return moved(y, jnp.argsort(order, axis=1))
 
 
 def attend_to_cache(
