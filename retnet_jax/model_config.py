@@ -37,7 +37,7 @@ FEATURE_MAPS = (
 )
 # Option of a mixer -> the mixers that have it; the others are given its default.
 MIXER_OPTIONS = {
-    "short_conv": ("retention",),
+    "short_conv": ("retention", "attention"),
     "n_kv_heads": ("retention", "attention"),
     "window": ("attention",),
     "feature_map": ("retention",),
@@ -372,6 +372,7 @@ class ModelConfig:
             n_heads=n_heads or self.n_heads,
             key_dim=None,
             value_dim=None,
+            short_conv=None,
             n_kv_heads=None,
             attention_layers=(),
             ffn_dim=self.ffn_width + round(surplus / (matrices * self.d_model)),

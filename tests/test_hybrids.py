@@ -43,6 +43,9 @@ SIZES = {"vocab_size": 31, "d_model": 16, "n_heads": 2, "chunk_size": 8}
 CONFIGS = {
     "grouped": ModelConfig(mixer="attention", n_layers=2, n_kv_heads=1, **SIZES),
     "window": ModelConfig(mixer="attention", n_layers=2, window=5, **SIZES),
+    "convolved": ModelConfig(
+        mixer="attention", n_layers=2, short_conv=3, n_kv_heads=1, window=5, **SIZES
+    ),
     "hybrid": ModelConfig(n_layers=4, attention_layers=(WINDOWED,), **SIZES),
     "both": ModelConfig(
         n_layers=3,
@@ -65,7 +68,7 @@ CONFIGS = {
 SLOW = pytest.mark.slow
 # For tests that take long.
 MOST = [pytest.param(name, marks=[] if name == "hybrid" else SLOW) for name in CONFIGS]
-MIXED = ("both", "options")
+MIXED = ("both", "options", "convolved")
 T = 40
 BYTES = ByteTokenizer()
 # Padding on both sides, inside of a document and between two; documents longer than the windows.

@@ -131,11 +131,12 @@ def test_names_of_feature_maps_are_those_of_the_functions():
         *(
             (
                 {name: value, "mixer": mixer},
-                rf"model.{name}={value!r} is for model.mixer='retention', not '{mixer}': "
-                "leave it out",
+                rf"model.{name}={value!r} is for model.mixer={mixers}, not '{mixer}': leave it out",
             )
             for mixer in ("attention", "examples.mine:Mixer")
             for name, value in EVERY.items()
+            for mixers in (" or ".join(map(repr, MIXER_OPTIONS[name])),)
+            if mixer not in MIXER_OPTIONS[name]
         ),
     ],
 )
@@ -145,7 +146,9 @@ def test_refused_options(options, message):
 
 
 def test_a_transformer_does_not_drop_options_silently():
-    with pytest.raises(ConfigError, match=r"model.short_conv=4 is for model.mixer='retention'"):
+    with pytest.raises(
+        ConfigError, match=r"model.feature_map='prelu' is for model.mixer='retention'"
+    ):
         jax.eval_shape(lambda: Transformer(SMALL, rngs=nnx.Rngs(0)))
 
 

@@ -18,15 +18,17 @@ from flax import nnx
 from retnet_jax.attention_config import AttentionLayers
 from retnet_jax.config import ModelConfig
 from retnet_jax.model.kv_cache import (
+    ConvolvedCache,
     KeysValues,
     KVCache,
+    LayerCache,
     NewKeysValues,
     WindowCache,
     WindowKeysValues,
     write_slots,
     write_window,
 )
-from retnet_jax.model.layers import Linear, split_heads
+from retnet_jax.model.layers import Linear, ShortConvolution, convolve, split_heads
 from retnet_jax.model.mixer import Mixer
 from retnet_jax.ops import flash_attention
 from retnet_jax.ops.attention import (
@@ -35,7 +37,12 @@ from retnet_jax.ops.attention import (
     attend_to_cache,
     without_padding,
 )
-from retnet_jax.ops.retention import number_documents, positions
+from retnet_jax.ops.retention import (
+    SplitDocuments,
+    number_documents,
+    positions,
+    split_documents,
+)
 from retnet_jax.ops.rotation import Rotation, rotate, rotation
 from retnet_jax.parallel.sharding import constrain
 from retnet_jax.shapes import Activations, Array, Bool, Int, SegmentIds
@@ -48,6 +55,7 @@ class AttentionSettings:
     n_heads: int
     n_kv_heads: int
     head_width: int
+    short_conv: int | None  # width of the convolutions of q, k and v; None: there are none
     window: int | None  # tokens that a query sees, itself included; None: all before it
     bias: bool  # in q, k and v
     out_bias: bool
@@ -61,6 +69,7 @@ class AttentionSettings:
             n_heads=config.n_heads,
             n_kv_heads=config.kv_heads,
             head_width=config.q_width // config.n_heads,
+            short_conv=config.short_conv,
             window=config.window,
             bias=config.mixer_bias,
             out_bias=config.mixer_bias,
@@ -75,6 +84,7 @@ class AttentionSettings:
             n_heads=entry.n_heads,
             n_kv_heads=entry.kv_heads,
             head_width=config.d_model // entry.n_heads,
+            short_conv=None,
             window=entry.window,
             bias=entry.bias,
             out_bias=False,
@@ -82,20 +92,22 @@ class AttentionSettings:
             rope_base=entry.rope_base,
         )
 
-    def init_layers(
-        self, batch_size: int, capacity: int, dtype: str, n: int
-    ) -> KeysValues | WindowKeysValues:
+    def init_layers(self, batch_size: int, capacity: int, dtype: str, n: int) -> LayerCache:
         """Empty caches of `n` layers, in the activations' dtype."""
-        kind, slots = (
-            (KeysValues, capacity)
-            if self.window is None
-            else (
-                WindowKeysValues,
-                self.window,
-            )
-        )
+        slots = capacity if self.window is None else self.window
         shape = (n, batch_size, self.n_kv_heads, self.head_width, slots)
-        return kind(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        kind = KeysValues if self.window is None else WindowKeysValues
+        cache = kind(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        if self.short_conv is None:
+            return cache
+        shape = (n, batch_size, self.short_conv - 1)
+        last = (jnp.zeros((*shape, h, self.head_width), dtype) for h in self.heads)
+        return ConvolvedCache(cache, *last)
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """Numbers of heads of q, k and v."""
+        return self.n_heads, self.n_kv_heads, self.n_kv_heads
 
 
 class Places(NamedTuple):
@@ -125,6 +137,7 @@ class AttentionContext(NamedTuple):
     """Arrays that all layers with the same settings share, and what writes their caches."""
 
     turn: Rotation
+    documents: SplitDocuments | None  # for convolutions; None: each row is one document
     attend: Callable  # (q, k, v, cache) -> y, named "retention" for jax.checkpoint
     write: Callable  # (cache, new keys and values) -> cache
     state: Callable  # (new keys and values of each layer) -> the state after the batch
@@ -154,13 +167,18 @@ class Attention(Mixer):
         self.k = Linear(d, kv, rngs=rngs, bias=bias)
         self.v = Linear(d, kv, rngs=rngs, scale=value_scale, bias=bias)
         self.out = Linear(inner, d, rngs=rngs, scale=out_scale, bias=settings.out_bias)
+        if settings.short_conv is not None:
+            self.q_conv, self.k_conv, self.v_conv = (
+                ShortConvolution(heads * settings.head_width, settings.short_conv, rngs=rngs)
+                for heads in settings.heads
+            )
         self.config = config
         self.settings = settings
 
     def __call__(
         self,
         x: Activations,
-        state: KeysValues | WindowKeysValues | None,
+        state: LayerCache | None,
         context: AttentionContext,
         form: str,
     ) -> tuple[Activations, NewKeysValues]:
@@ -172,15 +190,24 @@ class Attention(Mixer):
         """
         settings = self.settings
         q, k, v = self.project(x)
+        last, cache = (), state
+        if settings.short_conv is not None:
+            before = (None,) * 3
+            if isinstance(state, ConvolvedCache):
+                cache, before = state.cache, state[1:]
+            convolutions = (self.q_conv, self.k_conv, self.v_conv)
+            (q, k, v), last = convolve(
+                convolutions, (q, k, v), before, context.documents, settings.heads
+            )
         q = split_heads(q, settings.n_heads)  # [b t h k]
         k, v = (split_heads(y, settings.n_kv_heads) for y in (k, v))  # [b t g k]
         q = rotate(q, context.turn, settings.rotation, q.shape[-1] ** -0.5)
         k = rotate(k, context.turn, settings.rotation)
         # Where positions are split, each device needs the keys and values of all positions.
         k, v = constrain(k, "bshk"), constrain(v, "bshv")
-        y = constrain(context.attend(q, k, v, state), "bthv")
+        y = constrain(context.attend(q, k, v, cache), "bthv")
         read = None if state is None else jnp.isnan(y[0, 0, 0, 0]).astype(jnp.int32)
-        return self.out(y.reshape(*x.shape[:2], -1)), NewKeysValues(k, v, read)
+        return self.out(y.reshape(*x.shape[:2], -1)), NewKeysValues(k, v, read, last)
 
     @staticmethod
     def implementation(
@@ -199,7 +226,7 @@ class Attention(Mixer):
         settings = AttentionSettings.of_transformer(config)
         layers = settings.init_layers(batch_size, capacity, config.dtype, config.n_layers)
         position = jnp.zeros(batch_size, jnp.int32)
-        if isinstance(layers, WindowKeysValues):
+        if settings.window is not None:
             return WindowCache(layers, position)
         visible = jnp.zeros((batch_size, capacity), bool)
         return KVCache(layers, visible, jnp.zeros(batch_size, jnp.int32), position)
@@ -222,6 +249,9 @@ class Attention(Mixer):
         if isinstance(state, KVCache):
             slots = find_slots(state.visible, state.length, places)
         context = attention_context(settings, config, places, slots)
+        _check_last_inputs(settings, state.layers)
+        if settings.short_conv is not None and segment_ids is not None:
+            context = context._replace(documents=split_documents(segment_ids))
 
         def after(new) -> KVCache | WindowCache:
             layers = write_layers(context.write, state.layers, new)
@@ -298,7 +328,7 @@ def attention_context(
         def attend(q, k, v, cache):
             return attend_to_cache(q, k, v, *cache, seen=seen, seen_new=seen_new)
 
-    return AttentionContext(turn, attend, write, state=write)
+    return AttentionContext(turn, None, attend, partial(_write, write), state=write)
 
 
 def write_layers(write: Callable, cache: Any, new: Any) -> Any:
@@ -307,6 +337,27 @@ def write_layers(write: Callable, cache: Any, new: Any) -> Any:
         before = cache if cache is not None else (None,) * len(new)
         return tuple(write(*each) for each in zip(before, new, strict=True))
     return write(cache, new)
+
+
+def _write(write: Callable, cache: LayerCache | None, new: NewKeysValues) -> LayerCache:
+    """The cache of layers after a batch, with the last inputs of convolutions."""
+    if not new.last:
+        return write(cache, new)
+    cache = cache.cache if isinstance(cache, ConvolvedCache) else None
+    return ConvolvedCache(write(cache, new), *new.last)
+
+
+def _check_last_inputs(settings: AttentionSettings, layers: Any) -> None:
+    """Raises `ValueError` if a state is of a model with other convolutions."""
+    first = layers[0] if type(layers) is tuple else layers
+    if first is None:
+        return
+    found = first.q.shape[-3] + 1 if isinstance(first, ConvolvedCache) else None
+    if found != settings.short_conv:
+        raise ValueError(
+            f"state is of a model with short_conv={found}; this model has "
+            f"short_conv={settings.short_conv}"
+        )
 
 
 def _write_slots(start, cache: KeysValues | None, new: NewKeysValues) -> KeysValues:

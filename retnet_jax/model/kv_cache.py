@@ -32,6 +32,21 @@ class WindowKeysValues(NamedTuple):
     values: Float[Array, "*n b h k w"]
 
 
+class ConvolvedCache(NamedTuple):
+    """The cache of layers with short convolutions, and the last inputs of each convolution.
+
+    The last inputs are those of `ConvolvedState`.
+    """
+
+    cache: KeysValues | WindowKeysValues
+    q: Float[Array, "*n b last h k"]
+    k: Float[Array, "*n b last g k"]
+    v: Float[Array, "*n b last g k"]
+
+
+LayerCache = KeysValues | WindowKeysValues | ConvolvedCache
+
+
 class NewKeysValues(NamedTuple):
     """Keys and values of the tokens of a call, which are written when all layers have run."""
 
@@ -39,6 +54,7 @@ class NewKeysValues(NamedTuple):
     values: Float[Array, "*n b t h k"]
     # 0, or 1 for an output that is NaN; computed from the output of a layer that has read a cache
     after_reading: Int[Array, "*n"] | None
+    last: tuple[Array, ...] = ()  # last inputs of the convolutions of q, k and v after the tokens
 
 
 class KVCache(NamedTuple):
@@ -49,7 +65,7 @@ class KVCache(NamedTuple):
     do not, all outputs are NaN.
     """
 
-    layers: KeysValues | tuple[KeysValues, ...] | None  # a tuple: of a model for decoding
+    layers: LayerCache | tuple[LayerCache, ...] | None  # a tuple: of a model for decoding
     visible: Bool[Array, "b s"]  # slots with tokens of the document that the row ended in
     length: Int[Array, " b"]  # slots in use, padding included; a call writes after the largest
     position: Int[Array, " b"]  # position of the next token in its document
@@ -82,7 +98,7 @@ class KVCache(NamedTuple):
 class WindowCache(NamedTuple):
     """The state of a Transformer with a window. Its size is fixed, as that of a RetNet."""
 
-    layers: WindowKeysValues | tuple[WindowKeysValues, ...] | None
+    layers: LayerCache | tuple[LayerCache, ...] | None
     position: Int[Array, " b"]  # position of the next token in its document
 
     def take(self, rows: Int[Array, " r"]) -> "WindowCache":

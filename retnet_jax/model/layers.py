@@ -4,7 +4,7 @@ Parameters are float32; a layer computes in the dtype of its input, norms in flo
 for float64 input, which reference computations use.)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +94,29 @@ class ShortConvolution(nnx.Module):
         before = None if last is None else last.reshape(*last.shape[:2], -1)  # [b last (h k)]
         y, after = short_convolution(u, self.weight[...], before, documents)
         return y, split_heads(after, n_heads)
+
+
+def convolve(
+    convolutions: Sequence[ShortConvolution],
+    inputs: Sequence[Float[Array, "b t _"]],
+    before: Sequence[Array | None],
+    documents: SplitDocuments | None,
+    n_heads: Sequence[int],
+) -> tuple[list[Float[Array, "b t _"]], tuple[Float[Array, "b last h _"], ...]]:
+    """The convolutions of q, k and v, and the last inputs of each.
+
+    Args:
+      convolutions: One for each input.
+      inputs: q, k and v with their heads joined.
+      before: Last inputs of each before the tokens; None: there were none.
+      documents: Documents of the rows; None: each row is one document.
+      n_heads: Number of heads of each input.
+    """
+    of_each = [
+        convolution(u, last, documents, heads)
+        for convolution, u, last, heads in zip(convolutions, inputs, before, n_heads, strict=True)
+    ]
+    return [y for y, _ in of_each], tuple(last for _, last in of_each)
 
 
 def along(x: Float[Array, "... d"], parameter: nnx.Param) -> Float[Array, "... d"]:

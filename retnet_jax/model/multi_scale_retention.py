@@ -8,7 +8,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from retnet_jax.config import ModelConfig
-from retnet_jax.model.layers import Linear, RMSNorm, ShortConvolution, split_heads
+from retnet_jax.model.layers import Linear, RMSNorm, ShortConvolution, convolve, split_heads
 from retnet_jax.model.mixer import ConvolvedState, LayerState, Mixer, RetentionState
 from retnet_jax.ops.feature_map import feature_map, prelu, xielu
 from retnet_jax.ops.gated_norm import gated_norm
@@ -142,13 +142,8 @@ class MultiScaleRetention(Mixer):
         before = state[1:] if isinstance(state, ConvolvedState) else (None, None, None)
         heads = (self.config.n_heads, self.config.kv_heads, self.config.kv_heads)
         convolutions = (self.q_conv, self.k_conv, self.v_conv)
-        (q, q_last), (k, k_last), (v, v_last) = (
-            convolution(u, last, context.documents, n_heads)
-            for convolution, u, last, n_heads in zip(
-                convolutions, (q, k, v), before, heads, strict=True
-            )
-        )
-        return q, k, v, (q_last, k_last, v_last)
+        (q, k, v), last = convolve(convolutions, (q, k, v), before, context.documents, heads)
+        return q, k, v, last
 
     def _score_scale(self, rule: str, q, k, state, context, form) -> Float[Array, "b t h"]:
         if form != "parallel" or state is not None:
