@@ -283,17 +283,22 @@ def _config_file(value: str) -> str:
     `configs.shared`) and from the working directory, so these are added to sys.path.
 
     Raises:
-      ConfigError: for a name that is not a config of the package.
+      ConfigError: for a name that is not a config of the package, and a file that does not exist.
     """
     name, colon, argument = value.partition(":")
-    if not name or name.endswith(".py") or os.sep in name:
+    configs = _packaged_configs()
+    if name.endswith(".py") or os.sep in name:
+        if not Path(name).is_file():
+            raise ConfigError(
+                f"--config={value}: there is no file {name} (from {os.getcwd()}); give one, or one "
+                "of " + ", ".join(configs)
+            )
         beside = Path(name).absolute().parent
         sys.path += [os.getcwd(), str(beside), str(beside.parent)]
         return value
-    configs = _packaged_configs()
     if name not in configs:
         raise ConfigError(
-            f"--config={name}: no such config; give a file, such as my_config.py, or one of "
+            f"--config={value}: no such config; give a file, such as my_config.py, or one of "
             + ", ".join(configs)
         )
     return f"{configs[name]}{colon}{argument}"
