@@ -42,15 +42,16 @@ def load_pretrained(
         changes.
       CheckpointError: for weights that are missing, damaged, or do not fit the config.
     """
-    return load_checkpoint(place(directory), mesh, **changes)[0]
+    return load_checkpoint(directory, mesh, **changes)[0]
 
 
 def load_checkpoint(
-    directory: AnyPath, mesh: Mesh | None = None, **changes: Any
+    directory: str | AnyPath, mesh: Mesh | None = None, **changes: Any
 ) -> tuple[LanguageModel, int | None]:
     """As `load_pretrained`; also returns the step of a training run's newest checkpoint."""
     from retnet_jax.runs.checkpoint import restore_model
 
+    directory = place(directory)
     if not is_run(directory):
         return interop.load(directory, mesh, **changes), None
 
@@ -60,12 +61,13 @@ def load_checkpoint(
     return restore_model(directory / "checkpoints", shape)
 
 
-def read_pretrained(directory: AnyPath) -> tuple[Config, Tokenizer]:
+def read_pretrained(directory: str | AnyPath) -> tuple[Config, Tokenizer]:
     """Reads the config and the tokenizer in a directory as for `load_pretrained`, not the weights.
 
     Raises:
       ConfigError: as `load_pretrained`, and if the tokenizer is missing or does not fit the model.
     """
+    directory = place(directory)
     if is_run(directory):
         _check_has_model(directory)
         return read_workdir(directory)
@@ -83,13 +85,14 @@ def read_pretrained(directory: AnyPath) -> tuple[Config, Tokenizer]:
     return config, tokenizer
 
 
-def checkpoint_sha256(directory: AnyPath, step: int | None) -> str:
+def checkpoint_sha256(directory: str | AnyPath, step: int | None) -> str:
     """SHA-256, in hex, of the names and contents of a checkpoint's files.
 
     Args:
       directory: Directory as for `load_pretrained`.
       step: Step of a training run's checkpoint, as `load_checkpoint` returns it.
     """
+    directory = place(directory)
     return files_sha256(directory if step is None else directory / "checkpoints" / str(step))
 
 
