@@ -150,6 +150,8 @@ def _explained(error: Exception, name: HubName) -> ConfigError | CheckpointError
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
     log_in = "log in with `hf auth login`, or set HF_TOKEN"
+    exists = os.path.isdir(name.repository)  # a name that begins with hf://
+    path = "" if exists else f"{name.repository} is no directory in {os.getcwd()}, and "
     if isinstance(error, errors.RevisionNotFoundError):
         return ConfigError(
             f"{page} has no revision {name.revision or 'main'}: give a branch, a tag or a commit"
@@ -159,8 +161,6 @@ def _explained(error: Exception, name: HubName) -> ConfigError | CheckpointError
             f"{page} is only for users who accepted its conditions: accept them there, and {log_in}"
         )
     if isinstance(error, errors.RepositoryNotFoundError):
-        exists = os.path.isdir(name.repository)
-        path = "" if exists else f"{name.repository} is no directory in {os.getcwd()}, and "
         return ConfigError(
             f"{path}{page} does not exist, or is private: correct the name; for a private model "
             f"{log_in}"
@@ -169,8 +169,8 @@ def _explained(error: Exception, name: HubName) -> ConfigError | CheckpointError
         return ConfigError(f"{page} cannot be read ({status}): {log_in}")
     if isinstance(error, errors.OfflineModeIsEnabled):
         return CheckpointError(
-            f"{name} is not (completely) in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE "
-            "is set: unset it to download the model"
+            f"{path}{name} is not (completely) in the cache {constants.HF_HUB_CACHE}: unset "
+            "HF_HUB_OFFLINE to download it"
         )
     if status == 429:
         seconds = response.headers.get("Retry-After") if response is not None else None
@@ -189,6 +189,6 @@ def _explained(error: Exception, name: HubName) -> ConfigError | CheckpointError
             "make room there, or set HF_HOME to another directory"
         )
     return CheckpointError(
-        f"{page} cannot be downloaded ({type(error).__name__}: {brief(error)}): check the "
+        f"{path}{page} cannot be downloaded ({type(error).__name__}: {brief(error)}): check the "
         "connection and HF_ENDPOINT, and try again (complete files are kept)"
     )
