@@ -380,12 +380,23 @@ class Config:
             raise ConfigError(
                 f"train.carry_state=True needs data.windows='contiguous', not {self.data.windows!r}"
             )
-        if self.train.carry_state and self.model.mixer != "retention":
+        if self.train.carry_state and _unlimited(self.model):
             raise ConfigError(
-                "train.carry_state=True needs a RetNet: a Transformer's cache grows with every step"
+                "train.carry_state=True needs a RetNet, or attention with a window: the cache of "
+                f"{_unlimited(self.model)} grows with every step"
             )
         if self.optimizer.warmup_steps >= self.train.steps:
             raise ConfigError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} leaves nothing of "
                 f"train.steps={self.train.steps} after the warm-up; lower it"
             )
+
+
+def _unlimited(model: ModelConfig) -> str:
+    """What in a model has a cache of unlimited size; empty: nothing."""
+    if model.mixer == "attention" and model.window is None:
+        return "a Transformer"
+    if is_own(model.mixer):
+        return f"model.mixer={model.mixer!r}"
+    entries = [i for i, x in enumerate(model.attention_layers) if x.window is None]
+    return f"model.attention_layers[{entries[0]}]" if entries else ""

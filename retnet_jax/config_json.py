@@ -140,6 +140,9 @@ def _typed(value: Any, expected: Any, where: str) -> Any:
             if len(types) != len(value):
                 raise ConfigError(f"{where}={value!r}: {len(types)} values are needed")
             return tuple(_typed(v, t, where) for v, t in zip(value, types, strict=True))
+        if dataclasses.is_dataclass(choice) and isinstance(value, dict):
+            path, _, name = where.rpartition(": ")
+            return _from_dict(choice, value, f"{name}.", path)  # pyright: ignore[reportArgumentType]
         if choice is float and type(value) in (int, float):
             try:
                 return float(value)

@@ -5,6 +5,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
+from retnet_jax.attention_config import AttentionLayers
 from retnet_jax.config import Config
 from retnet_jax.config_json import flatten, options
 
@@ -68,6 +69,8 @@ def _section_title(section: str) -> str:
 
 def _shown(value: Any) -> str:
     """A value as typed on the command line."""
+    if isinstance(value, tuple) and value and isinstance(value[0], AttentionLayers):
+        return ";".join(map(str, value))
     if isinstance(value, tuple):
         return ",".join(map(_shown, value)) or "()"
     if isinstance(value, dict):

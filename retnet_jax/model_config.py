@@ -1,12 +1,14 @@
 """The options of a model, their checks, and the sizes that follow from them.
 
 Parameter and FLOP counts are derived here and nowhere else. Imports no jax and does not postpone
-annotations, as `config.py`.
+annotations, as `config.py`. The file is long because each option stands beside its checks and the
+sizes that follow.
 """
 
 import dataclasses
 from dataclasses import dataclass
 
+from retnet_jax.attention_config import AttentionLayers, check_attention_layers, layer_kinds
 from retnet_jax.config_fields import (
     check_at_least,
     check_choice,
@@ -26,6 +28,21 @@ NORMS = ("layer", "rms")
 ROTATIONS = ("rope", "torchscale")
 SCORE_CLAMPS = ("absolute", "signed")
 DTYPES = ("float32", "bfloat16", "float64")
+# Functions of `ops/feature_map.py`, by the names of transformers' activations.
+FEATURE_MAPS = (
+    *("linear", "relu", "relu2", "relu6", "leaky_relu", "sigmoid", "tanh", "silu", "swish"),
+    *("gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh"),
+    *("gelu_python_tanh", "gelu_10", "quick_gelu", "mish", "hardswish", "laplace"),
+    *("sqrtsoftplus", "prelu", "xielu"),
+)
+# Option of a mixer -> the mixers that have it; the others are given its default.
+MIXER_OPTIONS = {
+    "short_conv": ("retention",),
+    "n_kv_heads": ("retention", "attention"),
+    "window": ("attention",),
+    "feature_map": ("retention",),
+    "output_gate": ("retention",),
+}
 REMATS = ("none", "full", "dots")
 # Activations of a layer that `model.remat` can name.
 ACTIVATIONS = (
@@ -57,6 +74,15 @@ class ModelConfig:
         None,
         "Width of values, summed over the heads; None: 2 d_model for retention, otherwise d_model",
     )
+    window: int | None = option(
+        None,
+        "Attention: number of tokens that a query sees, itself included; None: all",
+    )
+    attention_layers: tuple[AttentionLayers, ...] = option(
+        (),
+        "Layers of a RetNet whose mixer is attention, with their settings, such as "
+        "1,5:n_heads=8,n_kv_heads=2,window=128; other settings follow a semicolon",
+    )
     ffn: str = option(
         "gelu",
         "Feed-forward layer: 'relu', 'gelu' or 'swish' for act(x W1) W2; 'reglu', 'geglu' or "
@@ -80,6 +106,24 @@ class ModelConfig:
         True,
         "Divide retention by the square root of the sum of its decays; False only for checkpoints "
         "of fla",
+    )
+    short_conv: int | None = option(
+        None,
+        "Width of a causal convolution of each channel of q, k and v, with SiLU: the number of "
+        "tokens it sees, 2 or more; None: there is none",
+    )
+    n_kv_heads: int | None = option(
+        None,
+        "Heads of keys and values, each shared by n_heads / n_kv_heads heads in a row; None: "
+        "n_heads",
+    )
+    feature_map: str | None = option(
+        None,
+        "Elementwise function of q and k, such as 'relu' or 'gelu'; 'prelu' and 'xielu' have "
+        "learned parameters; None: there is none",
+    )
+    output_gate: bool = option(
+        True, "Multiply the outputs of retention, after their norm, by swish(x W_gate)"
     )
     tie_embeddings: bool = option(False, "Use the embedding matrix as output head too")
     dtype: str = option(
@@ -161,6 +205,21 @@ class ModelConfig:
         return 2 * self.d_model if self.mixer == "retention" else self.d_model
 
     @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def k_channels(self) -> int:
+        """Outputs of the projection of keys: their width, summed over their own heads."""
+        return self.q_width // self.n_heads * self.kv_heads
+
+    @property
+    def v_channels(self) -> int:
+        """Outputs of the projection of values: their width, summed over their own heads."""
+        return self.v_width // self.n_heads * self.kv_heads
+
+    @property
     def ffn_width(self) -> int:
         """Inner width of the feed-forward layer."""
         if self.ffn_dim is not None:
@@ -171,6 +230,18 @@ class ModelConfig:
     def ffn_gated(self) -> bool:
         """Whether the feed-forward layer multiplies its inner activations by x W3."""
         return self.ffn.endswith("glu")
+
+    @property
+    def layer_kinds(self) -> tuple[int | None, ...]:
+        """The entry of `attention_layers` that each layer is in; None: it has the model's mixer."""
+        return layer_kinds(self.attention_layers, self.n_layers)
+
+    @property
+    def layer_period(self) -> int:
+        """The smallest divisor p of n_layers for which layers i and i + p are of one kind."""
+        kinds, n = self.layer_kinds, self.n_layers
+        periods = (p for p in range(1, n + 1) if n % p == 0 and kinds == kinds[:p] * (n // p))
+        return next(periods)
 
     @property
     def kept_activations(self) -> tuple[str, ...]:
@@ -192,6 +263,7 @@ class ModelConfig:
         check_values("model", self)
         self._check_choices()
         self._check_sizes()
+        self._check_attention()
 
     def _check_choices(self) -> None:
         check_choice("model.mixer", self.mixer, MIXERS, own=True)
@@ -204,6 +276,15 @@ class ModelConfig:
             check_choice("model.ffn_norm", self.ffn_norm, NORMS)
         if self.score_clamp is not None:
             check_choice("model.score_clamp", self.score_clamp, SCORE_CLAMPS)
+        if self.feature_map is not None:
+            check_choice("model.feature_map", self.feature_map, FEATURE_MAPS)
+        for name, mixers in MIXER_OPTIONS.items():
+            value, default = getattr(self, name), _DEFAULTS[name]
+            if self.mixer not in mixers and value != default:
+                raise ConfigError(
+                    f"model.{name}={value!r} is for model.mixer={' or '.join(map(repr, mixers))}, "
+                    f"not {self.mixer!r}: leave it out, or set it to {default!r}"
+                )
         if self.remat not in REMATS and not set(self.kept_activations) <= set(ACTIVATIONS):
             raise ConfigError(
                 f"model.remat={self.remat!r} is not one of {', '.join(map(repr, REMATS))}, nor a "
@@ -221,6 +302,13 @@ class ModelConfig:
         for name in ("key_dim", "value_dim", "ffn_dim", "chunk_size"):
             if getattr(self, name) is not None:
                 check_at_least(f"model.{name}", getattr(self, name), 1)
+        if self.short_conv is not None:
+            check_at_least("model.short_conv", self.short_conv, 2)
+        check_at_least("model.n_kv_heads", self.kv_heads, 1)
+        if self.n_heads % self.kv_heads:
+            raise ConfigError(
+                f"model.n_kv_heads={self.n_kv_heads} does not divide model.n_heads={self.n_heads}"
+            )
         check_positive("model.norm_epsilon", self.norm_epsilon)
         for name, width in (("key_dim", self.q_width), ("value_dim", self.v_width)):
             shown = f"model.{name}={width}"
@@ -248,6 +336,16 @@ class ModelConfig:
                 "1 - gamma of the first and of the last head, such as (1/32, 1/512)"
             )
 
+    def _check_attention(self) -> None:
+        if self.window is not None:
+            check_at_least("model.window", self.window, 1)
+        if self.attention_layers and self.mixer != "retention":
+            raise ConfigError(
+                "model.attention_layers is for a RetNet, model.mixer='retention', not "
+                f"{self.mixer!r}"
+            )
+        check_attention_layers(self.attention_layers, self.d_model, self.n_layers)
+
     def built_as(self, architecture: str, n_heads: int | None = None) -> "ModelConfig":
         """This config for "retnet", its `transformer_twin` for "transformer"."""
         check_choice("the argument after --config=FILE:", architecture, ARCHITECTURES)
@@ -258,15 +356,24 @@ class ModelConfig:
 
         Attention has 4 d^2 parameters where retention has 2 d^2 + 3 d value_dim. The feed-forward
         layer is wider by the difference: 4 d instead of 2 d at the paper's sizes (section 3.1).
+        Options that attention does not have are left out.
         """
         matrices = 3 if self.ffn_gated else 2
-        surplus = self._mixer_parameters() - 4 * self.d_model**2
+        surplus = self._mixer_matrices() / self.n_layers - 4 * self.d_model**2
+        dropped = {
+            name: _DEFAULTS[name]
+            for name, mixers in MIXER_OPTIONS.items()
+            if "attention" not in mixers
+        }
         return dataclasses.replace(
             self,
+            **dropped,
             mixer="attention",
             n_heads=n_heads or self.n_heads,
             key_dim=None,
             value_dim=None,
+            n_kv_heads=None,
+            attention_layers=(),
             ffn_dim=self.ffn_width + round(surplus / (matrices * self.d_model)),
         )
 
@@ -278,51 +385,91 @@ class ModelConfig:
         return (
             heads * self.vocab_size * self.d_model
             + self.n_layers * layer
+            + sum(len(x.layers) * self._difference(x) for x in self.attention_layers)
             + norms * _norm_parameters(self.norm, self.d_model)
         )
 
     def training_flops_per_token(self, sequence_length: int) -> float:
         """Model FLOPs of one token's forward and backward pass, without recomputation.
 
-        6 for each weight of a matrix product (the embedding look-up is not one), and the FLOPs of
-        the mixer's algorithm: causal attention multiplies with half the positions of the sequence
-        on average; retention reads and writes a k by v state for each head; the user's own mixer
-        counts its own (`Mixer.flops_per_token`).
+        6 for each weight of a matrix product (the embedding look-up is not one) or convolution, and
+        the FLOPs of the mixer's algorithm: causal attention multiplies with half the positions of
+        the sequence on average; retention reads and writes a k by v state for each head; the user's
+        own mixer counts its own (`Mixer.flops_per_token`).
         """
-        layers = self.n_layers * (self._mixer_parameters() + self._ffn_parameters())
+        layers = self._mixer_matrices() + self.n_layers * self._ffn_parameters()
         if self.mixer == "attention":
-            core = 2 * (self.q_width + self.v_width) * (sequence_length + 1) / 2
+            core = 4 * self.q_width * _mean_keys(sequence_length, self.window)
         elif is_own(self.mixer):
             core = own_object("model.mixer", self.mixer).flops_per_token(self, sequence_length)
         else:
             core = 4 * self.q_width * self.v_width / self.n_heads
-        return 6 * (layers + self.vocab_size * self.d_model) + 3 * self.n_layers * core
+        cores = core * (self.n_layers - sum(len(x.layers) for x in self.attention_layers))
+        for entry in self.attention_layers:
+            seen = _mean_keys(sequence_length, entry.window)
+            cores += len(entry.layers) * 4 * self.d_model * seen
+        return 6 * (layers + self.vocab_size * self.d_model) + 3 * cores
+
+    def _mixer_matrices(self) -> int:
+        """Parameters of the matrices and convolutions of all layers' mixers."""
+        own = self._mixer_parameters() + self._conv_parameters()
+        return self.n_layers * own + sum(
+            len(x.layers) * (x.matrices(self.d_model) - own) for x in self.attention_layers
+        )
+
+    def _difference(self, entry: AttentionLayers) -> int:
+        """Parameters that an attention layer has more than a layer of the model's mixer."""
+        attention = entry.matrices(self.d_model) + entry.vectors(self.d_model)
+        return attention - self._mixer_parameters() - self._mixer_vectors()
 
     def _mixer_parameters(self) -> int:
         """Parameters of a mixer's matrices; all parameters of the user's own mixer."""
         if is_own(self.mixer):
             return own_object("model.mixer", self.mixer).parameter_count(self)
         if self.mixer == "attention":
-            return 2 * self.d_model * (self.q_width + self.v_width)
-        return self.d_model * (2 * self.q_width + 3 * self.v_width)
+            return 2 * self.d_model * (self.q_width + self.k_channels)
+        of_gate_and_out = (2 if self.output_gate else 1) * self.v_width
+        return self.d_model * (self.q_width + self.k_channels + self.v_channels + of_gate_and_out)
+
+    def _conv_parameters(self) -> int:
+        """Weights of the convolutions of a layer."""
+        return (self.short_conv or 0) * (self.q_width + self.k_channels + self.v_channels)
 
     def _ffn_parameters(self) -> int:
         """Parameters of the matrices of a feed-forward layer."""
         return self.d_model * self.ffn_width * (3 if self.ffn_gated else 2)
 
     def _layer_vectors(self) -> int:
-        """Parameters in scales and biases of one layer."""
-        count = 2 * _norm_parameters(self.norm, self.d_model)
-        retains = self.mixer == "retention"
-        if self.mixer_bias and not is_own(self.mixer):
-            count += 2 * self.q_width + (2 if retains else 1) * self.v_width + self.d_model
-        if self.head_norm_scale and retains:
-            count += self.v_width // self.n_heads
+        """Parameters of one layer that are not in matrices."""
+        count = 2 * _norm_parameters(self.norm, self.d_model) + self._mixer_vectors()
         if self.ffn_bias:
             count += (2 if self.ffn_gated else 1) * self.ffn_width + self.d_model
         if self.ffn_norm is not None:
             count += _norm_parameters(self.ffn_norm, self.ffn_width)
         return count
+
+    def _mixer_vectors(self) -> int:
+        """Parameters of one layer's mixer that are not in matrices."""
+        if is_own(self.mixer):
+            return 0
+        retains = self.mixer == "retention"
+        count = self._conv_parameters()
+        count += {"prelu": 1, "xielu": 2}.get(self.feature_map or "", 0)
+        if self.mixer_bias:
+            count += self.q_width + self.k_channels + self.v_channels + self.d_model
+            count += self.v_width if retains and self.output_gate else 0
+        if self.head_norm_scale and retains:
+            count += self.v_width // self.n_heads
+        return count
+
+
+def _mean_keys(sequence_length: int, window: int | None) -> float:
+    """The mean number of keys that a token of a row sees."""
+    w = min(window or sequence_length, sequence_length)
+    return (w * (w + 1) / 2 + (sequence_length - w) * w) / sequence_length
+
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
 
 
 def _norm_parameters(norm: str, width: int) -> int:

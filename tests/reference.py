@@ -101,7 +101,13 @@ def _torchscale(weights, config, tokens, gammas, kind):
 
 
 def fla(weights, config, tokens):
-    """Logits [b t w] of flash-linear-attention, token by token."""
+    """Logits [b t w] of flash-linear-attention, token by token; `attn` as in its config."""
+    entries = config.get("attn") or []
+    attentions = {
+        layer: entry
+        for entry in ([entries] if isinstance(entries, dict) else entries)
+        for layer in entry["layers"]
+    }
     heads, epsilon = config["num_heads"], config["norm_eps"]
 
     def linear(name, x):
@@ -111,9 +117,9 @@ def fla(weights, config, tokens):
         scale = weights.get(name + ".weight", 1.0)
         return x / np.sqrt(np.mean(x**2, -1, keepdims=True) + epsilon) * scale
 
-    def turn(x, n):
+    def turn(x, n, base=10_000.0):
         half = x.shape[-1] // 2
-        angle = n * 10_000.0 ** (-2 * np.arange(half) / x.shape[-1])
+        angle = n * base ** (-2 * np.arange(half) / x.shape[-1])
         a, b = x[..., :half], x[..., half:]
         cos, sin = np.cos(angle), np.sin(angle)
         return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
@@ -132,10 +138,34 @@ def fla(weights, config, tokens):
             outputs.append((y * ACTIVATIONS["swish"](gate[:, n])).reshape(b, -1))
         return linear(f"{name}.o_proj", np.stack(outputs, 1))
 
+    def attention(x, name, entry):
+        b, t, d = x.shape
+        width = d // entry["num_heads"]
+        q, k, v = (
+            linear(f"{name}.{letter}_proj", x) + weights.get(f"{name}.{letter}_proj.bias", 0.0)
+            for letter in "qkv"
+        )
+        q, k, v = (y.reshape(b, t, -1, width) for y in (q, k, v))
+        k, v = (np.repeat(y, entry["num_heads"] // y.shape[2], axis=2) for y in (k, v))
+        base = entry.get("rope_theta", 10_000.0)
+        q, k = (np.stack([turn(y[:, n], n, base) for n in range(t)], 1) for y in (q, k))
+        outputs = []
+        for n in range(t):
+            first = max(0, n + 1 - (entry.get("window_size") or t))
+            scores = np.einsum("bhk,bshk->bhs", q[:, n], k[:, first : n + 1]) * width**-0.5
+            p = np.exp(scores - scores.max(-1, keepdims=True))
+            p /= p.sum(-1, keepdims=True)
+            outputs.append(np.einsum("bhs,bshk->bhk", p, v[:, first : n + 1]).reshape(b, -1))
+        return linear(f"{name}.o_proj", np.stack(outputs, 1))
+
     x = weights["model.embeddings.weight"][tokens]
     for layer in range(config["num_hidden_layers"]):
         name = f"model.layers.{layer}"
-        x = x + retention(rms(x, f"{name}.attn_norm"), f"{name}.attn")
+        y = rms(x, f"{name}.attn_norm")
+        if layer in attentions:
+            x = x + attention(y, f"{name}.attn", attentions[layer])
+        else:
+            x = x + retention(y, f"{name}.attn")
         y = rms(x, f"{name}.mlp_norm")
         inner = ACTIVATIONS["swish"](linear(f"{name}.mlp.gate_proj", y))
         x = x + linear(f"{name}.mlp.down_proj", inner * linear(f"{name}.mlp.up_proj", y))

@@ -16,8 +16,8 @@ from retnet_jax import ModelConfig, Transformer
 from retnet_jax.aot.compile_step import compile_step
 from retnet_jax.aot.flops import flops_of
 from retnet_jax.config import MeshConfig
-from retnet_jax.model.attention import attend_to_all
 from retnet_jax.ops import flash_attention
+from retnet_jax.ops.attention import attend_to_all
 from retnet_jax.parallel.mesh import make_mesh
 
 __all__ = ["tpus"]  # a fixture
@@ -48,13 +48,21 @@ def loss_and_gradient(model, segments):
     return loss(model)
 
 
-@pytest.mark.parametrize("rows", ROWS)
-def test_splash_attention_is_attention(rows):
+@pytest.mark.parametrize(
+    ("rows", "window", "key_heads"),
+    [("one document", None, 2), ("documents", None, 2), ("one document", 150, 1)],
+)
+def test_splash_attention_is_attention(rows, window, key_heads):
     rng = np.random.default_rng(0)
-    qkv = [jnp.asarray(rng.normal(size=(2, T, 2, 48)), jnp.float32) for _ in range(3)]
+    qkv = [
+        jnp.asarray(rng.normal(size=(2, T, heads, 48)), jnp.float32)
+        for heads in (2, key_heads, key_heads)
+    ]
     segments = ROWS[rows]
     ids = jnp.ones((2, T), int) if segments is None else segments
     mask = (ids[:, :, None] == ids[:, None]) & np.tri(T, dtype=bool)
+    if window is not None:
+        mask = mask & ~np.tri(T, k=-window, dtype=bool)
 
     def outputs_and_gradients(attend):
         def function(*qkv):
@@ -68,7 +76,12 @@ def test_splash_attention_is_attention(rows):
         return both(*qkv)
 
     found = outputs_and_gradients(
-        partial(flash_attention.flash_attention, document=segments, implementation="splash")
+        partial(
+            flash_attention.flash_attention,
+            document=segments,
+            implementation="splash",
+            window=window,
+        )
     )
     assert_close(found, outputs_and_gradients(partial(attend_to_all, mask=mask[:, None])))
 

@@ -12,6 +12,7 @@ import retnet_jax
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
+    "attention_config": 0,
     "config": 0,
     "config_fields": 0,
     "config_json": 0,
@@ -95,7 +96,7 @@ def test_what_the_package_exports_is_there():
 
 
 def test_config_imports_no_jax():
-    names = ("config", "model_config", "config_fields", "own_objects", "errors")
+    names = ("config", "model_config", "attention_config", "config_fields", "own_objects", "errors")
     ours = {f"retnet_jax.{name}" for name in names}
     for name in names:
         modules = set(imported_modules(ROOT / "retnet_jax" / f"{name}.py"))

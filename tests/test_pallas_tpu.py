@@ -129,17 +129,18 @@ def gated_norm_arrays(dtype):
     return y, gate, jnp.asarray(rng.random((2, 40, 3)) + 0.5, jnp.float32), d_out
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("kind", ["layer", "rms"])
-def test_gradient_of_the_gated_norm_is_that_of_autodiff(kind, scaled):
+def test_gradient_of_the_gated_norm_is_that_of_autodiff(kind, scaled, gated):
     y, gate, scale, d_out = gated_norm_arrays(jnp.float32)
-    scale = scale if scaled else None
+    scale, gate = scale if scaled else None, gate if gated else None
 
     def plain(y, gate):
         z = y if scale is None else y * scale[..., None]
         z = z - z.mean(-1, keepdims=True) if kind == "layer" else z
         normed = z / jnp.sqrt((z**2).mean(-1, keepdims=True) + 1e-3)
-        return jax.nn.silu(gate) * normed
+        return normed if gate is None else jax.nn.silu(gate) * normed
 
     expected, backward = jax.vjp(plain, y, gate)
     found, own_backward = jax.vjp(lambda y, gate: gated_norm(y, gate, scale, kind, 1e-3), y, gate)

@@ -41,6 +41,11 @@ flags.DEFINE_enum(
 flags.DEFINE_bool(
     "fold_head_norm", False, "Multiply fla's head norm scale into the output projection"
 )
+flags.DEFINE_bool(
+    "fla_ignores_conv",
+    False,
+    "Write short convolutions in fla's layout, although fla drops them and computes other logits",
+)
 flags.DEFINE_float(
     "max_file_gb", 5.0, "Largest size of a safetensors file, in 10^9 bytes", lower_bound=0.001
 )
@@ -60,6 +65,7 @@ def main() -> None:
         dtype=given.dtype,
         max_file_bytes=int(given.max_file_gb * 1e9),
         torch_file=given.torch_file,
+        fla_ignores_conv=given.fla_ignores_conv,
     )
     print(f"{given.target}: written as {given.layout}")
 

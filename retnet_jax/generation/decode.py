@@ -27,6 +27,7 @@ from retnet_jax.generation.checks import (
 from retnet_jax.generation.sampling import GREEDY, Sampler, Samplers
 from retnet_jax.model import LanguageModel, State, for_decoding
 from retnet_jax.model.lm import check_state
+from retnet_jax.model.mixer import RetentionState
 from retnet_jax.shapes import Array, Bool, Float, Int, power_of_two
 
 # Numbers of prompt tokens that are read at once. Longer prompts are read in pieces, which bounds
@@ -243,6 +244,9 @@ def _room_for(model: LanguageModel, progress: Progress | None, rows: int, tokens
     if progress is None:
         logits = jnp.zeros((rows, model.config.vocab_size), model.config.accumulation_dtype)
         state = model.init_state(rows, capacity=tokens)
+        if isinstance(state, RetentionState) and model.config.short_conv is not None:
+            # Without a state, convolutions are faster where padding precedes the prompts.
+            state = state._replace(layers=None)
         progress = Progress(logits, state, jnp.zeros(rows, bool))
     else:
         # A copy, because the next call donates its arrays and the caller may use them again.

@@ -24,9 +24,10 @@ from retnet_jax.model import LanguageModel
 from retnet_jax.model.parameters import why_not_finite
 from retnet_jax.trees import named_leaves, with_leaves
 
-_FORMAT = "retnet-jax state 3"
-# Before it the digest was of the arrays alone; in 1 a config entered the fingerprint as its `repr`.
-_OLD_FORMATS = ("retnet-jax state 2", "retnet-jax state 1")
+_FORMAT = "retnet-jax state 4"
+# Until 3 a Transformer's cache was [b s h k]. Before 3 the digest was of the arrays alone; in 1 a
+# config entered the fingerprint as its `repr`.
+_OLD_FORMATS = ("retnet-jax state 3", "retnet-jax state 2", "retnet-jax state 1")
 
 
 def save_reading(
@@ -92,13 +93,15 @@ def load_reading(path: str | Path, model: LanguageModel, tokenizer: Tokenizer) -
         raise CheckpointError(
             f"{path} is not a saved state; `save_reading` and --save_state write such files"
         )
-    old = metadata["format"] in _OLD_FORMATS
+    old = metadata["format"] in _OLD_FORMATS[1:]
     try:
         if not old and _digest(metadata, plain) != metadata["sha256"]:
             raise ValueError("another digest")
         arrays = _arrays(plain, json.loads(metadata["dtypes"]), json.loads(metadata["shapes"]))
         if old and _old_digest(arrays) != metadata["sha256"]:
             raise ValueError("another digest")
+        if metadata["format"] != _FORMAT:
+            arrays = {name: _slots_last(name, x) for name, x in arrays.items()}
         last_ids = json.loads(metadata["last_ids"])
         written_with = {name: metadata[name] for name in ("model", "tokenizer")}
     except (KeyError, ValueError, TypeError) as error:
@@ -136,7 +139,8 @@ def _description(config: ModelConfig) -> str:
         for field in dataclasses.fields(config)
         if getattr(config, field.name) != getattr(default, field.name)
     }
-    return json.dumps(values, sort_keys=True)
+    # A hybrid's `attention_layers` are dataclasses.
+    return json.dumps(values, sort_keys=True, default=dataclasses.asdict)
 
 
 def _old_description(config: ModelConfig) -> str:
@@ -168,6 +172,11 @@ def _arrays(plain: dict[str, np.ndarray], dtypes: dict, shapes: dict) -> dict[st
         name: np.frombuffer(plain[name].tobytes(), jnp.dtype(dtypes[name])).reshape(shapes[name])
         for name in dtypes
     }
+
+
+def _slots_last(name: str, x: np.ndarray) -> np.ndarray:
+    """An array of a file before format 4: a cache [b s h k] as [b h k s]."""
+    return np.moveaxis(x, -3, -1) if name.rpartition("/")[2] in ("keys", "values") else x
 
 
 def _digest(metadata: dict[str, str], plain: dict[str, np.ndarray]) -> str:

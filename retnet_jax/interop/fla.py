@@ -1,4 +1,8 @@
-"""flash-linear-attention: Hugging Face directories such as fla-hub/retnet-1.3B-100B."""
+"""flash-linear-attention: Hugging Face directories such as fla-hub/retnet-1.3B-100B.
+
+fla's RetNetForCausalLM does not pass `use_short_conv` on to its layers, so models with convolutions
+come from programs that build the layers themselves. The tensors of a file say whether it has them.
+"""
 
 import math
 from collections.abc import Mapping
@@ -8,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from retnet_jax.attention_config import AttentionLayers
 from retnet_jax.config import ModelConfig
 from retnet_jax.errors import ConfigError
 from retnet_jax.interop.parameter_source import Description
@@ -17,21 +22,43 @@ from retnet_jax.interop.tensor_files import TensorFiles, TensorInfo
 
 TYPES = {
     int: "hidden_size num_heads num_hidden_layers vocab_size max_position_embeddings "
-    "intermediate_size",
+    "intermediate_size num_kv_heads conv_size",
     float: "expand_k expand_v norm_eps hidden_ratio",
-    bool: "tie_word_embeddings",
+    bool: "tie_word_embeddings use_short_conv use_output_gate",
+    str: "feature_map",
 }
-# Fields in which fla reads null as "derived from the others" or "no limit".
-MAY_BE_NULL = ("intermediate_size", "hidden_ratio", "max_position_embeddings")
+# Fields in which fla reads null as "derived from the others", "no limit" or "none".
+MAY_BE_NULL = (
+    *("intermediate_size", "hidden_ratio", "max_position_embeddings"),
+    *("num_kv_heads", "feature_map"),
+)
 _LAYER = "model.layers.{layer}."
 RULES = (
     Rule("embedding", "model.embeddings.weight"),
     Rule("layers/mixer_norm/scale", _LAYER + "attn_norm.weight"),
     Rule("layers/mixer/q/kernel", _LAYER + "attn.q_proj.weight", transposed=True),
+    Rule("layers/mixer/q/bias", _LAYER + "attn.q_proj.bias"),
     Rule("layers/mixer/k/kernel", _LAYER + "attn.k_proj.weight", transposed=True),
+    Rule("layers/mixer/k/bias", _LAYER + "attn.k_proj.bias"),
     Rule("layers/mixer/v/kernel", _LAYER + "attn.v_proj.weight", transposed=True),
+    Rule("layers/mixer/v/bias", _LAYER + "attn.v_proj.bias"),
     Rule("layers/mixer/gate/kernel", _LAYER + "attn.g_proj.weight", transposed=True),
-    Rule("layers/mixer/head_norm/scale", _LAYER + "attn.g_norm_swish_gate.weight"),
+    Rule("layers/mixer/q_conv/weight", _LAYER + "attn.q_conv1d.weight", depthwise=True),
+    Rule("layers/mixer/k_conv/weight", _LAYER + "attn.k_conv1d.weight", depthwise=True),
+    Rule("layers/mixer/v_conv/weight", _LAYER + "attn.v_conv1d.weight", depthwise=True),
+    Rule("layers/mixer/feature_map/weight", _LAYER + "attn.feature_map_fn.weight"),
+    Rule("layers/mixer/feature_map/alpha_p", _LAYER + "attn.feature_map_fn.alpha_p"),
+    Rule("layers/mixer/feature_map/alpha_n", _LAYER + "attn.feature_map_fn.alpha_n"),
+    Rule(
+        "layers/mixer/head_norm/scale",
+        _LAYER + "attn.g_norm_swish_gate.weight",
+        when=lambda model: model.output_gate,
+    ),
+    Rule(
+        "layers/mixer/head_norm/scale",
+        _LAYER + "attn.g_norm.weight",
+        when=lambda model: not model.output_gate,
+    ),
     Rule("layers/mixer/out/kernel", _LAYER + "attn.o_proj.weight", transposed=True),
     Rule("layers/ffn_norm/scale", _LAYER + "mlp_norm.weight"),
     Rule("layers/ffn/up/kernel", _LAYER + "mlp.gate_proj.weight", transposed=True),
@@ -54,16 +81,13 @@ def read_config(values: dict[str, Any], infos: Mapping[str, TensorInfo]) -> Desc
         "fla",
         values,
         {
-            "attn": ("hybrid attention", None),
-            "use_short_conv": ("short convolutions of q, k and v", False),
-            "feature_map": ("a feature map of q and k", None),
-            "num_kv_heads": ("key heads shared by query heads", None, heads),
-            "use_output_gate": ("no output gate", True),
             "hidden_act": ("another activation", "swish", "silu"),
             "attnres_block_size": ("attention residuals", None),
         },
     )
     width = values.get("hidden_size", 2048)
+    has_convolutions = any(name.endswith(".attn.q_conv1d.weight") for name in infos)
+    kv_heads = values.get("num_kv_heads")
     model = ModelConfig(
         **FLA,
         vocab_size=values.get("vocab_size", 32_000),
@@ -75,7 +99,16 @@ def read_config(values: dict[str, Any], infos: Mapping[str, TensorInfo]) -> Desc
         ffn_dim=values.get("intermediate_size") or _default_ffn(width, values),
         norm_epsilon=values.get("norm_eps", 1e-6),
         head_norm_scale=bool(values.get("elementwise_affine", True)),
+        short_conv=(
+            values.get("conv_size", 4)
+            if has_convolutions and values.get("use_short_conv", False)
+            else None
+        ),
+        n_kv_heads=None if kv_heads == heads else kv_heads,
+        feature_map=values.get("feature_map"),
+        output_gate=values.get("use_output_gate", True),
         tie_embeddings=values.get("tie_word_embeddings", False),
+        attention_layers=_attention_layers(values.get("attn")),
     )
     return Description(
         model,
@@ -95,15 +128,15 @@ def write_config(description: Description, *, fused: bool) -> dict[str, Any]:
     check_exact("fla", model, FLA, _REASONS)
     return {
         "architectures": ["RetNetForCausalLM"],
-        "attn": None,
+        "attn": _attn(model),
         "attn_mode": "chunk",
         "bos_token_id": description.bos_id,
-        "conv_size": 4,
+        "conv_size": model.short_conv or 4,
         "elementwise_affine": model.head_norm_scale,
         "eos_token_id": description.eos_id,
         "expand_k": _factor(model.d_model, model.q_width),
         "expand_v": _factor(model.d_model, model.v_width),
-        "feature_map": None,
+        "feature_map": model.feature_map,
         "fuse_cross_entropy": True,
         "fuse_norm": fused,
         "fuse_swiglu": True,
@@ -117,13 +150,103 @@ def write_config(description: Description, *, fused: bool) -> dict[str, Any]:
         "norm_eps": model.norm_epsilon,
         "num_heads": model.n_heads,
         "num_hidden_layers": model.n_layers,
-        "num_kv_heads": None,
+        "num_kv_heads": model.n_kv_heads,
         "tie_word_embeddings": model.tie_embeddings,
         "use_cache": True,
-        "use_output_gate": True,
-        "use_short_conv": False,
+        "use_output_gate": model.output_gate,
+        "use_short_conv": model.short_conv is not None,
         "vocab_size": model.vocab_size,
     }
+
+
+_ATTENTION_FIELDS = ("layers", "num_heads", "num_kv_heads", "qkv_bias", "window_size", "rope_theta")
+
+
+def _attention_layers(attn: Any) -> tuple[AttentionLayers, ...]:
+    """The attention layers in fla's field `attn`: null, one dictionary or a list of them.
+
+    Raises:
+      ConfigError: for fields that are missing, of the wrong type or unknown. fla ignores unknown
+        ones, so its model is not what they say.
+    """
+    if attn is None:
+        return ()
+    entries = attn if isinstance(attn, list) else [attn]
+    return tuple(_attention_entry(entry) for entry in entries)
+
+
+def _attention_entry(entry: Any) -> AttentionLayers:
+    if not isinstance(entry, dict):
+        raise ConfigError(f"config.json: attn={entry!r} is not an object of fields")
+    for name in entry:
+        if name not in _ATTENTION_FIELDS:
+            raise ConfigError(
+                f"config.json: attn has the unknown field {name}={entry[name]!r}, which fla "
+                f"ignores; delete it to load what fla computes; the known fields are "
+                f"{', '.join(_ATTENTION_FIELDS)}"
+            )
+    for name in ("layers", "num_heads"):
+        if name not in entry:
+            raise ConfigError(f"config.json: attn={entry} has no field {name}")
+    layers = entry["layers"]
+    if not isinstance(layers, list):
+        raise ConfigError(f"config.json: attn.layers={layers!r} is not a list of layers")
+    nulls = {"num_kv_heads", "window_size"}
+    given = {name: x for name, x in entry.items() if not (name in nulls and x is None)}
+    check_types(
+        "fla",
+        given,
+        {int: "num_heads num_kv_heads window_size", float: "rope_theta", bool: "qkv_bias"},
+    )
+    heads, kv_heads = entry["num_heads"], entry.get("num_kv_heads")
+    return AttentionLayers(
+        layers=tuple(layers),
+        n_heads=heads,
+        n_kv_heads=None if kv_heads == heads else kv_heads,
+        window=entry.get("window_size"),
+        bias=given.get("qkv_bias", False),
+        rope_base=float(given.get("rope_theta", 10_000.0)),
+    )
+
+
+def _attn(model: ModelConfig) -> list[dict[str, Any]] | None:
+    """The attention layers as fla's field `attn`."""
+    entries = [
+        {
+            "layers": list(entry.layers),
+            "num_heads": entry.n_heads,
+            "num_kv_heads": entry.kv_heads,
+            "qkv_bias": entry.bias,
+            "window_size": entry.window,
+            "rope_theta": entry.rope_base,
+        }
+        for entry in model.attention_layers
+    ]
+    return entries or None
+
+
+def buffers(model: ModelConfig) -> dict[str, np.ndarray]:
+    """The constants of xIELU, which transformers stores with its parameters."""
+    if model.feature_map != "xielu":
+        return {}
+    constants = {"beta": np.float32(0.5), "eps": np.float32(-1e-6)}
+    return {
+        f"{_LAYER.format(layer=layer)}attn.feature_map_fn.{name}": np.asarray(value)
+        for layer, kind in enumerate(model.layer_kinds)
+        if kind is None  # attention layers have no feature map
+        for name, value in constants.items()
+    }
+
+
+def ignored(model: ModelConfig) -> str | None:
+    """What fla drops of a model; None: nothing."""
+    if model.short_conv is None:
+        return None
+    return (
+        f"This model has short convolutions of q, k and v (model.short_conv={model.short_conv}). "
+        "fla's RetNetForCausalLM builds no convolutions, whatever use_short_conv says, and drops "
+        "their weights with a warning, so that it computes other logits."
+    )
 
 
 def split_fused_gates(files: TensorFiles) -> TensorFiles:
@@ -193,7 +316,9 @@ LAYOUT = Layout(
     rules=RULES,
     read_config=read_config,
     write_config=partial(write_config, fused=True),
+    buffers=buffers,
     split=split_fused_gates,
+    ignored=ignored,
 )
 load, save = LAYOUT.load, LAYOUT.save
 # fla with fuse_norm=False, which names the head norm differently.

@@ -73,8 +73,8 @@ class ModelSource:
         return array if layer is None else array[layer]
 
 
-_HEAD_NORM_SCALE = "layers/mixer/head_norm/scale"
-_OUT_KERNEL = "layers/mixer/out/kernel"
+_HEAD_NORM_SCALE = "mixer/head_norm/scale"
+_OUT_KERNEL = "mixer/out/kernel"
 
 
 class HeadNormFolded:
@@ -93,6 +93,8 @@ class HeadNormFolded:
             )
         self._source = source
         self._n_heads = model.n_heads
+        # Attention layers of a hybrid have none.
+        self._scales = {x for x in parameter_shapes(model) if x.endswith(_HEAD_NORM_SCALE)}
         self.description = dataclasses.replace(
             source.description, model=dataclasses.replace(model, head_norm_scale=False)
         )
@@ -102,11 +104,10 @@ class HeadNormFolded:
 
     def read(self, own: str, layer: int | None) -> np.ndarray:
         array = self._source.read(own, layer)
-        if own != _OUT_KERNEL:
+        scales = own.removesuffix(_OUT_KERNEL) + _HEAD_NORM_SCALE
+        if not own.endswith(_OUT_KERNEL) or scales not in self._scales:
             return array
-        scale = np.tile(
-            self._source.read(_HEAD_NORM_SCALE, layer).astype(np.float32), self._n_heads
-        )
+        scale = np.tile(self._source.read(scales, layer).astype(np.float32), self._n_heads)
         return (scale[:, None] * array.astype(np.float32)).astype(array.dtype)
 
 

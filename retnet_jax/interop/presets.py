@@ -39,8 +39,15 @@ def _model(fields: dict[str, Any], options: dict[str, Any]) -> ModelConfig:
     return ModelConfig(**(fields | options))
 
 
+# Options that only fla has, at values that change nothing.
+_NOT_FLA: dict[str, Any] = {
+    "short_conv": None,
+    "n_kv_heads": None,
+    "feature_map": None,
+    "output_gate": True,
+}
 # The fields that are the same in all checkpoints of an implementation.
-TORCHSCALE_2023: dict[str, Any] = {
+TORCHSCALE_2023: dict[str, Any] = _NOT_FLA | {
     "norm": "layer",
     "rotation": "torchscale",
     "row_normalizer": True,
@@ -55,7 +62,7 @@ TORCHSCALE: dict[str, Any] = TORCHSCALE_2023 | {
     "ffn_bias": False,
     "ffn_norm": None,
 }
-SYNCDOTH: dict[str, Any] = {
+SYNCDOTH: dict[str, Any] = _NOT_FLA | {
     "norm": "rms",
     "rotation": "torchscale",
     "row_normalizer": True,

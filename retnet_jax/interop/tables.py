@@ -6,7 +6,7 @@ are named as in this project, such as `layers/mixer/q/kernel`, and read one laye
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from retnet_jax.interop.parameter_source import (
     Source,
     load_model,
 )
+from retnet_jax.interop.rules import Rule
 from retnet_jax.interop.safetensors_reader import DTYPES, AnyPath
 from retnet_jax.interop.tensor_files import (
     TensorFiles,
@@ -35,21 +36,6 @@ from retnet_jax.interop.tensor_files import (
 )
 from retnet_jax.model import LanguageModel
 from retnet_jax.model.parameters import parameter_shape, parameter_shapes
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One line of a table.
-
-    Attributes:
-      own: This project's name of a parameter; "layers/..." are stacked over layers: [n ...].
-      foreign: The layout's name. With "{layer}" in it, each layer is a separate tensor.
-      transposed: Whether the layout stores [out, in] where this project's kernels are [in, out].
-    """
-
-    own: str
-    foreign: str
-    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +52,8 @@ class Layout:
       buffers: Tensors that follow from the config; they are checked when read.
       writes_tied_head: Whether an output head that is tied to the embedding is written too.
       split: Splits and renames the joined tensors of older checkpoints.
+      ignored: What the implementation drops when it loads such a model, so that it computes
+        something else; None: nothing.
     """
 
     name: str
@@ -75,6 +63,7 @@ class Layout:
     buffers: Callable[[ModelConfig], dict[str, np.ndarray]] = lambda _: {}
     writes_tied_head: bool = False
     split: Callable[[TensorFiles], TensorFiles] = lambda files: files
+    ignored: Callable[[ModelConfig], str | None] = lambda _: None
 
     def load(
         self, directory: str | Path, mesh: Mesh | None = None, **changes: Any
@@ -127,6 +116,7 @@ class Layout:
         dtype: str | None = None,
         max_file_bytes: int = 5 * 10**9,
         torch_file: bool = False,
+        fla_ignores_conv: bool = False,
     ) -> None:
         """Writes the parameters of a source to a directory in this layout, one by one.
 
@@ -137,6 +127,8 @@ class Layout:
           dtype: Dtype of the parameters, "float32", "float16" or "bfloat16"; None: the source's.
           max_file_bytes: Largest size of a safetensors file; a larger model is split into several.
           torch_file: Whether to write one PyTorch file as fairseq's instead, from memory.
+          fla_ignores_conv: Whether to write a model with convolutions for fla, which drops them.
+            Then a README.md in the directory says so.
 
         Raises:
           As `save`.
@@ -150,6 +142,12 @@ class Layout:
             )
         directory = Path(directory)
         values = self.write_config(description or source.description)
+        ignored = self.ignored(source.description.model)
+        if ignored is not None and not fla_ignores_conv:
+            raise ConfigError(
+                f"{ignored}\n  fla_ignores_conv=True (--fla_ignores_conv) writes it all the same, "
+                "for programs that use these weights, as this project does"
+            )
         numpy_dtype = next((x for x in DTYPES.values() if x.name == dtype), None)
         tensors = self.tensors(source, numpy_dtype)
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -160,18 +158,35 @@ class Layout:
             else:
                 write_safetensors(unfinished, tensors, max_file_bytes)
             (unfinished / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+            if ignored is not None:
+                (unfinished / "README.md").write_text(f"# A RetNet\n\n{ignored}\n")
 
     def foreign_names(self, config: ModelConfig) -> Iterator[tuple[str, Rule, int | None]]:
         """The name of each tensor, its rule, and its layer (None: not a tensor of one layer)."""
         own = parameter_shapes(config)
-        for rule in self.rules:
-            if rule.own not in own:
+        for rule in self.rules_of(config):
+            if rule.own not in own or not rule.when(config):
                 continue
             if "{layer}" in rule.foreign:
-                for layer in range(config.n_layers):
-                    yield rule.foreign.format(layer=layer), rule, layer
+                for layer in range(own[rule.own][0]):
+                    yield rule.foreign_name(layer), rule, layer
             else:
                 yield rule.foreign, rule, None
+
+    def rules_of(self, config: ModelConfig) -> tuple[Rule, ...]:
+        """The table for a model: in a hybrid each place of the period has its own parameters."""
+        if not config.attention_layers:
+            return self.rules
+        period = config.layer_period
+        rules = []
+        for rule in self.rules:
+            if "{layer}" not in rule.foreign:
+                rules.append(rule)
+                continue
+            for place in range(period):
+                own = rule.own.replace("layers/", f"layers/{place}/", 1)
+                rules.append(replace(rule, own=own, first=place, step=period))
+        return tuple(rules)
 
     def tied_head(self, config: ModelConfig) -> str | None:
         """The layout's name of the output head if it is tied to the embedding, else None."""
@@ -243,7 +258,7 @@ class Layout:
         stacked = rule.own.startswith("layers/") and layer is None
         info = source.info(rule.own, 0 if stacked else layer)
         info = TensorInfo(_foreign_shape(rule, layer, config), dtype or info.dtype)
-        layers = range(config.n_layers) if stacked else [layer]
+        layers = range(parameter_shape(config, rule.own, None)[0]) if stacked else [layer]
         return TensorToWrite(name, info, _Pieces(source, rule, layers, info.dtype))
 
 
@@ -259,7 +274,7 @@ class _Pieces:
     def __iter__(self) -> Iterator[np.ndarray]:
         for layer in self.layers:
             array = self.source.read(self.rule.own, layer)
-            yield self._rounded(array.T if self.rule.transposed else array)
+            yield self._rounded(self.rule.to_foreign(array))
 
     def _rounded(self, array: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):
@@ -293,11 +308,11 @@ class LayoutSource:
             array = self.files.read(name)
         else:
             array = self.files.read(name, slice(layer, layer + 1))[0]
-        return array.T if rule.transposed else array
+        return rule.to_own(array)
 
     def _place(self, own: str, layer: int | None) -> tuple[str, Rule]:
-        for rule in self.layout.rules:
-            name = rule.foreign.format(layer=layer)
+        for rule in self.layout.rules_of(self.description.model):
+            name = rule.foreign_name(layer)
             if rule.own == own and name in self.files.infos:
                 return name, rule
         raise KeyError(own)
@@ -343,6 +358,8 @@ def check_exact(
     if config.mixer != "retention":
         kind = "a Transformer" if config.mixer == "attention" else config.mixer
         raise ConfigError(f"{layout} holds RetNets; this is {kind} (model.mixer)")
+    if config.attention_layers and layout != "fla":
+        raise ConfigError(f"{layout} has no attention layers; this is a hybrid (attention_layers)")
     wrong = [
         f"model.{name} is {getattr(config, name)!r}, {layout} has {value!r}"
         + (f": {reasons[name]}" if name in reasons else "")
@@ -381,7 +398,7 @@ def check_types(layout: str, found: Mapping[str, Any], expected: Mapping[type, s
     Args:
       layout: Name of the layout.
       found: Values of a checkpoint's config.
-      expected: Names of the fields of each type: int, float (an int will do) and bool.
+      expected: Names of the fields of each type: int, float (an int will do), bool and str.
     """
     wrong = [
         f"{name}={found[name]!r} is no {kind.__name__}"
@@ -397,8 +414,7 @@ def check_types(layout: str, found: Mapping[str, Any], expected: Mapping[type, s
 
 
 def _foreign_shape(rule: Rule, layer: int | None, config: ModelConfig) -> tuple[int, ...]:
-    shape = parameter_shape(config, rule.own, layer)
-    return shape[::-1] if rule.transposed else shape
+    return rule.foreign_shape(parameter_shape(config, rule.own, layer))
 
 
 def _near(found: np.ndarray, expected: np.ndarray) -> bool:

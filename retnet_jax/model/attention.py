@@ -1,11 +1,13 @@
-"""Causal softmax attention with rotary positions: the mixer of the Transformer twin.
+"""Causal softmax attention with rotary positions: the mixer of the Transformer twin and of hybrids.
 
 It has the interface of multi-scale retention, so that one Block, one trainer and one generator
-serve both. Its state is a cache of all keys and values so far, which grows with the text, unlike
-retention's. Whole rows use flash attention where there is a kernel (`flash_attention.py`). The
-attention here, with all scores at once, is the reference, and is used in all other cases.
+serve both. Its state is a cache of keys and values (`kv_cache.py`): of all tokens so far, which
+grows with the text, or of a window. Whole rows use flash attention where there is a kernel
+(`ops/flash_attention.py`). Attention with all scores at once (`ops/attention.py`) is the reference,
+and is used in all other cases.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,81 +15,115 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
-from jax.core import Tracer
 
+from retnet_jax.attention_config import AttentionLayers
 from retnet_jax.config import ModelConfig
+from retnet_jax.model.kv_cache import (
+    KeysValues,
+    KVCache,
+    NewKeysValues,
+    WindowCache,
+    WindowKeysValues,
+    write_slots,
+    write_window,
+)
 from retnet_jax.model.layers import Linear, split_heads
 from retnet_jax.model.mixer import Mixer
 from retnet_jax.ops import flash_attention
+from retnet_jax.ops.attention import attend_to_all, attend_to_cache
 from retnet_jax.ops.retention import number_documents, positions
 from retnet_jax.ops.rotation import Rotation, rotate, rotation
 from retnet_jax.parallel.sharding import constrain
-from retnet_jax.shapes import Activations, Array, Bool, Float, Int, SegmentIds
+from retnet_jax.shapes import Activations, Array, Bool, Int, SegmentIds
 
 
-class KeysValues(NamedTuple):
-    """Keys and values of s slots, for one layer or, with the dimension n, for all."""
+@dataclasses.dataclass(frozen=True)
+class AttentionSettings:
+    """The settings of an attention layer, of a Transformer or of a hybrid."""
 
-    keys: Float[Array, "*n b s h k"]
-    values: Float[Array, "*n b s h v"]
+    n_heads: int
+    n_kv_heads: int
+    head_width: int
+    window: int | None  # tokens that a query sees, itself included; None: all before it
+    bias: bool  # in q, k and v
+    out_bias: bool
+    rotation: str
+    rope_base: float
 
-
-class KVCache(NamedTuple):
-    """The state of a Transformer: keys and values of the tokens it has read, in s slots per row.
-
-    A call on a cache with too few slots enlarges it to just enough. Inside `jax.jit`, where shapes
-    cannot depend on values, the slots must exist before (`init_state` with the capacity); if they
-    do not, all outputs are NaN.
-    """
-
-    layers: KeysValues | tuple[KeysValues, ...] | None  # a tuple: of a model for decoding
-    visible: Bool[Array, "b s"]  # slots with tokens of the document that the row ended in
-    length: Int[Array, " b"]  # slots in use, padding included; a call writes after the largest
-    position: Int[Array, " b"]  # position of the next token in its document
-
-    def take(self, rows: Int[Array, " r"]) -> "KVCache":
-        """The caches of some rows; a row may occur several times."""
-        layers = jax.tree.map(lambda x: x[..., rows, :, :, :], self.layers)
-        return KVCache(layers, self.visible[rows], self.length[rows], self.position[rows])
-
-    def put(self, rows: Int[Array, " r"], cache: "KVCache") -> "KVCache":
-        """This cache with the rows `rows` replaced by those of a cache with equally many slots."""
-        layers = jax.tree.map(
-            lambda x, new: x.at[..., rows, :, :, :].set(new), self.layers, cache.layers
+    @classmethod
+    def of_transformer(cls, config: ModelConfig) -> "AttentionSettings":
+        """The settings of all layers of a Transformer."""
+        return cls(
+            n_heads=config.n_heads,
+            n_kv_heads=config.kv_heads,
+            head_width=config.q_width // config.n_heads,
+            window=config.window,
+            bias=config.mixer_bias,
+            out_bias=config.mixer_bias,
+            rotation=config.rotation,
+            rope_base=10_000.0,
         )
-        rest = zip(self[1:], cache[1:], strict=True)
-        return KVCache(layers, *(x.at[rows].set(new) for x, new in rest))
 
-    def with_room(self, tokens: int) -> "KVCache":
-        """The same cache with slots for `tokens` more tokens."""
-        if isinstance(self.length, Tracer):
-            return self
-        return self.with_capacity(int(self.length.max()) + tokens)
-
-    def with_capacity(self, tokens: int) -> "KVCache":
-        """The same cache with at least `tokens` slots."""
-        missing = max(0, tokens - self.visible.shape[1])
-        pad = [(0, 0), (0, missing), (0, 0), (0, 0)]
-        return self._replace(
-            layers=jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 4) + pad), self.layers),
-            visible=jnp.pad(self.visible, pad[:2]),
+    @classmethod
+    def of_layers(cls, config: ModelConfig, entry: AttentionLayers) -> "AttentionSettings":
+        """The settings of an entry of `config.attention_layers`."""
+        return cls(
+            n_heads=entry.n_heads,
+            n_kv_heads=entry.kv_heads,
+            head_width=config.d_model // entry.n_heads,
+            window=entry.window,
+            bias=entry.bias,
+            out_bias=False,
+            rotation="rope",
+            rope_base=entry.rope_base,
         )
+
+    def init_layers(
+        self, batch_size: int, capacity: int, dtype: str, n: int
+    ) -> KeysValues | WindowKeysValues:
+        """Empty caches of `n` layers, in the activations' dtype."""
+        kind, slots = (
+            (KeysValues, capacity)
+            if self.window is None
+            else (
+                WindowKeysValues,
+                self.window,
+            )
+        )
+        shape = (n, batch_size, self.n_kv_heads, self.head_width, slots)
+        return kind(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+class Places(NamedTuple):
+    """Where the tokens of a batch stand in their documents, and the slots for them in a cache."""
+
+    place: Int[Array, "b t"]  # in its document, which may have begun before the batch
+    document: Int[Array, "b t"]  # number of a token's document in its row; 0: the row opens with it
+    key_document: Int[Array, "b t"]  # the same, -1 for padding
+    before: Int[Array, " b"]  # position of the first token of the batch
+    after: Int[Array, " b"]  # position of the token after the batch
+    one_document: bool  # each row is one document, without padding
+    fresh: bool  # nothing was read before
+
+
+class Slots(NamedTuple):
+    """The slots of a `KVCache` before and after a batch."""
+
+    start: Int[Array, ""]  # slot of the batch's first token
+    slot_document: Int[Array, "b s"]  # document of each slot as in `Places`; -1: not visible
+    visible_before: Bool[Array, "b s"]
+    visible: Bool[Array, "b s"]  # these two as in `KVCache`, after the batch
+    length: Int[Array, " b"]
+    overflows: Bool[Array, ""]  # the cache has too few slots
 
 
 class AttentionContext(NamedTuple):
-    """Arrays that all layers share, and the state after the batch without its layers."""
+    """Arrays that all layers with the same settings share, and what writes their caches."""
 
     turn: Rotation
-    start: Int[Array, ""]  # slot of the first token
-    attend: Callable  # (q, k, v) -> y, named "retention" for jax.checkpoint
-    visible: Bool[Array, "b s"]  # these three as in `KVCache`, after the batch
-    length: Int[Array, " b"]
-    position: Int[Array, " b"]
-
-    def state(self, layers) -> KVCache:
-        """The state after the batch, from the keys and values of each layer."""
-        return KVCache(layers, self.visible, self.length, self.position)
+    attend: Callable  # (q, k, v, cache) -> y, named "retention" for jax.checkpoint
+    write: Callable  # (cache, new keys and values) -> cache
+    state: Callable  # (new keys and values of each layer) -> the state after the batch
 
 
 class Attention(Mixer):
@@ -96,39 +132,51 @@ class Attention(Mixer):
     inputs = ("q", "k", "v")  # the Linears that are applied to the input
 
     def __init__(
-        self, config: ModelConfig, *, rngs: nnx.Rngs, value_scale: float, out_scale: float
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        value_scale: float,
+        out_scale: float,
+        entry: AttentionLayers | None = None,
     ):
-        width, bias = config.d_model, config.mixer_bias
-        self.q = Linear(width, config.q_width, rngs=rngs, bias=bias)
-        self.k = Linear(width, config.q_width, rngs=rngs, bias=bias)
-        self.v = Linear(width, config.v_width, rngs=rngs, scale=value_scale, bias=bias)
-        self.out = Linear(config.v_width, width, rngs=rngs, scale=out_scale, bias=bias)
+        """Draws the parameters; `entry` is the layer's entry of `config.attention_layers`."""
+        settings = AttentionSettings.of_transformer(config)
+        if entry is not None:
+            settings = AttentionSettings.of_layers(config, entry)
+        d, bias = config.d_model, settings.bias
+        inner, kv = (n * settings.head_width for n in (settings.n_heads, settings.n_kv_heads))
+        self.q = Linear(d, inner, rngs=rngs, bias=bias)
+        self.k = Linear(d, kv, rngs=rngs, bias=bias)
+        self.v = Linear(d, kv, rngs=rngs, scale=value_scale, bias=bias)
+        self.out = Linear(inner, d, rngs=rngs, scale=out_scale, bias=settings.out_bias)
         self.config = config
+        self.settings = settings
 
     def __call__(
         self,
         x: Activations,
-        state: KeysValues | None,
+        state: KeysValues | WindowKeysValues | None,
         context: AttentionContext,
         form: str,
-    ) -> tuple[Activations, KeysValues]:
-        """Attention has only one form: `form` may be the name of any and makes no difference."""
-        config = self.config
-        q, k, v = (split_heads(y, config.n_heads) for y in self.project(x))  # [b t h k] each
-        q = rotate(q, context.turn, config.rotation, q.shape[-1] ** -0.5)
-        k = rotate(k, context.turn, config.rotation)
+    ) -> tuple[Activations, NewKeysValues]:
+        """Attention of the tokens to their documents.
+
+        It has only one form: `form` may be the name of any and makes no difference. The cache
+        `state` is only read; the new keys and values are returned, and written into all layers'
+        caches by `AttentionContext.state`.
+        """
+        settings = self.settings
+        q, k, v = self.project(x)
+        q = split_heads(q, settings.n_heads)  # [b t h k]
+        k, v = (split_heads(y, settings.n_kv_heads) for y in (k, v))  # [b t g k]
+        q = rotate(q, context.turn, settings.rotation, q.shape[-1] ** -0.5)
+        k = rotate(k, context.turn, settings.rotation)
         # Where positions are split, each device needs the keys and values of all positions.
-        new = KeysValues(constrain(k, "bshk"), constrain(v, "bshv"))
-        if state is not None:
-            new = jax.tree.map(
-                lambda old, x: jax.lax.dynamic_update_slice_in_dim(
-                    old, x.astype(old.dtype), context.start, axis=1
-                ),
-                state,
-                new,
-            )
-        y = constrain(context.attend(q, *new), "bthv")
-        return self.out(y.reshape(*x.shape[:2], -1)), new
+        k, v = constrain(k, "bshk"), constrain(v, "bshv")
+        y = constrain(context.attend(q, k, v, state), "bthv")
+        read = None if state is None else jnp.isnan(y[0, 0, 0, 0]).astype(jnp.int32)
+        return self.out(y.reshape(*x.shape[:2], -1)), NewKeysValues(k, v, read)
 
     @staticmethod
     def implementation(
@@ -138,106 +186,213 @@ class Attention(Mixer):
 
         To be called with the mesh set. `one_document`: the batch has no segment ids.
         """
-        return flash_attention.explain_choice(_queries(config, shape), one_document)
+        settings = AttentionSettings.of_transformer(config)
+        return explain_choice(settings, config.dtype, shape, one_document)
 
     @staticmethod
-    def init_state(config: ModelConfig, batch_size: int, capacity: int) -> KVCache:
-        """An empty cache with `capacity` slots per row, in the activations' dtype."""
-        shape = (config.n_layers, batch_size, capacity, config.n_heads)
-        return KVCache(
-            layers=KeysValues(
-                jnp.zeros((*shape, config.q_width // config.n_heads), config.dtype),
-                jnp.zeros((*shape, config.v_width // config.n_heads), config.dtype),
-            ),
-            visible=jnp.zeros((batch_size, capacity), bool),
-            length=jnp.zeros(batch_size, jnp.int32),
-            position=jnp.zeros(batch_size, jnp.int32),
-        )
+    def init_state(config: ModelConfig, batch_size: int, capacity: int) -> KVCache | WindowCache:
+        """An empty cache with `capacity` slots per row, or of the window's size."""
+        settings = AttentionSettings.of_transformer(config)
+        layers = settings.init_layers(batch_size, capacity, config.dtype, config.n_layers)
+        position = jnp.zeros(batch_size, jnp.int32)
+        if isinstance(layers, WindowKeysValues):
+            return WindowCache(layers, position)
+        visible = jnp.zeros((batch_size, capacity), bool)
+        return KVCache(layers, visible, jnp.zeros(batch_size, jnp.int32), position)
 
     @staticmethod
     def prepare(
         config: ModelConfig,
-        state: KVCache | None,
+        state: KVCache | WindowCache | None,
         shape: tuple[int, int],
         segment_ids: SegmentIds | None,
     ) -> tuple[AttentionContext, Any]:
         """The context of a batch of tokens [b t], and the cache of each layer before them."""
-        batch_size, length = shape
-        fresh, one_document = state is None, segment_ids is None
+        settings = AttentionSettings.of_transformer(config)
+        fresh = state is None
         if state is None:
-            state = Attention.init_state(config, batch_size, length)._replace(layers=None)
-        state = state.with_room(length)
-        if segment_ids is None:
-            segment_ids = jnp.ones(shape, jnp.int32)
-        place, after = positions(segment_ids, state.position)
-        turn = rotation(
-            place,
-            config.q_width // config.n_heads,
-            config.rotation,
-            config.accumulation_dtype,
-            longest=length if fresh else None,
-        )
-        start = state.length.max()
-        # Without the NaN a write beyond the last slot would silently be moved to earlier slots.
-        overflows = start + length > state.visible.shape[1]
-        turn = turn._replace(cos=jnp.where(overflows, jnp.nan, turn.cos))
-        # The document of each slot: 0 for the one that the row opens with, -1: not visible.
-        real, _, index = number_documents(segment_ids)
-        slot_document = jax.lax.dynamic_update_slice_in_dim(
-            jnp.where(state.visible, jnp.int32(0), -1),
-            jnp.where(real, index, -1),
-            start,
-            axis=1,
-        )
-        queries = _queries(config, shape)
-        kernel = flash_attention.best(queries, one_document) if fresh else None
-        if kernel is not None:
-            attend = partial(
-                flash_attention.flash_attention,
-                document=None if one_document else slot_document,
-                implementation=kernel,
-            )
-        else:
-            mask = None if fresh and one_document else _mask(slot_document, index, start)
-            attend = partial(attend_to_all, mask=mask)
-        context = AttentionContext(
-            turn,
-            start,
-            attend,
-            visible=slot_document == index[:, -1:],
-            length=jnp.full_like(state.length, start + length),
-            position=after,
-        )
-        return context, state.layers
+            state = Attention.init_state(config, shape[0], shape[1])._replace(layers=None)
+        state = state.with_room(shape[1])
+        places = find_places(state.position, shape, segment_ids, fresh)
+        slots = None
+        if isinstance(state, KVCache):
+            slots = find_slots(state.visible, state.length, places)
+        context = attention_context(settings, config, places, slots)
+
+        def after(new) -> KVCache | WindowCache:
+            layers = write_layers(context.write, state.layers, new)
+            if slots is None:
+                return WindowCache(layers, places.after)
+            return KVCache(layers, slots.visible, slots.length, places.after)
+
+        return context._replace(state=after), state.layers
 
 
-def _queries(config: ModelConfig, shape: tuple[int, int]) -> jax.ShapeDtypeStruct:
-    """The shape and dtype of a batch's queries."""
-    width = config.q_width // config.n_heads
-    return jax.ShapeDtypeStruct((*shape, config.n_heads, width), config.dtype)
-
-
-def attend_to_all(
-    q: Float[Array, "b t h k"],
-    k: Float[Array, "b s h k"],
-    v: Float[Array, "b s h k"],
-    mask: Bool[Array, "b 1 t s"] | None,
-) -> Float[Array, "b t h k"]:
-    """Attention with all scores at once. `mask=None`: each token sees itself and all before it.
-
-    Queries have been scaled by k^-1/2.
-    """
-    y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None, scale=1.0)
-    return checkpoint_name(y, "retention")
-
-
-def _mask(
-    slot_document: Int[Array, "b s"], document: Int[Array, "b t"], start: Int[Array, ""]
-) -> Bool[Array, "b 1 t s"]:
-    """Whether each token, in slots from `start` on, sees a slot of its document up to its own."""
-    places = start + jnp.arange(document.shape[1])
-    slots = jnp.arange(slot_document.shape[1])
-    seen = (slots[None] <= places[:, None])[None] & (
-        slot_document[:, None, :] == document[:, :, None]
+def find_places(
+    position: Int[Array, " b"],
+    shape: tuple[int, int],
+    segment_ids: SegmentIds | None,
+    fresh: bool,
+) -> Places:
+    """The places of a batch of tokens [b t] whose rows are at `position`."""
+    one_document = segment_ids is None
+    if segment_ids is None:
+        segment_ids = jnp.ones(shape, jnp.int32)
+    place, after = positions(segment_ids, position)
+    real, _, index = number_documents(segment_ids)
+    return Places(
+        place=place,
+        document=index,
+        key_document=jnp.where(real, index, -1),
+        before=position,
+        after=after,
+        one_document=one_document,
+        fresh=fresh,
     )
+
+
+def find_slots(visible: Bool[Array, "b s"], length: Int[Array, " b"], places: Places) -> Slots:
+    """The slots of a `KVCache` with `visible` and `length`, before and after a batch."""
+    start, t = length.max(), places.place.shape[1]
+    slot_document = jax.lax.dynamic_update_slice_in_dim(
+        jnp.where(visible, jnp.int32(0), -1), places.key_document, start, axis=1
+    )
+    return Slots(
+        start=start,
+        slot_document=slot_document,
+        visible_before=visible,
+        visible=slot_document == places.document[:, -1:],
+        length=jnp.full_like(length, start + t),
+        overflows=start + t > visible.shape[1],
+    )
+
+
+def attention_context(
+    settings: AttentionSettings, config: ModelConfig, places: Places, slots: Slots | None
+) -> AttentionContext:
+    """The context of layers with some settings; `slots` is None for layers with a window."""
+    turn = rotation(
+        places.place,
+        settings.head_width,
+        settings.rotation,
+        config.accumulation_dtype,
+        longest=places.place.shape[1] if places.fresh else None,
+        base=settings.rope_base,
+    )
+    if slots is None:
+        assert settings.window is not None
+        write = partial(_write_window, settings, _window_slots(places, settings.window))
+    else:
+        # Without the NaN a write beyond the last slot would silently be moved to earlier slots.
+        turn = turn._replace(cos=jnp.where(slots.overflows, jnp.nan, turn.cos))
+        write = partial(_write_slots, slots.start)
+    if places.fresh:
+        attend = _attend_to_batch(settings, config.dtype, places, slots)
+    else:
+        seen, seen_new = _seen_slots(places, slots, settings.window), _seen(places, settings.window)
+
+        def attend(q, k, v, cache):
+            return attend_to_cache(q, k, v, *cache, seen=seen, seen_new=seen_new)
+
+    return AttentionContext(turn, attend, write, state=write)
+
+
+def write_layers(write: Callable, cache: Any, new: Any) -> Any:
+    """The caches of all layers after a batch: stacked, or a tuple of a model for decoding."""
+    if type(new) is tuple:
+        before = cache if cache is not None else (None,) * len(new)
+        return tuple(write(*each) for each in zip(before, new, strict=True))
+    return write(cache, new)
+
+
+def _write_slots(start, cache: KeysValues | None, new: NewKeysValues) -> KeysValues:
+    if cache is None:
+        return KeysValues(*(jnp.moveaxis(x, -3, -1) for x in new[:2]))
+    return write_slots(cache, new, start)
+
+
+def _write_window(
+    settings: AttentionSettings, slots, cache: WindowKeysValues | None, new: NewKeysValues
+) -> WindowKeysValues:
+    if cache is None:
+        *n, b, _, h, k = new.keys.shape
+        empty = jnp.zeros((*n, b, h, k, settings.window), new.keys.dtype)
+        cache = WindowKeysValues(empty, empty)
+    return write_window(cache, new, slots)
+
+
+def _window_slots(places: Places, window: int) -> Int[Array, "b t"]:
+    """The slot of each token that the window after the batch holds; `window` for the others."""
+    kept = places.key_document == places.document[:, -1:]
+    kept &= places.place >= places.after[:, None] - window
+    return jnp.where(kept, places.place % window, window)
+
+
+def _seen(places: Places, window: int | None) -> Bool[Array, "b 1 t t"]:
+    """Whether each token of a batch sees another one: its document up to itself, in the window."""
+    t = jnp.arange(places.place.shape[1])
+    seen = (t[None] <= t[:, None])[None] & (
+        places.key_document[:, None, :] == places.document[:, :, None]
+    )
+    if window is not None:
+        seen &= places.place[:, :, None] - places.place[:, None, :] < window
     return seen[:, None]
+
+
+def _seen_slots(places: Places, slots: Slots | None, window: int | None) -> Bool[Array, "b 1 t s"]:
+    """Whether each token of a batch sees a slot of the cache before it."""
+    continues = (places.document == 0)[:, :, None]  # [b t 1]
+    if slots is not None:
+        return (continues & slots.visible_before[:, None, :])[:, None]
+    assert window is not None
+    last = places.before[:, None] - 1  # [b 1]
+    held = last - (last - jnp.arange(window)[None]) % window  # position in each slot [b w]
+    seen = (held >= 0)[:, None] & (places.place[:, :, None] - held[:, None, :] < window)
+    return (continues & seen)[:, None]
+
+
+def _attend_to_batch(
+    settings: AttentionSettings, dtype: str, places: Places, slots: Slots | None
+) -> Callable:
+    """Attention where nothing was read before: in a kernel, or with all scores at once."""
+    t = places.place.shape[1]
+    q = _queries(settings, dtype, places.place.shape)
+    kernel = flash_attention.best(q, places.one_document)
+    # Kernels count the tokens of a window in the row, where padding would count too.
+    if kernel is not None and (places.one_document or _limit(settings, t) is None):
+        document = None if places.one_document else places.key_document
+        run = partial(
+            flash_attention.flash_attention,
+            document=document,
+            implementation=kernel,
+            window=_limit(settings, t),
+        )
+        return lambda q, k, v, cache: run(q, k, v)
+    mask = None
+    if _limit(settings, t) is not None:
+        mask = _seen(places, settings.window)
+    elif not places.one_document:
+        mask = _seen(places, None)
+    return lambda q, k, v, cache: attend_to_all(q, k, v, mask)
+
+
+def _limit(settings: AttentionSettings, t: int) -> int | None:
+    """The window, if it is shorter than rows of t tokens."""
+    return settings.window if settings.window is not None and settings.window < t else None
+
+
+def _queries(
+    settings: AttentionSettings, dtype: str, shape: tuple[int, ...]
+) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of a batch's queries."""
+    return jax.ShapeDtypeStruct((*shape, settings.n_heads, settings.head_width), dtype)
+
+
+def explain_choice(
+    settings: AttentionSettings, dtype: str, shape: tuple[int, int], one_document: bool
+) -> str:
+    """The implementation that training uses for a batch of tokens [b t], as a sentence."""
+    q = _queries(settings, dtype, shape)
+    if not one_document and _limit(settings, shape[1]) is not None:
+        return "attention runs in XLA, with all scores in memory: windows of packed documents"
+    return flash_attention.explain_choice(q, one_document)

@@ -16,12 +16,14 @@ import numpy as np
 from flax import nnx
 
 from retnet_jax.errors import ConfigError
+from retnet_jax.model.hybrid import PeriodStates
 from retnet_jax.model.layers import Linear
 from retnet_jax.model.lm import LanguageModel, State
+from retnet_jax.model.mixer import map_matrix
 from retnet_jax.model.multi_scale_retention import MultiScaleRetention
 from retnet_jax.ops.rounding import round_at_random
 from retnet_jax.own_objects import is_own
-from retnet_jax.shapes import Array, Float, Int
+from retnet_jax.shapes import Array, Float, RetentionMatrix
 
 STATE_DTYPES = ("float32", "bfloat16")
 
@@ -54,7 +56,8 @@ def for_decoding(
     if state_dtype is not None:
         if state_dtype not in STATE_DTYPES:
             raise ConfigError(f"state_dtype={state_dtype!r} is not 'float32' or 'bfloat16'")
-        if not issubclass(model.mixer_type, MultiScaleRetention):
+        hybrid = bool(model.config.attention_layers)
+        if not hybrid and not issubclass(model.mixer_type, MultiScaleRetention):
             kept = "a Transformer's cache has the dtype of its activations, " + model.config.dtype
             if is_own(model.config.mixer):
                 kept = f"model.mixer={model.config.mixer!r} keeps its own as it computes it"
@@ -111,7 +114,7 @@ def _product(x: Float[Array, "... i"], weight: Array) -> Float[Array, "... o"]:
 class DecodingModel(LanguageModel):
     """A model from `for_decoding`: a language model that cannot be trained or saved.
 
-    Its state has a tuple of the layers' states. A RetNet's are [b h v k]: the keys, over which a
+    Its state has a tuple of the layers' states. A RetNet's S are [b h v k]: the keys, over which a
     read-out sums, are next to each other in memory.
     """
 
@@ -132,32 +135,35 @@ class DecodingModel(LanguageModel):
             if hasattr(model, name):
                 setattr(self, name, jax.tree.map(lambda x: x, getattr(model, name)))
         self.layers = nnx.List(
-            _with_rows(_layer(model.layers, i), dtype) for i in range(config.n_layers)
+            _with_rows(_layer_of(model, i), dtype) for i in range(config.n_layers)
         )
 
     def _run_layers(self, x, states, context, form: str):
         before = states or (None,) * self.config.n_layers
         after = []
         for number, (block, layer_state) in enumerate(zip(self.layers, before, strict=True)):
-            if layer_state is not None and self._retains:
-                layer_state = layer_state.astype(self.config.accumulation_dtype).swapaxes(-1, -2)
-            x, layer_state = block(x, layer_state, context, form)
-            after.append(self._stored(layer_state, context.position, number))
+            if layer_state is not None and _retains(block):
+                layer_state = map_matrix(self._computed, layer_state)
+            of_layer = context.of(number) if self.config.attention_layers else context
+            x, layer_state = block(x, layer_state, of_layer, form)
+            after.append(self._stored(layer_state, of_layer, number))
         return x, tuple(after)
 
-    @property
-    def _retains(self) -> bool:
-        return issubclass(self.mixer_type, MultiScaleRetention)
+    def _computed(self, matrix: Float[Array, "b h v k"]) -> RetentionMatrix:
+        """A stored S as layers compute it."""
+        return matrix.astype(self.config.accumulation_dtype).swapaxes(-1, -2)
 
-    def _stored(self, layer_state, position: Int[Array, " b"], number: int):
-        """A layer's state [b h k v] as it is stored, [b h v k]; a Transformer's is not changed."""
-        if not self._retains:
-            return layer_state
-        layer_state = layer_state.swapaxes(-1, -2)
-        if self.state_dtype == "bfloat16":
-            # A prime larger than any number of layers: layers and positions share no seeds.
-            return round_at_random(layer_state, position * 1009 + number)
-        return layer_state
+    def _stored(self, layer_state, context, number: int):
+        """A layer's state with S as it is stored, [b h v k]; that of attention is unchanged."""
+
+        def stored(matrix: RetentionMatrix) -> Float[Array, "b h v k"]:
+            matrix = matrix.swapaxes(-1, -2)
+            if self.state_dtype == "bfloat16":
+                # A prime larger than any number of layers: layers and positions share no seeds.
+                return round_at_random(matrix, context.position * 1009 + number)
+            return matrix
+
+        return map_matrix(stored, layer_state) if _retains(self.layers[number]) else layer_state
 
     def logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t w"]:
         if self.int8_head:
@@ -169,9 +175,14 @@ class DecodingModel(LanguageModel):
 
     def init_state(self, batch_size: int, capacity: int) -> State:
         state = self.mixer_type.init_state(self.config, batch_size, capacity)
-        layers = (_layer(state.layers, i) for i in range(self.config.n_layers))
-        stored = (self._stored(layer, state.position, i) for i, layer in enumerate(layers))
-        return state._replace(layers=tuple(stored))
+        layers = []
+        for i, block in enumerate(self.layers):
+            layer_state = _layer_state(state.layers, i)
+            if _retains(block):
+                stored = lambda x: x.swapaxes(-1, -2).astype(self.state_dtype)  # noqa: E731
+                layer_state = map_matrix(stored, layer_state)
+            layers.append(layer_state)
+        return state._replace(layers=tuple(layers))
 
     @property
     def sharding(self) -> jax.sharding.Sharding:
@@ -185,6 +196,27 @@ def _converted(model: LanguageModel, weights: str | None, state_dtype: str) -> D
 
 def _layer(stacked, index: int):
     return jax.tree.map(lambda x: x[index], stacked)
+
+
+def _layer_of(model: LanguageModel, number: int):
+    """A Block with the parameters of one layer of a trained model."""
+    if not model.config.attention_layers:
+        return _layer(model.layers, number)
+    period = model.config.layer_period
+    return _layer(model.layers[number % period], number // period)
+
+
+def _layer_state(layers, number: int):
+    """The state of one layer, from those of a trained model."""
+    if not isinstance(layers, PeriodStates):
+        return _layer(layers, number)
+    period = len(layers.places)
+    return _layer(layers.places[number % period], number // period)
+
+
+def _retains(block) -> bool:
+    """Whether the mixer of a layer is retention."""
+    return isinstance(block.mixer, MultiScaleRetention)
 
 
 def _with_rows(block, dtype: str):

@@ -14,6 +14,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from retnet_jax.config import ModelConfig
 from retnet_jax.ops.linear import matrix_product
+from retnet_jax.ops.retention import SplitDocuments
+from retnet_jax.ops.short_convolution import short_convolution
 from retnet_jax.shapes import Activations, Array, Float
 
 
@@ -70,6 +72,28 @@ class Projections(nnx.Module):
         if parts:
             self.joined = join(parts)
             self.joined_widths = tuple(part.kernel.shape[1] for part in parts)
+
+
+class ShortConvolution(nnx.Module):
+    """`short_convolution` of projections, for which the last inputs have their heads split.
+
+    A weight is drawn from a normal distribution of standard deviation `width ** -0.5`.
+    """
+
+    def __init__(self, channels: int, width: int, *, rngs: nnx.Rngs):
+        self.weight = nnx.Param(normal(rngs, (channels, width), width**-0.5))
+
+    def __call__(
+        self,
+        u: Float[Array, "b t _"],
+        last: Float[Array, "b last h _"] | None,
+        documents: SplitDocuments | None,
+        n_heads: int,
+    ) -> tuple[Float[Array, "b t _"], Float[Array, "b last h _"]]:
+        """The convolution, and the last `width - 1` inputs after it; `last`: those before it."""
+        before = None if last is None else last.reshape(*last.shape[:2], -1)  # [b last (h k)]
+        y, after = short_convolution(u, self.weight[...], before, documents)
+        return y, split_heads(after, n_heads)
 
 
 def along(x: Float[Array, "... d"], parameter: nnx.Param) -> Float[Array, "... d"]:

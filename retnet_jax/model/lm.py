@@ -5,11 +5,13 @@
     logits, state = model(next_tokens, state)    # continues where it stopped
 
 Modules are plain pytrees: `jax.jit`, `jax.grad` and `jax.eval_shape` take them as they are. The
-layers are one Block with stacked parameters [n ...], run by `jax.lax.scan`.
+layers are one Block with stacked parameters [n ...], run by `jax.lax.scan`; those of a hybrid are a
+list of Blocks (`hybrid.py`).
 """
 
 import dataclasses
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from retnet_jax.config import ModelConfig
 from retnet_jax.errors import ConfigError
-from retnet_jax.model.attention import Attention, KVCache
+from retnet_jax.model.attention import Attention
+from retnet_jax.model.hybrid import HybridMixers, HybridState, PeriodStates, layer_mixer
+from retnet_jax.model.kv_cache import KVCache, WindowCache, is_stacked
 from retnet_jax.model.layers import NORMS, FeedForward, normal
 from retnet_jax.model.mixer import Mixer, RetentionState
 from retnet_jax.model.multi_scale_retention import MultiScaleRetention
@@ -29,7 +33,7 @@ from retnet_jax.own_objects import is_own, own_object
 from retnet_jax.parallel.sharding import constrain
 from retnet_jax.shapes import Array, Float, Int
 
-State = RetentionState | KVCache
+State = RetentionState | KVCache | WindowCache | HybridState
 
 
 class Block(nnx.Module):
@@ -39,7 +43,7 @@ class Block(nnx.Module):
     sum is multiplied by (2 n)^(1/4), and initial parameters are smaller (arXiv 2203.00555).
     """
 
-    def __init__(self, mixer: type, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, mixer: Callable[..., Mixer], config: ModelConfig, *, rngs: nnx.Rngs):
         n = config.n_layers
         if config.deepnorm:
             scales = {"value_scale": (8 * n) ** -0.25, "out_scale": (8 * n) ** -0.25}
@@ -78,7 +82,7 @@ class LanguageModel(nnx.Module):
 
     stacked_state: ClassVar[bool] = True  # the layers of a state are stacked, not a tuple
     mixer: str
-    mixer_type: type[Mixer]
+    mixer_type: Any  # a Mixer; of a hybrid `HybridMixers`
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         """Draws the parameters.
@@ -104,9 +108,14 @@ class LanguageModel(nnx.Module):
         if config.embedding_norm:
             self.embedding_norm = NORMS[config.norm](config.d_model, config.norm_epsilon)
         keys = jax.random.split(rngs.params(), config.n_layers)
-        self.layers = jax.vmap(
-            lambda key: Block(self.mixer_type, config, rngs=nnx.Rngs(params=key))
-        )(keys)
+        if config.attention_layers:
+            self.mixer_type = HybridMixers
+            p = config.layer_period
+            self.layers = nnx.List(
+                _stacked(layer_mixer(config, place), config, keys[place::p]) for place in range(p)
+            )
+        else:
+            self.layers = _stacked(self.mixer_type, config, keys)
         if not config.post_norm:
             self.final_norm = NORMS[config.norm](config.d_model, config.norm_epsilon)
         if not config.tie_embeddings:
@@ -164,10 +173,39 @@ class LanguageModel(nnx.Module):
 
         if config.remat != "none":
             layer = jax.checkpoint(layer, prevent_cse=False, policy=remat_policy(config))
+        if config.attention_layers:
+            return self._run_periods(x, states, context, form)
         # A loop zeroes and fills a stack for each array that the backward pass needs; a few layers
         # are faster unrolled (a 4-layer step on 2 cores: 201 ms instead of 227).
         unroll = config.n_layers if config.n_layers <= 4 else 1
         return jax.lax.scan(layer, x, (self.layers, states), unroll=unroll)
+
+    def _run_periods(self, x: Float[Array, "b t d"], states, context, form: str):
+        """As `_run_layers`, for a hybrid."""
+        config = self.config
+
+        def layer(place, x, block, layer_state):
+            x, layer_state = block(x, layer_state, context.of(place), form)
+            return constrain(x, "btd"), layer_state
+
+        if config.remat != "none":
+            layer = jax.checkpoint(
+                layer, prevent_cse=False, policy=remat_policy(config), static_argnums=0
+            )
+
+        def period(x, blocks_and_states):
+            blocks, before = blocks_and_states
+            after = []
+            for place, block in enumerate(blocks):
+                x, layer_state = layer(place, x, block, None if before is None else before[place])
+                after.append(layer_state)
+            return x, tuple(after)
+
+        repeats = config.n_layers // config.layer_period
+        blocks, before = tuple(self.layers), None if states is None else states.places
+        unroll = repeats if config.n_layers <= 4 else 1
+        x, after = jax.lax.scan(period, x, (blocks, before), unroll=unroll)
+        return x, PeriodStates(after)
 
     def _embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         config = self.config
@@ -192,7 +230,8 @@ class LanguageModel(nnx.Module):
     @property
     def sharding(self) -> jax.sharding.Sharding:
         """The sharding of the norms: a copy on every device that has parameters."""
-        return self.layers.mixer_norm.scale[...].sharding
+        first = self.layers[0] if self.config.attention_layers else self.layers
+        return first.mixer_norm.scale[...].sharding
 
     def init_state(self, batch_size: int, capacity: int) -> State:
         """The state before the first token.
@@ -205,8 +244,13 @@ class LanguageModel(nnx.Module):
         return self.mixer_type.init_state(self.config, batch_size, capacity)
 
 
+def _stacked(mixer: Callable[..., Mixer], config: ModelConfig, keys: Array) -> Block:
+    """Layers of one kind as a Block whose parameters are stacked: a layer for each random key."""
+    return jax.vmap(lambda key: Block(mixer, config, rngs=nnx.Rngs(params=key)))(keys)
+
+
 class RetNet(LanguageModel):
-    """The language model with multi-scale retention."""
+    """The language model with multi-scale retention; with `attention_layers`, a hybrid."""
 
     mixer = "retention"
     mixer_type = MultiScaleRetention
@@ -252,7 +296,7 @@ def _wide_numbers() -> bool:
 
 def check_state(model: LanguageModel, state: State, rows: int) -> None:
     """Raises `ValueError` if a state is of another model, or has another number of rows."""
-    expected = KVCache if issubclass(model.mixer_type, Attention) else RetentionState
+    expected = _state_type(model)
     if not isinstance(state, expected):
         raise ValueError(
             f"state is a {type(state).__name__}; this model's is a {expected.__name__}"
@@ -263,18 +307,28 @@ def check_state(model: LanguageModel, state: State, rows: int) -> None:
             "`state.take` gives a row for each"
         )
     leaves = jax.tree.leaves(state.layers)
-    if not leaves and expected is KVCache:
+    if not leaves and expected is not RetentionState:
         raise ValueError("state has no layers; `init_state` gives an empty state")
+    stacked = is_stacked(state.layers)
+    if leaves and stacked != model.stacked_state:
+        raise ValueError(
+            "state is of the trained model, but this is a model for decoding (`for_decoding`)"
+            if stacked
+            else "state is of a model for decoding (`for_decoding`), but this one is not"
+        )
     for leaf in leaves:
-        stacked = leaf.ndim == 5
-        if stacked != model.stacked_state:
-            raise ValueError(
-                "state is of the trained model, but this is a model for decoding (`for_decoding`)"
-                if stacked
-                else "state is of a model for decoding (`for_decoding`), but this one is not"
-            )
-        if leaf.shape[-4] != rows:
-            raise ValueError(f"state has layers of {leaf.shape[-4]} rows for a batch of {rows}")
+        found = leaf.shape[1 if stacked else 0]
+        if found != rows:
+            raise ValueError(f"state has layers of {found} rows for a batch of {rows}")
+
+
+def _state_type(model: LanguageModel) -> type:
+    """The type of a model's states."""
+    if model.config.attention_layers:
+        return HybridState
+    if issubclass(model.mixer_type, Attention):
+        return KVCache if model.config.window is None else WindowCache
+    return RetentionState
 
 
 def _check_input(tokens: Array, segment_ids: Array | None) -> None:

@@ -5,6 +5,7 @@ needs no more than where each token stands in its document, and keeps one array 
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,14 +16,38 @@ from retnet_jax.config import ModelConfig
 from retnet_jax.errors import ConfigError
 from retnet_jax.model.layers import Projections
 from retnet_jax.ops.retention import positions
-from retnet_jax.shapes import Array, Float, Int
+from retnet_jax.shapes import Array, Float, Int, RetentionMatrix
+
+
+class ConvolvedState(NamedTuple):
+    """The state of one layer with short convolutions or, with the dimension n, of all.
+
+    It has the last `short_conv - 1` inputs of each convolution, oldest first, with their heads
+    split: every array has its rows in front of three other dimensions.
+    """
+
+    matrix: Float[Array, "*n b h k v"]  # S
+    q: Float[Array, "*n b last h k"]
+    k: Float[Array, "*n b last g k"]  # g: `n_kv_heads`
+    v: Float[Array, "*n b last g v"]
+
+
+LayerState = RetentionMatrix | ConvolvedState
+
+
+def map_matrix(function: Callable, state: Array | ConvolvedState) -> Array | ConvolvedState:
+    """The state of a layer with a function applied to its S."""
+    if isinstance(state, ConvolvedState):
+        return state._replace(matrix=function(state.matrix))
+    return function(state)
 
 
 class RetentionState(NamedTuple):
     """The state of a RetNet: it has the same size after ten tokens as after a million."""
 
-    # S of each layer; None: nothing was read; a tuple: of a model for decoding
-    layers: Float[Array, "n b h k v"] | tuple[Float[Array, "b h v k"], ...] | None
+    # S of all layers [n b h k v], or a `ConvolvedState`; None: nothing was read; a tuple of the
+    # layers' states, with S as [b h v k]: of a model for decoding
+    layers: Float[Array, "n b h k v"] | ConvolvedState | tuple[LayerState, ...] | None
     position: Int[Array, " b"]  # position of the next token in its document
 
     def take(self, rows: Int[Array, " r"]) -> "RetentionState":

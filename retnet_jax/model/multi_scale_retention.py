@@ -8,8 +8,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from retnet_jax.config import ModelConfig
-from retnet_jax.model.layers import Linear, RMSNorm, split_heads
-from retnet_jax.model.mixer import Mixer, RetentionState
+from retnet_jax.model.layers import Linear, RMSNorm, ShortConvolution, split_heads
+from retnet_jax.model.mixer import ConvolvedState, LayerState, Mixer, RetentionState
+from retnet_jax.ops.feature_map import feature_map, prelu, xielu
 from retnet_jax.ops.gated_norm import gated_norm
 from retnet_jax.ops.retention import (
     SplitDocuments,
@@ -28,7 +29,6 @@ from retnet_jax.shapes import (
     Float,
     Int,
     LogDecay,
-    RetentionMatrix,
     SegmentIds,
 )
 
@@ -48,43 +48,70 @@ class RetentionContext(NamedTuple):
 
 
 class MultiScaleRetention(Mixer):
-    """Retention with its projections, normalisers and gate."""
+    """Retention with its projections, normalisers and gate.
 
-    inputs = ("q", "k", "v", "gate")  # the Linears that are applied to the input
+    The order is that of flash-linear-attention: projections, convolutions of q, k and v with SiLU
+    (`short_conv`), feature map of q and k (`feature_map`), rotation, repetition of the keys and
+    values that heads share (`n_kv_heads`), retention, norm, gate (unless `output_gate=False`).
+
+    Sharing g key heads among h heads saves parameters and products of the projections, but no
+    memory traffic in retention, whose kernels take h heads: the repeated keys and values, b t h k
+    and b t h v numbers, are written once, and read as often as if they were not shared.
+    """
 
     def __init__(
         self, config: ModelConfig, *, rngs: nnx.Rngs, value_scale: float, out_scale: float
     ):
         width, bias = config.d_model, config.mixer_bias
         self.q = Linear(width, config.q_width, rngs=rngs, bias=bias)
-        self.k = Linear(width, config.q_width, rngs=rngs, bias=bias)
-        self.v = Linear(width, config.v_width, rngs=rngs, scale=value_scale, bias=bias)
-        self.gate = Linear(width, config.v_width, rngs=rngs, bias=bias)
+        self.k = Linear(width, config.k_channels, rngs=rngs, bias=bias)
+        self.v = Linear(width, config.v_channels, rngs=rngs, scale=value_scale, bias=bias)
+        if config.output_gate:
+            self.gate = Linear(width, config.v_width, rngs=rngs, bias=bias)
         self.out = Linear(config.v_width, width, rngs=rngs, scale=out_scale, bias=bias)
         if config.head_norm_scale:
             self.head_norm = RMSNorm(config.v_width // config.n_heads, config.norm_epsilon)
+        if config.short_conv is not None:
+            self.q_conv = ShortConvolution(config.q_width, config.short_conv, rngs=rngs)
+            self.k_conv = ShortConvolution(config.k_channels, config.short_conv, rngs=rngs)
+            self.v_conv = ShortConvolution(config.v_channels, config.short_conv, rngs=rngs)
+        if config.feature_map is not None:
+            self.feature_map = FeatureMap(config.feature_map)
         self.config = config
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The Linears that are applied to the input."""
+        return ("q", "k", "v", "gate") if self.config.output_gate else ("q", "k", "v")
 
     def __call__(
         self,
         x: Activations,
-        state: RetentionMatrix | None,
+        state: LayerState | None,
         context: RetentionContext,
         form: str,
-    ) -> tuple[Activations, RetentionMatrix]:
+    ) -> tuple[Activations, LayerState]:
         config = self.config
-        q, k, v, gate = self.project(x)
-        q, k, v, gate = (split_heads(y, config.n_heads) for y in (q, k, v, gate))  # [b t h k or v]
+        q, k, v, *gates = self.project(x)
+        q, k, v, last = self._convolve(q, k, v, state, context)
+        matrix = state.matrix if isinstance(state, ConvolvedState) else state
+        q = split_heads(q, config.n_heads)  # [b t h k]
+        k, v = (split_heads(y, config.kv_heads) for y in (k, v))  # [b t h k or v]
+        gate = split_heads(gates[0], config.n_heads) if gates else None
+        if config.feature_map is not None:
+            q, k = self.feature_map(q), self.feature_map(k)
         scale = q.shape[-1] ** -0.5
         q_scale, k_scale = (scale, 1.0) if config.rotation == "rope" else (1.0, scale)
         q = rotate(q, context.turn, config.rotation, q_scale)
         k = rotate(k, context.turn, config.rotation, k_scale)
-        y, new_state = retention(
+        if config.kv_heads < config.n_heads:
+            k, v = (jnp.repeat(y, config.n_heads // config.kv_heads, axis=2) for y in (k, v))
+        y, matrix = retention(
             q,
             k,
             v,
             context.log_decay,
-            state,
+            matrix,
             context.documents,
             form=form,
             chunk_size=config.chunk_size if form == "chunkwise" else None,
@@ -101,7 +128,27 @@ class MultiScaleRetention(Mixer):
         if config.head_norm_scale:
             scale = jnp.tile(self.head_norm.scale[...], config.n_heads)
             y = y * scale.astype(y.dtype)[None, None]
-        return self.out(y), new_state
+        return self.out(y), ConvolvedState(matrix, *last) if last else matrix
+
+    def _convolve(
+        self, q, k, v, state: LayerState | None, context: RetentionContext
+    ) -> tuple[Array, Array, Array, tuple[Array, ...]]:
+        """The convolutions of q, k and v [b t (h k)], and the new last inputs [b last h k] of each.
+
+        Without convolutions: q, k and v themselves, and no last inputs.
+        """
+        if self.config.short_conv is None:
+            return q, k, v, ()
+        before = state[1:] if isinstance(state, ConvolvedState) else (None, None, None)
+        heads = (self.config.n_heads, self.config.kv_heads, self.config.kv_heads)
+        convolutions = (self.q_conv, self.k_conv, self.v_conv)
+        (q, q_last), (k, k_last), (v, v_last) = (
+            convolution(u, last, context.documents, n_heads)
+            for convolution, u, last, n_heads in zip(
+                convolutions, (q, k, v), before, heads, strict=True
+            )
+        )
+        return q, k, v, (q_last, k_last, v_last)
 
     def _score_scale(self, rule: str, q, k, state, context, form) -> Float[Array, "b t h"]:
         if form != "parallel" or state is not None:
@@ -138,11 +185,16 @@ class MultiScaleRetention(Mixer):
     def init_state(config: ModelConfig, batch_size: int, capacity: int) -> RetentionState:
         """The state of a model that has read nothing; its size does not depend on `capacity`."""
         heads = config.n_heads
-        widths = (config.q_width // heads, config.v_width // heads)
-        return RetentionState(
-            layers=jnp.zeros((config.n_layers, batch_size, heads, *widths), config.state_dtype),
-            position=jnp.zeros(batch_size, jnp.int32),
-        )
+        k, v = config.q_width // heads, config.v_width // heads
+        layers = jnp.zeros((config.n_layers, batch_size, heads, k, v), config.state_dtype)
+        if config.short_conv is not None:
+            shape = (config.n_layers, batch_size, config.short_conv - 1)
+            of_each = ((heads, k), (config.kv_heads, k), (config.kv_heads, v))
+            last = (
+                jnp.zeros((*shape, *heads_and_width), config.dtype) for heads_and_width in of_each
+            )
+            layers = ConvolvedState(layers, *last)
+        return RetentionState(layers, position=jnp.zeros(batch_size, jnp.int32))
 
     @staticmethod
     def prepare(
@@ -151,7 +203,13 @@ class MultiScaleRetention(Mixer):
         shape: tuple[int, int],
         segment_ids: SegmentIds | None,
     ) -> tuple[RetentionContext, Any]:
-        """The context of a batch of tokens [b t], and the state of each layer before them."""
+        """The context of a batch of tokens [b t], and the state of each layer before them.
+
+        Raises:
+          ValueError: for a state of a model with other convolutions.
+        """
+        if state is not None:
+            _check_last_inputs(config, state)
         fresh = state is None
         if fresh:
             state = RetentionState(layers=None, position=jnp.zeros(shape[0], jnp.int32))
@@ -177,3 +235,38 @@ class MultiScaleRetention(Mixer):
             position=after,
         )
         return context, state.layers
+
+
+class FeatureMap(nnx.Module):
+    """The elementwise function with a name of `FEATURE_MAPS`, with its parameters if it has any.
+
+    Initial parameters are those of PyTorch and transformers.
+    """
+
+    def __init__(self, name: str):
+        if name == "prelu":
+            self.weight = nnx.Param(jnp.full(1, 0.25, jnp.float32))
+        elif name == "xielu":
+            self.alpha_p = nnx.Param(jnp.log(jnp.expm1(jnp.full(1, 0.8, jnp.float32))))
+            self.alpha_n = nnx.Param(jnp.log(jnp.expm1(jnp.full(1, 0.3, jnp.float32))))
+        self.name = name
+
+    def __call__(self, x: Float[Array, "b t h k"]) -> Float[Array, "b t h k"]:
+        if self.name == "prelu":
+            return prelu(x, self.weight[...])
+        if self.name == "xielu":
+            return xielu(x, self.alpha_p[...], self.alpha_n[...])
+        return feature_map(self.name)(x)
+
+
+def _check_last_inputs(config: ModelConfig, state: RetentionState) -> None:
+    """Raises `ValueError` if a state lacks the convolutions' last inputs, or has too many."""
+    layers = state.layers[0] if type(state.layers) is tuple else state.layers
+    if layers is None:
+        return
+    found = layers.q.shape[-3] + 1 if isinstance(layers, ConvolvedState) else None
+    if found != config.short_conv:
+        raise ValueError(
+            f"state is of a model with short_conv={found}; this model has "
+            f"short_conv={config.short_conv}"
+        )

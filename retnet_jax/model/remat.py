@@ -4,7 +4,7 @@
 names that `config.model.remat` can have:
 
     mixer_input, ffn_input   a layer's normed inputs (`lm.Block`); without `post_norm`
-    q, k, v, gate            projections of the mixer, before the rotation
+    q, k, v, gate            projections of the mixer, before the convolution and the rotation
     retention                outputs of retention or attention, before norm and gate
     out                      output of the mixer
     up, linear               inner projections of the feed-forward

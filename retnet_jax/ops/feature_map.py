@@ -49,7 +49,7 @@ def _in_float32(function: Callable) -> Callable:
 @_in_float32
 def prelu(x: Float[Array, "..."], weight: Float[Array, " 1"]) -> Float[Array, "..."]:
     """PReLU: x where it is positive, else weight * x (arXiv 1502.01852)."""
-    return jnp.where(x > 0, x, weight * x)
+    return jnp.where(x > 0, x, weight.squeeze() * x)
 
 
 @_in_float32
@@ -61,7 +61,8 @@ def xielu(
     softplus(alpha_p) x^2 + b x                                 for x > 0, else
     (b + softplus(alpha_n)) (exp(min(x, e)) - 1 - x) + b x
     """
-    positive, negative = jax.nn.softplus(alpha_p), _BETA + jax.nn.softplus(alpha_n)
+    positive = jax.nn.softplus(alpha_p.squeeze())
+    negative = _BETA + jax.nn.softplus(alpha_n.squeeze())
     return _BETA * x + jnp.where(
         x > 0, positive * x * x, negative * (jnp.expm1(jnp.minimum(x, _EPSILON)) - x)
     )

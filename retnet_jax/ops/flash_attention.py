@@ -11,6 +11,7 @@ kernel has been run on its device.
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -31,20 +32,23 @@ LARGEST_TILE = 512
 
 def flash_attention(
     q: Float[Array, "b t h k"],
-    k: Float[Array, "b t h k"],
-    v: Float[Array, "b t h k"],
+    k: Float[Array, "b t g k"],
+    v: Float[Array, "b t g k"],
     document: Int[Array, "b t"] | None = None,
     implementation: str | None = None,
+    window: int | None = None,
 ) -> Float[Array, "b t h k"]:
     """Attention of each token to its document, up to itself.
 
     Args:
       q: Queries [b t h k], rotated, and scaled by k^-1/2.
-      k: Keys [b t h k], rotated.
-      v: Values [b t h k].
+      k: Keys [b t g k], rotated. Query head h uses key head h // (h/g).
+      v: Values [b t g k].
       document: A number for each document of a row, and another one for padding, whose output is
         meaningless; None: each row is one document.
       implementation: "splash", which a CPU interprets, slowly, or "cudnn"; None: the backend's.
+      window: Number of tokens of its document that a token sees, itself included; None: all.
+        Tokens are counted in the row, so there must be no padding between two of one document.
 
     Returns:
       y in v's dtype. For `jax.checkpoint`, y and the other residuals of the backward pass have the
@@ -57,9 +61,11 @@ def flash_attention(
     reason = unsupported(name, q, one_document=document is None)
     if reason is not None:
         raise NotImplementedError(f"implementation={name!r} cannot run here: {reason}")
-    run = _splash if name == "splash" else _cudnn
+    run = partial(_splash if name == "splash" else _cudnn, window=window)
     if not many_devices():
         return run(q, k, v, document)
+    if k.shape[2] != q.shape[2]:  # so that each device has the key heads of its query heads
+        k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
     wide = activation_spec("bthk", q.shape)
     rows = None if document is None else activation_spec("bt", document.shape)
     # XLA does not look into a kernel to split it.
@@ -113,15 +119,20 @@ def unsupported(
     return None
 
 
-def _splash(q, k, v, document):
+def _splash(q, k, v, document, window=None):
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     t, h = q.shape[1:3]
     tile = math.gcd(t, LARGEST_TILE)
+    mask = splash.CausalMask((t, t))
+    if window is not None:
+        mask = splash.LocalMask((t, t), window_size=(window - 1, 0), offset=0)
+    if k.shape[2] != h:
+        k, v = (jnp.repeat(x, h // x.shape[2], axis=2) for x in (k, v))
     sizes = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
     # It lists the tiles that are not masked: seconds for 32,768 tokens, once for all layers.
     kernel = splash.make_splash_mha_single_device(
-        splash.MultiHeadMask([splash.CausalMask((t, t))] * h),
+        splash.MultiHeadMask([mask] * h),
         block_sizes=splash.BlockSizes(**dict.fromkeys(sizes, tile)),
         residual_checkpoint_name="retention",
         interpret=backend() == "cpu",
@@ -135,9 +146,17 @@ def _splash(q, k, v, document):
     return jnp.swapaxes(jax.vmap(row)(q, k, v, document), 1, 2)
 
 
-def _cudnn(q, k, v, document=None):
+def _cudnn(q, k, v, document=None, window=None):
     del document
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, scale=1.0, implementation="cudnn")
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        is_causal=True,
+        scale=1.0,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation="cudnn",
+    )
 
 
 def is_cudnn(primitive, *_, **__) -> bool:

@@ -1,4 +1,4 @@
-"""After retention: the row normaliser, a norm of each head, and the swish gate (Eq. 8).
+"""After retention: the row normaliser, a norm of each head, and the swish gate if any (Eq. 8).
 
 It is one function with a custom gradient, so that forward and backward are one pass each over
 memory in the dtype of the activations. The backward pass keeps y and the gate and recomputes the
@@ -16,7 +16,7 @@ from retnet_jax.shapes import Array, Float
 
 def gated_norm(
     y: Float[Array, "b t h v"],
-    gate: Float[Array, "b t h v"],
+    gate: Float[Array, "b t h v"] | None,
     row_scale: Float[Array, "b t h"] | None,
     kind: str,
     epsilon: float,
@@ -25,7 +25,7 @@ def gated_norm(
 
     Args:
       y: Outputs of retention.
-      gate: Projections, before their activation; in y's dtype.
+      gate: Projections, before their activation; in y's dtype. None: the norm is not multiplied.
       row_scale: `row_normalizer`, which is not differentiated; None: 1.
       kind: Kind of the norm, "layer" or "rms".
       epsilon: Number added to the variance or the mean square.
@@ -45,8 +45,10 @@ def _gated_norm_forward(kind, epsilon, *inputs):
 
 
 def _gated_norm_backward(kind, epsilon, inputs, d_out):
-    y = inputs[0]
-    return *map_heads(partial(_gradients, kind, epsilon), y, *inputs, d_out, outputs=2), None
+    y, gate, _ = inputs
+    gradients = partial(_gradients, kind, epsilon)
+    d_y, *d_gate = map_heads(gradients, y, *inputs, d_out, outputs=1 if gate is None else 2)
+    return d_y, d_gate[0] if d_gate else None, None
 
 
 _gated_norm.defvjp(_gated_norm_forward, _gated_norm_backward)
@@ -54,19 +56,23 @@ _gated_norm.defvjp(_gated_norm_forward, _gated_norm_backward)
 
 def _value(kind, epsilon, y, gate, row_scale):
     normed, _ = _normed(kind, epsilon, y, row_scale)
+    if gate is None:
+        return (normed,)
     return (gate * jax.nn.sigmoid(gate) * normed,)
 
 
 def _gradients(kind, epsilon, y, gate, row_scale, d_out):
     normed, shrink = _normed(kind, epsilon, y, row_scale)
-    sigmoid = jax.nn.sigmoid(gate)
-    d_gate = d_out * normed * sigmoid * (1 + gate * (1 - sigmoid))
-    d_normed = d_out * gate * sigmoid
+    d_normed, d_gate = d_out, ()
+    if gate is not None:
+        sigmoid = jax.nn.sigmoid(gate)
+        d_gate = (d_out * normed * sigmoid * (1 + gate * (1 - sigmoid)),)
+        d_normed = d_out * gate * sigmoid
     d_y = d_normed - normed * jnp.mean(d_normed * normed, -1, keepdims=True)
     if kind == "layer":
         d_y -= d_normed.mean(-1, keepdims=True)
     d_y *= shrink
-    return d_y if row_scale is None else d_y * row_scale, d_gate
+    return d_y if row_scale is None else d_y * row_scale, *d_gate
 
 
 def _normed(kind, epsilon, y, row_scale):

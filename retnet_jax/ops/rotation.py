@@ -31,8 +31,9 @@ def rotation(
     convention: str,
     dtype: str = "float32",
     longest: int | None = None,
+    base: float = 10_000.0,
 ) -> Rotation:
-    """The rotation by the angles position * 10000^-e, with k/2 exponents e for a head of width k.
+    """The rotation by the angles position * base^-e, with k/2 exponents e for a head of width k.
 
     "rope": e = 2i/k (arXiv 2104.09864). "torchscale": e = i/(k/2 - 1), from 0 to 1 inclusive.
 
@@ -45,10 +46,11 @@ def rotation(
       convention: Exponents and pairs, "rope" or "torchscale".
       dtype: Dtype of the angles, "float32" or "float64".
       longest: Upper bound that all positions are known to be below; None: there is none.
+      base: Base of the angles, greater than 0.
     """
     pairs = head_width // 2
     exponents = np.arange(pairs) / pairs if convention == "rope" else np.linspace(0, 1, pairs)
-    frequencies = 10_000.0**-exponents
+    frequencies = base**-exponents
     angle = positions[..., None].astype(dtype) * jnp.asarray(frequencies, dtype)[None, None]
     if dtype == "float32" and (longest is None or longest > FLOAT_POSITIONS):
         near = positions[..., None] < FLOAT_POSITIONS

@@ -109,7 +109,7 @@ def _state_at(
       index: Number of the document that is open at each cut.
     """
     m, rows, size, channels = states.shape
-    number = count[:, cut, None] - jnp.arange(size)[::-1]  # [b w-1], among the row's real tokens
+    number = count[:, cut, None] - jnp.arange(size)[None, ::-1]  # [b w-1], among its real tokens
     # The tokens of the initial state have the numbers 0, -1, ... and are at cut 0.
     holder = (count[:, None] < number[..., None]).sum(-1)  # [b w-1], the first cut after the token
     column = size - 1 - (_take(count, holder) - number)
@@ -129,7 +129,7 @@ def _state_after(u, weight, state, documents: Documents | None) -> LastInputs:
         newest = newest[:, newest.shape[1] - size :]
         return newest if documents is None else jnp.where(documents.real[..., None], newest, state)
     end_count, end_index = documents.count[:, -1:], documents.index[:, -1:]
-    number = end_count - jnp.arange(size)[::-1]  # [b w-1], among the row's real tokens
+    number = end_count - jnp.arange(size)[None, ::-1]  # [b w-1], among its real tokens
     # A token of this row is at the first position with its count; 0, -1, ... are in the old state.
     place = (documents.count[:, None] < number[..., None]).sum(-1)
     same = _take(documents.index, place) == end_index
@@ -200,7 +200,7 @@ def _shifted_gradient(u, weight, state, documents: Documents | None, d_y):
     windows = _windows(u, weight, state, documents)
     total = _total(windows, weight)
     sigmoid = jax.nn.sigmoid(total)
-    d_total = d_y * sigmoid * (1 + total * (1 - sigmoid))
+    d_total = d_y.astype(total.dtype) * sigmoid * (1 + total * (1 - sigmoid))
     d_weight = jnp.stack([(d_total * window).sum((0, 1)) for window in windows], axis=1)
     d_u = d_state = jnp.zeros((), total.dtype)
     for j in range(size + 1):

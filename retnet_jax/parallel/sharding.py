@@ -26,9 +26,21 @@ PARAMETERS = (
         PartitionSpec(WORDS, None),
         PartitionSpec("tensor", "fsdp"),  # a vocabulary such as 257 or 50,257
     ),
-    (r"(q|k|v|gate|up|linear)/kernel", PartitionSpec(None, "fsdp", "tensor")),
+    (r"(q|gate|up|linear)/kernel", PartitionSpec(None, "fsdp", "tensor")),
+    # Heads of keys and values may be fewer than those of queries.
+    (r"(k|v)/kernel", PartitionSpec(None, "fsdp", "tensor"), PartitionSpec(None, "fsdp")),
     (r"(out|down)/kernel", PartitionSpec(None, ("tensor", "fsdp"), None)),
-    (r"carry/layers", PartitionSpec(None, ("data", "fsdp"), "tensor")),
+    (r"(q|k|v)_conv/weight", PartitionSpec(None, "tensor"), PartitionSpec()),
+    (  # last inputs of convolutions
+        r"carry/layers/(.+/)?(q|k|v)",
+        PartitionSpec(None, ("data", "fsdp"), None, "tensor"),
+        PartitionSpec(None, ("data", "fsdp")),
+    ),
+    (
+        r"carry/layers(/.+)?",
+        PartitionSpec(None, ("data", "fsdp"), "tensor"),
+        PartitionSpec(None, ("data", "fsdp")),  # fewer key heads than devices
+    ),
     (r"carry/position", PartitionSpec(("data", "fsdp"))),
 )
 

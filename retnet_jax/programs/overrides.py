@@ -11,6 +11,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
+from retnet_jax.attention_config import attention_layers_from_text
 from retnet_jax.config import Config
 from retnet_jax.config_json import check_option, options
 from retnet_jax.errors import ConfigError
@@ -76,6 +77,8 @@ def option_from_text(name: str, text: str) -> Any:
     try:
         if typing.get_origin(kind) is dict:
             return shares_from_text(text)
+        if name == "model.attention_layers":
+            return attention_layers_from_text(_unquoted(text))
         if typing.get_origin(kind) is tuple:
             return _tuple_from_text(text, typing.get_args(kind))
         return _scalar_from_text(text, kind)

@@ -34,9 +34,10 @@ def learning_rate_factor(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Clips by the global norm, then applies AdamW, muon or the user's own optimiser.
 
-    Only matrices have weight decay. Muon orthogonalises the update of every matrix in the layers,
-    each [i o] of a stack [n i o] separately; embedding, head and norms are updated by Adam. A
-    function named by "module:function" is called with the config and the learning rate's schedule.
+    Only matrices and convolutions have weight decay. Muon orthogonalises the update of every matrix
+    in the layers, each [i o] of a stack [n i o] separately; all others, embedding and head too, are
+    updated by Adam. A function named by "module:function" is called with the config and the
+    learning rate's schedule.
 
     Raises:
       ConfigError: if that function is not found or does not return an optimiser.
@@ -113,9 +114,9 @@ def _moments_kept_in(
 
 
 def is_matrix(model):
-    """True for kernels, embedding and head; False for the scales and biases of norms."""
+    """True for kernels, embedding, head and the weights of convolutions; otherwise False."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: not {"scale", "bias"} & set(_names(path)), model
+        lambda path, _: not {"scale", "bias", "feature_map"} & set(_names(path)), model
     )
 
 

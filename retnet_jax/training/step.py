@@ -18,7 +18,6 @@ from jax.sharding import Mesh
 from retnet_jax.config import Config
 from retnet_jax.data import Batch
 from retnet_jax.model import LanguageModel, State, build_model
-from retnet_jax.model.multi_scale_retention import RetentionState
 from retnet_jax.ops.cross_entropy import objective_sum
 from retnet_jax.parallel.sharding import batch_shardings, with_shardings
 from retnet_jax.shapes import Array, Bool, Float, Int
@@ -128,12 +127,14 @@ def loss_sum(
     return objective, Sums(loss, batch.weights.sum(), None if carry is None else state)
 
 
-def _where_continued(continues: Bool[Array, " b"], carry: State) -> RetentionState:
+def _where_continued(continues: Bool[Array, " b"], carry: Any) -> Any:
     """The carried state for rows that continue, the empty state for the others."""
-    assert isinstance(carry.layers, Array)  # stacked: `config.train.carry_state` is for a RetNet
-    return RetentionState(
-        layers=jnp.where(continues[None, :, None, None, None], carry.layers, 0.0),
-        position=jnp.where(continues, carry.position, 0),
+
+    def kept(x):  # [n b ...]
+        return jnp.where(continues.reshape(1, -1, *[1] * (x.ndim - 2)), x, jnp.zeros((), x.dtype))
+
+    return carry._replace(
+        layers=jax.tree.map(kept, carry.layers), position=jnp.where(continues, carry.position, 0)
     )
 
 
@@ -201,11 +202,15 @@ def gradient_sums(
         rows = jnp.moveaxis(parts, axis + 1, 1).swapaxes(0, 1)  # [b/n n ...]
         return jnp.moveaxis(rows.reshape(-1, *rows.shape[2:]), 0, axis)  # as before `split`
 
+    def of_rows(function, carry: Any) -> Any:  # rows are axis 1 of a state's layers
+        layers = jax.tree.map(partial(function, axis=1), carry.layers)
+        return carry._replace(layers=layers, position=function(carry.position))
+
     parts = jax.tree.map(split, batch)
     if carry is not None:
-        carry = RetentionState(split(carry.layers, axis=1), split(carry.position))
+        carry = of_rows(split, carry)
     zeros = jax.tree.map(jnp.zeros_like, (model, jnp.float32(0), jnp.float32(0)))
     (gradients, loss, weight), carry = jax.lax.scan(add, zeros, (parts, carry))
     if carry is not None:
-        carry = RetentionState(join(carry.layers, axis=1), join(carry.position))
+        carry = of_rows(join, carry)
     return gradients, Sums(loss, weight, carry)
