@@ -26,7 +26,7 @@ from retnet_jax.generation.saved_state import load_reading, save_reading
 from retnet_jax.model import build_model
 from retnet_jax.model.mixer import ConvolvedState
 from retnet_jax.model.parameters import parameter_shapes
-from retnet_jax.model_config import FEATURE_MAPS, MIXER_OPTIONS, MIXER_OPTIONS
+from retnet_jax.model_config import FEATURE_MAPS, MIXER_OPTIONS
 from retnet_jax.ops import feature_map
 from retnet_jax.training.optim import is_matrix, make_optimizer
 from retnet_jax.training.step import gradient_sums, initial_state, train_step
