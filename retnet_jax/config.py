@@ -105,8 +105,9 @@ class DataConfig:
     )
     tokenizer: str = option(
         "bpe",
-        "'byte'; 'bpe', a byte-level BPE trained on the training documents; or a directory with a "
-        "tokenizer.json (Hugging Face) or tokenizer.model (SentencePiece)",
+        "'byte'; 'bpe', a byte-level BPE trained on the training documents; or a directory, or a "
+        "name on the Hugging Face hub, with a tokenizer.json (Hugging Face) or tokenizer.model "
+        "(SentencePiece)",
         in_store=True,
     )
     store: str = option("data/stdlib", "Directory of the token store; built if it does not exist")
@@ -363,8 +364,9 @@ class Config:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     init_from: str = option(
         "",
-        "Directory of a trained model to start from, of this project or another. It determines the "
-        "tokenizer and all model options but dtype, remat and chunk_size",
+        "Trained model to start from: a directory, of this project or another, or a name on the "
+        "Hugging Face hub. It determines the tokenizer and all model options but dtype, remat and "
+        "chunk_size",
     )
 
     def check(self) -> None:

@@ -18,7 +18,7 @@ from retnet_jax.config_fields import (
     option,
 )
 from retnet_jax.errors import ConfigError
-from retnet_jax.own_objects import is_own, own_object
+from retnet_jax.model_sizes import parameter_count, training_flops_per_token, twin_ffn_width
 
 ARCHITECTURES = ("retnet", "transformer")
 MIXERS = ("retention", "attention")
@@ -42,6 +42,7 @@ MIXER_OPTIONS = {
     "window": ("attention",),
     "feature_map": ("retention",),
     "output_gate": ("retention",),
+    "attention_layers": ("retention",),
 }
 REMATS = ("none", "full", "dots")
 # Activations of a layer that `model.remat` can name.
@@ -339,11 +340,6 @@ class ModelConfig:
     def _check_attention(self) -> None:
         if self.window is not None:
             check_at_least("model.window", self.window, 1)
-        if self.attention_layers and self.mixer != "retention":
-            raise ConfigError(
-                "model.attention_layers is for a RetNet, model.mixer='retention', not "
-                f"{self.mixer!r}"
-            )
         check_attention_layers(self.attention_layers, self.d_model, self.n_layers)
 
     def built_as(self, architecture: str, n_heads: int | None = None) -> "ModelConfig":
@@ -358,8 +354,6 @@ class ModelConfig:
         layer is wider by the difference: 4 d instead of 2 d at the paper's sizes (section 3.1).
         Options that attention does not have are left out.
         """
-        matrices = 3 if self.ffn_gated else 2
-        surplus = self._mixer_matrices() / self.n_layers - 4 * self.d_model**2
         dropped = {
             name: _DEFAULTS[name]
             for name, mixers in MIXER_OPTIONS.items()
@@ -374,21 +368,12 @@ class ModelConfig:
             value_dim=None,
             short_conv=None,
             n_kv_heads=None,
-            attention_layers=(),
-            ffn_dim=self.ffn_width + round(surplus / (matrices * self.d_model)),
+            ffn_dim=twin_ffn_width(self),
         )
 
     def parameter_count(self) -> int:
         """Number of trainable parameters, embedding and output head included."""
-        heads = 1 if self.tie_embeddings else 2
-        layer = self._mixer_parameters() + self._ffn_parameters() + self._layer_vectors()
-        norms = self.embedding_norm + (not self.post_norm)
-        return (
-            heads * self.vocab_size * self.d_model
-            + self.n_layers * layer
-            + sum(len(x.layers) * self._difference(x) for x in self.attention_layers)
-            + norms * _norm_parameters(self.norm, self.d_model)
-        )
+        return parameter_count(self)
 
     def training_flops_per_token(self, sequence_length: int) -> float:
         """Model FLOPs of one token's forward and backward pass, without recomputation.
@@ -398,80 +383,7 @@ class ModelConfig:
         the sequence on average; retention reads and writes a k by v state for each head; the user's
         own mixer counts its own (`Mixer.flops_per_token`).
         """
-        layers = self._mixer_matrices() + self.n_layers * self._ffn_parameters()
-        if self.mixer == "attention":
-            core = 4 * self.q_width * _mean_keys(sequence_length, self.window)
-        elif is_own(self.mixer):
-            core = own_object("model.mixer", self.mixer).flops_per_token(self, sequence_length)
-        else:
-            core = 4 * self.q_width * self.v_width / self.n_heads
-        cores = core * (self.n_layers - sum(len(x.layers) for x in self.attention_layers))
-        for entry in self.attention_layers:
-            seen = _mean_keys(sequence_length, entry.window)
-            cores += len(entry.layers) * 4 * self.d_model * seen
-        return 6 * (layers + self.vocab_size * self.d_model) + 3 * cores
-
-    def _mixer_matrices(self) -> int:
-        """Parameters of the matrices and convolutions of all layers' mixers."""
-        own = self._mixer_parameters() + self._conv_parameters()
-        return self.n_layers * own + sum(
-            len(x.layers) * (x.matrices(self.d_model) - own) for x in self.attention_layers
-        )
-
-    def _difference(self, entry: AttentionLayers) -> int:
-        """Parameters that an attention layer has more than a layer of the model's mixer."""
-        attention = entry.matrices(self.d_model) + entry.vectors(self.d_model)
-        return attention - self._mixer_parameters() - self._mixer_vectors()
-
-    def _mixer_parameters(self) -> int:
-        """Parameters of a mixer's matrices; all parameters of the user's own mixer."""
-        if is_own(self.mixer):
-            return own_object("model.mixer", self.mixer).parameter_count(self)
-        if self.mixer == "attention":
-            return 2 * self.d_model * (self.q_width + self.k_channels)
-        of_gate_and_out = (2 if self.output_gate else 1) * self.v_width
-        return self.d_model * (self.q_width + self.k_channels + self.v_channels + of_gate_and_out)
-
-    def _conv_parameters(self) -> int:
-        """Weights of the convolutions of a layer."""
-        return (self.short_conv or 0) * (self.q_width + self.k_channels + self.v_channels)
-
-    def _ffn_parameters(self) -> int:
-        """Parameters of the matrices of a feed-forward layer."""
-        return self.d_model * self.ffn_width * (3 if self.ffn_gated else 2)
-
-    def _layer_vectors(self) -> int:
-        """Parameters of one layer that are not in matrices."""
-        count = 2 * _norm_parameters(self.norm, self.d_model) + self._mixer_vectors()
-        if self.ffn_bias:
-            count += (2 if self.ffn_gated else 1) * self.ffn_width + self.d_model
-        if self.ffn_norm is not None:
-            count += _norm_parameters(self.ffn_norm, self.ffn_width)
-        return count
-
-    def _mixer_vectors(self) -> int:
-        """Parameters of one layer's mixer that are not in matrices."""
-        if is_own(self.mixer):
-            return 0
-        retains = self.mixer == "retention"
-        count = self._conv_parameters()
-        count += {"prelu": 1, "xielu": 2}.get(self.feature_map or "", 0)
-        if self.mixer_bias:
-            count += self.q_width + self.k_channels + self.v_channels + self.d_model
-            count += self.v_width if retains and self.output_gate else 0
-        if self.head_norm_scale and retains:
-            count += self.v_width // self.n_heads
-        return count
-
-
-def _mean_keys(sequence_length: int, window: int | None) -> float:
-    """The mean number of keys that a token of a row sees."""
-    w = min(window or sequence_length, sequence_length)
-    return (w * (w + 1) / 2 + (sequence_length - w) * w) / sequence_length
+        return training_flops_per_token(self, sequence_length)
 
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
-
-
-def _norm_parameters(norm: str, width: int) -> int:
-    return width * (2 if norm == "layer" else 1)

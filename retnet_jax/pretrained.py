@@ -1,4 +1,4 @@
-"""Loads trained models from directories: training runs, and checkpoints of other programs.
+"""Loads trained models: of training runs, of other programs, and from the Hugging Face hub.
 
 `load_pretrained` loads the model, `read_pretrained` reads the config and the tokenizer beside it.
 """
@@ -13,7 +13,7 @@ from retnet_jax.config import Config, DataConfig, ModelConfig
 from retnet_jax.config_json import marked, read_config
 from retnet_jax.data.tokenizers import Tokenizer, has_tokenizer, load_tokenizer
 from retnet_jax.errors import CheckpointError, ConfigError
-from retnet_jax.files.paths import place
+from retnet_jax.files.hub import cached_name, hub_name, model_directory
 from retnet_jax.interop import check_has_model, models_below
 from retnet_jax.interop.parameter_source import changed
 from retnet_jax.interop.safetensors_reader import AnyPath
@@ -27,30 +27,43 @@ from retnet_jax.runs.workdir import read_workdir
 
 
 def load_pretrained(
-    directory: str | AnyPath, mesh: Mesh | None = None, **changes: Any
+    directory: str | AnyPath,
+    mesh: Mesh | None = None,
+    *,
+    revision: str | None = None,
+    **changes: Any,
 ) -> LanguageModel:
-    """Loads the model in a directory.
+    """Loads the model in a directory or on the Hugging Face hub.
 
     Args:
       directory: `--workdir` of train.py (its newest checkpoint is loaded), or a checkpoint of
-        flash-linear-attention, torchscale, syncdoth or `tools/convert_checkpoint.py`.
+        flash-linear-attention, torchscale, syncdoth or `tools/convert_checkpoint.py`. Or the name
+        of a model on the hub, such as "fla-hub/retnet-1.3B-100B", which is downloaded
+        (`files/hub.py`).
       mesh: Devices for the parameters, sharded as in training; None: the first device.
+      revision: Branch, tag or commit of a model on the hub; None: the newest commit.
       changes: Fields of `ModelConfig` that change no parameter, such as dtype="bfloat16".
 
     Raises:
-      ConfigError: for a config that is missing or that this project cannot compute, and for invalid
-        changes.
-      CheckpointError: for weights that are missing, damaged, or do not fit the config.
+      ConfigError: for a config that is missing or that this project cannot compute, for invalid
+        changes, and for a name or a revision that does not exist.
+      CheckpointError: for weights that are missing, damaged, or do not fit the config, and if the
+        hub cannot be reached.
     """
-    return load_checkpoint(place(directory), mesh, **changes)[0]
+    return load_checkpoint(directory, mesh, revision=revision, **changes)[0]
 
 
 def load_checkpoint(
-    directory: AnyPath, mesh: Mesh | None = None, **changes: Any
+    directory: str | AnyPath,
+    mesh: Mesh | None = None,
+    *,
+    revision: str | None = None,
+    **changes: Any,
 ) -> tuple[LanguageModel, int | None]:
     """As `load_pretrained`; also returns the step of a training run's newest checkpoint."""
     from retnet_jax.runs.checkpoint import restore_model
 
+    directory = model_directory(directory, revision)
     if not is_run(directory):
         return interop.load(directory, mesh, **changes), None
 
@@ -60,12 +73,15 @@ def load_checkpoint(
     return restore_model(directory / "checkpoints", shape)
 
 
-def read_pretrained(directory: AnyPath) -> tuple[Config, Tokenizer]:
-    """Reads the config and the tokenizer in a directory as for `load_pretrained`, not the weights.
+def read_pretrained(
+    directory: str | AnyPath, revision: str | None = None
+) -> tuple[Config, Tokenizer]:
+    """Reads the config and the tokenizer of a model as for `load_pretrained`, not the weights.
 
     Raises:
       ConfigError: as `load_pretrained`, and if the tokenizer is missing or does not fit the model.
     """
+    directory = model_directory(directory, revision)
     if is_run(directory):
         _check_has_model(directory)
         return read_workdir(directory)
@@ -83,34 +99,38 @@ def read_pretrained(directory: AnyPath) -> tuple[Config, Tokenizer]:
     return config, tokenizer
 
 
-def checkpoint_sha256(directory: AnyPath, step: int | None) -> str:
+def checkpoint_sha256(directory: str | AnyPath, step: int | None) -> str:
     """SHA-256, in hex, of the names and contents of a checkpoint's files.
 
     Args:
       directory: Directory as for `load_pretrained`.
       step: Step of a training run's checkpoint, as `load_checkpoint` returns it.
     """
+    directory = model_directory(directory)
     return files_sha256(directory if step is None else directory / "checkpoints" / str(step))
 
 
 def with_initial_model(config: Config, recorded: Config | None = None) -> Config:
     """A run's config with the model and the tokenizer of `config.init_from`, if that is set.
 
-    Only dtype, remat and chunk_size of `config.model` are kept.
+    Only dtype, remat and chunk_size of `config.model` are kept. A name on the Hugging Face hub is
+    replaced by one with the commit, so that the run's config.json records the exact model.
 
     Args:
       config: Config of the run.
       recorded: Config recorded in the run's workdir. When a run is resumed, it is used instead of
-        `init_from`, which may no longer exist.
+        `init_from`, which may no longer exist; also instead of a newer commit on the hub.
 
     Raises:
       ConfigError, CheckpointError: as `load_pretrained`.
     """
     if not config.init_from:
         return config
-    directory = place(config.init_from)
-    if recorded is not None and recorded.init_from == config.init_from:
-        return _begun_from(config, recorded)
+    if recorded is not None and _is_same_model(config.init_from, recorded.init_from):
+        return _begun_from(dataclasses.replace(config, init_from=recorded.init_from), recorded)
+    directory = model_directory(config.init_from)
+    if hub_name(config.init_from) is not None:
+        config = dataclasses.replace(config, init_from=str(cached_name(directory)))
     if is_run(directory):
         _check_has_model(directory)
         found = read_config(directory / "config.json")
@@ -127,6 +147,14 @@ def run_options(model: ModelConfig) -> dict[str, Any]:
     """The options of a model that change how it is computed, but not its function."""
     names = (name.removeprefix("model.") for name in marked("computation"))
     return {name: getattr(model, name) for name in names}
+
+
+def _is_same_model(given: str, recorded: str) -> bool:
+    """Whether two values of `init_from` name the same model; the first may lack the revision."""
+    name, before = hub_name(given), hub_name(recorded)
+    if given == recorded or name is None or before is None:
+        return given == recorded
+    return name.revision is None and name.repository == before.repository
 
 
 def _begun_from(config: Config, found: Config) -> Config:

@@ -16,6 +16,8 @@ pytest_plugins = ["compilations"]
 # accelerator plugin would take its device.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+# No test asks the Hugging Face hub; test_hub.py has one of its own.
+os.environ["HF_HUB_OFFLINE"] = "1"
 # Most of the tests' time is compilation, most of it in LLVM. Without its optimisations, and with
 # fewer and simpler functions, compiling takes an eighth. An empty XLA_FLAGS= keeps them.
 FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"

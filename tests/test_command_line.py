@@ -6,6 +6,7 @@ import pytest
 from retnet_jax.config import Config
 from retnet_jax.config_json import config_from_json, options
 from retnet_jax.errors import ConfigError
+from retnet_jax.programs.command_line import _config_file
 from retnet_jax.programs.overrides import apply, option_from_text, shares_from_text, taken_out
 
 
@@ -141,6 +142,22 @@ def test_a_config_imports_modules_beside_it_from_any_directory(tmp_path):
     done = programs.run("tools/prepare_data.py", f"--config={directory / 'run.py'}")
     assert done.returncode == 2, done.stderr
     assert "train.steps=0 is less than 1" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("nowhere.py", "--config=nowhere.py: there is no file nowhere.py (from "),
+        ("configs/nowhere.py:retnet", "there is no file configs/nowhere.py (from "),
+        ("nowhere", "--config=nowhere: no such config; give a file, such as my_config.py, or "),
+        ("", "--config=: no such config"),
+    ],
+)
+def test_a_config_that_does_not_exist(given, message):
+    with pytest.raises(ConfigError) as error:
+        _config_file(given)
+    assert message in str(error.value)
+    assert "quickstart, retnet_1p3b" in str(error.value)
 
 
 def test_help_lists_every_option_with_its_default():

@@ -19,6 +19,7 @@ FLOORS = {
     "config_text": 0,
     "errors": 0,
     "model_config": 0,
+    "model_sizes": 0,
     "own_objects": 0,
     "shapes": 0,
     "trees": 0,
@@ -96,7 +97,8 @@ def test_what_the_package_exports_is_there():
 
 
 def test_config_imports_no_jax():
-    names = ("config", "model_config", "attention_config", "config_fields", "own_objects", "errors")
+    names = ("config", "model_config", "model_sizes", "attention_config", "config_fields")
+    names += ("own_objects", "errors")
     ours = {f"retnet_jax.{name}" for name in names}
     for name in names:
         modules = set(imported_modules(ROOT / "retnet_jax" / f"{name}.py"))

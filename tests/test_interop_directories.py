@@ -140,10 +140,11 @@ def test_paths_without_a_model_are_refused_with_advice(tmp_path, monkeypatch):
     trainers = copy_of("fla/default", tmp_path / "trainer/checkpoint-100").parent
     (trainers / "config.json").write_text((trainers / "checkpoint-100/config.json").read_text())
     file = trainers / "checkpoint-100/model.safetensors"
+    (tmp_path / "fla-hub").mkdir()
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/text.txt").touch()
     for directory, message in (
-        ("fla-hub/retnet-1.3B-100B", "hf download fla-hub/retnet-1.3B-100B --local-dir DIRECTORY"),
+        ("fla-hub/retnet-1.3B-100B", "is no directory; for the model of this name on the Hugging"),
         (file, f"{file} is a file: name the directory it is in"),
         (trainers, f"name one of them, such as {trainers}/checkpoint-100"),
         (

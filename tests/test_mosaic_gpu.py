@@ -21,6 +21,7 @@ from tolerances import assert_close
 from retnet_jax.ops.retention import log_decay, mosaic_gpu, number_documents, xla
 from retnet_jax.ops.retention.mosaic_gpu import entry, memory
 
+pytestmark = pytest.mark.compiles(200, reason="the interpreter calls many small programs")
 ROOT = Path(__file__).parent.parent
 HAS_INTERPRETER = hasattr(plgpu, "InterpretGPUParams")
 interpreted = pytest.mark.skipif(not HAS_INTERPRETER, reason="interpreted by jax 0.11 and later")

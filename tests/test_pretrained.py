@@ -130,7 +130,7 @@ def test_continued_training_of_a_foreign_checkpoint(directory, corpus, tmp_path)
     shutil.rmtree(tmp_path / "run/checkpoints/8")
     assert train(config, tmp_path / "run").status == "finished"
     assert losses(tmp_path / "run") == found
-    recorded, tokenizer = read_pretrained(tmp_path / "run")
+    recorded, tokenizer = read_pretrained(str(tmp_path / "run"))
     assert recorded.model == load_pretrained(tmp_path / "run").config
     assert (recorded.model.vocab_size, recorded.model.chunk_size) == (330, 8)
     assert (tokenizer.bos_id, tokenizer.end_id) == (1, 2)

@@ -5,9 +5,9 @@ r"""Rewrites a checkpoint in another layout, tensor by tensor.
         --dtype=bfloat16
 
 The source is a checkpoint directory of flash-linear-attention, torchscale or syncdoth/RetNet, a
-training run (its newest checkpoint is read), or a directory written by this program. The
-tokenizer's files are copied. If the layout cannot express the model with the same outputs, the
-reasons are printed and nothing is written.
+training run (its newest checkpoint is read), a directory written by this program, or the name of
+a model on the Hugging Face hub. The tokenizer's files are copied. If the layout cannot express the
+model with the same outputs, the reasons are printed and nothing is written.
 """
 
 from absl import flags
@@ -15,7 +15,12 @@ from absl import flags
 from retnet_jax import interop
 from retnet_jax.programs import command_line
 
-flags.DEFINE_string("source", None, "Directory of a checkpoint or a training run", required=True)
+flags.DEFINE_string(
+    "source",
+    None,
+    "Directory of a checkpoint or a training run, or name on the Hugging Face hub",
+    required=True,
+)
 flags.DEFINE_string(
     "target", None, "Directory to write; must not exist, or be empty", required=True
 )

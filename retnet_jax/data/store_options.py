@@ -15,6 +15,7 @@ from retnet_jax.data.tokenizers import TOKENIZER_FILES, Tokenizer, has_tokenizer
 from retnet_jax.errors import ConfigError
 from retnet_jax.files import paths as files
 from retnet_jax.files.digests import sha256_of
+from retnet_jax.files.hub import tokenizer_directory
 
 
 def stored_options(config: DataConfig, vocab_size: int) -> dict[str, Any]:
@@ -96,12 +97,13 @@ def _plain(name: str) -> str:
 
 
 def pretrained_tokenizer(config: DataConfig) -> Tokenizer:
-    """The tokenizer in the directory that `config.tokenizer` names.
+    """The tokenizer in the directory, or on the Hugging Face hub, that `config.tokenizer` names.
 
     Raises:
       ConfigError: if there is none, or it is damaged.
+      CheckpointError: if the hub cannot be reached.
     """
-    directory = files.expanded(config.tokenizer)
+    directory = tokenizer_directory(config.tokenizer)
     if not has_tokenizer(directory):
         raise ConfigError(
             f"data.tokenizer={config.tokenizer!r} is not one of "
@@ -118,6 +120,6 @@ def _tokenizer_option(config: DataConfig) -> str | None:
     """The tokenizer as recorded, a pretrained one by its contents; None if that does not exist."""
     if config.tokenizer in TOKENIZERS:
         return config.tokenizer
-    if not files.exists(files.expanded(config.tokenizer)):
+    if not files.exists(tokenizer_directory(config.tokenizer)):
         return None
     return f"pretrained {pretrained_tokenizer(config).fingerprint[:16]}"

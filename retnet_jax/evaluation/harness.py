@@ -25,7 +25,7 @@ from retnet_jax.evaluation.prefix_trie import PrefixTrie, Request
 from retnet_jax.evaluation.scoring import score_trie
 from retnet_jax.evaluation.statistics import sums
 from retnet_jax.evaluation.task_requests import encode_pairs
-from retnet_jax.files.paths import place
+from retnet_jax.files.hub import model_directory
 from retnet_jax.generation.sampling import Sampler
 from retnet_jax.generation.texts import Writer
 from retnet_jax.model import for_decoding
@@ -41,7 +41,7 @@ class RetNetLM(TemplateLM):
     """Any trained model that `load_pretrained` reads, as a model of the harness.
 
     Args:
-      pretrained: Directory of a training run or a checkpoint.
+      pretrained: Directory of a training run or a checkpoint, or name on the Hugging Face hub.
       batch_size: Rows in a batch; "auto": 32.
       max_length: Largest number of tokens read for a log-likelihood (longer requests lose their
         beginning), and the window length of `loglikelihood_rolling`. None: nothing is cut, and
@@ -51,6 +51,7 @@ class RetNetLM(TemplateLM):
       max_gen_toks: Number of tokens to generate if a task does not give one.
       seed: Seed of the sampling in generation.
       add_bos_token: Whether BOS begins every text. It always does here, so False is refused.
+      revision: Branch, tag or commit of a model on the hub; None: the newest commit.
       device: Ignored, accepted because the harness passes it; jax chooses the device.
       max_batch_size: Ignored, accepted because the harness passes it.
       trust_remote_code: Ignored, accepted because the harness passes it.
@@ -67,13 +68,14 @@ class RetNetLM(TemplateLM):
         dtype: str | None = None,
         max_gen_toks: int | str = 256,
         seed: int | str = 0,
+        revision: str | None = None,
         device: str | None = None,
         max_batch_size: int | None = None,
         trust_remote_code: bool | None = None,
         add_bos_token: bool | None = None,
     ):
         super().__init__()
-        directory = place(pretrained)
+        directory = model_directory(pretrained, revision)
         _, self.tokenizer = read_pretrained(directory)
         if str(add_bos_token).lower() == "false":
             raise ConfigError(

@@ -20,6 +20,7 @@ from retnet_jax.evaluation.results import Differences, Results, TokensRead
 from retnet_jax.evaluation.statistics import Difference
 from retnet_jax.evaluation.tables import Table
 from retnet_jax.evaluation.task_requests import TaskResult
+from retnet_jax.files.hub import cached_name
 from retnet_jax.files.paths import is_remote
 from retnet_jax.provenance import versions
 
@@ -77,14 +78,17 @@ def model_record(
     """The record of one model and its results.
 
     Args:
-      checkpoint: Directory of the model; None for a model in memory.
+      checkpoint: Directory of the model; None for a model in memory. One in the cache of the
+        Hugging Face hub is recorded as hf://OWNER/NAME@COMMIT.
       sha256: SHA-256 of the checkpoint's files.
       step: Step of a training run's checkpoint.
       config: Config of the model.
       tokenizer: Tokenizer of the model.
       results: Results of the model.
     """
-    place = checkpoint if checkpoint is None or is_remote(checkpoint) else checkpoint.absolute()
+    place = checkpoint
+    if checkpoint is not None and not is_remote(checkpoint):
+        place = cached_name(checkpoint) or checkpoint.absolute()
     return {
         "checkpoint": None if place is None else str(place),
         "checkpoint_sha256": sha256,

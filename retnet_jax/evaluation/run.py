@@ -27,7 +27,7 @@ from retnet_jax.evaluation.plan import Plan, make_plan
 from retnet_jax.evaluation.record import evaluation_record, model_record
 from retnet_jax.evaluation.results import Results, differences
 from retnet_jax.evaluation.tables import Table, result_tables
-from retnet_jax.files.paths import place
+from retnet_jax.files.hub import cached_name, model_directory
 from retnet_jax.model import LanguageModel
 from retnet_jax.parallel import processes
 from retnet_jax.parallel.mesh import make_mesh
@@ -54,7 +54,8 @@ def evaluate(
 
     Args:
       model_or_directory: Model, evaluated on the devices of its parameters; or directory of a
-        training run or a checkpoint, loaded onto a number of devices that divides `batch_size`.
+        training run or a checkpoint, or name on the Hugging Face hub, loaded onto a number of
+        devices that divides `batch_size`.
       texts: Glob of text files, as --data of eval.py, or a list of documents; None: the held-out
         documents of the run.
       tokenizer: Tokenizer of a model; not for a directory, which has its own.
@@ -122,7 +123,7 @@ def subject(source: LanguageModel | str | Path, tokenizer: Tokenizer | None = No
     if not isinstance(source, LanguageModel):
         if tokenizer is not None:
             raise ConfigError(f"{source} has its own tokenizer: leave out `tokenizer`")
-        directory = place(source)
+        directory = model_directory(source)
         return Subject(directory, *read_pretrained(directory))
     if tokenizer is None:
         raise ConfigError("a model in memory needs its tokenizer: give `tokenizer`")
@@ -210,8 +211,9 @@ def _evaluate_one(
         model, step = load_checkpoint(directory, mesh, **({"dtype": dtype} if dtype else {}))
     first = processes.is_first()
     if first:
+        place = (cached_name(directory) or directory) if directory else "in memory"
         say(
-            f"{directory or 'in memory'}{'' if step is None else f', step {step}'}: "
+            f"{place}{'' if step is None else f', step {step}'}: "
             f"{type(model).__name__} of {model.config.parameter_count():,} parameters, "
             f"{model.config.dtype}\n{text.description if text else f'tasks of {plan.task_data}'}"
         )
@@ -263,10 +265,18 @@ def evaluation_mesh(batch_size: int, fsdp: bool) -> Mesh:
 
 
 def _names(subjects: Sequence[Subject]) -> list[str]:
-    """A short name for each model, or the whole path if short names are not unique."""
+    """A short name for each model, or the whole path if short names are not unique.
+
+    A model on the Hugging Face hub has its name there, and the commit instead of the path.
+    """
     directories = [x.source for x in subjects if not isinstance(x.source, LanguageModel)]
     if len(directories) < len(subjects):
         return [f"model {number}" for number in range(1, len(subjects) + 1)]
-    names = [directory.name for directory in directories]
-    alike = len(set(names)) < len(names) or "" in names
-    return [str(directory) for directory in directories] if alike else names
+    on_hub = [cached_name(directory) for directory in directories]
+    names = [
+        directory.name if name is None else name.repository
+        for directory, name in zip(directories, on_hub, strict=True)
+    ]
+    if len(set(names)) == len(names) and "" not in names:
+        return names
+    return [str(name or path) for name, path in zip(on_hub, directories, strict=True)]

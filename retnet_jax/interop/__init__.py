@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from retnet_jax.config import ModelConfig
 from retnet_jax.data.tokenizers import Tokenizer, has_tokenizer, load_tokenizer
 from retnet_jax.errors import CheckpointError, ConfigError
-from retnet_jax.files.paths import place
+from retnet_jax.files.hub import model_directory
 from retnet_jax.interop import fla, syncdoth, torchscale
 from retnet_jax.interop.own import RunSource, config_of, own_layout
 from retnet_jax.interop.parameter_source import (
@@ -75,7 +75,8 @@ def load(directory: str | AnyPath, mesh: Mesh | None = None, **changes: Any) -> 
     """Loads the model in a directory, in any layout.
 
     Args:
-      directory: Checkpoint of fla, torchscale or syncdoth, or one of this project.
+      directory: Checkpoint of fla, torchscale or syncdoth, or one of this project; or the name of
+        one on the Hugging Face hub, which is downloaded.
       mesh: Devices for the parameters, sharded as in training; None: the first device.
       changes: Fields of `ModelConfig` that change no parameter, such as dtype="bfloat16".
 
@@ -83,7 +84,7 @@ def load(directory: str | AnyPath, mesh: Mesh | None = None, **changes: Any) -> 
       ConfigError: for a config that this project cannot compute, and for invalid changes.
       CheckpointError: for weights that are missing, damaged, or do not fit the config.
     """
-    return load_model(open_source(place(directory)), mesh, **changes)
+    return load_model(open_source(model_directory(directory)), mesh, **changes)
 
 
 def save(model: LanguageModel, directory: str | Path, layout: str, **options: Any) -> None:
@@ -124,7 +125,7 @@ def convert(
       ConfigError: if the layout cannot express the model, with the reasons.
       CheckpointError: as `load` and `save`.
     """
-    directory = place(source)
+    directory = model_directory(source)
     parameters = open_source(directory)
     if fold_head_norm:
         parameters = HeadNormFolded(parameters)
@@ -183,10 +184,7 @@ def check_has_model(directory: AnyPath) -> None:
     if not directory.exists():
         text, hub = str(directory), ""
         if re.fullmatch(r"[\w.-]+/[\w.-]+", text):
-            hub = (
-                "; to download a model from the Hugging Face hub first: "
-                f"hf download {text} --local-dir DIRECTORY"
-            )
+            hub = f"; for the model of this name on the Hugging Face hub, give hf://{text}"
         raise CheckpointError(f"{directory} is no directory{hub}")
     if below := models_below(directory):
         raise CheckpointError(

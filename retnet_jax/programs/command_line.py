@@ -23,6 +23,7 @@ import retnet_jax.configs
 from retnet_jax.config import Config
 from retnet_jax.config_json import config_differences
 from retnet_jax.errors import CheckpointError, ConfigError
+from retnet_jax.files.hub import hub_name
 from retnet_jax.files.paths import place
 from retnet_jax.pretrained import is_run
 from retnet_jax.programs import overrides
@@ -90,7 +91,10 @@ def define_model_directory() -> None:
         "newest run under runs/",
     )
     flags.DEFINE_string(
-        "checkpoint", None, "Directory of any other trained model, of this project or another"
+        "checkpoint",
+        None,
+        "Directory of any other trained model, of this project or another; or its name on the "
+        "Hugging Face hub: OWNER/NAME, or hf://OWNER/NAME@REVISION",
     )
 
 
@@ -104,8 +108,13 @@ def find_model() -> None:
     if given.workdir is None and given.checkpoint is None:
         given.workdir = str(newest_run())
         print(f"{sys.argv[0]}: {given.workdir} is used, the newest run", file=sys.stderr)
-    elif given.workdir is not None and not is_run(place(given.workdir)):
+    elif given.workdir is not None and not _names_run(given.workdir):
         given.workdir, given.checkpoint = None, given.workdir
+
+
+def _names_run(model: str) -> bool:
+    """Whether a model is a training run. One on the Hugging Face hub is not, and not downloaded."""
+    return hub_name(model) is None and is_run(place(model))
 
 
 def define_processes() -> None:
@@ -283,17 +292,22 @@ def _config_file(value: str) -> str:
     `configs.shared`) and from the working directory, so these are added to sys.path.
 
     Raises:
-      ConfigError: for a name that is not a config of the package.
+      ConfigError: for a name that is not a config of the package, and a file that does not exist.
     """
     name, colon, argument = value.partition(":")
-    if not name or name.endswith(".py") or os.sep in name:
+    configs = _packaged_configs()
+    if name.endswith(".py") or os.sep in name:
+        if not Path(name).is_file():
+            raise ConfigError(
+                f"--config={value}: there is no file {name} (from {os.getcwd()}); give one, or one "
+                "of " + ", ".join(configs)
+            )
         beside = Path(name).absolute().parent
         sys.path += [os.getcwd(), str(beside), str(beside.parent)]
         return value
-    configs = _packaged_configs()
     if name not in configs:
         raise ConfigError(
-            f"--config={name}: no such config; give a file, such as my_config.py, or one of "
+            f"--config={value}: no such config; give a file, such as my_config.py, or one of "
             + ", ".join(configs)
         )
     return f"{configs[name]}{colon}{argument}"

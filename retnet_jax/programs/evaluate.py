@@ -84,7 +84,7 @@ def define_flags() -> None:
 def _define_models() -> None:
     command_line.group("Models")
     command_line.define_model_directory()
-    flags.DEFINE_string("against", None, "Directory of a second model to compare with")
+    flags.DEFINE_string("against", None, "Directory or hub name of a second model to compare with")
     command_line.define_dtype()
 
 

@@ -6,8 +6,8 @@
     python generate.py MODEL --prompt_file=book --max_tokens=0 --save_state=book.state
     python generate.py MODEL --load_state=book.state --prompt="Who ..." --prompt="Why ..."
 
-RUN is the directory of a training run, MODEL of any trained model; without it the newest run under
-runs/ is used.
+RUN is the directory of a training run. MODEL is the directory of any trained model, or its name on
+the Hugging Face hub. Without either, the newest run under runs/ is used.
 
 The continuation of a single prompt is printed while it is generated; those of several prompts are
 printed at the end. A text ends where the model ends the document, before a --stop string, or after
@@ -24,7 +24,8 @@ from typing import Any
 from absl import flags
 
 from retnet_jax.errors import ConfigError
-from retnet_jax.files.paths import local, place
+from retnet_jax.files.hub import model_directory
+from retnet_jax.files.paths import local
 from retnet_jax.generation.requests import (
     Request,
     read_prompt,
@@ -139,7 +140,7 @@ def generate(args) -> None:
             raise ConfigError(f"--{name}={path} exists already: name another file, or delete it")
     if args.save_state is not None and len(prompts) > 1:
         raise ConfigError(f"--save_state takes a single prompt; there are {len(prompts)}")
-    directory = place(args.workdir or args.checkpoint)
+    directory = model_directory(args.workdir or args.checkpoint)
     _, tokenizer = read_pretrained(directory)
     with showing("loading the model"):
         model = load_pretrained(directory, **command_line.given_dtype())

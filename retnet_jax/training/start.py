@@ -11,7 +11,6 @@ from etils import epath
 
 from retnet_jax.config import Config
 from retnet_jax.errors import CheckpointError, DamagedCheckpointError
-from retnet_jax.files.paths import place
 from retnet_jax.pretrained import load_checkpoint, run_options
 from retnet_jax.runs import checkpoint_files
 from retnet_jax.runs.checkpoint import Checkpoints
@@ -65,7 +64,7 @@ def start_or_restore(
         raise CheckpointError("\n".join([*problems, "there is no other checkpoint"]))
     progress = RunProgress(run_began=time.time())
     if config.init_from:
-        model, _ = load_checkpoint(place(config.init_from), mesh, **run_options(config.model))
+        model, _ = load_checkpoint(config.init_from, mesh, **run_options(config.model))
         begin = jax.jit(partial(state_of, config), out_shardings=shardings, donate_argnums=0)
         return begin(model), progress, []
     return jax.jit(partial(initial_state, config), out_shardings=shardings)(), progress, []

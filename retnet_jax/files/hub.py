@@ -1,0 +1,194 @@
+"""Models on the Hugging Face hub, which are downloaded where a model's directory is expected.
+
+    model_directory("runs/mine")                 a path: nothing is downloaded
+    model_directory("fla-hub/retnet-1.3B-100B")  a name on the hub
+    model_directory("hf://OWNER/NAME@REVISION")  a branch, a tag or a commit
+
+OWNER/NAME is a path if OWNER is a directory; hf:// always means the hub. The files are downloaded
+by `huggingface_hub` into its own cache. It also resumes and retries, shows the progress, and reads
+HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from etils import epath
+
+from retnet_jax.errors import CheckpointError, ConfigError, brief
+from retnet_jax.files.paths import AnyPath, expanded, place
+
+# Only files in the top directory of a repository are downloaded.
+CONFIG_AND_TOKENIZER = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.bpe", "*.spm", "*.jinja")
+SAFETENSORS = "*.safetensors"
+TORCH = "pytorch_model.bin"  # only if there are no safetensors files
+
+_PREFIX = "hf://"
+_REPOSITORY = r"(?!.*(?:--|\.\.))\w(?:[\w-]*\w)?/\w(?:[\w.-]*\w)?"  # as the hub allows
+
+
+class HubName(NamedTuple):
+    """The name of a model on the hub.
+
+    Attributes:
+      repository: OWNER/NAME.
+      revision: Branch, tag or commit; None: the newest commit.
+    """
+
+    repository: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return _PREFIX + "@".join(filter(None, self))
+
+
+def model_directory(model: AnyPath, revision: str | None = None) -> epath.Path:
+    """The directory of a model, whose files are downloaded first if `model` is a name on the hub.
+
+    Args:
+      model: Path or URL of a directory, or a name on the hub.
+      revision: Branch, tag or commit on the hub; None: the one in the name, or the newest commit.
+
+    Raises:
+      ConfigError: for a name or a revision that does not exist or needs a login, for a path with a
+        revision, and if huggingface_hub is not installed.
+      CheckpointError: if the hub cannot be reached, or the repository has no weights to read.
+    """
+    name = hub_name(model)
+    if revision is not None and name is None:
+        raise ConfigError(
+            f"revision={revision!r} needs a name on the Hugging Face hub, but {model} is a path: "
+            "leave the revision out"
+        )
+    if revision is not None and name is not None:
+        if name.revision not in (None, revision):
+            raise ConfigError(f"{model} and revision={revision!r}: give only one of the revisions")
+        name = name._replace(revision=revision)
+    return place(model) if name is None else place(_with_weights(name))
+
+
+def tokenizer_directory(tokenizer: str) -> str:
+    """As `model_directory`, for the directory of a tokenizer; weights are not downloaded."""
+    name = hub_name(tokenizer)
+    return expanded(tokenizer) if name is None else str(_downloaded(name, CONFIG_AND_TOKENIZER))
+
+
+def hub_name(model: AnyPath) -> HubName | None:
+    """The name on the hub that a text stands for; None: it is a path. Nothing is requested.
+
+    Raises:
+      ConfigError: if a text begins with hf:// but is not such a name.
+    """
+    if not isinstance(model, str):
+        return None
+    if model.startswith(_PREFIX):
+        found = re.fullmatch(rf"{_PREFIX}({_REPOSITORY})(?:@(.+))?", model, re.ASCII)
+        if found is None:
+            raise ConfigError(f"{model}: expected hf://OWNER/NAME or hf://OWNER/NAME@REVISION")
+        return HubName(*found.groups())
+    is_name = re.fullmatch(_REPOSITORY, model, re.ASCII) is not None
+    return HubName(model) if is_name and not os.path.isdir(model.split("/")[0]) else None
+
+
+def cached_name(directory: AnyPath) -> HubName | None:
+    """The name and the commit of a directory in the cache of the hub; None for any other."""
+    found = re.search(r"/models--([^/]+?)--([^/]+)/snapshots/(\w+)/*$", str(directory))
+    return None if found is None else HubName(f"{found[1]}/{found[2]}", found[3])
+
+
+def _with_weights(name: HubName) -> Path:
+    """The directory of a model's downloaded files: safetensors if there are any, else PyTorch's."""
+    directory = _downloaded(name, [*CONFIG_AND_TOKENIZER, SAFETENSORS])
+    if any(directory.glob(SAFETENSORS)):
+        return directory
+    same_commit = name._replace(revision=directory.name)
+    directory = _downloaded(same_commit, [*CONFIG_AND_TOKENIZER, TORCH])
+    if (directory / TORCH).is_file():
+        return directory
+    if (directory / f"{TORCH}.index.json").is_file():
+        raise CheckpointError(
+            f"{name} has its weights in several PyTorch files, which cannot be read here: save "
+            "them as safetensors with transformers' save_pretrained, and give that directory"
+        )
+    raise CheckpointError(
+        f"{name} has no weights in its top directory: expected {SAFETENSORS} or {TORCH}; to read "
+        f"other files, download them first: hf download {name.repository} --local-dir DIRECTORY"
+    )
+
+
+def _downloaded(name: HubName, patterns: Sequence[str]) -> Path:
+    """The directory of one commit in the client's cache, with all files that match a pattern."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise ConfigError(
+            f"{name} is downloaded with huggingface_hub: pip install 'retnet-jax[hub]'"
+        ) from error
+    try:
+        directory = snapshot_download(
+            name.repository,
+            revision=name.revision,
+            allow_patterns=list(patterns),
+            ignore_patterns=["*/*"],
+        )
+    except Exception as error:  # of many types, also those of the client's HTTP library
+        raise _explained(error, name) from error
+    return Path(directory)
+
+
+def _explained(error: Exception, name: HubName) -> ConfigError | CheckpointError:
+    """The client's error as one line that says what would help."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # the reason why the cache was tried
+    hub, page = constants.ENDPOINT, f"{constants.ENDPOINT}/{name.repository}"
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
+    log_in = "log in with `hf auth login`, or set HF_TOKEN"
+    exists = os.path.isdir(name.repository)  # a name that begins with hf://
+    path = "" if exists else f"{name.repository} is no directory in {os.getcwd()}, and "
+    if isinstance(error, errors.RevisionNotFoundError):
+        return ConfigError(
+            f"{page} has no revision {name.revision or 'main'}: give a branch, a tag or a commit"
+        )
+    if isinstance(error, errors.GatedRepoError):
+        return ConfigError(
+            f"{page} is only for users who accepted its conditions: accept them there, and {log_in}"
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return ConfigError(
+            f"{path}{page} does not exist, or is private: correct the name; for a private model "
+            f"{log_in}"
+        )
+    if status in (401, 403):
+        return ConfigError(f"{page} cannot be read ({status}): {log_in}")
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return CheckpointError(
+            f"{path}{name} is not (completely) in the cache {constants.HF_HUB_CACHE}: unset "
+            "HF_HUB_OFFLINE to download it"
+        )
+    if status == 429:
+        seconds = response.headers.get("Retry-After") if response is not None else None
+        return CheckpointError(
+            f"{hub} refuses more requests for now (429): try again "
+            f"{f'in {seconds} seconds' if seconds else 'later'}; for more requests {log_in}"
+        )
+    if status is not None:
+        return CheckpointError(
+            f"{page} cannot be downloaded, because the hub answered {status}: try again later "
+            "(complete files are kept)"
+        )
+    if isinstance(error, OSError) and error.errno is not None:
+        return CheckpointError(
+            f"{name} cannot be written to the cache {constants.HF_HUB_CACHE} ({brief(error)}): "
+            "make room there, or set HF_HOME to another directory"
+        )
+    return CheckpointError(
+        f"{path}{page} cannot be downloaded ({type(error).__name__}: {brief(error)}): check the "
+        "connection and HF_ENDPOINT, and try again (complete files are kept)"
+    )

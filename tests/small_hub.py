@@ -1,0 +1,177 @@
+"""A small Hugging Face hub on the loopback address, for the real client `huggingface_hub`.
+
+It answers what the client asks for a download: the commit of a revision, the list of files, and
+the files themselves, whole or by byte ranges. As on the hub, a large file is a redirect to another
+host, which gets no token.
+"""
+
+import contextlib
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import NamedTuple
+from urllib.parse import unquote
+
+LARGE = 100_000  # bytes from which a file is a redirect
+
+
+class Refusal(NamedTuple):
+    """What the next request that contains `text` gets; without a status, half of the file."""
+
+    text: str
+    status: int | None
+    headers: dict[str, str]
+
+
+class SmallHub:
+    """The hub and what it was asked for.
+
+    Attributes:
+      url: Value for HF_ENDPOINT.
+      repositories: The files by repository and revision: {"owner/name": {"main": {file: bytes}}}.
+      asked: The requests, such as "GET /owner/name/resolve/COMMIT/config.json".
+      refusals: What the next requests get instead of an answer.
+      token: The token that every request needs; None: none.
+    """
+
+    def __init__(self, url):
+        self.url = url
+        self.repositories = {}
+        self.asked = []
+        self.refusals = []
+        self.token = None
+        self._lock = threading.Lock()  # the client asks for several files at once
+
+    def refuse(self, text, status, **headers):
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.refusals.append(Refusal(text, status, named))
+
+    def break_connection(self, text, times=1):
+        self.refusals += [Refusal(text, None, {})] * times
+
+    def take_refusal(self, request):
+        with self._lock:
+            for refusal in self.refusals:
+                if refusal.text in request:
+                    self.refusals.remove(refusal)
+                    return refusal
+        return None
+
+    def downloads(self):
+        """The names of the files whose contents were asked for."""
+        files = ("/resolve/", "/large/")
+        gets = [x for x in self.asked if x.startswith("GET") and any(part in x for part in files)]
+        return [line.rpartition("/")[2] for line in gets]
+
+
+def commit_of(files):
+    """The commit of a revision depends on its files."""
+    digest = hashlib.sha1()
+    for name, contents in sorted(files.items()):
+        digest.update(name.encode() + contents)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def running_hub():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    server.daemon_threads = True
+    server.hub = SmallHub(f"http://127.0.0.1:{server.server_port}")
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield server.hub
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        hub = self.server.hub
+        path = unquote(self.path.partition("?")[0])
+        request = f"{self.command} {path}"
+        hub.asked.append(request)
+        refusal = hub.take_refusal(request)
+        if refusal is not None and refusal.status is not None:
+            return self._answer(refusal.status, b"{}", **refusal.headers)
+        breaks = refusal is not None
+        authorization = self.headers.get("Authorization")
+        if path.startswith("/large/"):
+            if authorization:  # the token is only for the hub
+                return self._answer(400, b"{}")
+            owner, name, commit, file = path.removeprefix("/large/").split("/", 3)
+            return self._send(self._files(f"{owner}/{name}", commit)[file], breaks)
+        if hub.token and authorization != f"Bearer {hub.token}":
+            return self._answer(401, b"{}", **{"X-Error-Code": "GatedRepo"})
+        if path.startswith("/api/models/"):
+            owner, name, *rest = path.removeprefix("/api/models/").split("/")
+            return self._describe(f"{owner}/{name}", rest)
+        owner, name, _, revision, file = path.removeprefix("/").split("/", 4)
+        return self._resolve(f"{owner}/{name}", revision, file, breaks)
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def _files(self, repository, revision):
+        """The files of a revision, named by a branch or a commit; None if there is none."""
+        revisions = self.server.hub.repositories[repository]
+        commits = {commit_of(files): files for files in revisions.values()}
+        return revisions.get(revision, commits.get(revision))
+
+    def _describe(self, repository, rest):
+        """The commit of a revision, or its list of files."""
+        if repository not in self.server.hub.repositories:
+            return self._answer(401, b"{}", **{"X-Error-Code": "RepoNotFound"})
+        files = self._files(repository, rest[1] if rest else "main")
+        if files is None:
+            return self._answer(404, b"{}", **{"X-Error-Code": "RevisionNotFound"})
+        if rest and rest[0] == "tree":
+            tree = [
+                {"type": "file", "path": name, "size": len(x), "oid": hashlib.sha1(x).hexdigest()}
+                for name, x in files.items()
+            ]
+            return self._answer(200, json.dumps(tree).encode())
+        about = {"id": repository, "sha": commit_of(files), "siblings": []}
+        return self._answer(200, json.dumps(about).encode())
+
+    def _resolve(self, repository, revision, file, breaks):
+        files = self._files(repository, revision)
+        contents, commit = files[file], commit_of(files)
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(contents).hexdigest()}"'}
+        if len(contents) < LARGE:
+            return self._send(contents, breaks, **headers)
+        headers |= {"X-Linked-Size": str(len(contents)), "X-Linked-Etag": headers["ETag"]}
+        port = self.server.server_port
+        location = f"http://localhost:{port}/large/{repository}/{commit}/{file}"
+        return self._answer(302, b"", Location=location, **headers)
+
+    def _send(self, contents, breaks, **headers):
+        """A file, or the range that is asked for; if it breaks, the first half of it."""
+        status, asked = 200, self.headers.get("Range")
+        if asked:
+            begin = int(asked.removeprefix("bytes=").removesuffix("-"))
+            status, end = 206, len(contents)
+            headers["Content-Range"] = f"bytes {begin}-{end - 1}/{end}"
+            contents = contents[begin:]
+            self.server.hub.asked.append(f"RANGE {begin} {self.path}")
+        self._answer(status, contents, len(contents) // 2 if breaks else None, **headers)
+
+    def _answer(self, status, contents, most=None, **headers):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(contents)))
+        self.send_header("Content-Type", "application/json")
+        if most is not None:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(contents[:most])
+
+    def log_message(self, *_):
+        """Nothing is logged."""

@@ -1,0 +1,321 @@
+"""Names on the Hugging Face hub: the real client against a small hub on the loopback address."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import programs
+import pytest
+from foreign_checkpoints import FIXTURES, leaves
+from pretrained_tokenizers import llama
+from safetensors.numpy import load, save
+from small_hub import commit_of, running_hub
+
+from retnet_jax import interop, load_pretrained
+from retnet_jax.config import Config, DataConfig
+from retnet_jax.data import load_tokenizer
+from retnet_jax.data.store_options import pretrained_tokenizer, stored_options
+from retnet_jax.errors import CheckpointError, ConfigError
+from retnet_jax.evaluation.record import model_record
+from retnet_jax.evaluation.results import Results
+from retnet_jax.evaluation.run import _names, subject
+from retnet_jax.files.hub import HubName, cached_name, hub_name, model_directory
+from retnet_jax.pretrained import read_pretrained, with_initial_model
+
+huggingface_hub = pytest.importorskip("huggingface_hub", reason="pip install -e '.[hub]'")
+constants = pytest.importorskip("huggingface_hub.constants")
+
+ROOT = Path(__file__).parent.parent
+MODEL = "some-owner/retnet-1.3B"
+WEIGHTS = (FIXTURES / "fla/default/model.safetensors").read_bytes()
+CONFIG = (FIXTURES / "fla/default/config.json").read_bytes()
+
+
+def files(**others):
+    """The files of a model, and others that are never downloaded."""
+    return {
+        "config.json": CONFIG,
+        "model.safetensors": WEIGHTS,
+        "README.md": b"A model.",
+        "pytorch_model.bin": b"not needed",
+        "onnx/model.safetensors": b"in a subdirectory",
+        **others,
+    }
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub with one model, used by this process, in an empty working directory."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr(programs, "DIRECTORY", tmp_path / "work")
+    with running_hub() as hub:
+        # What HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE set when the client is imported.
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        hub.repositories[MODEL] = {"main": files()}
+        yield hub
+        huggingface_hub.close_session()
+
+
+def refusal(kind, model=MODEL, **options):
+    """The message of the error for a model."""
+    with pytest.raises(kind) as error:
+        model_directory(model, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_model_on_the_hub_gives_the_logits_of_its_directory(hub):
+    tokens = jnp.arange(12).reshape(1, 12)
+    logits = jax.jit(lambda model: model(tokens)[0])
+    expected = logits(load_pretrained(FIXTURES / "fla/default"))
+    np.testing.assert_array_equal(logits(load_pretrained(MODEL)), expected)
+    assert sorted(hub.downloads()) == ["config.json", "model.safetensors"]
+
+
+def test_the_second_time_nothing_is_downloaded(hub, monkeypatch):
+    directory = model_directory(MODEL)
+    del hub.asked[:]
+    assert model_directory(MODEL) == directory
+    assert hub.asked == [f"GET /api/models/{MODEL}/revision/main"]  # whether there is a newer one
+    commit = directory.name
+    assert model_directory(f"hf://{MODEL}@{commit}") == directory
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert model_directory(MODEL) == directory
+    assert len(hub.asked) == 1
+    message = refusal(CheckpointError, "some-owner/other")
+    assert "hf://some-owner/other is not (completely) in the cache" in message
+    assert message.endswith(": unset HF_HUB_OFFLINE to download it")
+
+
+def test_the_environment_of_the_client_is_used(hub, tmp_path):
+    """In processes of their own: an endpoint, a token, a cache, and no network."""
+    hub.token = "secret"
+    code = f"from retnet_jax.files.hub import model_directory; print(model_directory('{MODEL}'))"
+    environment = {name: x for name, x in os.environ.items() if not name.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": "secret", "HF_HOME": str(tmp_path / "hf")}
+    environment["PYTHONPATH"] = str(ROOT)
+    found = []
+    for more in ({}, {"HF_HUB_OFFLINE": "1"}):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment | more,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        found.append(done.stdout)
+    assert found[0] == found[1]
+    assert found[0].startswith(str(tmp_path / "hf/hub/models--some-owner--retnet-1.3B/snapshots/"))
+    assert sum(line.startswith("GET /api/models") for line in hub.asked) == 2  # of the first alone
+
+
+def test_a_revision_is_a_branch_or_a_commit(hub):
+    old, new = files(**{"config.json": b"{}"}), files()
+    hub.repositories[MODEL] = {"main": new, "refs/pr/1": old}
+    assert model_directory(MODEL).name == commit_of(new)
+    commit = commit_of(old)
+    assert model_directory(MODEL, revision=commit).name == commit
+    assert model_directory(f"hf://{MODEL}@{commit}").name == commit
+    message = refusal(ConfigError, revision="v2")
+    assert message == f"{hub.url}/{MODEL} has no revision v2: give a branch, a tag or a commit"
+    assert "give only one of the revisions" in refusal(
+        ConfigError, f"hf://{MODEL}@v1", revision="v2"
+    )
+    assert "needs a name on the Hugging Face hub" in refusal(ConfigError, ".", revision="v2")
+
+
+def test_what_is_a_name_and_what_is_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    assert hub_name("owner/name") == HubName("owner/name")
+    assert hub_name("hf://runs/mine@v1") == HubName("runs/mine", "v1")
+    assert str(hub_name("hf://owner/name@refs/pr/1")) == "hf://owner/name@refs/pr/1"
+    for path in ("runs/mine", "name", "./a/b", "../b", "~/b", "/a/b", "a/b/c", "a/b@v1", "a/b/"):
+        assert hub_name(path) is None, path
+    for path in ("gs://bucket/run", "a/..", "a--b/c", "", Path("owner/name")):
+        assert hub_name(path) is None, path
+    for text in ("hf://name", "hf://datasets/a/b", "hf://a/b@"):
+        with pytest.raises(ConfigError, match="expected hf://OWNER/NAME or hf://OWNER/NAME@REV"):
+            hub_name(text)
+
+
+def test_a_local_directory_is_never_requested(hub):
+    Path("some-owner").mkdir()
+    with pytest.raises(ConfigError) as error:
+        load_pretrained(MODEL)
+    assert f"{MODEL} is no directory; for the model of this name" in str(error.value)
+    assert str(error.value).endswith(f"on the Hugging Face hub, give hf://{MODEL}")
+    interop.convert(FIXTURES / "fla/default", MODEL, "own")
+    assert len(leaves(load_pretrained(MODEL))) > 0
+    assert hub.asked == []
+    assert cached_name(model_directory(f"hf://{MODEL}")) is not None
+    assert hub.asked != []
+
+
+def test_a_broken_connection_is_resumed(hub, monkeypatch):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
+    hub.break_connection(f"GET /large/{MODEL}")
+    directory = model_directory(MODEL)
+    assert (directory / "model.safetensors").read_bytes() == WEIGHTS
+    (resumed,) = [line for line in hub.asked if line.startswith("RANGE")]
+    assert 0 < int(resumed.split()[1]) < len(WEIGHTS)
+
+
+def test_the_client_waits_if_the_hub_limits_requests(hub):
+    hub.refuse("GET /large", 429, Retry_After="0")
+    assert (model_directory(MODEL) / "model.safetensors").read_bytes() == WEIGHTS
+    assert hub.downloads().count("config.json") == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "expected"),
+    [
+        (429, {"Retry_After": "70"}, r"refuses more requests for now \(429\): try again in 70 sec"),
+        (503, {}, r"cannot be downloaded, because the hub answered 503: try again later"),
+        (401, {"X_Error_Code": "GatedRepo"}, r"accept them there, and log in with `hf auth login`"),
+        (401, {}, r"cannot be read \(401\): log in with `hf auth login`, or set HF_TOKEN"),
+        (403, {}, r"cannot be read \(403\): log in with `hf auth login`, or set HF_TOKEN"),
+    ],
+    ids=["limited", "down", "gated", "unauthorized", "forbidden"],
+)
+def test_a_refusal_says_what_would_help(hub, status, headers, expected):
+    hub.refuse("GET /api/models", status, **headers)
+    with pytest.raises((ConfigError, CheckpointError), match=expected):
+        model_directory(MODEL)
+    assert model_directory(MODEL).is_dir()
+
+
+def test_a_hub_that_cannot_be_reached(hub, monkeypatch):
+    with running_hub() as gone:
+        url = gone.url
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    message = refusal(CheckpointError)
+    path = f"{MODEL} is no directory in {os.getcwd()}"
+    assert message.startswith(f"{path}, and {url}/{MODEL} cannot be downloaded (ConnectError: ")
+    assert "check the connection and HF_ENDPOINT" in message
+
+
+def test_a_connection_that_breaks_every_time(hub, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # of the client, between its attempts
+    hub.break_connection(f"GET /{MODEL}/resolve", times=6)
+    message = refusal(CheckpointError)
+    assert "cannot be downloaded (RemoteProtocolError: " in message
+    assert message.endswith("and try again (complete files are kept)")
+    assert hub.downloads().count("config.json") == 6
+    directory = model_directory(MODEL)
+    assert (directory / "config.json").read_bytes() == CONFIG
+    assert hub.downloads().count("model.safetensors") == 1
+
+
+def test_a_cache_that_cannot_be_written(hub, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file/hub"))
+    message = refusal(CheckpointError)
+    assert f"cannot be written to the cache {tmp_path}/file/hub (" in message
+    assert "make room there, or set HF_HOME to another directory" in message
+
+
+def test_without_the_client(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    message = refusal(ConfigError)
+    assert message.endswith("is downloaded with huggingface_hub: pip install 'retnet-jax[hub]'")
+
+
+def test_a_repository_without_weights_that_can_be_read(hub):
+    without = {"config.json": CONFIG, "model.gguf": b"x", "pytorch_model-1-of-2.bin": b"x"}
+    hub.repositories[MODEL]["main"] = without
+    assert "has no weights in its top directory: expected *.safetensors or pytorch_model.bin" in (
+        refusal(CheckpointError)
+    )
+    hub.repositories[MODEL]["main"] = without | {"pytorch_model.bin.index.json": b"{}"}
+    assert "several PyTorch files, which cannot be read here" in refusal(CheckpointError)
+    hub.repositories[MODEL]["main"] = without | {"pytorch_model.bin": b"x"}
+    directory = model_directory(MODEL)
+    assert sorted(x.name for x in directory.iterdir()) == ["config.json", "pytorch_model.bin"]
+    assert hub.downloads().count("pytorch_model-1-of-2.bin") == 0
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "eval.py some-owner/retnet --data=*.txt",
+        "generate.py some-owner/retnet text",
+        "tools/convert_checkpoint.py --source=some-owner/retnet --target=new --layout=own",
+        "train.py --config=quickstart --config.init_from=some-owner/retnet --workdir=run",
+        "train.py --config=quickstart --config.data.tokenizer=some-owner/retnet --workdir=run",
+    ],
+    ids=["eval", "generate", "convert", "init_from", "tokenizer"],
+)
+def test_programs_take_names(hub, command):
+    done = programs.run(*command.split())
+    expected = (
+        f"some-owner/retnet is no directory in {os.getcwd()}, and {hub.url}/some-owner/retnet does "
+        "not exist, or is private: correct the name; for a private model log in"
+    )
+    assert expected in done.stderr, done.stderr
+    assert done.returncode == 2
+    assert list(Path().iterdir()) == []
+
+
+@pytest.fixture
+def with_tokenizer(hub, tmp_path):
+    """The model on the hub has a tokenizer, and a vocabulary that fits it."""
+    llama(tmp_path)
+    found = {path.name: path.read_bytes() for path in tmp_path.glob("tokenizer*.json")}
+    found["config.json"] = json.dumps(json.loads(CONFIG) | {"vocab_size": 330}).encode()
+    tensors = load(WEIGHTS)
+    for name in ("lm_head.weight", "model.embeddings.weight"):
+        tensors[name] = np.resize(tensors[name], (330, 32))
+    hub.repositories[MODEL]["main"] = files(**found, **{"model.safetensors": save(tensors)})
+    return load_tokenizer(tmp_path)
+
+
+def test_a_run_records_the_commit_and_is_resumed_from_it(hub, with_tokenizer):
+    commit = commit_of(hub.repositories[MODEL]["main"])
+    begun = with_initial_model(Config(init_from=MODEL))
+    assert begun.init_from == f"hf://{MODEL}@{commit}"
+    assert begun.model.vocab_size == 330
+    tokenizer = pretrained_tokenizer(begun.data)
+    assert tokenizer.fingerprint == with_tokenizer.fingerprint
+
+    hub.repositories[MODEL]["main"] = files()  # a newer commit
+    del hub.asked[:]
+    assert with_initial_model(Config(init_from=MODEL), begun) == begun
+    assert with_initial_model(Config(init_from=begun.init_from), begun) == begun
+    assert hub.asked == []
+    other = with_initial_model(Config(init_from=f"hf://{MODEL}@main"), begun)
+    assert other.init_from == f"hf://{MODEL}@{commit_of(files())}"
+
+
+def test_an_evaluation_records_the_name_and_the_commit(hub, with_tokenizer):
+    commit = commit_of(hub.repositories[MODEL]["main"])
+    config, tokenizer = read_pretrained(MODEL)
+    of = subject(MODEL)
+    assert (of.config, of.tokenizer.fingerprint) == (config, with_tokenizer.fingerprint)
+    record = model_record(of.source, None, None, config.model, tokenizer, Results(None))
+    assert record["checkpoint"] == f"hf://{MODEL}@{commit}"
+    assert _names([of, replace(of, source=of.source.parent)]) == [MODEL, "snapshots"]
+    assert _names([of, of]) == [f"hf://{MODEL}@{commit}"] * 2
+
+
+def test_a_store_of_a_tokenizer_on_the_hub(hub, with_tokenizer):
+    data = DataConfig(source="text", path="*.txt", tokenizer=MODEL)
+    assert pretrained_tokenizer(data).fingerprint == with_tokenizer.fingerprint
+    expected = f"pretrained {with_tokenizer.fingerprint[:16]}"
+    assert stored_options(data, 330)["data.tokenizer"] == expected
+    assert "model.safetensors" not in hub.downloads()
