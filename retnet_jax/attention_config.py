@@ -5,6 +5,7 @@ This module imports no jax and does not postpone annotations, as `config.py`.
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from retnet_jax.config_fields import check_at_least, check_positive, check_values
 from retnet_jax.errors import ConfigError
@@ -132,11 +133,11 @@ def _entry(text: str) -> AttentionLayers:
     layers, _, settings = text.partition(":")
     kinds = {field.name: field.type for field in dataclasses.fields(AttentionLayers)[1:]}
     try:
-        values = {"layers": tuple(int(layer) for layer in layers.split(","))}
+        values: dict[str, Any] = {"layers": tuple(int(layer) for layer in layers.split(","))}
         for setting in settings.split(",") if settings else []:
             name, _, value = setting.partition("=")
             values[name.strip()] = _value(value.strip(), kinds[name.strip()])
-        return AttentionLayers(**values)  # pyright: ignore[reportArgumentType]
+        return AttentionLayers(**values)
     except (KeyError, TypeError, ValueError):
         raise ValueError(
             f"{text!r} is not LAYERS:SETTINGS such as {_EXAMPLE}; the settings are "

@@ -86,7 +86,11 @@ def test_settings_that_do_not_fit(changes, message):
     ("name", "changes", "message"),
     [
         ("hybrid", {"window": 4}, "model.window=4 is for model.mixer='attention'"),
-        ("grouped", {"attention_layers": (WINDOWED,)}, "is for model.mixer='retention', not 'attention'"),
+        (
+            "grouped",
+            {"attention_layers": (WINDOWED,)},
+            "is for model.mixer='retention', not 'attention'",
+        ),
         ("grouped", {"n_kv_heads": 3}, "model.n_kv_heads=3 does not divide model.n_heads=2"),
     ],
 )

@@ -255,6 +255,22 @@ def test_a_windows_memory_is_proportional_to_the_row():
     assert largest(8192) == 2 * largest(4096)
 
 
+def test_states_of_other_models_are_refused(models):
+    states = {name: model.init_state(2, T) for name, model in models.items()}
+    for name, other, message in [
+        ("hybrid", "options", "state is of a model with short_conv=3; this model has .*None"),
+        ("window", "convolved", "state is of a model with short_conv=3; this model has .*None"),
+        ("hybrid", "window", "state is a WindowCache; this model's is a HybridState"),
+        ("grouped", "window", "state is a WindowCache; this model's is a KVCache"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            read(models[name], tokens(), states[other])
+    with pytest.raises(ValueError, match="of the trained model, but this is a model for decoding"):
+        read(for_decoding(models["hybrid"]), tokens(), states["hybrid"])
+    with pytest.raises(ValueError, match="state has 2 rows for a batch of 1"):
+        read(models["hybrid"], tokens()[:1], states["hybrid"])
+
+
 def test_the_state_has_the_same_size_after_any_number_of_tokens(models):
     for name in ("window", "hybrid"):
         model = for_decoding(models[name])

@@ -165,15 +165,16 @@ class HybridMixers:
         if state is None:
             state = HybridMixers.init_state(config, *shape)._replace(layers=None)
         state = state.with_room(shape[1])
-        retention, _ = MultiScaleRetention.prepare(
-            config,
-            None if fresh else RetentionState(layers=None, position=state.position),
-            shape,
-            segment_ids,
-        )
+        kinds = config.layer_kinds[: config.layer_period]
+        before = None
+        if state.layers is not None:  # one layer's state is enough, to be checked
+            each = zip(kinds, _each(state.layers), strict=False)
+            first = tuple(layer for kind, layer in each if kind is None)[:1]
+            before = RetentionState(layers=first or None, position=state.position)
+        retention, _ = MultiScaleRetention.prepare(config, before, shape, segment_ids)
         places = find_places(state.position, shape, segment_ids, fresh)
         slots = None
-        if state.visible is not None:
+        if state.visible is not None and state.length is not None:
             slots = find_slots(state.visible, state.length, places)
         attention = tuple(
             attention_context(
@@ -184,7 +185,6 @@ class HybridMixers:
             )
             for entry in config.attention_layers
         )
-        kinds = config.layer_kinds[: config.layer_period]
         context = HybridContext(kinds, retention, attention, slots, state.layers, places.after)
         return context, state.layers
 

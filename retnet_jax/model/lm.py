@@ -83,6 +83,7 @@ class LanguageModel(nnx.Module):
     stacked_state: ClassVar[bool] = True  # the layers of a state are stacked, not a tuple
     mixer: str
     mixer_type: Any  # a Mixer; of a hybrid `HybridMixers`
+    layers: Any  # a Block, stacked; of a hybrid a list of them
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         """Draws the parameters.
