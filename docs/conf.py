@@ -87,7 +87,7 @@ def link_to_copies(_, page: str, source: list[str]) -> None:
         if not path.startswith("../"):
             return match[0]
         path = path.removeprefix("../")
-        if path in PAGES:
+        if path in PAGES or path.endswith(".ipynb"):
             return f"[{text}](/elsewhere/{path}{anchor})"
         if path.endswith(".py"):
             return f"[{text}](/elsewhere/{path}.md)"
