@@ -90,7 +90,8 @@ json.dump([rolling, generated, said], open({output!r}, "w"))
 """
 
 
-@pytest.mark.parametrize("length", [None, pytest.param(16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("length", [None, 16])
+@pytest.mark.slow
 def test_rolling_likelihoods_and_generation_in_the_harness(runs, tmp_path, length):
     pytest.importorskip("lm_eval", reason="pip install lm-eval==0.4.13")
     from retnet_jax.evaluation.held_out_texts import encoded

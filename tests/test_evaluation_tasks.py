@@ -181,6 +181,7 @@ def runs(tmp_path_factory):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.compiles(70, reason="two models, two tasks, two numbers of shots")
 def test_eval_compares_two_models_in_one_table(runs, tmp_path, capsys):
     output = tmp_path / "result.json"
@@ -279,6 +280,7 @@ def test_a_choice_without_a_token_is_refused():
         task_requests(task, rows, [()] * 8, Deaf(), "lm_eval")
 
 
+@pytest.mark.slow
 def test_the_program_needs_none_of_the_optional_libraries(runs, tmp_path):
     """eval.py in a process in which importing them fails."""
     (tmp_path / "text.txt").write_text("some text of more than a few words\n" * 20)

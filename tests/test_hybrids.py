@@ -417,9 +417,9 @@ def hybrid_run(entry=WINDOWED, n_layers=4, **changes):
 
 
 MESHES = [
-    {"data": 2, "seq": 2, "tensor": 2},
+    pytest.param({"data": 2, "seq": 2, "tensor": 2}, marks=pytest.mark.slow),
     pytest.param({"fsdp": 4, "tensor": 2}, marks=pytest.mark.slow),
-    pytest.param({"seq": 4}, marks=pytest.mark.slow),
+    {"seq": 4},
 ]
 
 

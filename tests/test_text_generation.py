@@ -303,6 +303,7 @@ def test_the_program_saves_and_continues_a_state(workdir, tmp_path):
     assert json.loads(rest.read_text())["tokens"] == once["tokens"][9:]
 
 
+@pytest.mark.slow
 def test_a_prompt_from_a_file_or_standard_input(workdir, tmp_path, monkeypatch):
     book, part = tmp_path / "book", f"--workdir={workdir}"
     text = "a long text, größer\n" * 9_000  # more than an argument may have

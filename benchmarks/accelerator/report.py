@@ -249,7 +249,7 @@ GOALS = (
 
 def goals_table(report: Report) -> str:
     """A line for each goal, in Markdown."""
-    lines = ["| one H200 | must | stretch | measured |", "|---|---|---|---|"]
+    lines = [f"| goals for one H200 | must | stretch | {report.title} |", "|---|---|---|---|"]
     return "\n".join(lines + [goal.row(report) for goal in GOALS])
 
 
