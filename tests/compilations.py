@@ -9,7 +9,7 @@ import jax
 import pytest
 
 MOST = 40  # programs that one test may compile, each in 20 ms to some seconds
-SHOWN = 70
+SHOWN = 15
 
 _seconds = []  # for each program, including those from the cache
 _from_cache = 0

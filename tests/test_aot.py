@@ -159,6 +159,7 @@ def split(config):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.compiles(80, reason="a whole run, saved from eight devices")
 def test_it_compiles_what_train_runs(split, tmp_path, monkeypatch):
     """The step, and the evaluation beside it."""

@@ -145,6 +145,7 @@ def test_every_file_of_a_checkpoint_is_needed(tmp_path, shape, harm):
     assert restore(tmp_path, 2, shape)[1]["step"] == 2
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_is_found(tmp_path, shape):
     """Most flips give other numbers in Orbax, the rest errors of every kind."""
     save(tmp_path, [1, 2])

@@ -164,6 +164,7 @@ def test_rows_of_contiguous_windows_continue():
     assert went_on > 50
 
 
+@pytest.mark.slow
 @POLICIES
 def test_shares_of_a_mixture(policy):
     long = [10_000, 50, 9, 20, 4000]  # a row has the first one for 1,429 steps

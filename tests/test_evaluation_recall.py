@@ -9,6 +9,7 @@ from retnet_jax import RetNet
 from retnet_jax.evaluation.recall_probes import recall
 
 
+@pytest.mark.slow
 def test_recall_of_a_uniform_model_is_chance():
     uniform = nnx.clone(build(RetNet))
     uniform.head = nnx.Param(0 * uniform.head[...])

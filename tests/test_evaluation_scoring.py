@@ -158,7 +158,8 @@ def test_too_long_requests_lose_their_beginning_and_are_counted():
     assert_same(found, by_definition(MODELS[RetNet], cut))
 
 
-@pytest.mark.parametrize("kind", MOST)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [RetNet, Transformer])
 def test_scores_on_a_mesh_are_the_same(kind):
     model, requests = MODELS[kind], requests_of_a_task(np.random.default_rng(5))
     expected = score(model, requests, batch_size=8)

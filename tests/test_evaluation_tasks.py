@@ -143,8 +143,9 @@ def build(kind, seed=0):
     return made()
 
 
-@pytest.mark.parametrize("mode", [pytest.param("per-document", marks=pytest.mark.slow), "fixed"])
-@pytest.mark.parametrize("kind", [RetNet, pytest.param(Transformer, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["per-document", "fixed"])
+@pytest.mark.parametrize("kind", [RetNet, Transformer])
 def test_sharing_prefixes_of_a_task_changes_no_result(kind, mode):
     task, rows, pool = rows_of("hellaswag")
     shots = draw_shots(task, rows, pool, 4, mode)

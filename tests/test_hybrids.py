@@ -66,8 +66,6 @@ CONFIGS = {
     ),
 }
 SLOW = pytest.mark.slow
-# For tests that take long.
-MOST = [pytest.param(name, marks=[] if name == "hybrid" else SLOW) for name in CONFIGS]
 MIXED = ("both", "options", "convolved")
 T = 40
 BYTES = ByteTokenizer()
@@ -179,7 +177,8 @@ def test_a_hybrid_of_four_layers_equals_a_loop_over_tokens():
     )
 
 
-@pytest.mark.parametrize("name", MOST)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
 def test_reading_in_parts_equals_reading_at_once(name, models):
     """Parts longer than the window, and single tokens for longer than two windows."""
     for model in (models[name], for_decoding(models[name])):
@@ -419,7 +418,7 @@ def hybrid_run(entry=WINDOWED, n_layers=4, **changes):
 MESHES = [
     pytest.param({"data": 2, "seq": 2, "tensor": 2}, marks=pytest.mark.slow),
     pytest.param({"fsdp": 4, "tensor": 2}, marks=pytest.mark.slow),
-    {"seq": 4},
+    pytest.param({"seq": 4}, marks=pytest.mark.slow),
 ]
 
 

@@ -301,6 +301,7 @@ def trained_with(**options):
     )
 
 
+@pytest.mark.slow
 def test_micro_batches_carry_the_state_of_their_rows():
     @jax.jit
     def sums(windows):

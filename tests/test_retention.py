@@ -253,6 +253,7 @@ def test_float64_inputs_are_computed_in_float64():
             assert_close(actual, expected, "float64")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_131_072_tokens_lose_no_accuracy_against_float64(rule):
     """Outputs, the final state and all gradients except that of log gamma."""
@@ -270,6 +271,7 @@ def test_131_072_tokens_lose_no_accuracy_against_float64(rule):
     assert_close(actual, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.compiles(90, reason="eager; under one jit XLA folds the documents of 100,000 tokens")
 @pytest.mark.parametrize("rule", RULES)
 def test_recurrent_and_chunkwise_agree_at_length_100_000(rule):
