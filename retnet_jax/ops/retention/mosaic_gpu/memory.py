@@ -66,7 +66,7 @@ def along_columns(x):
     return jax.lax.broadcast_in_dim(x, (TILE, x.shape[0]), [1])
 
 
-def accumulate(products, *sums):
+def accumulate(products, *sums) -> tuple[Any, ...]:
     """Adds matrix products to float32 matrices.
 
     Args:
