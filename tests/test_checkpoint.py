@@ -146,6 +146,7 @@ def test_every_file_of_a_checkpoint_is_needed(tmp_path, shape, harm):
 
 
 @pytest.mark.slow
+@pytest.mark.compiles(60, reason="saves and restores a state by itself")
 def test_every_flipped_bit_is_found(tmp_path, shape):
     """Most flips give other numbers in Orbax, the rest errors of every kind."""
     save(tmp_path, [1, 2])
