@@ -29,6 +29,7 @@ BYTES = ByteTokenizer()
 TEXTS = ["first text", "zweiter, schöner", "a third, which is the longest of the three"]
 
 
+@pytest.mark.slow
 def test_evaluate_returns_the_record_that_the_program_writes(workdir, tmp_path, capsys):
     output = tmp_path / "result.json"
     options = {"parts": ("paper", "recall"), "task_data": str(ROWS), "tasks": ["copa"]}

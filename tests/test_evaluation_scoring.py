@@ -75,7 +75,7 @@ def assert_same(found, expected):
     assert [score.is_greedy for score in found] == [score[1] for score in expected]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MOST)
 def test_scores_equal_those_of_separate_requests_in_the_given_order(kind):
     rng = np.random.default_rng(0)
     model, requests = MODELS[kind], requests_of_a_task(rng)

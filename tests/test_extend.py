@@ -75,6 +75,7 @@ def test_every_example_is_tested():
     assert PAGE.count("```python") == len(EXAMPLES)
 
 
+@pytest.mark.slow
 def test_documents_of_an_own_source_come_back_from_the_store(directory, ran):
     assert list(losses(ran("sums"))) == [1, 2, 3, 4, 5, 6]
     store = open_store("sums")

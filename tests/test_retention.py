@@ -283,6 +283,8 @@ def test_recurrent_and_chunkwise_agree_at_length_100_000(rule):
         assert relative_difference(final_steps[:, head], final[:, head]) <= 1e-4
 
 
+@pytest.mark.slow
+@pytest.mark.compiles(120, reason="eager, as of 100,000 tokens above")
 def test_a_long_memory_decays_by_the_exact_gamma():
     """100,000 steps shrink S by gamma^t, even where float32 cannot represent gamma."""
     (q, k, v), decay, state = inputs(b=1, t=100_000, h=32, k=1, v=1, rule="powers_of_two")
