@@ -170,6 +170,7 @@ def test_scores_on_a_mesh_are_the_same(kind):
     assert_same(found, expected)
 
 
+@pytest.mark.slow
 def test_the_number_of_states_does_not_grow_with_the_requests():
     """Only the states of a few batches are kept, not those of all questions."""
     from retnet_jax.evaluation import scoring

@@ -248,6 +248,7 @@ def test_a_saved_state_is_continued(tmp_path):
         load_reading(path, model, BYTES)
 
 
+@pytest.mark.slow
 def test_scores_of_a_trie_equal_those_of_separate_requests():
     rng = np.random.default_rng(0)
     model, requests = (

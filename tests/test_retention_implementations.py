@@ -122,6 +122,7 @@ def test_split_anywhere_and_carry_the_state_equals_whole(implementation):
     assert_close(found, (whole[0][same], whole[1][same]), "bfloat16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
 def test_131072_tokens_lose_no_accuracy(implementation):
     """Compared with float64 in numpy."""
