@@ -1,10 +1,13 @@
-"""How rows are divided into segments, and T over warpgroups."""
+"""How rows are divided into segments, T over warpgroups, and the work over CTAs."""
 
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from retnet_jax.ops.retention.mosaic_gpu.memory import TILE, TOKENS
+from retnet_jax.shapes import Array
 
 SHARED_MEMORY = 227 * 1024 - 6 * 1024  # bytes of a CTA, less what Mosaic and barriers take
 
@@ -77,3 +80,42 @@ class Segments(NamedTuple):
         if states_only:  # no segment begins with the state of the last one
             return Segments(n - 1, int(reverse), length, n_chunks, reverse)
         return Segments(n, 0, length, n_chunks, reverse)
+
+
+class Work(NamedTuple):
+    """The part of the work that one CTA does."""
+
+    tiling: Tiling
+    cluster: int
+    reverse: bool
+    row: Array
+    head: Array
+    segment: Array
+    columns: Array  # first column that it writes
+    start: Array  # first chunk
+    n_chunks: Array
+
+    @staticmethod
+    def of_this_cta(tiling: Tiling, segments: Segments, cluster: int) -> "Work":
+        row, segment = jnp.divmod(jax.lax.axis_index("segments"), segments.n)
+        start = (segment + segments.first) * segments.length
+        columns = jax.lax.axis_index("columns") * cluster + jax.lax.axis_index("cluster")
+        return Work(
+            tiling=tiling,
+            cluster=cluster,
+            reverse=segments.reverse,
+            row=row,
+            head=jax.lax.axis_index("heads"),
+            segment=segment,
+            columns=columns * tiling.rows,
+            start=start,
+            n_chunks=jnp.minimum(segments.length, segments.n_chunks - start),
+        )
+
+    def chunk(self, i):
+        """The number in its row of the i-th chunk in the order of processing."""
+        return self.start + (self.n_chunks - 1 - i if self.reverse else i)
+
+    def tokens(self, i):
+        """The tokens of the i-th chunk in the order of processing."""
+        return pl.ds(self.chunk(i) * TOKENS, TOKENS)

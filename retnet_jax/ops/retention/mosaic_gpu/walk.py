@@ -31,7 +31,7 @@ from retnet_jax.ops.retention.mosaic_gpu.memory import (
     operands,
     views,
 )
-from retnet_jax.ops.retention.mosaic_gpu.tiling import Segments, Tiling
+from retnet_jax.ops.retention.mosaic_gpu.tiling import Segments, Tiling, Work
 from retnet_jax.shapes import Array, Float
 
 
@@ -103,7 +103,7 @@ def _walk(
     arrays: "_Arrays", shared: "_Shared", tiling: Tiling, segments: Segments, cluster: int
 ) -> None:
     """The kernel: what each warpgroup of a CTA does."""
-    work = _Work.of_this_cta(tiling, segments, cluster)
+    work = Work.of_this_cta(tiling, segments, cluster)
     warpgroup = jax.lax.axis_index("warpgroup")
 
     @pl.when(warpgroup < tiling.warpgroups)
@@ -187,51 +187,12 @@ class _Shared(NamedTuple):
         return {name: each for name, each in found._asdict().items() if each is not None}
 
 
-class _Work(NamedTuple):
-    """The part of the work that one CTA does."""
-
-    tiling: Tiling
-    cluster: int
-    reverse: bool
-    row: Array
-    head: Array
-    segment: Array
-    columns: Array  # first column that it writes
-    start: Array  # first chunk
-    n_chunks: Array
-
-    @staticmethod
-    def of_this_cta(tiling: Tiling, segments: Segments, cluster: int) -> "_Work":
-        row, segment = jnp.divmod(jax.lax.axis_index("segments"), segments.n)
-        start = (segment + segments.first) * segments.length
-        columns = jax.lax.axis_index("columns") * cluster + jax.lax.axis_index("cluster")
-        return _Work(
-            tiling=tiling,
-            cluster=cluster,
-            reverse=segments.reverse,
-            row=row,
-            head=jax.lax.axis_index("heads"),
-            segment=segment,
-            columns=columns * tiling.rows,
-            start=start,
-            n_chunks=jnp.minimum(segments.length, segments.n_chunks - start),
-        )
-
-    def chunk(self, i):
-        """The number in its row of the i-th chunk in the order of processing."""
-        return self.start + (self.n_chunks - 1 - i if self.reverse else i)
-
-    def tokens(self, i):
-        """The tokens of the i-th chunk in the order of processing."""
-        return pl.ds(self.chunk(i) * TOKENS, TOKENS)
-
-
 class _Loading(NamedTuple):
     """The loading warpgroup: loads all tiles of a segment, as far ahead as shared memory allows."""
 
     arrays: _Arrays
     shared: _Shared
-    work: _Work
+    work: Work
 
     def walk(self) -> None:
         n_chunks, tiling = self.work.n_chunks, self.work.tiling
@@ -315,14 +276,14 @@ class _Computing(NamedTuple):
 
     arrays: _Arrays
     shared: _Shared
-    work: _Work
+    work: Work
     warpgroup: Array
     group: Array
     half: Array
     rows: Any  # rows of T and columns of y
 
     @staticmethod
-    def of(arrays: _Arrays, shared: _Shared, work: _Work, warpgroup) -> "_Computing":
+    def of(arrays: _Arrays, shared: _Shared, work: Work, warpgroup) -> "_Computing":
         group, half = jnp.divmod(warpgroup, work.tiling.halves)
         rows = pl.ds(work.columns + group * TILE, TILE)
         return _Computing(arrays, shared, work, warpgroup, group, half, rows)
