@@ -25,6 +25,7 @@ from retnet_jax.model.kv_cache import (
     NewKeysValues,
     WindowCache,
     WindowKeysValues,
+    check_last_inputs,
     write_slots,
     write_window,
 )
@@ -249,7 +250,7 @@ class Attention(Mixer):
         if isinstance(state, KVCache):
             slots = find_slots(state.visible, state.length, places)
         context = attention_context(settings, config, places, slots)
-        _check_last_inputs(settings, state.layers)
+        check_last_inputs(settings.short_conv, state.layers)
         if settings.short_conv is not None and segment_ids is not None:
             context = context._replace(documents=split_documents(segment_ids))
 
@@ -345,19 +346,6 @@ def _write(write: Callable, cache: LayerCache | None, new: NewKeysValues) -> Lay
         return write(cache, new)
     cache = cache.cache if isinstance(cache, ConvolvedCache) else None
     return ConvolvedCache(write(cache, new), *new.last)
-
-
-def _check_last_inputs(settings: AttentionSettings, layers: Any) -> None:
-    """Raises `ValueError` if a state is of a model with other convolutions."""
-    first = layers[0] if type(layers) is tuple else layers
-    if first is None:
-        return
-    found = first.q.shape[-3] + 1 if isinstance(first, ConvolvedCache) else None
-    if found != settings.short_conv:
-        raise ValueError(
-            f"state is of a model with short_conv={found}; this model has "
-            f"short_conv={settings.short_conv}"
-        )
 
 
 def _write_slots(start, cache: KeysValues | None, new: NewKeysValues) -> KeysValues:

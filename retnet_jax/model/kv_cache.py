@@ -124,6 +124,23 @@ def is_stacked(layers: Any) -> bool:
     return type(layers) is not tuple
 
 
+def check_last_inputs(short_conv: int | None, layers: Any) -> None:
+    """Raises `ValueError` if a state lacks the last inputs of convolutions, or has others.
+
+    Args:
+      short_conv: Width of the model's convolutions; None: it has none.
+      layers: States of a model's layers, of one kind; None: nothing was read.
+    """
+    first = layers if is_stacked(layers) else layers[0]
+    if first is None:
+        return
+    found = first.q.shape[-3] + 1 if hasattr(first, "q") else None
+    if found != short_conv:
+        raise ValueError(
+            f"state is of a model with short_conv={found}; this model has short_conv={short_conv}"
+        )
+
+
 def take_rows(layers: Any, rows: Int[Array, " r"]) -> Any:
     """The states of some rows in all layers."""
     if is_stacked(layers):

@@ -8,6 +8,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from retnet_jax.config import ModelConfig
+from retnet_jax.model.kv_cache import check_last_inputs
 from retnet_jax.model.layers import Linear, RMSNorm, ShortConvolution, convolve, split_heads
 from retnet_jax.model.mixer import ConvolvedState, LayerState, Mixer, RetentionState
 from retnet_jax.ops.feature_map import feature_map, prelu, xielu
@@ -204,7 +205,7 @@ class MultiScaleRetention(Mixer):
           ValueError: for a state of a model with other convolutions.
         """
         if state is not None:
-            _check_last_inputs(config, state)
+            check_last_inputs(config.short_conv, state.layers)
         fresh = state is None
         if fresh:
             state = RetentionState(layers=None, position=jnp.zeros(shape[0], jnp.int32))
@@ -252,16 +253,3 @@ class FeatureMap(nnx.Module):
         if self.name == "xielu":
             return xielu(x, self.alpha_p[...], self.alpha_n[...])
         return feature_map(self.name)(x)
-
-
-def _check_last_inputs(config: ModelConfig, state: RetentionState) -> None:
-    """Raises `ValueError` if a state lacks the convolutions' last inputs, or has too many."""
-    layers = state.layers[0] if type(state.layers) is tuple else state.layers
-    if layers is None:
-        return
-    found = layers.q.shape[-3] + 1 if isinstance(layers, ConvolvedState) else None
-    if found != config.short_conv:
-        raise ValueError(
-            f"state is of a model with short_conv={found}; this model has "
-            f"short_conv={config.short_conv}"
-        )
