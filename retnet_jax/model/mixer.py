@@ -14,6 +14,7 @@ from flax import nnx
 
 from retnet_jax.config import ModelConfig
 from retnet_jax.errors import ConfigError
+from retnet_jax.model.kv_cache import put_rows, take_rows
 from retnet_jax.model.layers import Projections
 from retnet_jax.ops.retention import positions
 from retnet_jax.shapes import Array, Float, Int, RetentionMatrix
@@ -52,14 +53,11 @@ class RetentionState(NamedTuple):
 
     def take(self, rows: Int[Array, " r"]) -> "RetentionState":
         """The states of some rows; a row may occur several times."""
-        layers = jax.tree.map(lambda x: x[..., rows, :, :, :], self.layers)
-        return RetentionState(layers, self.position[rows])
+        return RetentionState(take_rows(self.layers, rows), self.position[rows])
 
     def put(self, rows: Int[Array, " r"], state: "RetentionState") -> "RetentionState":
         """This state with the rows `rows` replaced by those of another state."""
-        layers = jax.tree.map(
-            lambda x, new: x.at[..., rows, :, :, :].set(new), self.layers, state.layers
-        )
+        layers = put_rows(self.layers, rows, state.layers)
         return RetentionState(layers, self.position.at[rows].set(state.position))
 
     def with_room(self, tokens: int) -> "RetentionState":
