@@ -1,9 +1,6 @@
 """The chunk_retention of flash-linear-attention (torch and Triton), timed by CUDA events."""
 
-import contextlib
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -26,7 +23,6 @@ def measure(sets: Sequence[tuple], kind: str) -> Measured:
 
     if not torch.cuda.is_available():
         raise NotImplementedError("torch finds no GPU, and fla's kernels need one")
-    _compile_in_parallel()
     shared = [[torch.from_dlpack(x) for x in arguments] for arguments in sets]
 
     def forward(q, k, v, dy):
@@ -64,30 +60,3 @@ def _event_times(torch, function, shared, host_ms: float) -> dict:
         torch.cuda.synchronize()
         samples.append(begin.elapsed_time(end) / calls / len(shared))
     return {"ms": float(np.median(samples)), "samples_ms": samples}
-
-
-def _compile_in_parallel() -> None:
-    """Makes Triton's tuning compile all configurations at once, before it times them in turn.
-
-    fla tunes kernels over up to 48 configurations each; one after the other they take minutes.
-    """
-    from triton.runtime.autotuner import Autotuner
-
-    if getattr(Autotuner, "compiles_in_parallel", False):
-        return
-    bench, compiled = Autotuner._bench, set()
-
-    def compile_first(self, *args, config, **meta):
-        kinds = tuple((getattr(x, "shape", ()), getattr(x, "dtype", None)) for x in args)
-        if (id(self), kinds) not in compiled:
-            compiled.add((id(self), kinds))
-
-            def compile_one(config):
-                with contextlib.suppress(Exception):  # raised again when it is timed
-                    self.fn.run(*args, **(meta | config.all_kwargs() | {"warmup": True}))
-
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                list(pool.map(compile_one, self.configs))
-        return bench(self, *args, config=config, **meta)
-
-    Autotuner._bench, Autotuner.compiles_in_parallel = compile_first, True
