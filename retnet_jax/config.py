@@ -9,6 +9,7 @@ either: ml_collections reads the types of fields from them to parse overrides.
 """
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 
 from retnet_jax.config_fields import (
@@ -122,6 +123,12 @@ class DataConfig:
         "the end of each document; 'auto': 'tail' if there are too few documents for 'document'",
         in_store=True,
     )
+    apart: str = option(
+        "",
+        "Regular expression of names of documents: evaluation reports the held-out ones that it "
+        "matches apart from the others, for example generated files; empty: none",
+        changeable=True,
+    )
     mixture: dict[str, float] = field(
         default_factory=dict,
         metadata={
@@ -171,6 +178,12 @@ class DataConfig:
             check_positive(f"data.mixture[{store!r}]", weight)
         if not self.store:
             raise ConfigError("data.store is empty: give a directory for the token store")
+        try:
+            re.compile(self.apart)
+        except re.error as error:
+            raise ConfigError(
+                f"data.apart={self.apart!r} is no regular expression: {error}"
+            ) from None
         if not 0 < self.held_out < 1:
             raise ConfigError(f"data.held_out={self.held_out} is not between 0 and 1, such as 0.02")
 

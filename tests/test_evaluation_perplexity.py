@@ -2,9 +2,12 @@
 
 import dataclasses
 import gzip
+import hashlib
 import json
 import lzma
 import math
+import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -290,6 +293,7 @@ def test_table_and_json_of_a_run(workdir, tmp_path, capsys):
     for protocol in PROTOCOLS:  # all the same, because no document is longer than the window
         found = record["protocols"][protocol]
         assert found.pop("sources") == {}
+        assert found.pop("apart") is None
         assert found == pytest.approx(expected, rel=1e-5)
         assert f"{found['bits_per_byte']:.4f}" in table
     assert record["compressors"] == compressed_bits_per_byte("".join(texts).encode())
@@ -307,6 +311,46 @@ def test_table_and_json_of_a_run(workdir, tmp_path, capsys):
     with pytest.raises(ConfigError, match=r"result\.json exists already: name another file"):
         run_eval(workdir, output=output)
     assert output.read_text() == before
+
+
+@pytest.fixture
+def with_apart(workdir, tmp_path):
+    """Makes a copy of the run with another `data.apart`."""
+
+    def make(pattern):
+        run = shutil.copytree(workdir, tmp_path / "with_apart", dirs_exist_ok=True)
+        config = json.loads((run / "config.json").read_text())
+        config["data"]["apart"] = pattern
+        (run / "config.json").write_text(json.dumps(config))
+        return run
+
+    return make
+
+
+def test_documents_reported_apart(workdir, with_apart, tmp_path, capsys):
+    names = open_store(workdir.parent / "store").held_out.names
+    apart, *others = names
+    pattern = f"^{re.escape(apart)}$"
+    options = {"protocols": ["stateful"], "compressors": True}
+    run_eval(with_apart(pattern), **options, output=tmp_path / "apart.json")
+    table = capsys.readouterr().out
+    record = json.loads((tmp_path / "apart.json").read_text())
+    for part, documents in ((record["data"]["apart"], [apart]), (record["data"], others)):
+        text = "".join((workdir.parent / name).read_text(encoding="utf-8") for name in documents)
+        assert part["sha256"] == hashlib.sha256(text.encode()).hexdigest()
+    assert f"1 of {len(names)} apart" in table
+    found = record["protocols"]["stateful"]
+    assert (found["apart"]["documents"], found["documents"]) == (1, len(others))
+    assert f"{found['apart']['bits_per_byte']:.4f}" in table
+    sizes = (f"{record[part]['xz -9']:.4f}" for part in ("compressors", "compressors_apart"))
+    assert re.search("xz -9 +{} +{}".format(*sizes), table)
+
+    with pytest.raises(ConfigError, match="matches the names of all held-out documents"):
+        run_eval(with_apart("txt$"))
+    run_eval(with_apart("nothing has this name"), protocols=["stateful"])
+    assert "(data.apart='nothing has this name' matches none)" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"data\.apart='\(' is no regular expression: missing"):
+        DataConfig(apart="(").check()
 
 
 def test_text_files_and_json_lines_give_the_same(workdir, tmp_path, capsys):

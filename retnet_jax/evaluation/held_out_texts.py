@@ -1,6 +1,8 @@
 """The documents that a model is evaluated on: held-out documents of its run, files, or strings."""
 
+import dataclasses
 import hashlib
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ class Text:
       sources: Store of each document, or "".
       description: Description to print.
       origin: Description for the JSON record.
+      apart: Documents that are reported apart from these (`data.apart`); None: there are none.
     """
 
     tokens: list[np.ndarray]
@@ -37,6 +40,7 @@ class Text:
     sources: list[str]
     description: str
     origin: dict[str, Any]
+    apart: "Text | None" = None
 
     @property
     def joined(self) -> bytes:
@@ -46,7 +50,8 @@ class Text:
     @property
     def record(self) -> dict[str, Any]:
         """The origin of the documents, and the SHA-256 that identifies them."""
-        return self.origin | {"sha256": hashlib.sha256(self.joined).hexdigest()}
+        record = self.origin | {"sha256": hashlib.sha256(self.joined).hexdigest()}
+        return record | ({"apart": self.apart.record} if self.apart else {})
 
 
 def encoded(texts: list[str], tokenizer: Tokenizer) -> list[np.ndarray]:
@@ -58,10 +63,11 @@ def held_out_text(config: Config, tokenizer: Tokenizer, workdir: epath.Path) -> 
     """The held-out documents of the stores that a run was trained on.
 
     Raises:
-      ConfigError: if a store is missing, is damaged, or has another tokenizer.
+      ConfigError: if a store is missing, is damaged, or has another tokenizer; if `data.apart`
+        matches all documents.
     """
     directories = list(config.data.mixture) or [config.data.store]
-    tokens, byte_counts, sources, stores = [], [], [], []
+    tokens, byte_counts, sources, names, stores = [], [], [], [], []
     for directory in directories:
         if not files.exists(directory):
             raise ConfigError(
@@ -80,14 +86,47 @@ def held_out_text(config: Config, tokenizer: Tokenizer, workdir: epath.Path) -> 
         tokens += [store.held_out.document(i) for i in range(len(store.held_out))]
         byte_counts.append(store.held_out.byte_counts)
         sources += [directory] * len(store.held_out)
+        names += store.held_out.names
         stores.append({"store": directory, "options": store.manifest["options"]})
-    return Text(
+    text = Text(
         tokens,
         texts=[tokenizer.decode(ids.tolist()) for ids in tokens],
         byte_counts=np.concatenate(byte_counts),
         sources=sources,
         description=f"held-out documents of {', '.join(directories)}",
         origin={"split": "held_out", "stores": stores},
+    )
+    return _divided(text, names, config.data.apart) if config.data.apart else text
+
+
+def _divided(text: Text, names: Sequence[str], pattern: str) -> Text:
+    """The text, with the documents whose name a regular expression matches in its `apart`."""
+    matches = np.array([re.search(pattern, name) is not None for name in names], bool)
+    if matches.all():
+        raise ConfigError(f"data.apart={pattern!r} matches the names of all held-out documents")
+    apart = _part(text, matches, f"documents that data.apart={pattern!r} matches", "apart")
+    others = _part(text, ~matches, text.description, "others")
+    if not matches.any():
+        return dataclasses.replace(
+            others, description=f"{text.description} (data.apart={pattern!r} matches none)"
+        )
+    return dataclasses.replace(
+        others,
+        description=f"{text.description}, {matches.sum():,} of {len(names):,} apart",
+        apart=apart,
+    )
+
+
+def _part(text: Text, which: np.ndarray, description: str, name: str) -> Text:
+    """The documents where `which` [documents] is True."""
+    chosen = np.flatnonzero(which).tolist()
+    return Text(
+        tokens=[text.tokens[i] for i in chosen],
+        texts=[text.texts[i] for i in chosen],
+        byte_counts=text.byte_counts[chosen],
+        sources=[text.sources[i] for i in chosen],
+        description=description,
+        origin=text.origin | {"part": name},
     )
 
 

@@ -63,7 +63,7 @@ def evaluate_model(
     Raises:
       ConfigError: for input that the model cannot process.
     """
-    results = Results(text)
+    results = Results(text, apart=Results(text.apart) if text and text.apart else None)
     perplexity = "perplexity" in plan.parts
     if perplexity and plan.context_lengths:
         check_contexts(results.documents.tokens, plan.context_lengths)
@@ -75,6 +75,9 @@ def evaluate_model(
     ]
     for protocol in plan.protocols if perplexity else ():
         results.nll[protocol] = _nll(model, results.documents.tokens, protocol, plan)
+        if results.apart:
+            tokens = results.apart.documents.tokens
+            results.apart.nll[protocol] = _nll(model, tokens, protocol, plan)
     if perplexity and plan.context_lengths:
         results.last_nll.update(
             last_tokens_nll(

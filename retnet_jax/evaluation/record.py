@@ -33,6 +33,7 @@ def evaluation_record(
     tasks: Sequence[TaskRows],
     plan: Plan,
     compressed: dict[str, float],
+    compressed_apart: dict[str, float],
     mesh: jax.sharding.Mesh,
     fsdp: bool,
 ) -> dict[str, Any]:
@@ -45,6 +46,7 @@ def evaluation_record(
       tasks: Rows of the tasks.
       plan: Options of the evaluation.
       compressed: Bits per byte by compressor.
+      compressed_apart: The same for the documents that are reported apart.
       mesh: Mesh of the first model.
       fsdp: Whether the parameters were sharded over its devices.
     """
@@ -58,6 +60,7 @@ def evaluation_record(
         "plan": dataclasses.asdict(plan),
         "form": "chunkwise",
         "compressors": compressed,
+        "compressors_apart": compressed_apart,
         "device": mesh.devices.flat[0].device_kind,
         "devices": mesh.size,
         "processes": jax.process_count(),
@@ -106,6 +109,7 @@ def results_as_json(results: Results) -> dict[str, Any]:
         record["protocols"] = {
             protocol: _finite(reports[""])
             | {"sources": {name: _finite(x) for name, x in reports.items() if name}}
+            | {"apart": _finite(results.apart.perplexity[protocol][""]) if results.apart else None}
             for protocol, reports in results.perplexity.items()
         }
     if "stateful" in results.nll:

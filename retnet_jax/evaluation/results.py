@@ -55,6 +55,7 @@ class Results:
       tasks: Task results, by name and shots.
       read: Tokens read for each task result.
       recall: Results of each probe and distance.
+      apart: Perplexity of the documents in `text.apart`; None: there are none.
     """
 
     text: Text | None
@@ -63,6 +64,7 @@ class Results:
     tasks: dict[tuple[str, int], TaskResult] = field(default_factory=dict)
     read: dict[tuple[str, int], TokensRead] = field(default_factory=dict)
     recall: list[RecallResult] = field(default_factory=list)
+    apart: "Results | None" = None
 
     @property
     def documents(self) -> Text:

@@ -173,9 +173,10 @@ def evaluate_models(
         found, record = _evaluate_one(each, own, tasks, plan, mesh, dtype, hashed, say)
         results.append(found)
         models.append(record)
-    compressed = {}
+    compressed, compressed_apart = {}, {}
     if compressors and text and processes.is_first():
         compressed = compressed_bits_per_byte(text.joined)
+        compressed_apart = compressed_bits_per_byte(text.apart.joined) if text.apart else {}
     differ = differences(*results) if len(results) == 2 else None
     return Evaluation(
         evaluation_record(
@@ -185,10 +186,11 @@ def evaluate_models(
             tasks=tasks,
             plan=plan,
             compressed=compressed,
+            compressed_apart=compressed_apart,
             mesh=meshes[0],
             fsdp=fsdp,
         ),
-        result_tables(_names(subjects), results, differ, plan, compressed),
+        result_tables(_names(subjects), results, differ, plan, compressed, compressed_apart),
     )
 
 
@@ -242,7 +244,11 @@ def _text_for(tokenizer: Tokenizer, of_text: Tokenizer, text: Text | None) -> Te
     """The same documents, encoded by the tokenizer of this model if it is another one."""
     if text is None or tokenizer.fingerprint == of_text.fingerprint:
         return text
-    return dataclasses.replace(text, tokens=encoded(text.texts, tokenizer))
+    return dataclasses.replace(
+        text,
+        tokens=encoded(text.texts, tokenizer),
+        apart=_text_for(tokenizer, of_text, text.apart),
+    )
 
 
 def _mesh(source: LanguageModel | epath.Path, batch_size: int, fsdp: bool) -> Mesh:

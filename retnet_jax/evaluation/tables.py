@@ -16,6 +16,7 @@ def result_tables(
     differences: Differences | None,
     plan: Plan,
     compressed: dict[str, float],
+    compressed_apart: dict[str, float],
 ) -> list["Table"]:
     """The tables of all results.
 
@@ -25,6 +26,7 @@ def result_tables(
       differences: Differences of two models; None for one model.
       plan: Options of the evaluation.
       compressed: Bits per byte by compressor.
+      compressed_apart: The same for the documents that are reported apart.
     """
     first = results[0]
     found = []
@@ -40,7 +42,7 @@ def result_tables(
     if first.nll and differences is not None:
         found.append(_differences(differences, plan))
     if compressed:
-        found.append(_compressors(compressed))
+        found.append(_compressors(compressed, compressed_apart))
     if first.tasks:
         found.append(_tasks(names, results, differences, plan))
     if first.recall:
@@ -94,9 +96,15 @@ def _perplexity(names: Sequence[str], results: Sequence[Results], plan: Plan) ->
     for protocol in results[0].perplexity:
         for name, found in zip(names, results, strict=True):
             label = plan.label(protocol) + (f", {name}" if len(names) > 1 else "")
-            for source, report in found.perplexity[protocol].items():
+            reports = {
+                f"  {source}" if source else label: report
+                for source, report in found.perplexity[protocol].items()
+            }
+            if found.apart:
+                reports["  apart"] = found.apart.perplexity[protocol][""]
+            for row, report in reports.items():
                 table.add(
-                    f"  {source}" if source else label,
+                    row,
                     f"{report.bits_per_byte:.4f}",
                     plus_minus(report.standard_error),
                     f"{report.mean_bits_per_byte:.4f}",
@@ -119,10 +127,10 @@ def _differences(differences: Differences, plan: Plan) -> Table:
     return table
 
 
-def _compressors(compressed: dict[str, float]) -> Table:
-    table = Table("", ("", "bits/byte"))
+def _compressors(compressed: dict[str, float], apart: dict[str, float]) -> Table:
+    table = Table("", ("", "bits/byte", *(["apart"] if apart else [])))
     for name, bits in compressed.items():
-        table.add(name, f"{bits:.4f}")
+        table.add(name, f"{bits:.4f}", *([f"{apart[name]:.4f}"] if apart else []))
     return table
 
 
