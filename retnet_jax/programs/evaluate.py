@@ -27,6 +27,7 @@ from retnet_jax.evaluation.tasks import TASKS, VARIANTS
 from retnet_jax.files.paths import local
 from retnet_jax.parallel import processes
 from retnet_jax.programs import command_line, compilation_cache
+from retnet_jax.programs.host_memory import keep_freed_memory
 
 
 def main() -> None:
@@ -37,6 +38,7 @@ def main() -> None:
 
 def _main() -> None:
     """Evaluates as the flags say."""
+    keep_freed_memory()
     given = flags.FLAGS
     processes.connect(
         given.coordinator_address, given.num_processes, given.process_id, given.connect_seconds

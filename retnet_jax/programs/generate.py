@@ -37,6 +37,7 @@ from retnet_jax.generation.texts import Writer
 from retnet_jax.model import for_decoding
 from retnet_jax.pretrained import load_pretrained, read_pretrained
 from retnet_jax.programs import command_line, compilation_cache
+from retnet_jax.programs.host_memory import keep_freed_memory
 from retnet_jax.waiting import showing, with_first
 
 
@@ -115,6 +116,7 @@ def _define_sampling() -> None:
 
 def _main() -> int:
     """Generates as the flags say."""
+    keep_freed_memory()
     command_line.find_model()
     compilation_cache.use(flags.FLAGS.compilation_cache)
     try:

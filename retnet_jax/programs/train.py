@@ -27,6 +27,7 @@ from retnet_jax.aot.compile_step import load
 from retnet_jax.config import Config
 from retnet_jax.parallel import processes
 from retnet_jax.programs import command_line, compilation_cache
+from retnet_jax.programs.host_memory import keep_freed_memory
 from retnet_jax.programs.missing_corpus import check_corpus
 from retnet_jax.programs.run_directories import default_workdir
 from retnet_jax.training.loop import train
@@ -57,6 +58,7 @@ def define_flags() -> None:
 
 def _main() -> int:
     """Trains; returns 1 if the run diverged or its last checkpoint could not be written."""
+    keep_freed_memory()
     given = flags.FLAGS
     config = command_line.given_config()
     processes.connect(
