@@ -4,6 +4,7 @@
 # make test-compilers  what the compilers for TPUs and GPUs make of it; downloads 500 MB of them once
 # make test-docs       runs the examples of README.md and docs/
 # make test-notebooks  executes the notebooks
+# make test-experiments  makes the smallest runs of all experiments, in a few minutes
 # make docs            builds the pages, notebooks and reference as a site in docs/_build/html
 # make test-wheel      builds a wheel, and trains, evaluates and samples with nothing but it
 # make test-all        all tests, those that take minutes too, with all of XLA's optimisations
@@ -18,7 +19,7 @@ CONFIG := configs/quickstart.py:$(ARCHITECTURE)
 # Carried through a document of 33,000 tokens, a Transformer's cache takes minutes on a CPU.
 PROTOCOL := $(if $(filter transformer,$(ARCHITECTURE)),window,window,stateful)
 
-.PHONY: quickstart docs test test-docs test-notebooks test-compilers test-wheel test-all lint types clean
+.PHONY: quickstart docs test test-docs test-notebooks test-experiments test-compilers test-wheel test-all lint types clean
 
 quickstart: .venv/run
 	$(BIN)/python train.py --config=$(CONFIG) --workdir=$(WORKDIR)
@@ -37,6 +38,11 @@ test-docs: .venv/dev
 
 test-notebooks: .venv/dev
 	$(BIN)/python tests/run_notebooks.py
+
+test-experiments: .venv/dev
+	rm -f experiments/results/*_small.json
+	$(BIN)/python -m experiments --budget=small
+	$(BIN)/python -m pytest tests/test_experiments.py
 
 # A warning of Sphinx, such as a link that leads nowhere, is an error.
 docs: .venv/dev

@@ -9,6 +9,12 @@ from collections.abc import Set
 
 from retnet_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 
+# Generated files of the standard library: tables of encodings and names, topics of the manual.
+GENERATED = (
+    r"^(encodings/(aliases|cp(?!932|949|950)|hp_roman8|iso8859|koi8|kz1048|mac_|palmos|ptcp154"
+    r"|tis_620)|html/entities|locale\.py|pydoc_data/|_sysconfigdata)"
+)
+
 
 def get_config(architecture: str = "retnet") -> Config:
     """The RetNet, or with "transformer" its twin with the same number of parameters."""

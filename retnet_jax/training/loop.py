@@ -217,6 +217,7 @@ class Run:
         )
         self.metrics: list[dict[str, Any]] = []
         self.skipped_batches: list[int] = []  # batches of the consecutive skipped steps up to now
+        self.skipped_since_record = 0  # number of skipped steps since the last record
 
     def run(
         self, state: TrainState, progress: RunProgress, stop: processes.StopRequest
@@ -341,6 +342,7 @@ class Run:
         skipped = int(values.pop("skipped"))
         self.skipped_batches = [*self.skipped_batches, batch] if skipped else []
         if skipped:
+            self.skipped_since_record += 1
             self.log.say(
                 f"step {step} is skipped: batch {batch} has a loss of {values['loss']:.4g} and a "
                 f"gradient norm of {values['gradient_norm']:.4g}"
@@ -348,6 +350,8 @@ class Run:
         if skipped >= self.config.train.max_skipped:
             raise DivergedError(self._divergence(step))
         if step % self.config.train.log_every == 0 or step == self.config.train.steps:
+            values["skipped_steps"] = self.skipped_since_record
+            self.skipped_since_record = 0
             self.record(self.log.write(step, values | self.clock.lap()))
 
     def _divergence(self, step: int) -> str:

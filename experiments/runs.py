@@ -1,0 +1,164 @@
+"""Makes the runs of an experiment one by one, and keeps the record of each."""
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from benchmarks.measure import provenance
+from retnet_jax.config import Config
+from retnet_jax.config_json import flatten
+from retnet_jax.files import atomic, lock
+from retnet_jax.programs.host_memory import keep_freed_memory
+from retnet_jax.training.loop import TrainResult, train
+
+RESULTS = Path(__file__).parent / "results"
+WORKDIRS = Path("runs/experiments")
+BUDGETS = ("small", "2cores", "gpu")
+
+Records = dict[str, dict[str, Any]]  # by the name of the run
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of an experiment.
+
+    Attributes:
+      name: Unique in the experiment and budget.
+      config: What to train.
+      about: What tells this run apart, for tables; added to the record.
+      measure: Numbers of the trained model, for the record.
+    """
+
+    name: str
+    config: Config
+    about: dict[str, Any]
+    measure: Callable[[TrainResult], dict[str, Any]]
+
+
+def read_records(experiment: str, budget: str) -> Records:
+    """The records of the runs that are done."""
+    path = _path(experiment, budget)
+    if not path.exists():
+        return {}
+    return {record["name"]: record for record in json.loads(path.read_text())}
+
+
+def make_missing(
+    experiment: str,
+    budget: str,
+    runs: Callable[[str, Records], Sequence[Run]],
+    only: str | None = None,
+) -> Records:
+    """Makes the runs that have no record yet; several processes can share the work.
+
+    Args:
+      experiment: Name of the experiment.
+      budget: Name of the budget.
+      runs: Function of budget and records that returns the runs, which may depend on the records.
+        It is called after each run.
+      only: Name of the only run to make; None: all.
+
+    Returns:
+      The records of all runs that are done. A run that another process is making is left to it.
+    """
+    busy: set[str] = set()
+    while True:
+        records = read_records(experiment, budget)
+        missing = [
+            run for run in runs(budget, records) if run.name not in records | dict.fromkeys(busy)
+        ]
+        if only is not None:
+            missing = [run for run in missing if run.name == only]
+        if not missing:
+            return records
+        workdir = WORKDIRS / f"{experiment}_{budget}" / missing[0].name
+        try:
+            _make(experiment, budget, missing[0], workdir)
+        except lock.HeldError:
+            busy.add(missing[0].name)
+
+
+def _make(experiment: str, budget: str, run: Run, workdir: Path) -> None:
+    """Trains and measures one run and adds its record."""
+    claim = workdir.with_name(f"{workdir.name}.claim")
+    claim.mkdir(parents=True, exist_ok=True)
+    with lock.held(claim):
+        if run.name in read_records(experiment, budget):  # made by another process meanwhile
+            return
+        print(f"{experiment}, {budget}: {run.name}", file=sys.stderr)
+        result = train(run.config, workdir)
+        if result.status == "stopped":
+            sys.exit(f"stopped; the same command resumes {run.name}")
+        record = _record(experiment, budget, run, result, workdir)
+        _add(experiment, budget, record)
+        shutil.rmtree(workdir)
+    shutil.rmtree(claim, ignore_errors=True)
+
+
+def _record(
+    experiment: str, budget: str, run: Run, result: TrainResult, workdir: Path
+) -> dict[str, Any]:
+    log = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    steps = [x for x in log if "gradient_norm" in x]
+    config = run.config
+    defaults, values = flatten(Config()), flatten(config)
+    machine = provenance() | {"cores": len(os.sched_getaffinity(0))}
+    return {
+        "name": run.name,
+        **run.about,
+        "command": f"python -m experiments.{experiment} --budget={budget} --only={run.name}",
+        "status": result.status,
+        "parameters": config.model.parameter_count(),
+        "tokens": result.step * config.train.batch_size * config.data.sequence_length,
+        "training_seconds": steps[-1]["training_seconds"],
+        "skipped_steps": sum(x["skipped_steps"] for x in steps),
+        **run.measure(result),
+        "machine": machine,
+        "options": {name: x for name, x in values.items() if x != defaults[name]},
+    }
+
+
+def _add(experiment: str, budget: str, record: dict[str, Any]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    with lock.held(RESULTS, waiting=lambda who: None):
+        records = [*read_records(experiment, budget).values(), record]
+        atomic.write_text(_path(experiment, budget), json.dumps(records, indent=1) + "\n")
+    with contextlib.suppress(FileNotFoundError):
+        (RESULTS / lock.FILE_NAME).unlink()
+
+
+def _path(experiment: str, budget: str) -> Path:
+    return RESULTS / f"{experiment}_{budget}.json"
+
+
+def main(module: ModuleType) -> None:
+    """The command line of an experiment.
+
+    The module has `runs(budget, records)`, the runs of a budget; `BUDGETS`, the names of those it
+    has; and `report(budget, records)`, which draws figures and returns the tables as Markdown.
+    """
+    from absl import app, flags
+
+    name = Path(str(module.__file__)).stem
+    flags.DEFINE_enum("budget", module.BUDGETS[-1], module.BUDGETS, "Which runs to make")
+    flags.DEFINE_string("only", None, "Name of the only run to make")
+    flags.DEFINE_bool("plot_only", False, "Make no runs: only draw figures and tables again")
+
+    def run(_) -> None:
+        keep_freed_memory()
+        given = flags.FLAGS
+        if given.plot_only:
+            records = read_records(name, given.budget)
+        else:
+            records = make_missing(name, given.budget, module.runs, given.only)
+        if records:
+            print(module.report(given.budget, records))
+
+    app.run(run)

@@ -1,0 +1,108 @@
+"""Experiments: runs are made once, recorded as they end, resumed, and shared by processes."""
+
+import math
+
+import pytest
+from flax import nnx
+from training_runs import STEPS, small_config
+
+from experiments import recipe, runs
+from experiments.held_out import (
+    best_bits_per_byte,
+    chosen_documents,
+    document_bits,
+    does_not_match,
+)
+from experiments.runs import Run, make_missing, read_records
+from retnet_jax import RetNet, Transformer
+from retnet_jax.data.stores import open_or_build
+from retnet_jax.errors import ConfigError
+from retnet_jax.evaluation.perplexity import stateful_nll
+from retnet_jax.evaluation.statistics import sums
+from retnet_jax.files import lock
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(runs, "WORKDIRS", tmp_path / "workdirs")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_a_run_is_made_once_and_recorded_when_it_ends(places):
+    config, trained, known = small_config(places), [], []
+
+    def fails(result):
+        trained.append(len(result.metrics))
+        raise RuntimeError("killed while it measured")
+
+    def measure(result):
+        trained.append(len(result.metrics))
+        return {"answer": 42}
+
+    def all_runs(budget, records):
+        known.append(list(records))
+        return [Run("first", config, {"number": 1}, measure)]
+
+    with pytest.raises(RuntimeError):
+        make_missing("some", "small", lambda *_: [Run("first", config, {}, fails)])
+    assert read_records("some", "small") == {}
+    records = make_missing("some", "small", all_runs)
+    assert trained[0] > STEPS  # records of steps and evaluations
+    assert trained[1] == 0  # it was trained already
+    assert known == [[], ["first"]]  # later runs may depend on it
+    record = records["first"]
+    assert (record["number"], record["answer"]) == (1, 42)
+    assert (record["tokens"], record["skipped_steps"]) == (STEPS * 8 * 16, 0)
+    assert (record["status"], record["options"]["model.d_model"]) == ("finished", 16)
+    assert list((places / "workdirs" / "some_small").iterdir()) == []
+    assert make_missing("some", "small", all_runs) == records == read_records("some", "small")
+    assert len(trained) == 2
+
+
+def test_bits_of_chosen_documents(places):
+    config = small_config(places)
+    store = open_or_build(config.data, config.model.vocab_size)
+    chosen = chosen_documents(store, does_not_match("paragraph_0"))
+    assert chosen == []
+    chosen = chosen_documents(store, does_not_match(store.held_out.names[0]))
+    assert chosen == list(range(1, len(store.held_out)))
+    model = RetNet(config.model, rngs=nnx.Rngs(0))
+    found = document_bits(model, store, chosen[:2], window_length=16)
+    expected = stateful_nll(model, [store.held_out.document(i) for i in chosen[:2]], batch_size=2)
+    assert found["stateful"]["bits"] == pytest.approx(sums(expected) / math.log(2), abs=0.01)
+    for record in found.values():
+        total = store.held_out.byte_counts[chosen[:2]].sum()
+        assert record["bits_per_byte"] == pytest.approx(sum(record["bits"]) / total, rel=1e-3)
+    assert list(document_bits(twin(config), store, chosen[:1], window_length=16)) == ["window"]
+
+
+def twin(config):
+    return Transformer(config.model.transformer_twin(), rngs=nnx.Rngs(0))
+
+
+def test_a_run_of_another_process_is_left_to_it(places):
+    run = Run("taken", small_config(places), {}, lambda result: {})
+    claim = places / "workdirs" / "some_small" / "taken.claim"
+    claim.mkdir(parents=True)
+    with lock.held(claim):
+        assert make_missing("some", "small", lambda *_: [run]) == {}
+    assert not (places / "results").exists()
+
+
+def test_configs_of_the_search():
+    """Every run has sizes that fit, and is unlike every other run of its model."""
+    for architecture in recipe.SEARCH:
+        found = [run.config for run in recipe.runs("2cores", {}) if architecture in run.name]
+        assert len({repr(config) for config in found}) == len(found) >= 16
+    with pytest.raises(KeyError, match=r"there is no option model\.heads"):
+        recipe.with_options(recipe.base("retnet"), {"model.heads": 2})
+    with pytest.raises(ConfigError):
+        recipe.with_options(recipe.base("retnet"), {"model.n_heads": 3})
+
+
+def test_the_better_protocol_counts():
+    found = {"window": {"bits_per_byte": 2.0}, "stateful": {"bits_per_byte": 1.5}}
+    assert best_bits_per_byte(found) == 1.5
+    assert list(filter(does_not_match("^b"), ["ab", "ba"])) == ["ab"]
