@@ -26,6 +26,7 @@ DECAYS = ("log_spaced", "powers_of_two")
 FEED_FORWARDS = ("relu", "gelu", "swish", "reglu", "geglu", "swiglu")
 NORMS = ("layer", "rms")
 ROTATIONS = ("rope", "torchscale")
+INITS = ("scaled", "zero_outputs", "torchscale", "deepnet")
 SCORE_CLAMPS = ("absolute", "signed")
 DTYPES = ("float32", "bfloat16", "float64")
 # Functions of `ops/feature_map.py`, by the names of transformers' activations.
@@ -39,6 +40,8 @@ FEATURE_MAPS = (
 MIXER_OPTIONS = {
     "short_conv": ("retention", "attention"),
     "n_kv_heads": ("retention", "attention"),
+    "qk_norm": ("retention", "attention"),
+    "init": ("retention", "attention"),
     "window": ("attention",),
     "feature_map": ("retention",),
     "output_gate": ("retention",),
@@ -118,6 +121,11 @@ class ModelConfig:
         "Heads of keys and values, each shared by n_heads / n_kv_heads heads in a row; None: "
         "n_heads",
     )
+    qk_norm: bool = option(
+        False,
+        "RMS norm of the queries and keys of each head before the rotation, with a learned scale "
+        "for each, shared by the heads; not in the layers of attention_layers",
+    )
     feature_map: str | None = option(
         None,
         "Elementwise function of q and k, such as 'relu' or 'gelu'; 'prelu' and 'xielu' have "
@@ -125,6 +133,12 @@ class ModelConfig:
     )
     output_gate: bool = option(
         True, "Multiply the outputs of retention, after their norm, by swish(x W_gate)"
+    )
+    init: str = option(
+        "scaled",
+        "Initial parameters: 'scaled' (normal, smaller in output projections; with deepnorm as "
+        "its paper scales them); 'zero_outputs', the same with output projections of 0; "
+        "'torchscale' (its gains); 'deepnet' (arXiv 2203.00555, without its residual scale)",
     )
     tie_embeddings: bool = option(False, "Use the embedding matrix as output head too")
     dtype: str = option(
@@ -272,6 +286,7 @@ class ModelConfig:
         check_choice("model.norm", self.norm, NORMS)
         check_choice("model.rotation", self.rotation, ROTATIONS)
         check_choice("model.decay", self.decay, DECAYS)
+        check_choice("model.init", self.init, INITS)
         check_choice("model.dtype", self.dtype, DTYPES)
         if self.ffn_norm is not None:
             check_choice("model.ffn_norm", self.ffn_norm, NORMS)
@@ -341,6 +356,11 @@ class ModelConfig:
         if self.window is not None:
             check_at_least("model.window", self.window, 1)
         check_attention_layers(self.attention_layers, self.d_model, self.n_layers)
+        if self.qk_norm and None not in self.layer_kinds:
+            raise ConfigError(
+                "model.qk_norm=True is for layers with retention, but all layers are in "
+                "model.attention_layers, which have no such norm; set it to False"
+            )
 
     def built_as(self, architecture: str, n_heads: int | None = None) -> "ModelConfig":
         """This config for "retnet", its `transformer_twin` for "transformer"."""
@@ -352,7 +372,7 @@ class ModelConfig:
 
         Attention has 4 d^2 parameters where retention has 2 d^2 + 3 d value_dim. The feed-forward
         layer is wider by the difference: 4 d instead of 2 d at the paper's sizes (section 3.1).
-        Options that attention does not have are left out.
+        Options that attention does not have are left out; `qk_norm` and `init` are kept.
         """
         dropped = {
             name: _DEFAULTS[name]

@@ -138,6 +138,7 @@ def _description(config: ModelConfig) -> str:
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)
         if getattr(config, field.name) != getattr(default, field.name)
+        and field.name != "init"  # the function that a model computes does not depend on it
     }
     # A hybrid's `attention_layers` are dataclasses.
     return json.dumps(values, sort_keys=True, default=dataclasses.asdict)

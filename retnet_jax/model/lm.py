@@ -23,6 +23,7 @@ from retnet_jax.config import ModelConfig
 from retnet_jax.errors import ConfigError
 from retnet_jax.model.attention import Attention
 from retnet_jax.model.hybrid import HybridMixers, HybridState, PeriodStates, layer_mixer
+from retnet_jax.model.initial import redraw, scales, table_deviations
 from retnet_jax.model.kv_cache import KVCache, WindowCache, is_stacked
 from retnet_jax.model.layers import NORMS, FeedForward, normal
 from retnet_jax.model.mixer import Mixer, RetentionState
@@ -40,23 +41,18 @@ class Block(nnx.Module):
     """x + mixer(norm(x)), then x + ffn(norm(x)) (arXiv 2307.08621, Eq. 9).
 
     With `post_norm`: norm(x + mixer(x)), then norm(x + ffn(x)). With `deepnorm` the first x of each
-    sum is multiplied by (2 n)^(1/4), and initial parameters are smaller (arXiv 2203.00555).
+    sum is multiplied by (2 n)^(1/4) (arXiv 2203.00555). `initial.py` has the initial parameters.
     """
 
     def __init__(self, mixer: Callable[..., Mixer], config: ModelConfig, *, rngs: nnx.Rngs):
-        n = config.n_layers
-        if config.deepnorm:
-            scales = {"value_scale": (8 * n) ** -0.25, "out_scale": (8 * n) ** -0.25}
-        else:
-            # Each layer adds twice to the residual stream, which should not grow with the depth.
-            scales = {"value_scale": 1.0, "out_scale": (2 * n) ** -0.5}
         norm = NORMS[config.norm]
         self.mixer_norm = norm(config.d_model, config.norm_epsilon)
-        self.mixer = mixer(config, rngs=rngs, **scales)
+        self.mixer = mixer(config, rngs=rngs, **scales(config))
         self.ffn_norm = norm(config.d_model, config.norm_epsilon)
-        self.ffn = FeedForward(config, rngs=rngs, **scales)
+        self.ffn = FeedForward(config, rngs=rngs, **scales(config))
+        redraw(self.mixer, self.ffn, config, rngs)
         self.post_norm = config.post_norm
-        self.residual_scale = (2 * n) ** 0.25 if config.deepnorm else 1.0
+        self.residual_scale = (2 * config.n_layers) ** 0.25 if config.deepnorm else 1.0
 
     def __call__(self, x: Float[Array, "b t d"], state, context, form: str):
         if self.post_norm:
@@ -104,8 +100,8 @@ class LanguageModel(nnx.Module):
             )
         self.config = config
         table = (config.vocab_size, config.d_model)
-        deviation = config.d_model**-0.5 if config.embedding_scale else 0.02
-        self.embedding = nnx.Param(normal(rngs, table, deviation))
+        of_embedding, of_head = table_deviations(config)
+        self.embedding = nnx.Param(normal(rngs, table, of_embedding))
         if config.embedding_norm:
             self.embedding_norm = NORMS[config.norm](config.d_model, config.norm_epsilon)
         keys = jax.random.split(rngs.params(), config.n_layers)
@@ -120,7 +116,7 @@ class LanguageModel(nnx.Module):
         if not config.post_norm:
             self.final_norm = NORMS[config.norm](config.d_model, config.norm_epsilon)
         if not config.tie_embeddings:
-            self.head = nnx.Param(normal(rngs, table, 0.02))
+            self.head = nnx.Param(normal(rngs, table, of_head))
 
     def __call__(
         self,
