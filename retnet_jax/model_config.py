@@ -22,7 +22,7 @@ from retnet_jax.model_sizes import parameter_count, training_flops_per_token, tw
 
 ARCHITECTURES = ("retnet", "transformer")
 MIXERS = ("retention", "attention")
-DECAYS = ("log_spaced", "powers_of_two")
+DECAYS = ("log_spaced", "powers_of_two", "none")
 FEED_FORWARDS = ("relu", "gelu", "swish", "reglu", "geglu", "swiglu")
 NORMS = ("layer", "rms")
 ROTATIONS = ("rope", "torchscale")
@@ -44,6 +44,7 @@ MIXER_OPTIONS = {
     "init": ("retention", "attention"),
     "window": ("attention",),
     "feature_map": ("retention",),
+    "head_norm": ("retention",),
     "output_gate": ("retention",),
     "attention_layers": ("retention",),
 }
@@ -100,11 +101,13 @@ class ModelConfig:
     norm_epsilon: float = option(1e-6, "Added to the variance or mean square in every norm")
     decay: str = option(
         "log_spaced",
-        "Decay gamma of each head: 'log_spaced' over decay_range, or 'powers_of_two' (Eq. 8 of "
-        "the paper)",
+        "Decay gamma of each head: 'log_spaced' over decay_range; 'powers_of_two' (Eq. 8 of the "
+        "paper); 'none', gamma = 1",
     )
     decay_range: tuple[float, float] = option(
-        (1 / 32, 1 / 512), "With log_spaced: 1 - gamma of the first and of the last head"
+        (1 / 32, 1 / 512),
+        "With log_spaced: 1 - gamma of the first and of the last head; the same number twice: one "
+        "gamma for all heads",
     )
     row_normalizer: bool = option(
         True,
@@ -130,6 +133,10 @@ class ModelConfig:
         None,
         "Elementwise function of q and k, such as 'relu' or 'gelu'; 'prelu' and 'xielu' have "
         "learned parameters; None: there is none",
+    )
+    head_norm: bool = option(
+        True,
+        "Norm of each head's outputs of retention; False: only the row normaliser scales them",
     )
     output_gate: bool = option(
         True, "Multiply the outputs of retention, after their norm, by swish(x W_gate)"
@@ -306,6 +313,11 @@ class ModelConfig:
                 f"model.remat={self.remat!r} is not one of {', '.join(map(repr, REMATS))}, nor a "
                 f"list of some of the activations {','.join(ACTIVATIONS)}, with or without "
                 "'offload:' before it"
+            )
+        if self.head_norm_scale and not self.head_norm:
+            raise ConfigError(
+                "model.head_norm_scale=True needs the norm that model.head_norm=False leaves out; "
+                "set one of them to its default"
             )
         if self.head_norm_scale and self.norm != "rms":
             raise ConfigError(

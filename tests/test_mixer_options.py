@@ -24,7 +24,7 @@ OPTIONS = [
     | {"qk_norm": True},
     {"short_conv": 3, "feature_map": "xielu", "norm": "rms", "head_norm_scale": True},
     {"n_kv_heads": 2, "feature_map": "prelu", "output_gate": False, "mixer_bias": True}
-    | {"qk_norm": True},
+    | {"qk_norm": True, "head_norm": False, "decay": "none"},
 ]
 ROWS, PIECE = 2, 7  # each row is read in two pieces and two single steps
 
@@ -92,6 +92,8 @@ class Reference:
             q, k = self.turned(q), scale * self.turned(k)
         shared = config.n_heads // config.kv_heads
         gammas = 1 - np.geomspace(*config.decay_range, config.n_heads)
+        if config.decay == "none":
+            gammas = np.ones(config.n_heads)
         y = np.empty((config.n_heads, v.shape[-1]))
         for head, gamma in enumerate(gammas):
             written = np.outer(k[head // shared], v[head // shared])
@@ -100,9 +102,10 @@ class Reference:
             if config.row_normalizer:
                 y[head] /= math.sqrt(sum(gamma**n for n in range(self.place + 1)))
         self.place += 1
-        if config.norm == "layer" and not config.head_norm_scale:
+        if config.norm == "layer" and config.head_norm and not config.head_norm_scale:
             y -= y.mean(-1, keepdims=True)
-        y /= np.sqrt((y**2).mean(-1, keepdims=True) + config.norm_epsilon)
+        if config.head_norm:
+            y /= np.sqrt((y**2).mean(-1, keepdims=True) + config.norm_epsilon)
         if config.head_norm_scale:
             y *= self.parameters["head_norm", "scale", "value"]
         y = y.reshape(-1)
@@ -234,12 +237,9 @@ def test_reference_sees_the_options():
     everything = {"short_conv": 4, "n_kv_heads": 2, "feature_map": "gelu", "head_norm_scale": True}
     mixer = mixer_of(everything | {"norm": "rms", "qk_norm": True})
     whole = Reference(mixer).read(x, np.ones(PIECE))
-    for name, other in [
-        ("feature_map", None),
-        ("output_gate", False),
-        ("short_conv", None),
-        ("qk_norm", False),
-    ]:
+    left_out = {"feature_map": None, "output_gate": False, "short_conv": None, "qk_norm": False}
+    left_out |= {"head_norm": False, "decay": "none"}
+    for name, other in left_out.items():
         reference = Reference(mixer)
         reference.config = dataclasses.replace(mixer.config, **{name: other})
         assert np.abs(reference.read(x, np.ones(PIECE)) - whole).max() > 1e-2

@@ -57,6 +57,10 @@ class MultiScaleRetention(Mixer):
     `qk_norm`, which flash-linear-attention does not have, stands between feature map and rotation:
     retention reads normed queries and keys whatever comes before.
 
+    Without the norm of the heads (`head_norm=False`) the row normaliser stays: it depends only on
+    the position. Outputs for independent inputs then have about the same variance at every
+    position, but their scale is that of q, k and v, and gradients reach it.
+
     Sharing g key heads among h heads saves parameters and products of the projections, but no
     memory traffic in retention, whose kernels take h heads: the repeated keys and values, b t h k
     and b t h v numbers, are written once, and read as often as if they were not shared.
@@ -132,6 +136,7 @@ class MultiScaleRetention(Mixer):
         if config.score_clamp is not None:
             y = y * self._score_scale(config.score_clamp, q, k, state, context, form)[..., None]
         kind = "rms" if config.head_norm_scale else config.norm
+        kind = kind if config.head_norm else None
         y = gated_norm(y, gate, context.row_scale, kind, config.norm_epsilon)
         y = y.reshape(*x.shape[:2], -1)
         if config.head_norm_scale:
