@@ -150,8 +150,7 @@ class AttentionContext(NamedTuple):
 class Attention(Mixer):
     """Softmax attention with its projections.
 
-    The order: projections, convolutions of q, k and v with SiLU (`short_conv`), RMS norm of q and k
-    over the width of a head (`qk_norm`), rotation, attention. The cache holds keys after all of it.
+    The order: projections, convolutions with SiLU, norm of q and k (`qk_norm`), rotation, attention.
     """
 
     inputs = ("q", "k", "v")  # the Linears that are applied to the input
