@@ -102,7 +102,7 @@ class ModelConfig:
     decay: str = option(
         "log_spaced",
         "Decay gamma of each head: 'log_spaced' over decay_range; 'powers_of_two' (Eq. 8 of the "
-        "paper); 'none', gamma = 1",
+        "paper); 'none': gamma is 1",
     )
     decay_range: tuple[float, float] = option(
         (1 / 32, 1 / 512),

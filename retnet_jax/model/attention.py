@@ -150,7 +150,7 @@ class AttentionContext(NamedTuple):
 class Attention(Mixer):
     """Softmax attention with its projections.
 
-    The order: projections, convolutions with SiLU, norm of q and k (`qk_norm`), rotation, attention.
+    The order: projections, convolutions, norm of q and k (`qk_norm`), rotation, attention.
     """
 
     inputs = ("q", "k", "v")  # the Linears that are applied to the input
