@@ -58,8 +58,8 @@ class MultiScaleRetention(Mixer):
     retention reads normed queries and keys whatever comes before.
 
     Without the norm of the heads (`head_norm=False`) the row normaliser stays: it depends only on
-    the position. Outputs for independent inputs then have about the same variance at every
-    position, but their scale is that of q, k and v, and gradients reach it.
+    the position. Outputs for independent inputs then have the same variance at every position, up
+    to a factor of 2, but their scale is that of q, k and v, and gradients reach it.
 
     Sharing g key heads among h heads saves parameters and products of the projections, but no
     memory traffic in retention, whose kernels take h heads: the repeated keys and values, b t h k
