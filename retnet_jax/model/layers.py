@@ -4,6 +4,7 @@ Parameters are float32; a layer computes in the dtype of its input, norms in flo
 for float64 input, which reference computations use.)
 """
 
+import enum
 from collections.abc import Callable, Sequence
 
 import jax
@@ -13,10 +14,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from retnet_jax.config import ModelConfig
+from retnet_jax.ops.dropout import dropout
 from retnet_jax.ops.linear import matrix_product
 from retnet_jax.ops.retention import SplitDocuments
 from retnet_jax.ops.short_convolution import short_convolution
-from retnet_jax.shapes import Activations, Array, Float
+from retnet_jax.shapes import Activations, Array, Float, RandomKeys
 
 
 class Linear(nnx.Module):
@@ -203,6 +205,14 @@ ACTIVATIONS = {
 }
 
 
+class Place(enum.IntEnum):
+    """Places of dropout in a layer; each has a mask of its own."""
+
+    MIXER = 0
+    INNER = 1
+    FEED_FORWARD = 2
+
+
 class FeedForward(Projections):
     """act(x W1) W2, or with a gate (act(x W1) * x W3) W2 (arXiv 2002.05202)."""
 
@@ -223,11 +233,12 @@ class FeedForward(Projections):
         """The Linears that are applied to the input."""
         return ("up", "linear") if self.config.ffn_gated else ("up",)
 
-    def __call__(self, x: Activations) -> Activations:
+    def __call__(self, x: Activations, dropout_keys: RandomKeys | None = None) -> Activations:
         up, *linear = self.project(x)  # [b t f] each
         inner = ACTIVATIONS[self.config.ffn](up)
         if linear:
             inner = inner * linear[0]
+        inner = dropout(inner, dropout_keys, Place.INNER, self.config.activation_dropout, "btf")
         if self.config.ffn_norm is not None:
             inner = self.norm(inner)
         return self.down(inner)
