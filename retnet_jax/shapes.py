@@ -33,6 +33,7 @@ __all__ = [
     "Bool",
     "Float",
     "Int",
+    "Key",
     "Keys",
     "LogDecay",
     "Logits",

@@ -4,7 +4,6 @@ Parameters are float32; a layer computes in the dtype of its input, norms in flo
 for float64 input, which reference computations use.)
 """
 
-import enum
 from collections.abc import Callable, Sequence
 
 import jax
@@ -205,14 +204,6 @@ ACTIVATIONS = {
 }
 
 
-class Place(enum.IntEnum):
-    """Places of dropout in a layer; each has a mask of its own."""
-
-    MIXER = 0
-    INNER = 1
-    FEED_FORWARD = 2
-
-
 class FeedForward(Projections):
     """act(x W1) W2, or with a gate (act(x W1) * x W3) W2 (arXiv 2002.05202)."""
 
@@ -238,7 +229,7 @@ class FeedForward(Projections):
         inner = ACTIVATIONS[self.config.ffn](up)
         if linear:
             inner = inner * linear[0]
-        inner = dropout(inner, dropout_keys, Place.INNER, self.config.activation_dropout, "btf")
+        inner = dropout(inner, dropout_keys, self.config.activation_dropout, "btf")
         if self.config.ffn_norm is not None:
             inner = self.norm(inner)
         return self.down(inner)

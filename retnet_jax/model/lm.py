@@ -24,11 +24,11 @@ from retnet_jax.errors import ConfigError
 from retnet_jax.model.attention import Attention
 from retnet_jax.model.hybrid import HybridMixers, HybridState, PeriodStates, layer_mixer
 from retnet_jax.model.kv_cache import KVCache, WindowCache, is_stacked
-from retnet_jax.model.layers import NORMS, FeedForward, Place, normal
+from retnet_jax.model.layers import NORMS, FeedForward, normal
 from retnet_jax.model.mixer import Mixer, RetentionState
 from retnet_jax.model.multi_scale_retention import MultiScaleRetention
 from retnet_jax.model.remat import remat_policy
-from retnet_jax.ops.dropout import dropout, layer_keys
+from retnet_jax.ops.dropout import LayerKeys, dropout, place_keys
 from retnet_jax.ops.embedding import look_up
 from retnet_jax.own_objects import is_own, own_object
 from retnet_jax.parallel.sharding import constrain
@@ -61,17 +61,14 @@ class Block(nnx.Module):
         self.dropout = config.dropout
         self.residual_scale = (2 * n) ** 0.25 if config.deepnorm else 1.0
 
-    def __call__(
-        self, x: Activations, state, context, form: str, dropout_keys: RandomKeys | None = None
-    ):
+    def __call__(self, x: Activations, state, context, form: str, keys: LayerKeys):
         def mixed(y: Activations) -> tuple[Activations, Any]:
             y, after = self.mixer(y, state, context, form)
             y = checkpoint_name(y, "out")
-            return dropout(y, dropout_keys, Place.MIXER, self.dropout, "btd"), after
+            return dropout(y, keys.mixer, self.dropout, "btd"), after
 
         def fed_forward(y: Activations) -> Activations:
-            y = self.ffn(y, dropout_keys)
-            return dropout(y, dropout_keys, Place.FEED_FORWARD, self.dropout, "btd")
+            return dropout(self.ffn(y, keys.inner), keys.ffn, self.dropout, "btd")
 
         if self.post_norm:
             y, state = mixed(x)
@@ -175,22 +172,20 @@ class LanguageModel(nnx.Module):
         if state is not None:
             check_state(self, state, rows)
         context, layers = self.mixer_type.prepare(config, state, (rows, length), segment_ids)
-        x = dropout(self._embed(tokens), dropout_keys, 0, config.dropout, "btd")
-        x, layers = self._run_layers(x, layers, context, form, dropout_keys)
+        embedding_keys, keys = place_keys(dropout_keys, config.n_layers)
+        x = dropout(self._embed(tokens), embedding_keys, config.dropout, "btd")
+        x, layers = self._run_layers(x, layers, context, form, keys)
         if not config.post_norm:
             x = self.final_norm(x)
         return x, context.state(layers)
 
-    def _run_layers(self, x: Activations, states, context, form: str, keys: RandomKeys | None):
-        """The activations after all layers, and the state of each layer after the tokens.
-
-        `keys` are the dropout keys of the rows.
-        """
+    def _run_layers(self, x: Activations, states, context, form: str, keys: LayerKeys):
+        """The activations after all layers, and the state of each layer after the tokens."""
         config = self.config
 
         def layer(x, of_layer):
-            block, layer_state, number = of_layer
-            x, layer_state = block(x, layer_state, context, form, layer_keys(keys, number))
+            block, layer_state, layer_keys = of_layer
+            x, layer_state = block(x, layer_state, context, form, layer_keys)
             return constrain(x, "btd"), layer_state
 
         if config.remat != "none":
@@ -200,17 +195,14 @@ class LanguageModel(nnx.Module):
         # A loop zeroes and fills a stack for each array that the backward pass needs; a few layers
         # are faster unrolled (a 4-layer step on 2 cores: 201 ms instead of 227).
         unroll = config.n_layers if config.n_layers <= 4 else 1
-        numbers = None if keys is None else jnp.arange(config.n_layers)
-        return jax.lax.scan(layer, x, (self.layers, states, numbers), unroll=unroll)
+        return jax.lax.scan(layer, x, (self.layers, states, keys), unroll=unroll)
 
-    def _run_periods(self, x: Activations, states, context, form: str, keys: RandomKeys | None):
+    def _run_periods(self, x: Activations, states, context, form: str, keys: LayerKeys):
         """As `_run_layers`, for a hybrid."""
         config = self.config
 
-        def layer(place, x, block, layer_state, first):
-            number = None if first is None else first + place
-            keys_of_layer = layer_keys(keys, number)
-            x, layer_state = block(x, layer_state, context.of(place), form, keys_of_layer)
+        def layer(place, x, block, layer_state, layer_keys):
+            x, layer_state = block(x, layer_state, context.of(place), form, layer_keys)
             return constrain(x, "btd"), layer_state
 
         if config.remat != "none":
@@ -219,20 +211,18 @@ class LanguageModel(nnx.Module):
             )
 
         def period(x, of_period):
-            blocks, before, first = of_period
+            blocks, before, keys = of_period
             after = []
             for place, block in enumerate(blocks):
                 layer_state = None if before is None else before[place]
-                x, layer_state = layer(place, x, block, layer_state, first)
+                x, layer_state = layer(place, x, block, layer_state, keys.of(place))
                 after.append(layer_state)
             return x, tuple(after)
 
         repeats = config.n_layers // config.layer_period
         blocks, before = tuple(self.layers), None if states is None else states.places
         unroll = repeats if config.n_layers <= 4 else 1
-        # The number of the first layer of each period.
-        firsts = None if keys is None else jnp.arange(0, config.n_layers, config.layer_period)
-        x, after = jax.lax.scan(period, x, (blocks, before, firsts), unroll=unroll)
+        x, after = jax.lax.scan(period, x, (blocks, before, keys.periods(repeats)), unroll=unroll)
         return x, PeriodStates(after)
 
     def _embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
