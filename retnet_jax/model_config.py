@@ -13,6 +13,7 @@ from retnet_jax.config_fields import (
     check_at_least,
     check_choice,
     check_positive,
+    check_rate,
     check_values,
     nearest_multiples,
     option,
@@ -148,6 +149,20 @@ class ModelConfig:
         "'torchscale' (its gains); 'deepnet' (arXiv 2203.00555, without its residual scale)",
     )
     tie_embeddings: bool = option(False, "Use the embedding matrix as output head too")
+    dropout: float = option(
+        0.0,
+        "In training, probability of setting a number to 0 after the embedding and in what each "
+        "mixer and each feed-forward layer adds to the residual stream",
+        changeable=True,
+        computation=True,
+    )
+    activation_dropout: float = option(
+        0.0,
+        "In training, probability of setting a number to 0 inside the feed-forward layer, after "
+        "its activation and gate",
+        changeable=True,
+        computation=True,
+    )
     dtype: str = option(
         "float32",
         "Dtype of activations: 'float32', 'bfloat16' (parameters, decay, state and loss stay "
@@ -254,6 +269,11 @@ class ModelConfig:
         return self.ffn.endswith("glu")
 
     @property
+    def has_dropout(self) -> bool:
+        """Whether a training step drops anything."""
+        return self.dropout > 0 or self.activation_dropout > 0
+
+    @property
     def layer_kinds(self) -> tuple[int | None, ...]:
         """The entry of `attention_layers` that each layer is in; None: it has the model's mixer."""
         return layer_kinds(self.attention_layers, self.n_layers)
@@ -338,6 +358,8 @@ class ModelConfig:
                 f"model.n_kv_heads={self.n_kv_heads} does not divide model.n_heads={self.n_heads}"
             )
         check_positive("model.norm_epsilon", self.norm_epsilon)
+        check_rate("model.dropout", self.dropout)
+        check_rate("model.activation_dropout", self.activation_dropout)
         for name, width in (("key_dim", self.q_width), ("value_dim", self.v_width)):
             shown = f"model.{name}={width}"
             if getattr(self, name) is None:

@@ -43,6 +43,7 @@ def test_the_papers_recipe(size):
         changed = config_differences(module.get_config(usual), config)
         assert changed == {
             "model.init": ("scaled", "deepnet"),
+            "model.dropout": (0.0, 0.1),
             "train.spike_deviations": (10.0, 0.0),
         }
         model, optimizer = config.model, config.optimizer

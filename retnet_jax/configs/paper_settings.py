@@ -88,6 +88,7 @@ def with_paper_recipe(config: Config) -> Config:
 
     | setting | value | source |
     |---|---|---|
+    | `model.dropout` | 0.1 | Table 7 |
     | `model.init` | "deepnet" | 3.1: as DeepNet (arXiv 2203.00555) |
     | `model.decay` | "log_spaced", 1/32 to 1/512, all sizes | 3.1 |
     | AdamW's betas | 0.9, 0.98 | 3.1 and Table 7 |
@@ -99,18 +100,19 @@ def with_paper_recipe(config: Config) -> Config:
     | layers | LayerNorm before mixer and feed-forward layer, gelu(x W1) W2 | 2.3 |
 
     The betas, the schedule, weight decay, clipping, lengths and layers are those of `paper_config`
-    too. What is added here is the initialisation, and that no step is skipped for its loss or its
-    gradient norm, which the paper does not mention.
+    too. What is added here is dropout and the initialisation, and that no step is skipped for its
+    loss or its gradient norm, which the paper does not mention.
 
     Choices where the paper is not explicit: DeepNet's initialisation comes without its scale of the
     residual (`model.deepnorm`), which is for blocks with norms after the sums, and the paper's have
     norms before. Of the two weight decays the one of the running text is taken. Not known: biases,
     epsilon of the norms (torchscale's of that time had 1e-5) and of Adam, whether embedding and
-    head are tied, dropout inside the feed-forward layer, the positions of the paper's Transformer.
-    They are this project's defaults.
+    head are tied, the positions of the paper's Transformer, and where the dropout was: here after
+    the embedding and in what each mixer and each feed-forward layer adds. The rest are this
+    project's defaults.
     """
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, init="deepnet"),
+        model=dataclasses.replace(config.model, init="deepnet", dropout=0.1),
         train=dataclasses.replace(config.train, spike_deviations=0.0),
     )
