@@ -118,7 +118,9 @@ def check_positive(name: str, value: float) -> None:
 def check_rate(name: str, value: float) -> None:
     """Raises `ConfigError` if a value is not in [0, 1)."""
     if not 0 <= value < 1:
-        raise ConfigError(f"{name}={value} is not in [0, 1): 0 drops nothing, 0.1 one in ten")
+        raise ConfigError(
+            f"{name}={value} is not in [0, 1): 0 drops nothing, 0.1 one number in ten"
+        )
 
 
 def nearest_multiples(value: int, factor: int) -> str:
