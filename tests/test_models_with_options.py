@@ -22,6 +22,7 @@ from retnet_jax.errors import CheckpointError, ConfigError
 from retnet_jax.evaluation.perplexity import stateful_nll
 from retnet_jax.evaluation.prefix_trie import PrefixTrie
 from retnet_jax.evaluation.scoring import score
+from retnet_jax.generation import saved_state
 from retnet_jax.generation.decode import prefill
 from retnet_jax.generation.saved_state import load_reading, save_reading
 from retnet_jax.model import build_model
@@ -265,6 +266,13 @@ def test_a_saved_state_is_continued(tmp_path):
     path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
     with pytest.raises(CheckpointError, match="damaged: its contents have changed"):
         load_reading(path, model, BYTES)
+
+
+def test_options_of_training_are_no_part_of_a_saved_states_model():
+    trained = dataclasses.replace(SMALL, init="deepnet", dropout=0.1, activation_dropout=0.1)
+    assert saved_state._description(trained) == saved_state._description(SMALL)
+    other = dataclasses.replace(SMALL, qk_norm=False)
+    assert saved_state._description(other) != saved_state._description(SMALL)
 
 
 @pytest.mark.slow
