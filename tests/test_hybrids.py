@@ -183,15 +183,19 @@ def test_a_hybrid_of_four_layers_equals_a_loop_over_tokens():
     )
 
 
-@pytest.mark.slow
 def test_queries_and_keys_are_normed_before_the_rotation():
     """`qk_norm` of a Transformer, against numpy, with scales that are not 1."""
     config = ModelConfig(mixer="attention", n_layers=1, n_kv_heads=1, qk_norm=True, **SIZES)
     rng = np.random.default_rng(0)
     x, scales = rng.normal(size=(1, 9, 16)).astype("f4"), rng.normal(size=(2, 8)).astype("f4")
-    mixer = Attention(config, rngs=nnx.Rngs(0), value_scale=1.0, out_scale=1.0)
-    mixer.q_norm.scale, mixer.k_norm.scale = (nnx.Param(jnp.asarray(scale)) for scale in scales)
-    found, _ = mixer(x, None, mixer.prepare(config, None, (1, 9), None)[0], "parallel")
+
+    @jax.jit
+    def run(x, scales):
+        mixer = Attention(config, rngs=nnx.Rngs(0), value_scale=1.0, out_scale=1.0)
+        mixer.q_norm.scale, mixer.k_norm.scale = map(nnx.Param, scales)
+        return mixer, mixer(x, None, mixer.prepare(config, None, (1, 9), None)[0], "parallel")[0]
+
+    mixer, found = run(x, scales)
 
     q, k, v = (x[0] @ np.float64(getattr(mixer, name).kernel[...]) for name in "qkv")
     q, k, v = (y.reshape(9, -1, 8) for y in (q, k, v))  # two heads share one of k and v
@@ -208,6 +212,7 @@ def test_queries_and_keys_are_normed_before_the_rotation():
     assert_close(found[0], y @ np.float64(mixer.out.kernel[...]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_reading_in_parts_equals_reading_at_once(name, models):
     """Parts longer than the window, and single tokens for longer than two windows."""
