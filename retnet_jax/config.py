@@ -378,8 +378,8 @@ class Config:
     init_from: str = option(
         "",
         "Trained model to start from: a directory, of this project or another, or a name on the "
-        "Hugging Face hub. It determines the tokenizer and all model options but dtype, remat and "
-        "chunk_size",
+        "Hugging Face hub. It determines the tokenizer and all model options but dtype, remat, "
+        "chunk_size, dropout and activation_dropout",
     )
 
     def check(self) -> None:

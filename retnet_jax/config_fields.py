@@ -32,8 +32,8 @@ def option(
       text: One line of help, which `--help` prints.
       changeable: Whether a run may be resumed with another value.
       in_store: Whether the contents of a token store depend on it.
-      computation: Whether it determines only how a model is computed, not which function: a run
-        that starts from a trained model (`init_from`) has its own value.
+      computation: Whether it determines only how a model is computed or trained, not which
+        function it is: a run that starts from a trained model (`init_from`) has its own value.
       foreign: Whether only checkpoints of other implementations need it.
     """
     marks = {
@@ -113,6 +113,14 @@ def check_positive(name: str, value: float) -> None:
         raise ConfigError(f"{name}={value} is not greater than 0")
     if value < _FLOAT32_LEAST:
         raise ConfigError(f"{name}={value} is 0 in float32, whose smallest number is 1.2e-38")
+
+
+def check_rate(name: str, value: float) -> None:
+    """Raises `ConfigError` if a value is not in [0, 1)."""
+    if not 0 <= value < 1:
+        raise ConfigError(
+            f"{name}={value} is not in [0, 1): 0 drops nothing, 0.1 one number in ten"
+        )
 
 
 def nearest_multiples(value: int, factor: int) -> str:

@@ -13,6 +13,7 @@ from retnet_jax.config_fields import (
     check_at_least,
     check_choice,
     check_positive,
+    check_rate,
     check_values,
     nearest_multiples,
     option,
@@ -22,10 +23,11 @@ from retnet_jax.model_sizes import parameter_count, training_flops_per_token, tw
 
 ARCHITECTURES = ("retnet", "transformer")
 MIXERS = ("retention", "attention")
-DECAYS = ("log_spaced", "powers_of_two")
+DECAYS = ("log_spaced", "powers_of_two", "none")
 FEED_FORWARDS = ("relu", "gelu", "swish", "reglu", "geglu", "swiglu")
 NORMS = ("layer", "rms")
 ROTATIONS = ("rope", "torchscale")
+INITS = ("scaled", "zero_outputs", "torchscale", "deepnet")
 SCORE_CLAMPS = ("absolute", "signed")
 DTYPES = ("float32", "bfloat16", "float64")
 # Functions of `ops/feature_map.py`, by the names of transformers' activations.
@@ -39,8 +41,11 @@ FEATURE_MAPS = (
 MIXER_OPTIONS = {
     "short_conv": ("retention", "attention"),
     "n_kv_heads": ("retention", "attention"),
+    "qk_norm": ("retention", "attention"),
+    "init": ("retention", "attention"),
     "window": ("attention",),
     "feature_map": ("retention",),
+    "head_norm": ("retention",),
     "output_gate": ("retention",),
     "attention_layers": ("retention",),
 }
@@ -97,11 +102,13 @@ class ModelConfig:
     norm_epsilon: float = option(1e-6, "Added to the variance or mean square in every norm")
     decay: str = option(
         "log_spaced",
-        "Decay gamma of each head: 'log_spaced' over decay_range, or 'powers_of_two' (Eq. 8 of "
-        "the paper)",
+        "Decay gamma of each head: 'log_spaced' over decay_range; 'powers_of_two' (Eq. 8 of the "
+        "paper); 'none': gamma is 1",
     )
     decay_range: tuple[float, float] = option(
-        (1 / 32, 1 / 512), "With log_spaced: 1 - gamma of the first and of the last head"
+        (1 / 32, 1 / 512),
+        "With log_spaced: 1 - gamma of the first and of the last head; the same number twice: one "
+        "gamma for all heads",
     )
     row_normalizer: bool = option(
         True,
@@ -118,15 +125,44 @@ class ModelConfig:
         "Heads of keys and values, each shared by n_heads / n_kv_heads heads in a row; None: "
         "n_heads",
     )
+    qk_norm: bool = option(
+        False,
+        "RMS norm of the queries and keys of each head before the rotation, with a learned scale "
+        "for each, shared by the heads; not in the layers of attention_layers",
+    )
     feature_map: str | None = option(
         None,
         "Elementwise function of q and k, such as 'relu' or 'gelu'; 'prelu' and 'xielu' have "
         "learned parameters; None: there is none",
     )
+    head_norm: bool = option(
+        True,
+        "Norm of each head's outputs of retention; False: only the row normaliser scales them",
+    )
     output_gate: bool = option(
         True, "Multiply the outputs of retention, after their norm, by swish(x W_gate)"
     )
+    init: str = option(
+        "scaled",
+        "Initial parameters: 'scaled' (normal, smaller in output projections; with deepnorm as "
+        "its paper scales them); 'zero_outputs', the same with output projections of 0; "
+        "'torchscale' (its gains); 'deepnet' (arXiv 2203.00555, without its residual scale)",
+    )
     tie_embeddings: bool = option(False, "Use the embedding matrix as output head too")
+    dropout: float = option(
+        0.0,
+        "In training, probability of setting a number to 0 after the embedding and in what each "
+        "mixer and each feed-forward layer adds to the residual stream",
+        changeable=True,
+        computation=True,
+    )
+    activation_dropout: float = option(
+        0.0,
+        "In training, probability of setting a number to 0 inside the feed-forward layer, after "
+        "its activation and gate",
+        changeable=True,
+        computation=True,
+    )
     dtype: str = option(
         "float32",
         "Dtype of activations: 'float32', 'bfloat16' (parameters, decay, state and loss stay "
@@ -233,6 +269,11 @@ class ModelConfig:
         return self.ffn.endswith("glu")
 
     @property
+    def has_dropout(self) -> bool:
+        """Whether a training step drops anything."""
+        return self.dropout > 0 or self.activation_dropout > 0
+
+    @property
     def layer_kinds(self) -> tuple[int | None, ...]:
         """The entry of `attention_layers` that each layer is in; None: it has the model's mixer."""
         return layer_kinds(self.attention_layers, self.n_layers)
@@ -272,6 +313,7 @@ class ModelConfig:
         check_choice("model.norm", self.norm, NORMS)
         check_choice("model.rotation", self.rotation, ROTATIONS)
         check_choice("model.decay", self.decay, DECAYS)
+        check_choice("model.init", self.init, INITS)
         check_choice("model.dtype", self.dtype, DTYPES)
         if self.ffn_norm is not None:
             check_choice("model.ffn_norm", self.ffn_norm, NORMS)
@@ -292,6 +334,11 @@ class ModelConfig:
                 f"list of some of the activations {','.join(ACTIVATIONS)}, with or without "
                 "'offload:' before it"
             )
+        if self.head_norm_scale and not self.head_norm:
+            raise ConfigError(
+                "model.head_norm_scale=True needs the norm that model.head_norm=False leaves out; "
+                "set one of them to its default"
+            )
         if self.head_norm_scale and self.norm != "rms":
             raise ConfigError(
                 f"model.head_norm_scale=True is for model.norm='rms', not {self.norm!r}"
@@ -311,6 +358,8 @@ class ModelConfig:
                 f"model.n_kv_heads={self.n_kv_heads} does not divide model.n_heads={self.n_heads}"
             )
         check_positive("model.norm_epsilon", self.norm_epsilon)
+        check_rate("model.dropout", self.dropout)
+        check_rate("model.activation_dropout", self.activation_dropout)
         for name, width in (("key_dim", self.q_width), ("value_dim", self.v_width)):
             shown = f"model.{name}={width}"
             if getattr(self, name) is None:
@@ -341,6 +390,11 @@ class ModelConfig:
         if self.window is not None:
             check_at_least("model.window", self.window, 1)
         check_attention_layers(self.attention_layers, self.d_model, self.n_layers)
+        if self.qk_norm and None not in self.layer_kinds:
+            raise ConfigError(
+                "model.qk_norm=True is for layers with retention, but all layers are in "
+                "model.attention_layers, which have no such norm; set it to False"
+            )
 
     def built_as(self, architecture: str, n_heads: int | None = None) -> "ModelConfig":
         """This config for "retnet", its `transformer_twin` for "transformer"."""
@@ -352,7 +406,7 @@ class ModelConfig:
 
         Attention has 4 d^2 parameters where retention has 2 d^2 + 3 d value_dim. The feed-forward
         layer is wider by the difference: 4 d instead of 2 d at the paper's sizes (section 3.1).
-        Options that attention does not have are left out.
+        Options that attention does not have are left out; `qk_norm` and `init` are kept.
         """
         dropped = {
             name: _DEFAULTS[name]

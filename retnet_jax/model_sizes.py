@@ -93,6 +93,8 @@ def _mixer_vectors(config: ModelConfig) -> int:
         return 0
     count = _convolutions(config)
     count += {"prelu": 1, "xielu": 2}.get(config.feature_map or "", 0)
+    if config.qk_norm:
+        count += 2 * (config.q_width // config.n_heads)
     gates = config.mixer == "retention" and config.output_gate
     if config.mixer_bias:
         count += config.q_width + config.k_channels + config.v_channels + config.d_model

@@ -113,8 +113,9 @@ def checkpoint_sha256(directory: str | AnyPath, step: int | None) -> str:
 def with_initial_model(config: Config, recorded: Config | None = None) -> Config:
     """A run's config with the model and the tokenizer of `config.init_from`, if that is set.
 
-    Only dtype, remat and chunk_size of `config.model` are kept. A name on the Hugging Face hub is
-    replaced by one with the commit, so that the run's config.json records the exact model.
+    Only the `run_options` of `config.model` are kept, such as dtype and dropout. A name on the
+    Hugging Face hub is replaced by one with the commit, so that the run's config.json records the
+    exact model.
 
     Args:
       config: Config of the run.
@@ -144,7 +145,7 @@ def with_initial_model(config: Config, recorded: Config | None = None) -> Config
 
 
 def run_options(model: ModelConfig) -> dict[str, Any]:
-    """The options of a model that change how it is computed, but not its function."""
+    """The options of a model that change how it is computed or trained, but not its function."""
     names = (name.removeprefix("model.") for name in marked("computation"))
     return {name: getattr(model, name) for name in names}
 

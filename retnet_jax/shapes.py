@@ -15,16 +15,17 @@ if TYPE_CHECKING:
     from typing import Annotated as Bool
     from typing import Annotated as Float
     from typing import Annotated as Int
+    from typing import Annotated as Key
 else:
     try:
-        from jaxtyping import Bool, Float, Int
+        from jaxtyping import Bool, Float, Int, Key
     except ImportError:
 
         class _AnyShape:
             def __class_getitem__(cls, item):
                 return item[0]
 
-        Bool = Float = Int = _AnyShape
+        Bool = Float = Int = Key = _AnyShape
 
 __all__ = [
     "Activations",
@@ -32,10 +33,12 @@ __all__ = [
     "Bool",
     "Float",
     "Int",
+    "Key",
     "Keys",
     "LogDecay",
     "Logits",
     "Queries",
+    "RandomKeys",
     "RetentionMatrix",
     "SegmentIds",
     "Tokens",
@@ -52,6 +55,8 @@ Keys = Float[Array, "b t h k"]
 Values = Float[Array, "b t h v"]
 LogDecay = Float[Array, " h"]  # log gamma of each head
 RetentionMatrix = Float[Array, "b h k v"]  # S, the state of one layer
+
+RandomKeys = Key[Array, " b"]  # typed keys of `jax.random`, one for each row
 
 
 def power_of_two(least: int) -> int:

@@ -33,6 +33,34 @@ def test_paper_sizes_and_their_twins(size):
     assert retnet.model.v_width // retnet.model.n_heads == 512
 
 
+@pytest.mark.parametrize("size", PAPER)
+def test_the_papers_recipe(size):
+    """arXiv 2307.08621, section 3.1 and Table 7."""
+    module = importlib.import_module(f"retnet_jax.configs.retnet_{size}")
+    for argument, usual in (("paper", "retnet"), ("paper_transformer", "transformer")):
+        config = module.get_config(argument)
+        config.check()
+        changed = config_differences(module.get_config(usual), config)
+        assert changed == {
+            "model.init": ("scaled", "deepnet"),
+            "model.dropout": (0.0, 0.1),
+            "train.spike_deviations": (10.0, 0.0),
+        }
+        model, optimizer = config.model, config.optimizer
+        assert (model.decay, model.decay_range) == ("log_spaced", (1 / 32, 1 / 512))
+        assert (model.norm, model.ffn, model.post_norm) == ("layer", "gelu", False)
+        assert not model.deepnorm
+        assert (optimizer.name, optimizer.beta1, optimizer.beta2) == ("adamw", 0.9, 0.98)
+        assert (optimizer.weight_decay, optimizer.clip_norm) == (0.05, 2.0)
+        assert (optimizer.schedule, optimizer.warmup_steps) == ("linear", 375)
+        assert optimizer.learning_rate == (3e-4 if size in ("2p7b", "6p7b") else 6e-4)
+        tokens = config.train.batch_size * config.data.sequence_length
+        if size != "200m":
+            assert (config.train.steps, tokens) == (25_000, 2**22)
+    with pytest.raises(ConfigError, match=r"'papers' is not one of 'retnet', .*'paper_tr"):
+        module.get_config("papers")
+
+
 @pytest.mark.parametrize("ffn", ["gelu", "swiglu"])
 @pytest.mark.parametrize("norm", ["rms", "layer"])
 @pytest.mark.parametrize("tied", [True, False])

@@ -31,6 +31,7 @@ from retnet_jax.generation.texts import Writer
 from retnet_jax.interop import presets
 from retnet_jax.interop.parameter_source import ModelSource
 from retnet_jax.model import build_model, for_decoding
+from retnet_jax.model.attention import Attention
 from retnet_jax.model.kv_cache import KVCache, WindowCache
 from retnet_jax.ops.attention import attend_in_window, attend_to_all, without_padding
 from retnet_jax.trees import leaf_name
@@ -42,7 +43,13 @@ CONFIGS = {
     "grouped": ModelConfig(mixer="attention", n_layers=2, n_kv_heads=1, **SIZES),
     "window": ModelConfig(mixer="attention", n_layers=2, window=5, **SIZES),
     "convolved": ModelConfig(
-        mixer="attention", n_layers=2, short_conv=3, n_kv_heads=1, window=5, **SIZES
+        mixer="attention",
+        n_layers=2,
+        short_conv=3,
+        n_kv_heads=1,
+        window=5,
+        qk_norm=True,
+        **SIZES,
     ),
     "hybrid": ModelConfig(n_layers=4, attention_layers=(WINDOWED,), **SIZES),
     "both": ModelConfig(
@@ -60,6 +67,7 @@ CONFIGS = {
         n_kv_heads=1,
         feature_map="relu",
         output_gate=False,
+        qk_norm=True,
         **SIZES,
     ),
 }
@@ -173,6 +181,35 @@ def test_a_hybrid_of_four_layers_equals_a_loop_over_tokens():
     assert_close(
         found, reference.fla(weights, layout.write_config(source.description), tokens()), "float64"
     )
+
+
+def test_queries_and_keys_are_normed_before_the_rotation():
+    """`qk_norm` of a Transformer, against numpy, with scales that are not 1."""
+    config = ModelConfig(mixer="attention", n_layers=1, n_kv_heads=1, qk_norm=True, **SIZES)
+    rng = np.random.default_rng(0)
+    x, scales = rng.normal(size=(1, 9, 16)).astype("f4"), rng.normal(size=(2, 8)).astype("f4")
+
+    @jax.jit
+    def run(x, scales):
+        mixer = Attention(config, rngs=nnx.Rngs(0), value_scale=1.0, out_scale=1.0)
+        mixer.q_norm.scale, mixer.k_norm.scale = map(nnx.Param, scales)
+        return mixer, mixer(x, None, mixer.prepare(config, None, (1, 9), None)[0], "parallel")[0]
+
+    mixer, found = run(x, scales)
+
+    q, k, v = (x[0] @ np.float64(getattr(mixer, name).kernel[...]) for name in "qkv")
+    q, k, v = (y.reshape(9, -1, 8) for y in (q, k, v))  # two heads share one of k and v
+    q, k = (
+        y / np.sqrt((y**2).mean(-1, keepdims=True) + config.norm_epsilon) * scale
+        for y, scale in zip((q, k), scales, strict=True)
+    )
+    angle = np.arange(9)[:, None] * 10_000.0 ** (-np.arange(4) / 4)
+    turn = np.exp(1j * angle)[:, None]  # [t 1 k/2]
+    q, k = ((y[..., :4] + 1j * y[..., 4:]) * turn for y in (q, k))
+    scores = np.einsum("thk,sgk->hts", q, k.conj()).real * 8**-0.5
+    weights = np.exp(scores) * np.tri(9)
+    y = np.einsum("hts,sgv->thv", weights / weights.sum(-1, keepdims=True), v).reshape(9, -1)
+    assert_close(found[0], y @ np.float64(mixer.out.kernel[...]))
 
 
 @pytest.mark.slow

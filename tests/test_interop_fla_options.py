@@ -163,6 +163,7 @@ def test_layouts_without_the_options_refuse_them(layout, preset):
     config = getattr(presets, preset)(
         **{"vocab_size": 23, "d_model": 16, "n_layers": 1, "n_heads": 2},
         **{"short_conv": 3, "n_kv_heads": 1, "feature_map": "relu", "output_gate": False},
+        **{"qk_norm": True, "head_norm": False},
     )
     with pytest.raises(ConfigError) as error:
         interop.LAYOUTS[layout].write_config(interop.Description(config))
@@ -171,8 +172,32 @@ def test_layouts_without_the_options_refuse_them(layout, preset):
         f"model.n_kv_heads is 1, {layout} has None",
         f"model.feature_map is 'relu', {layout} has None",
         f"model.output_gate is False, {layout} has True",
+        f"model.qk_norm is True, {layout} has False",
+        f"model.head_norm is False, {layout} has True",
     ):
         assert line in str(error.value)
+
+
+@pytest.mark.parametrize("layout", interop.LAYOUTS)
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        ({"qk_norm": True}, "model.qk_norm is True, .* has False"),
+        ({"head_norm": False, "head_norm_scale": False}, "model.head_norm is False, .* has True"),
+        ({"decay": "none"}, "model.decay is 'none', .* has 'powers_of_two': .* decays are fixed"),
+        ({"init": "torchscale"}, None),
+    ],
+)
+def test_every_layout_refuses_what_only_this_project_has(layout, options, refused):
+    """`init` is accepted: the function of a model does not depend on it."""
+    preset = getattr(presets, layout.removesuffix("_unfused"))
+    sizes = {"vocab_size": 23, "d_model": 16, "n_layers": 1, "n_heads": 2}
+    description = interop.Description(preset(**(sizes | options)))
+    if refused is None:
+        interop.LAYOUTS[layout].write_config(description)
+        return
+    with pytest.raises(ConfigError, match=refused):
+        interop.LAYOUTS[layout].write_config(description)
 
 
 @pytest.mark.parametrize("name", ["prelu", "xielu"])

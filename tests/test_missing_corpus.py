@@ -118,5 +118,5 @@ def test_an_unknown_argument_of_a_config_is_one_line(directory):
     (line,) = done.stderr.splitlines()
     assert line.endswith(
         "train.py: the argument after --config=FILE:='nonsense' is not one of 'retnet', "
-        "'transformer'"
+        "'transformer', 'paper', 'paper_transformer'"
     )

@@ -20,9 +20,11 @@ from retnet_jax.ops.retention.api import FORMS
 SMALL = ModelConfig(vocab_size=29, d_model=12, n_layers=1, n_heads=4, key_dim=16, value_dim=12)
 OPTIONS = [
     {"short_conv": 4, "n_kv_heads": 2, "feature_map": "gelu", "output_gate": False},
-    {"short_conv": 2, "n_kv_heads": 1, "rotation": "torchscale", "row_normalizer": False},
+    {"short_conv": 2, "n_kv_heads": 1, "rotation": "torchscale", "row_normalizer": False}
+    | {"qk_norm": True},
     {"short_conv": 3, "feature_map": "xielu", "norm": "rms", "head_norm_scale": True},
-    {"n_kv_heads": 2, "feature_map": "prelu", "output_gate": False, "mixer_bias": True},
+    {"n_kv_heads": 2, "feature_map": "prelu", "output_gate": False, "mixer_bias": True}
+    | {"qk_norm": True, "head_norm": False, "decay": "none"},
 ]
 ROWS, PIECE = 2, 7  # each row is read in two pieces and two single steps
 
@@ -81,6 +83,8 @@ class Reference:
         q, k, v = (self.projected(name, x) for name in "qkv")
         learned = {path[-2]: p for path, p in self.parameters.items() if "feature_map" in path}
         q, k = (FEATURE_MAPS[config.feature_map](y, learned) for y in (q, k))
+        if config.qk_norm:
+            q, k = self.normed("q_norm", q), self.normed("k_norm", k)
         scale = q.shape[-1] ** -0.5
         if config.rotation == "rope":
             q, k = scale * self.turned(q), self.turned(k)
@@ -88,6 +92,8 @@ class Reference:
             q, k = self.turned(q), scale * self.turned(k)
         shared = config.n_heads // config.kv_heads
         gammas = 1 - np.geomspace(*config.decay_range, config.n_heads)
+        if config.decay == "none":
+            gammas = np.ones(config.n_heads)
         y = np.empty((config.n_heads, v.shape[-1]))
         for head, gamma in enumerate(gammas):
             written = np.outer(k[head // shared], v[head // shared])
@@ -96,9 +102,10 @@ class Reference:
             if config.row_normalizer:
                 y[head] /= math.sqrt(sum(gamma**n for n in range(self.place + 1)))
         self.place += 1
-        if config.norm == "layer" and not config.head_norm_scale:
+        if config.norm == "layer" and config.head_norm and not config.head_norm_scale:
             y -= y.mean(-1, keepdims=True)
-        y /= np.sqrt((y**2).mean(-1, keepdims=True) + config.norm_epsilon)
+        if config.head_norm:
+            y /= np.sqrt((y**2).mean(-1, keepdims=True) + config.norm_epsilon)
         if config.head_norm_scale:
             y *= self.parameters["head_norm", "scale", "value"]
         y = y.reshape(-1)
@@ -117,6 +124,10 @@ class Reference:
             weight = self.parameters[f"{name}_conv", "weight", "value"]  # [c w]
             u, self.last[name] = silu((seen * weight.T).sum(0)), seen[1:]
         return u.reshape(self.config.n_heads if name == "q" else self.config.kv_heads, -1)
+
+    def normed(self, name, x):
+        mean_square = (x**2).mean(-1, keepdims=True) + self.config.norm_epsilon
+        return x / np.sqrt(mean_square) * self.parameters[name, "scale", "value"]
 
     def turned(self, x):
         pairs = x.shape[-1] // 2
@@ -224,9 +235,11 @@ def test_reference_sees_the_options():
     """Each option changes the reference's outputs: what equals it has the option too."""
     x = np.random.default_rng(0).normal(size=(PIECE, SMALL.d_model))
     everything = {"short_conv": 4, "n_kv_heads": 2, "feature_map": "gelu", "head_norm_scale": True}
-    mixer = mixer_of(everything | {"norm": "rms"})
+    mixer = mixer_of(everything | {"norm": "rms", "qk_norm": True})
     whole = Reference(mixer).read(x, np.ones(PIECE))
-    for name, other in [("feature_map", None), ("output_gate", False), ("short_conv", None)]:
+    left_out = {"feature_map": None, "output_gate": False, "short_conv": None, "qk_norm": False}
+    left_out |= {"head_norm": False, "decay": "none"}
+    for name, other in left_out.items():
         reference = Reference(mixer)
         reference.config = dataclasses.replace(mixer.config, **{name: other})
         assert np.abs(reference.read(x, np.ones(PIECE)) - whole).max() > 1e-2

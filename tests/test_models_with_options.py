@@ -14,13 +14,15 @@ from test_text_generation import BYTES, written
 from test_train_step import CONFIG, MESHES, batch, losses_of, run_on, variant
 from tolerances import assert_close
 
-from retnet_jax import ModelConfig, RetNet, Transformer, for_decoding, generate
+from retnet_jax import ModelConfig, RetNet, Transformer, for_decoding, generate, interop
 from retnet_jax.aot.flops import flops_of
+from retnet_jax.attention_config import AttentionLayers
 from retnet_jax.config import DataConfig, MeshConfig, OptimizerConfig
 from retnet_jax.errors import CheckpointError, ConfigError
 from retnet_jax.evaluation.perplexity import stateful_nll
 from retnet_jax.evaluation.prefix_trie import PrefixTrie
 from retnet_jax.evaluation.scoring import score
+from retnet_jax.generation import saved_state
 from retnet_jax.generation.decode import prefill
 from retnet_jax.generation.saved_state import load_reading, save_reading
 from retnet_jax.model import build_model
@@ -33,6 +35,7 @@ from retnet_jax.training.step import gradient_sums, initial_state, train_step
 from retnet_jax.trees import named_leaves
 
 EVERY = {"short_conv": 4, "n_kv_heads": 1, "feature_map": "prelu", "output_gate": False}
+EVERY |= {"qk_norm": True, "head_norm": False}
 SMALL = ModelConfig(vocab_size=264, d_model=16, n_layers=2, n_heads=2, chunk_size=8, **EVERY)
 
 
@@ -81,7 +84,10 @@ def one_by_one(model, tokens):
         {"short_conv": 3},
         {"n_kv_heads": 2, "mixer_bias": True},
         {"feature_map": "xielu", "output_gate": False, "mixer_bias": True},
-        EVERY | {"norm": "rms", "head_norm_scale": True, "tie_embeddings": True},
+        EVERY,
+        EVERY
+        | {"head_norm": True}
+        | {"norm": "rms", "head_norm_scale": True, "tie_embeddings": True},
     ],
     ids=str,
 )
@@ -92,7 +98,9 @@ def test_parameters_are_counted_and_the_twin_has_as_many(options):
         one.check()
         assert sum(map(np.prod, parameter_shapes(one).values())) == one.parameter_count()
     default = ModelConfig()
-    assert all(getattr(twin, name) == getattr(default, name) for name in MIXER_OPTIONS)
+    dropped = MIXER_OPTIONS.keys() - {"qk_norm"}
+    assert all(getattr(twin, name) == getattr(default, name) for name in dropped)
+    assert twin.qk_norm == config.qk_norm
     assert twin.parameter_count() == pytest.approx(config.parameter_count(), rel=0.01)
 
 
@@ -128,6 +136,18 @@ def test_names_of_feature_maps_are_those_of_the_functions():
         ({"n_kv_heads": 3}, "model.n_kv_heads=3 does not divide model.n_heads=4"),
         ({"feature_map": "elu"}, "model.feature_map='elu' is not one of 'linear', 'relu'"),
         ({"output_gate": 0}, "model.output_gate=0 is not of type bool"),
+        ({"decay": "linear"}, "model.decay='linear' is not one of 'log_spaced', .*, 'none'"),
+        ({"init": "xavier"}, "model.init='xavier' is not one of 'scaled', 'zero_outputs', "),
+        ({"init": "deepnet", "mixer": "examples.mine:Mixer"}, "model.init='deepnet' is for model"),
+        (
+            {"head_norm": False, "head_norm_scale": True, "norm": "rms"},
+            "model.head_norm_scale=True needs the norm that model.head_norm=False leaves out",
+        ),
+        (
+            {"qk_norm": True, "attention_layers": (AttentionLayers(layers=(0,), n_heads=4),)}
+            | {"n_layers": 1},
+            "model.qk_norm=True is for layers with retention, but all layers are in",
+        ),
         *(
             (
                 {name: EVERY[name], "mixer": mixer},
@@ -248,6 +268,13 @@ def test_a_saved_state_is_continued(tmp_path):
         load_reading(path, model, BYTES)
 
 
+def test_options_of_training_are_no_part_of_a_saved_states_model():
+    trained = dataclasses.replace(SMALL, init="deepnet", dropout=0.1, activation_dropout=0.1)
+    assert saved_state._description(trained) == saved_state._description(SMALL)
+    other = dataclasses.replace(SMALL, qk_norm=False)
+    assert saved_state._description(other) != saved_state._description(SMALL)
+
+
 @pytest.mark.slow
 def test_scores_of_a_trie_equal_those_of_separate_requests():
     rng = np.random.default_rng(0)
@@ -271,6 +298,7 @@ def test_stateful_perplexity_equals_one_pass():
 
 # n_kv_heads: more than the axis "tensor" divides, in the last mesh fewer.
 TRAINED = {"n_layers": 1, "short_conv": 3, "feature_map": "xielu", "output_gate": False}
+TRAINED |= {"qk_norm": True, "head_norm": False, "decay": "none"}
 TRAINED_ON = [(4, mesh) for mesh in MESHES]
 TRAINED_ON += [(1, {"tensor": 8}), (1, {"seq": 2, "tensor": 4})]
 
@@ -291,6 +319,28 @@ def test_eight_devices_compute_what_one_does(heads, mesh):
         eight, losses_of_eight = run_on(MeshConfig(**({"data": 1} | mesh)), config)
     assert_close(losses_of_eight, losses)
     assert_close(eight, one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{"tensor": 8}, {"seq": 2, "tensor": 4}, {"fsdp": 8}], ids=str)
+def test_eight_devices_norm_queries_and_keys_as_one_does(mesh):
+    config = variant("attention", qk_norm=True, window=5, n_layers=1)
+    with jax.enable_x64(True):
+        one, losses = run_on(MeshConfig(), config, jax.devices()[:1])
+        eight, losses_of_eight = run_on(MeshConfig(**({"data": 1} | mesh)), config)
+    assert_close(losses_of_eight, losses)
+    assert_close(eight, one)
+
+
+def test_own_checkpoints_have_the_options(tmp_path):
+    config = dataclasses.replace(SMALL, decay="none", init="zero_outputs")
+    model = jax.jit(lambda: RetNet(config, rngs=nnx.Rngs(0)))()
+    interop.save(model, tmp_path / "own", "own")
+    found = interop.load(tmp_path / "own")
+    assert found.config == config
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(model), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not found.layers.mixer.out.kernel[...].any()
 
 
 def trained_with(**options):
@@ -376,7 +426,8 @@ def test_models_obey_jaxs_strictest_settings(option, value, usual):
 def test_parameters_of_feature_maps_do_not_decay(name):
     decayed = named_leaves(is_matrix(jax.eval_shape(lambda: RetNet(SMALL, rngs=nnx.Rngs(0)))))
     assert {x for x in decayed if "mixer/" in x and not decayed[x]} == {
-        "layers/mixer/feature_map/weight"
+        *("layers/mixer/feature_map/weight", "layers/mixer/q_norm/scale"),
+        "layers/mixer/k_norm/scale",
     }
     optimizer = make_optimizer(OptimizerConfig(name=name, weight_decay=0.5, warmup_steps=0), 4)
 

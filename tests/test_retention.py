@@ -23,6 +23,7 @@ from retnet_jax.ops.retention import (
 
 FORMS = ("parallel", "chunkwise", "recurrent")
 RULES = ("log_spaced", "powers_of_two")
+EVERY_RULE = (*RULES, "none")
 
 compiled = jax.jit(retention, static_argnames=("form", "chunk_size"))
 
@@ -77,7 +78,7 @@ def test_outputs_and_state_follow_the_definition(form, segments):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", EVERY_RULE)
 def test_no_segment_ids_is_one_document_a_row(form, rule):
     (q, k, v), decay, _ = inputs(rule=rule)
     zero = np.zeros((2, 3, 4, 6))
@@ -122,6 +123,19 @@ def test_forms_agree_in_outputs_states_and_gradients(t, h, v, chunk_size, data):
     given_all = (arrays, decay, state, None if segments is None else jnp.asarray(segments), 0.5)
     expected = outputs_and_gradients("parallel", None, *given_all)
     assert_close(outputs_and_gradients("chunkwise", chunk_size, *given_all), expected)
+    assert_close(outputs_and_gradients("recurrent", None, *given_all), expected)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_forms_agree_without_decay(seed):
+    """As above for gamma = 1, and with numpy's sums."""
+    rng = np.random.default_rng(seed)
+    segments = rng.choice([0, 1, 1, 1, 2, 3], size=(2, 19)) if seed else np.ones((2, 19), int)
+    arrays, decay, state = inputs(t=19, h=3, v=5, rule="none", seed=seed, mean=0.5)
+    given_all = (arrays, decay, state, jnp.asarray(segments), 0.5)
+    expected = outputs_and_gradients("parallel", None, *given_all)
+    assert_close(expected[0], definition(*arrays, np.zeros(3), state, segments))
+    assert_close(outputs_and_gradients("chunkwise", 8, *given_all), expected)
     assert_close(outputs_and_gradients("recurrent", None, *given_all), expected)
 
 
@@ -254,7 +268,7 @@ def test_float64_inputs_are_computed_in_float64():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", EVERY_RULE)
 def test_131_072_tokens_lose_no_accuracy_against_float64(rule):
     """Outputs, the final state and all gradients except that of log gamma."""
     arrays, decay, state = inputs(b=1, t=131_072, h=8, k=2, v=2, rule=rule)
@@ -273,7 +287,7 @@ def test_131_072_tokens_lose_no_accuracy_against_float64(rule):
 
 @pytest.mark.slow
 @pytest.mark.compiles(90, reason="eager; under one jit XLA folds the documents of 100,000 tokens")
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", EVERY_RULE)
 def test_recurrent_and_chunkwise_agree_at_length_100_000(rule):
     (q, k, v), decay, state = inputs(b=1, t=100_000, h=32, k=2, v=2, rule=rule)
     y, final = map(np.asarray, retention(q, k, v, decay, state, form="chunkwise"))
@@ -332,13 +346,20 @@ def test_documents_of_long_rows(length):
         assert after[row] == position
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", EVERY_RULE)
 def test_row_normalizer_is_the_row_sum_of_the_decay_mask(rule):
     decay = log_decay(rule, 32, (1 / 32, 1 / 512))
     places = np.array([[0, 1, 2, 3, 999, 99_999]])
     gamma = np.exp(np.asarray(decay, np.float64))
     sums = np.stack([[(g ** np.arange(p + 1)).sum() for g in gamma] for p in places[0]])
     assert_close(row_normalizer(decay, jnp.asarray(places))[0], sums**-0.5)
+
+
+def test_one_decay_for_all_heads():
+    """Equal ends of decay_range give the correctly rounded log gamma, for any number of heads."""
+    for first in (1 / 128, 1 / 32, 1e-3, 0.3):
+        found = np.asarray(log_decay("log_spaced", 5, (first, first)))
+        np.testing.assert_array_equal(found, np.full(5, np.log1p(-first), np.float32))
 
 
 def test_decay_rules_are_the_papers():
@@ -377,7 +398,11 @@ def test_bad_arguments_are_named(changes, message):
 
 @pytest.mark.parametrize(
     ("rule", "heads", "decay_range"),
-    [("powers_of_two", 1024, (0.5, 0.5)), ("log_spaced", 4, (1e-2, 1e-40))],
+    [
+        ("powers_of_two", 1024, (0.5, 0.5)),
+        ("log_spaced", 4, (1e-2, 1e-40)),
+        ("none", 4, (0.5, 0.5)),
+    ],
 )
 def test_the_slowest_decays_round_to_no_decay(rule, heads, decay_range):
     decay = log_decay(rule, heads, decay_range)

@@ -93,6 +93,18 @@ def test_outputs_states_and_gradients(implementation, case):
     assert_close(found[1], expected[1], "bfloat16", "gradients")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["odd length", "documents"])
+def test_without_decay(implementation, case, monkeypatch):
+    monkeypatch.setitem(globals(), "DECAY", log_decay("none", H, (1 / 8, 1 / 8)))
+    inputs_and_expected.cache_clear()
+    given, expected = inputs_and_expected(case)
+    inputs_and_expected.cache_clear()
+    found = outputs_and_gradients(implementation, *given, chunk=64)
+    assert_close(found[0], expected[0], "bfloat16", "outputs")
+    assert_close(found[1], expected[1], "bfloat16", "gradients")
+
+
 @functools.cache
 def float32_inputs_and_expected():
     given = *inputs(150, 16, 24, jnp.float32), packed(150)

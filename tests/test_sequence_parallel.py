@@ -18,7 +18,8 @@ from retnet_jax.parallel.sharding import batch_shardings
 from retnet_jax.training.step import abstract_state, initial_state, loss_sum, make_step
 
 B, T, H, K, V = 2, 64, 2, 8, 16
-LOG_DECAY = log_decay("log_spaced", H, (1 / 8, 1 / 64))
+# One head forgets, one does not.
+LOG_DECAY = jnp.concatenate([log_decay(rule, 1, (1 / 8, 1 / 8)) for rule in ("log_spaced", "none")])
 MESHES = [{"seq": 8}, {"data": 2, "seq": 2, "tensor": 2}, {"seq": 4, "tensor": 2}]
 
 

@@ -23,7 +23,8 @@ from retnet_jax.parallel.mesh import Device, number_of_slices
 
 # Values of `model.remat`, from most to least recomputation, with two rough numbers: the bfloat16
 # numbers stored per token and layer, in units of d_model; the share of the layers' forward pass
-# that is run twice.
+# that is run twice. Masks of dropout are not counted: only "none" stores them, a byte for each
+# number.
 REMATS = (
     ("full", 1.0, 1.0),
     ("q,k,v,gate", 7.0, 0.5),

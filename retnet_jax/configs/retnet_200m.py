@@ -2,6 +2,7 @@
 
     python train.py --config=configs/retnet_200m.py --workdir=runs/retnet_200m
     python train.py --config=configs/retnet_200m.py:transformer --workdir=runs/transformer_200m
+    python train.py --config=configs/retnet_200m.py:paper --workdir=runs/paper_200m
 
 5B tokens as in its Tables 5 and 6; the learning rate and 0.5M tokens in each step are our choice.
 Put JSON lines into data/corpus/ or set --config.data.path. Not run yet.
@@ -12,7 +13,11 @@ from retnet_jax.configs.paper_settings import paper_config, paper_model
 
 
 def get_config(architecture: str = "retnet") -> Config:
-    """The RetNet, or with "transformer" its twin with the same number of parameters."""
+    """The RetNet; with "transformer" its twin with the same number of parameters.
+
+    With "paper" or "paper_transformer": the same two with the paper's recipe, whose settings and
+    their sources `paper_settings.with_paper_recipe` lists.
+    """
     return paper_config(
         paper_model(n_layers=16, d_model=1024),
         architecture,

@@ -2,6 +2,7 @@
 
     python train.py --config=configs/retnet_2p7b.py --workdir=runs/retnet_2p7b
     python train.py --config=configs/retnet_2p7b.py:transformer --workdir=runs/transformer_2p7b
+    python train.py --config=configs/retnet_2p7b.py:paper --workdir=runs/paper_2p7b
 
 100B tokens, 4M in each step. Put JSON lines into data/corpus/ or set --config.data.path. Not run
 yet.
@@ -12,7 +13,11 @@ from retnet_jax.configs.paper_settings import paper_config, paper_model
 
 
 def get_config(architecture: str = "retnet") -> Config:
-    """The RetNet, or with "transformer" its twin with the same number of parameters."""
+    """The RetNet; with "transformer" its twin with the same number of parameters.
+
+    With "paper" or "paper_transformer": the same two with the paper's recipe, whose settings and
+    their sources `paper_settings.with_paper_recipe` lists.
+    """
     return paper_config(
         paper_model(n_layers=32, d_model=2560),
         architecture,

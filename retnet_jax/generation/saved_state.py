@@ -138,6 +138,7 @@ def _description(config: ModelConfig) -> str:
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)
         if getattr(config, field.name) != getattr(default, field.name)
+        and field.name not in _OF_TRAINING
     }
     # A hybrid's `attention_layers` are dataclasses.
     return json.dumps(values, sort_keys=True, default=dataclasses.asdict)
@@ -149,6 +150,8 @@ def _old_description(config: ModelConfig) -> str:
     return f"ModelConfig({values})"
 
 
+# Options on which the function of a model does not depend.
+_OF_TRAINING = ("init", "dropout", "activation_dropout")
 _OLD_OPTIONS = (
     "mixer vocab_size d_model n_layers n_heads key_dim value_dim ffn ffn_dim norm norm_epsilon "
     "rotation row_normalizer decay decay_range tie_embeddings embedding_scale embedding_norm "

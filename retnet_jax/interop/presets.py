@@ -39,8 +39,10 @@ def _model(fields: dict[str, Any], options: dict[str, Any]) -> ModelConfig:
     return ModelConfig(**(fields | options))
 
 
-# Options that only fla has, at values that change nothing.
-_NOT_FLA: dict[str, Any] = {
+# Options that no other implementation has, and then those that only fla has, at values that change
+# nothing.
+_OWN: dict[str, Any] = {"qk_norm": False, "head_norm": True}
+_NOT_FLA: dict[str, Any] = _OWN | {
     "short_conv": None,
     "n_kv_heads": None,
     "feature_map": None,
@@ -69,7 +71,7 @@ SYNCDOTH: dict[str, Any] = _NOT_FLA | {
     "mixer_bias": False,
     "head_norm_scale": False,
 }
-FLA: dict[str, Any] = {
+FLA: dict[str, Any] = _OWN | {
     "ffn": "swiglu",
     "norm": "rms",
     "rotation": "rope",

@@ -74,6 +74,8 @@ def write_config(description: Description) -> dict[str, Any]:
         "q_width": model.d_model,
         "post_norm": overridden_post_norm(model),
     }
+    if model.decay == "none":
+        expected["decay"] = "powers_of_two"
     if model.decay == "log_spaced":
         expected["decay_range"] = (1 / 32, 1 / 512)
     if gated:

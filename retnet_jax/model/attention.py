@@ -29,7 +29,7 @@ from retnet_jax.model.kv_cache import (
     write_slots,
     write_window,
 )
-from retnet_jax.model.layers import Linear, ShortConvolution, convolve, split_heads
+from retnet_jax.model.layers import Linear, RMSNorm, ShortConvolution, convolve, split_heads
 from retnet_jax.model.mixer import Mixer
 from retnet_jax.ops import flash_attention
 from retnet_jax.ops.attention import (
@@ -57,6 +57,7 @@ class AttentionSettings:
     n_kv_heads: int
     head_width: int
     short_conv: int | None  # width of the convolutions of q, k and v; None: there are none
+    qk_norm: bool
     window: int | None  # tokens that a query sees, itself included; None: all before it
     bias: bool  # in q, k and v
     out_bias: bool
@@ -71,6 +72,7 @@ class AttentionSettings:
             n_kv_heads=config.kv_heads,
             head_width=config.q_width // config.n_heads,
             short_conv=config.short_conv,
+            qk_norm=config.qk_norm,
             window=config.window,
             bias=config.mixer_bias,
             out_bias=config.mixer_bias,
@@ -86,6 +88,7 @@ class AttentionSettings:
             n_kv_heads=entry.kv_heads,
             head_width=config.d_model // entry.n_heads,
             short_conv=None,
+            qk_norm=False,
             window=entry.window,
             bias=entry.bias,
             out_bias=False,
@@ -145,7 +148,10 @@ class AttentionContext(NamedTuple):
 
 
 class Attention(Mixer):
-    """Softmax attention with its projections."""
+    """Softmax attention with its projections.
+
+    The order: projections, convolutions, norm of q and k (`qk_norm`), rotation, attention.
+    """
 
     inputs = ("q", "k", "v")  # the Linears that are applied to the input
 
@@ -172,6 +178,10 @@ class Attention(Mixer):
             self.q_conv, self.k_conv, self.v_conv = (
                 ShortConvolution(heads * settings.head_width, settings.short_conv, rngs=rngs)
                 for heads in settings.heads
+            )
+        if settings.qk_norm:
+            self.q_norm, self.k_norm = (
+                RMSNorm(settings.head_width, config.norm_epsilon) for _ in range(2)
             )
         self.config = config
         self.settings = settings
@@ -202,6 +212,8 @@ class Attention(Mixer):
             )
         q = split_heads(q, settings.n_heads)  # [b t h k]
         k, v = (split_heads(y, settings.n_kv_heads) for y in (k, v))  # [b t g k]
+        if settings.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         q = rotate(q, context.turn, settings.rotation, q.shape[-1] ** -0.5)
         k = rotate(k, context.turn, settings.rotation)
         # Where positions are split, each device needs the keys and values of all positions.

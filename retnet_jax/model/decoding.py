@@ -21,6 +21,7 @@ from retnet_jax.model.layers import Linear
 from retnet_jax.model.lm import LanguageModel, State
 from retnet_jax.model.mixer import map_matrix
 from retnet_jax.model.multi_scale_retention import MultiScaleRetention
+from retnet_jax.ops.dropout import LayerKeys
 from retnet_jax.ops.rounding import round_at_random
 from retnet_jax.own_objects import is_own
 from retnet_jax.shapes import Array, Float, RetentionMatrix
@@ -138,14 +139,14 @@ class DecodingModel(LanguageModel):
             _with_rows(_layer_of(model, i), dtype) for i in range(config.n_layers)
         )
 
-    def _run_layers(self, x, states, context, form: str):
+    def _run_layers(self, x, states, context, form: str, keys: LayerKeys):
         before = states or (None,) * self.config.n_layers
         after = []
         for number, (block, layer_state) in enumerate(zip(self.layers, before, strict=True)):
             if layer_state is not None and _retains(block):
                 layer_state = map_matrix(self._computed, layer_state)
             of_layer = context.of(number) if self.config.attention_layers else context
-            x, layer_state = block(x, layer_state, of_layer, form)
+            x, layer_state = block(x, layer_state, of_layer, form, keys.of(number))
             after.append(self._stored(layer_state, of_layer, number))
         return x, tuple(after)
 

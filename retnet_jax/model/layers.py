@@ -13,10 +13,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from retnet_jax.config import ModelConfig
+from retnet_jax.ops.dropout import dropout
 from retnet_jax.ops.linear import matrix_product
 from retnet_jax.ops.retention import SplitDocuments
 from retnet_jax.ops.short_convolution import short_convolution
-from retnet_jax.shapes import Activations, Array, Float
+from retnet_jax.shapes import Activations, Array, Float, RandomKeys
 
 
 class Linear(nnx.Module):
@@ -223,11 +224,12 @@ class FeedForward(Projections):
         """The Linears that are applied to the input."""
         return ("up", "linear") if self.config.ffn_gated else ("up",)
 
-    def __call__(self, x: Activations) -> Activations:
+    def __call__(self, x: Activations, dropout_keys: RandomKeys | None = None) -> Activations:
         up, *linear = self.project(x)  # [b t f] each
         inner = ACTIVATIONS[self.config.ffn](up)
         if linear:
             inner = inner * linear[0]
+        inner = dropout(inner, dropout_keys, self.config.activation_dropout, "btf")
         if self.config.ffn_norm is not None:
             inner = self.norm(inner)
         return self.down(inner)

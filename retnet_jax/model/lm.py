@@ -23,15 +23,17 @@ from retnet_jax.config import ModelConfig
 from retnet_jax.errors import ConfigError
 from retnet_jax.model.attention import Attention
 from retnet_jax.model.hybrid import HybridMixers, HybridState, PeriodStates, layer_mixer
+from retnet_jax.model.initial import redraw, scales, table_deviations
 from retnet_jax.model.kv_cache import KVCache, WindowCache, is_stacked
 from retnet_jax.model.layers import NORMS, FeedForward, normal
 from retnet_jax.model.mixer import Mixer, RetentionState
 from retnet_jax.model.multi_scale_retention import MultiScaleRetention
 from retnet_jax.model.remat import remat_policy
+from retnet_jax.ops.dropout import LayerKeys, dropout, place_keys
 from retnet_jax.ops.embedding import look_up
 from retnet_jax.own_objects import is_own, own_object
 from retnet_jax.parallel.sharding import constrain
-from retnet_jax.shapes import Array, Float, Int
+from retnet_jax.shapes import Activations, Array, Float, Int, RandomKeys
 
 State = RetentionState | KVCache | WindowCache | HybridState
 
@@ -40,35 +42,38 @@ class Block(nnx.Module):
     """x + mixer(norm(x)), then x + ffn(norm(x)) (arXiv 2307.08621, Eq. 9).
 
     With `post_norm`: norm(x + mixer(x)), then norm(x + ffn(x)). With `deepnorm` the first x of each
-    sum is multiplied by (2 n)^(1/4), and initial parameters are smaller (arXiv 2203.00555).
+    sum is multiplied by (2 n)^(1/4) (arXiv 2203.00555). What is added to x goes through
+    `config.dropout`. `initial.py` has the initial parameters.
     """
 
     def __init__(self, mixer: Callable[..., Mixer], config: ModelConfig, *, rngs: nnx.Rngs):
-        n = config.n_layers
-        if config.deepnorm:
-            scales = {"value_scale": (8 * n) ** -0.25, "out_scale": (8 * n) ** -0.25}
-        else:
-            # Each layer adds twice to the residual stream, which should not grow with the depth.
-            scales = {"value_scale": 1.0, "out_scale": (2 * n) ** -0.5}
         norm = NORMS[config.norm]
         self.mixer_norm = norm(config.d_model, config.norm_epsilon)
-        self.mixer = mixer(config, rngs=rngs, **scales)
+        self.mixer = mixer(config, rngs=rngs, **scales(config))
         self.ffn_norm = norm(config.d_model, config.norm_epsilon)
-        self.ffn = FeedForward(config, rngs=rngs, **scales)
+        self.ffn = FeedForward(config, rngs=rngs, **scales(config))
+        redraw(self.mixer, self.ffn, config, rngs)
         self.post_norm = config.post_norm
-        self.residual_scale = (2 * n) ** 0.25 if config.deepnorm else 1.0
+        self.dropout = config.dropout
+        self.residual_scale = (2 * config.n_layers) ** 0.25 if config.deepnorm else 1.0
 
-    def __call__(self, x: Float[Array, "b t d"], state, context, form: str):
-        if self.post_norm:
-            y, state = self.mixer(x, state, context, form)
+    def __call__(self, x: Activations, state, context, form: str, keys: LayerKeys):
+        def mixed(y: Activations) -> tuple[Activations, Any]:
+            y, after = self.mixer(y, state, context, form)
             y = checkpoint_name(y, "out")
+            return dropout(y, keys.mixer, self.dropout, "btd"), after
+
+        def fed_forward(y: Activations) -> Activations:
+            return dropout(self.ffn(y, keys.inner), keys.ffn, self.dropout, "btd")
+
+        if self.post_norm:
+            y, state = mixed(x)
             x = self.mixer_norm(self.residual_scale * x + y)
-            return self.ffn_norm(self.residual_scale * x + self.ffn(x)), state
-        y = checkpoint_name(self.mixer_norm(x), "mixer_input")
-        y, state = self.mixer(y, state, context, form)
-        x = self.residual_scale * x + checkpoint_name(y, "out")
+            return self.ffn_norm(self.residual_scale * x + fed_forward(x)), state
+        y, state = mixed(checkpoint_name(self.mixer_norm(x), "mixer_input"))
+        x = self.residual_scale * x + y
         y = checkpoint_name(self.ffn_norm(x), "ffn_input")
-        return self.residual_scale * x + self.ffn(y), state
+        return self.residual_scale * x + fed_forward(y), state
 
 
 class LanguageModel(nnx.Module):
@@ -104,8 +109,8 @@ class LanguageModel(nnx.Module):
             )
         self.config = config
         table = (config.vocab_size, config.d_model)
-        deviation = config.d_model**-0.5 if config.embedding_scale else 0.02
-        self.embedding = nnx.Param(normal(rngs, table, deviation))
+        of_embedding, of_head = table_deviations(config)
+        self.embedding = nnx.Param(normal(rngs, table, of_embedding))
         if config.embedding_norm:
             self.embedding_norm = NORMS[config.norm](config.d_model, config.norm_epsilon)
         keys = jax.random.split(rngs.params(), config.n_layers)
@@ -120,7 +125,7 @@ class LanguageModel(nnx.Module):
         if not config.post_norm:
             self.final_norm = NORMS[config.norm](config.d_model, config.norm_epsilon)
         if not config.tie_embeddings:
-            self.head = nnx.Param(normal(rngs, table, 0.02))
+            self.head = nnx.Param(normal(rngs, table, of_head))
 
     def __call__(
         self,
@@ -128,6 +133,7 @@ class LanguageModel(nnx.Module):
         state: State | None = None,
         segment_ids: Int[Array, "b t"] | None = None,
         form: str = "chunkwise",
+        dropout_keys: RandomKeys | None = None,
     ) -> tuple[Float[Array, "b t w"], State]:
         """Logits of the token after each position, and the state after the last.
 
@@ -137,11 +143,14 @@ class LanguageModel(nnx.Module):
           state: State from an earlier call or from `init_state`; None: nothing was read before.
           segment_ids: Documents and padding as in `retention`; None: each row is one document.
           form: Form of retention: "parallel", "chunkwise" or "recurrent".
+          dropout_keys: Random key of each row, such as those of `ops.dropout.row_keys`, for the
+            dropout of the config; None: nothing is dropped, as outside of training.
 
         Raises:
-          ValueError: for tokens that are not integers, and a state of another model or batch.
+          ValueError: for tokens that are not integers, a state of another model or batch, and
+            dropout keys that are not one typed key for each row.
         """
-        hidden, state = self.hidden(tokens, state, segment_ids, form)
+        hidden, state = self.hidden(tokens, state, segment_ids, form, dropout_keys)
         return self.logits(hidden), state
 
     def hidden(
@@ -150,43 +159,46 @@ class LanguageModel(nnx.Module):
         state: State | None = None,
         segment_ids: Int[Array, "b t"] | None = None,
         form: str = "chunkwise",
+        dropout_keys: RandomKeys | None = None,
     ) -> tuple[Float[Array, "b t d"], State]:
         """Like a call, without the output head: the normed activations that it is applied to."""
         config = self.config
-        _check_input(tokens, segment_ids)
+        _check_input(tokens, segment_ids, dropout_keys)
         rows, length = tokens.shape
         if state is not None:
             check_state(self, state, rows)
         context, layers = self.mixer_type.prepare(config, state, (rows, length), segment_ids)
-        x, layers = self._run_layers(self._embed(tokens), layers, context, form)
+        embedding_keys, keys = place_keys(dropout_keys, config.n_layers)
+        x = dropout(self._embed(tokens), embedding_keys, config.dropout, "btd")
+        x, layers = self._run_layers(x, layers, context, form, keys)
         if not config.post_norm:
             x = self.final_norm(x)
         return x, context.state(layers)
 
-    def _run_layers(self, x: Float[Array, "b t d"], states, context, form: str):
+    def _run_layers(self, x: Activations, states, context, form: str, keys: LayerKeys):
         """The activations after all layers, and the state of each layer after the tokens."""
         config = self.config
 
-        def layer(x, layer_and_state):
-            block, layer_state = layer_and_state
-            x, layer_state = block(x, layer_state, context, form)
+        def layer(x, of_layer):
+            block, layer_state, layer_keys = of_layer
+            x, layer_state = block(x, layer_state, context, form, layer_keys)
             return constrain(x, "btd"), layer_state
 
         if config.remat != "none":
             layer = jax.checkpoint(layer, prevent_cse=False, policy=remat_policy(config))
         if config.attention_layers:
-            return self._run_periods(x, states, context, form)
+            return self._run_periods(x, states, context, form, keys)
         # A loop zeroes and fills a stack for each array that the backward pass needs; a few layers
         # are faster unrolled (a 4-layer step on 2 cores: 201 ms instead of 227).
         unroll = config.n_layers if config.n_layers <= 4 else 1
-        return jax.lax.scan(layer, x, (self.layers, states), unroll=unroll)
+        return jax.lax.scan(layer, x, (self.layers, states, keys), unroll=unroll)
 
-    def _run_periods(self, x: Float[Array, "b t d"], states, context, form: str):
+    def _run_periods(self, x: Activations, states, context, form: str, keys: LayerKeys):
         """As `_run_layers`, for a hybrid."""
         config = self.config
 
-        def layer(place, x, block, layer_state):
-            x, layer_state = block(x, layer_state, context.of(place), form)
+        def layer(place, x, block, layer_state, layer_keys):
+            x, layer_state = block(x, layer_state, context.of(place), form, layer_keys)
             return constrain(x, "btd"), layer_state
 
         if config.remat != "none":
@@ -194,18 +206,19 @@ class LanguageModel(nnx.Module):
                 layer, prevent_cse=False, policy=remat_policy(config), static_argnums=0
             )
 
-        def period(x, blocks_and_states):
-            blocks, before = blocks_and_states
+        def period(x, of_period):
+            blocks, before, keys = of_period
             after = []
             for place, block in enumerate(blocks):
-                x, layer_state = layer(place, x, block, None if before is None else before[place])
+                layer_state = None if before is None else before[place]
+                x, layer_state = layer(place, x, block, layer_state, keys.of(place))
                 after.append(layer_state)
             return x, tuple(after)
 
         repeats = config.n_layers // config.layer_period
         blocks, before = tuple(self.layers), None if states is None else states.places
         unroll = repeats if config.n_layers <= 4 else 1
-        x, after = jax.lax.scan(period, x, (blocks, before), unroll=unroll)
+        x, after = jax.lax.scan(period, x, (blocks, before, keys.periods(repeats)), unroll=unroll)
         return x, PeriodStates(after)
 
     def _embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
@@ -332,7 +345,7 @@ def _state_type(model: LanguageModel) -> type:
     return RetentionState
 
 
-def _check_input(tokens: Array, segment_ids: Array | None) -> None:
+def _check_input(tokens: Array, segment_ids: Array | None, dropout_keys: Array | None) -> None:
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(
             f"tokens are {tokens.dtype}{list(tokens.shape)}; they must be integers [b t], the "
@@ -340,3 +353,12 @@ def _check_input(tokens: Array, segment_ids: Array | None) -> None:
         )
     if segment_ids is not None and segment_ids.shape != tokens.shape:
         raise ValueError(f"segment_ids {segment_ids.shape} do not fit tokens {tokens.shape}")
+    if dropout_keys is None:
+        return
+    typed = jnp.issubdtype(dropout_keys.dtype, jax.dtypes.prng_key)
+    if not typed or dropout_keys.shape != tokens.shape[:1]:
+        raise ValueError(
+            f"dropout_keys are {dropout_keys.dtype}{list(dropout_keys.shape)}; rows of "
+            f"{list(tokens.shape)} tokens need {len(tokens)} typed keys, one for each row, such as "
+            f"jax.random.split(jax.random.key(0), {len(tokens)})"
+        )

@@ -54,6 +54,12 @@ class MultiScaleRetention(Mixer):
     The order is that of flash-linear-attention: projections, convolutions of q, k and v with SiLU
     (`short_conv`), feature map of q and k (`feature_map`), rotation, repetition of the keys and
     values that heads share (`n_kv_heads`), retention, norm, gate (unless `output_gate=False`).
+    `qk_norm`, which flash-linear-attention does not have, stands between feature map and rotation:
+    retention reads normed queries and keys whatever comes before.
+
+    Without the norm of the heads (`head_norm=False`) the row normaliser stays: it depends only on
+    the position. Outputs for independent inputs then have the same variance at every position, up
+    to a factor of 2, but their scale is that of q, k and v, and gradients reach it.
 
     Sharing g key heads among h heads saves parameters and products of the projections, but no
     memory traffic in retention, whose kernels take h heads: the repeated keys and values, b t h k
@@ -78,6 +84,10 @@ class MultiScaleRetention(Mixer):
             self.v_conv = ShortConvolution(config.v_channels, config.short_conv, rngs=rngs)
         if config.feature_map is not None:
             self.feature_map = FeatureMap(config.feature_map)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (
+                RMSNorm(config.q_width // config.n_heads, config.norm_epsilon) for _ in range(2)
+            )
         self.config = config
 
     @property
@@ -101,6 +111,8 @@ class MultiScaleRetention(Mixer):
         gate = split_heads(gates[0], config.n_heads) if gates else None
         if config.feature_map is not None:
             q, k = self.feature_map(q), self.feature_map(k)
+        if config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         scale = q.shape[-1] ** -0.5
         q_scale, k_scale = (scale, 1.0) if config.rotation == "rope" else (1.0, scale)
         q = rotate(q, context.turn, config.rotation, q_scale)
@@ -124,6 +136,7 @@ class MultiScaleRetention(Mixer):
         if config.score_clamp is not None:
             y = y * self._score_scale(config.score_clamp, q, k, state, context, form)[..., None]
         kind = "rms" if config.head_norm_scale else config.norm
+        kind = kind if config.head_norm else None
         y = gated_norm(y, gate, context.row_scale, kind, config.norm_epsilon)
         y = y.reshape(*x.shape[:2], -1)
         if config.head_norm_scale:

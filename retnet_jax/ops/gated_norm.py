@@ -18,7 +18,7 @@ def gated_norm(
     y: Float[Array, "b t h v"],
     gate: Float[Array, "b t h v"] | None,
     row_scale: Float[Array, "b t h"] | None,
-    kind: str,
+    kind: str | None,
     epsilon: float,
 ) -> Float[Array, "b t h v"]:
     """swish(gate) * norm(row_scale * y), the norm over v without learned parameters.
@@ -27,7 +27,7 @@ def gated_norm(
       y: Outputs of retention.
       gate: Projections, before their activation; in y's dtype. None: the norm is not multiplied.
       row_scale: `row_normalizer`, which is not differentiated; None: 1.
-      kind: Kind of the norm, "layer" or "rms".
+      kind: Kind of the norm, "layer" or "rms"; None: there is no norm.
       epsilon: Number added to the variance or the mean square.
     """
     if row_scale is not None:
@@ -68,10 +68,12 @@ def _gradients(kind, epsilon, y, gate, row_scale, d_out):
         sigmoid = jax.nn.sigmoid(gate)
         d_gate = (d_out * normed * sigmoid * (1 + gate * (1 - sigmoid)),)
         d_normed = d_out * gate * sigmoid
-    d_y = d_normed - normed * jnp.mean(d_normed * normed, -1, keepdims=True)
-    if kind == "layer":
-        d_y -= d_normed.mean(-1, keepdims=True)
-    d_y *= shrink
+    d_y = d_normed
+    if kind is not None:
+        d_y = d_normed - normed * jnp.mean(d_normed * normed, -1, keepdims=True)
+        if kind == "layer":
+            d_y -= d_normed.mean(-1, keepdims=True)
+        d_y *= shrink
     return d_y if row_scale is None else d_y * row_scale, *d_gate
 
 
@@ -79,6 +81,8 @@ def _normed(kind, epsilon, y, row_scale):
     """The norm of the scaled y, and the factor 1 / (standard deviation or root mean square)."""
     if row_scale is not None:
         y = y * row_scale
+    if kind is None:
+        return y, 1.0
     if kind == "layer":
         y = y - y.mean(-1, keepdims=True)
     shrink = jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + epsilon)

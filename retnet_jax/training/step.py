@@ -19,8 +19,9 @@ from retnet_jax.config import Config
 from retnet_jax.data import Batch
 from retnet_jax.model import LanguageModel, State, build_model
 from retnet_jax.ops.cross_entropy import objective_sum
-from retnet_jax.parallel.sharding import batch_shardings, with_shardings
-from retnet_jax.shapes import Array, Bool, Float, Int
+from retnet_jax.ops.dropout import row_keys
+from retnet_jax.parallel.sharding import batch_shardings, constrain, with_shardings
+from retnet_jax.shapes import Array, Bool, Float, Int, RandomKeys
 from retnet_jax.training.optim import at_step, learning_rate_factor, make_optimizer
 from retnet_jax.training.spikes import UsualStep, judge, nothing_yet
 
@@ -108,7 +109,11 @@ def make_step(config: Config, state_shape: TrainState):
 
 
 def loss_sum(
-    model: LanguageModel, batch: Batch, carry: State | None = None, z_loss: float = 0.0
+    model: LanguageModel,
+    batch: Batch,
+    carry: State | None = None,
+    z_loss: float = 0.0,
+    dropout_keys: RandomKeys | None = None,
 ) -> tuple[Float[Array, ""], Sums]:
     """The objective on a batch: its weighted cross-entropy, plus the z-loss.
 
@@ -118,9 +123,12 @@ def loss_sum(
       carry: State of each row after its previous window, used by the rows that continue; None: all
         rows begin with the empty state.
       z_loss: Coefficient of the z-loss, as in `objective_sum`.
+      dropout_keys: Random key of each row; None: nothing is dropped.
     """
     state = None if carry is None else _where_continued(batch.continues, carry)
-    hidden, state = model.hidden(batch.tokens, state, segment_ids=batch.segment_ids)
+    hidden, state = model.hidden(
+        batch.tokens, state, segment_ids=batch.segment_ids, dropout_keys=dropout_keys
+    )
     objective, loss = objective_sum(
         hidden, model.head_matrix(), batch.targets, batch.weights, z_loss
     )
@@ -144,8 +152,12 @@ def train_step(config: Config, state: TrainState, batch: Batch) -> tuple[TrainSt
     Losses, weights and gradients are summed over the micro-batches and divided once at the end. A
     mean of the micro-batches' means would weigh tokens differently where their counts differ.
     """
+    keys = None
+    if config.model.has_dropout:
+        rows = constrain(jnp.arange(len(batch.tokens)), "b")
+        keys = row_keys(config.train.seed, state.step, rows)
     gradients, sums = gradient_sums(
-        state.model, batch, config.train.micro_batches, state.carry, config.train.z_loss
+        state.model, batch, config.train.micro_batches, state.carry, config.train.z_loss, keys
     )
     gradients = jax.tree.map(lambda g: g / sums.weight, gradients)
     loss, norm = sums.loss / sums.weight, optax.tree.norm(gradients)
@@ -178,17 +190,20 @@ def gradient_sums(
     micro_batches: int,
     carry: State | None = None,
     z_loss: float = 0.0,
+    dropout_keys: RandomKeys | None = None,
 ) -> tuple[LanguageModel, Sums]:
     """Sums over a batch: the gradients of the objective, and the `Sums` of `loss_sum`.
 
     The batch is run in `micro_batches` parts, one after another. No gradient flows into `carry`.
+    `dropout_keys` has a random key for each row of the whole batch; None: nothing is dropped.
     """
     gradient = jax.grad(partial(loss_sum, z_loss=z_loss), has_aux=True)
     if micro_batches == 1:
-        return gradient(model, batch, carry)
+        return gradient(model, batch, carry, dropout_keys=dropout_keys)
 
     def add(totals, part):
-        gradients, sums = gradient(model, *part)
+        windows, carry, keys = part
+        gradients, sums = gradient(model, windows, carry, dropout_keys=keys)
         added = jax.tree.map(jnp.add, totals, (gradients, sums.loss, sums.weight))
         return added, sums.carry
 
@@ -206,11 +221,11 @@ def gradient_sums(
         layers = jax.tree.map(partial(function, axis=1), carry.layers)
         return carry._replace(layers=layers, position=function(carry.position))
 
-    parts = jax.tree.map(split, batch)
+    parts, keys = jax.tree.map(split, (batch, dropout_keys))
     if carry is not None:
         carry = of_rows(split, carry)
     zeros = jax.tree.map(jnp.zeros_like, (model, jnp.float32(0), jnp.float32(0)))
-    (gradients, loss, weight), carry = jax.lax.scan(add, zeros, (parts, carry))
+    (gradients, loss, weight), carry = jax.lax.scan(add, zeros, (parts, carry, keys))
     if carry is not None:
         carry = of_rows(join, carry)
     return gradients, Sums(loss, weight, carry)

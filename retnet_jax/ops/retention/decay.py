@@ -15,21 +15,24 @@ def log_decay(
     Args:
       rule: "log_spaced": gamma = 1 - exp(linspace(log first, log last)). All experiments of the
         paper use it with 1/32 and 1/512 (arXiv 2307.08621, 3.1). "powers_of_two":
-        gamma = 1 - 2^(-5-h) (Eq. 8; torchscale and flash-linear-attention).
+        gamma = 1 - 2^(-5-h) (Eq. 8; torchscale and flash-linear-attention). "none": gamma = 1,
+        so that the row normaliser of position p is (p + 1)^(-1/2).
       n_heads: Number of heads.
-      decay_range: First and last 1 - gamma of "log_spaced".
+      decay_range: First and last 1 - gamma of "log_spaced"; equal ones give all heads one gamma.
       dtype: Dtype of the result.
 
-    Log gamma is at most -2^-100: nearer to 0 float32 has no normal numbers, and `row_normalizer`
-    would divide by 0. gamma rounds to 1 either way.
+    Log gamma is at most -2^-100, also for "none": nearer to 0 float32 has no normal numbers, and
+    `row_normalizer` would divide by 0. gamma, its powers and (1 - gamma) S round as they do for 0.
     """
     if rule == "log_spaced":
         first, last = np.log(decay_range)
         complement = np.exp(np.linspace(first, last, n_heads))
     elif rule == "powers_of_two":
         complement = 2.0 ** (-5.0 - np.arange(n_heads))
+    elif rule == "none":
+        complement = np.zeros(n_heads)
     else:
-        raise ValueError(f"decay rule {rule!r} is not one of 'log_spaced', 'powers_of_two'")
+        raise ValueError(f"decay rule {rule!r} is not one of 'log_spaced', 'powers_of_two', 'none'")
     return jnp.asarray(np.minimum(np.log1p(-complement), -(2.0**-100)), dtype)
 
 
