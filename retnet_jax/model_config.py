@@ -46,6 +46,7 @@ MIXER_OPTIONS = {
     "window": ("attention",),
     "feature_map": ("retention",),
     "head_norm": ("retention",),
+    "head_norm_epsilon": ("retention",),
     "output_gate": ("retention",),
     "attention_layers": ("retention",),
 }
@@ -138,6 +139,11 @@ class ModelConfig:
     head_norm: bool = option(
         True,
         "Norm of each head's outputs of retention; False: only the row normaliser scales them",
+    )
+    head_norm_epsilon: float | None = option(
+        None,
+        "Added to the variance or mean square in the norm of the heads, which can divide by almost "
+        "0 at the first tokens of a document; None: norm_epsilon",
     )
     output_gate: bool = option(
         True, "Multiply the outputs of retention, after their norm, by swish(x W_gate)"
@@ -257,6 +263,11 @@ class ModelConfig:
         return self.v_width // self.n_heads * self.kv_heads
 
     @property
+    def epsilon_of_heads(self) -> float:
+        """The epsilon in the norm of the heads."""
+        return self.norm_epsilon if self.head_norm_epsilon is None else self.head_norm_epsilon
+
+    @property
     def ffn_width(self) -> int:
         """Inner width of the feed-forward layer."""
         if self.ffn_dim is not None:
@@ -334,11 +345,12 @@ class ModelConfig:
                 f"list of some of the activations {','.join(ACTIVATIONS)}, with or without "
                 "'offload:' before it"
             )
-        if self.head_norm_scale and not self.head_norm:
-            raise ConfigError(
-                "model.head_norm_scale=True needs the norm that model.head_norm=False leaves out; "
-                "set one of them to its default"
-            )
+        for name in ("head_norm_scale", "head_norm_epsilon"):
+            if getattr(self, name) != _DEFAULTS[name] and not self.head_norm:
+                raise ConfigError(
+                    f"model.{name}={getattr(self, name)!r} needs the norm that "
+                    "model.head_norm=False leaves out; set one of them to its default"
+                )
         if self.head_norm_scale and self.norm != "rms":
             raise ConfigError(
                 f"model.head_norm_scale=True is for model.norm='rms', not {self.norm!r}"
@@ -358,6 +370,7 @@ class ModelConfig:
                 f"model.n_kv_heads={self.n_kv_heads} does not divide model.n_heads={self.n_heads}"
             )
         check_positive("model.norm_epsilon", self.norm_epsilon)
+        check_positive("model.head_norm_epsilon", self.epsilon_of_heads)
         check_rate("model.dropout", self.dropout)
         check_rate("model.activation_dropout", self.activation_dropout)
         for name, width in (("key_dim", self.q_width), ("value_dim", self.v_width)):

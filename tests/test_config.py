@@ -37,12 +37,16 @@ def test_paper_sizes_and_their_twins(size):
 def test_the_papers_recipe(size):
     """arXiv 2307.08621, section 3.1 and Table 7."""
     module = importlib.import_module(f"retnet_jax.configs.retnet_{size}")
+    tested = {
+        "retnet": {"init": ("scaled", "deepnet"), "head_norm_epsilon": (0.01, None)},
+        "transformer": {"init": ("zero_outputs", "deepnet"), "qk_norm": (True, False)},
+    }
     for argument, usual in (("paper", "retnet"), ("paper_transformer", "transformer")):
         config = module.get_config(argument)
         config.check()
         changed = config_differences(module.get_config(usual), config)
         assert changed == {
-            "model.init": ("scaled", "deepnet"),
+            **{f"model.{name}": values for name, values in tested[usual].items()},
             "model.dropout": (0.0, 0.1),
             "train.spike_deviations": (10.0, 0.0),
         }

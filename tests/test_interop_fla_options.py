@@ -184,6 +184,7 @@ def test_layouts_without_the_options_refuse_them(layout, preset):
     [
         ({"qk_norm": True}, "model.qk_norm is True, .* has False"),
         ({"head_norm": False, "head_norm_scale": False}, "model.head_norm is False, .* has True"),
+        ({"head_norm_epsilon": 0.01}, "model.head_norm_epsilon is 0.01, .* has None"),
         ({"decay": "none"}, "model.decay is 'none', .* has 'powers_of_two': .* decays are fixed"),
         ({"init": "torchscale"}, None),
     ],

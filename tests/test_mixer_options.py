@@ -22,7 +22,8 @@ OPTIONS = [
     {"short_conv": 4, "n_kv_heads": 2, "feature_map": "gelu", "output_gate": False},
     {"short_conv": 2, "n_kv_heads": 1, "rotation": "torchscale", "row_normalizer": False}
     | {"qk_norm": True},
-    {"short_conv": 3, "feature_map": "xielu", "norm": "rms", "head_norm_scale": True},
+    {"short_conv": 3, "feature_map": "xielu", "norm": "rms", "head_norm_scale": True}
+    | {"head_norm_epsilon": 0.03},
     {"n_kv_heads": 2, "feature_map": "prelu", "output_gate": False, "mixer_bias": True}
     | {"qk_norm": True, "head_norm": False, "decay": "none"},
 ]
@@ -105,7 +106,7 @@ class Reference:
         if config.norm == "layer" and config.head_norm and not config.head_norm_scale:
             y -= y.mean(-1, keepdims=True)
         if config.head_norm:
-            y /= np.sqrt((y**2).mean(-1, keepdims=True) + config.norm_epsilon)
+            y /= np.sqrt((y**2).mean(-1, keepdims=True) + config.epsilon_of_heads)
         if config.head_norm_scale:
             y *= self.parameters["head_norm", "scale", "value"]
         y = y.reshape(-1)

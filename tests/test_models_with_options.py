@@ -36,6 +36,7 @@ from retnet_jax.trees import named_leaves
 
 EVERY = {"short_conv": 4, "n_kv_heads": 1, "feature_map": "prelu", "output_gate": False}
 EVERY |= {"qk_norm": True, "head_norm": False}
+ALL = EVERY | {"head_norm_epsilon": 0.1}  # which needs the norm that EVERY leaves out
 SMALL = ModelConfig(vocab_size=264, d_model=16, n_layers=2, n_heads=2, chunk_size=8, **EVERY)
 
 
@@ -85,7 +86,7 @@ def one_by_one(model, tokens):
         {"n_kv_heads": 2, "mixer_bias": True},
         {"feature_map": "xielu", "output_gate": False, "mixer_bias": True},
         EVERY,
-        EVERY
+        ALL
         | {"head_norm": True}
         | {"norm": "rms", "head_norm_scale": True, "tie_embeddings": True},
     ],
@@ -144,18 +145,22 @@ def test_names_of_feature_maps_are_those_of_the_functions():
             "model.head_norm_scale=True needs the norm that model.head_norm=False leaves out",
         ),
         (
+            {"head_norm": False, "head_norm_epsilon": 0.1},
+            "model.head_norm_epsilon=0.1 needs the norm that model.head_norm=False leaves out",
+        ),
+        (
             {"qk_norm": True, "attention_layers": (AttentionLayers(layers=(0,), n_heads=4),)}
             | {"n_layers": 1},
             "model.qk_norm=True is for layers with retention, but all layers are in",
         ),
         *(
             (
-                {name: EVERY[name], "mixer": mixer},
-                rf"model.{name}={EVERY[name]!r} is for model.mixer=.*, not '{mixer}': leave it out",
+                {name: ALL[name], "mixer": mixer},
+                rf"model.{name}={ALL[name]!r} is for model.mixer=.*, not '{mixer}': leave it out",
             )
             for name, mixers in MIXER_OPTIONS.items()
             for mixer in ("attention", "examples.mine:Mixer")
-            if name in EVERY and mixer not in mixers
+            if name in ALL and mixer not in mixers
         ),
     ],
 )

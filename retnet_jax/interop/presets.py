@@ -41,7 +41,7 @@ def _model(fields: dict[str, Any], options: dict[str, Any]) -> ModelConfig:
 
 # Options that no other implementation has, and then those that only fla has, at values that change
 # nothing.
-_OWN: dict[str, Any] = {"qk_norm": False, "head_norm": True}
+_OWN: dict[str, Any] = {"qk_norm": False, "head_norm": True, "head_norm_epsilon": None}
 _NOT_FLA: dict[str, Any] = _OWN | {
     "short_conv": None,
     "n_kv_heads": None,
