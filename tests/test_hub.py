@@ -239,15 +239,26 @@ def test_without_the_client(monkeypatch):
 def test_a_repository_without_weights_that_can_be_read(hub):
     without = {"config.json": CONFIG, "model.gguf": b"x", "pytorch_model-1-of-2.bin": b"x"}
     hub.repositories[MODEL]["main"] = without
-    assert "has no weights in its top directory: expected *.safetensors or pytorch_model.bin" in (
-        refusal(CheckpointError)
+    message = refusal(CheckpointError)
+    assert (
+        "has no weights in its top directory: expected *.safetensors, pytorch_model.bin, or pyto"
+        in (message)
     )
-    hub.repositories[MODEL]["main"] = without | {"pytorch_model.bin.index.json": b"{}"}
-    assert "several PyTorch files, which cannot be read here" in refusal(CheckpointError)
     hub.repositories[MODEL]["main"] = without | {"pytorch_model.bin": b"x"}
     directory = model_directory(MODEL)
     assert sorted(x.name for x in directory.iterdir()) == ["config.json", "pytorch_model.bin"]
     assert hub.downloads().count("pytorch_model-1-of-2.bin") == 0
+
+
+def test_pytorch_files_with_an_index_are_downloaded(hub):
+    index = {"weight_map": {"a": "pytorch_model-1-of-2.bin", "b": "pytorch_model-2-of-2.bin"}}
+    parts = dict.fromkeys(index["weight_map"].values(), b"x")
+    index = {"pytorch_model.bin.index.json": json.dumps(index).encode()}
+    hub.repositories[MODEL]["main"] = {"config.json": CONFIG, "training_args.bin": b"x"} | index
+    assert "has no weights in its top directory" in refusal(CheckpointError)
+    hub.repositories[MODEL]["main"] |= parts
+    directory = model_directory(MODEL)
+    assert {x.name for x in directory.iterdir()} == {"config.json", *index, *parts}
 
 
 @pytest.mark.parametrize(

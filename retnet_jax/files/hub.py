@@ -25,7 +25,10 @@ from retnet_jax.files.paths import AnyPath, expanded, place
 # Only files in the top directory of a repository are downloaded.
 CONFIG_AND_TOKENIZER = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.bpe", "*.spm", "*.jinja")
 SAFETENSORS = "*.safetensors"
-TORCH = "pytorch_model.bin"  # only if there are no safetensors files
+# Only if there are no safetensors files: one file, or several and an index.
+TORCH = "pytorch_model.bin"
+TORCH_INDEX = "pytorch_model.bin.index.json"
+TORCH_PARTS = "pytorch_model*.bin"
 
 _PREFIX = "hf://"
 _REPOSITORY = r"(?!.*(?:--|\.\.))\w(?:[\w-]*\w)?/\w(?:[\w.-]*\w)?"  # as the hub allows
@@ -106,16 +109,13 @@ def _with_weights(name: HubName) -> Path:
     if any(directory.glob(SAFETENSORS)):
         return directory
     same_commit = name._replace(revision=directory.name)
-    directory = _downloaded(same_commit, [*CONFIG_AND_TOKENIZER, TORCH])
-    if (directory / TORCH).is_file():
+    torch = TORCH_PARTS if (directory / TORCH_INDEX).is_file() else TORCH
+    directory = _downloaded(same_commit, [*CONFIG_AND_TOKENIZER, torch])
+    if any(directory.glob(torch)):
         return directory
-    if (directory / f"{TORCH}.index.json").is_file():
-        raise CheckpointError(
-            f"{name} has its weights in several PyTorch files, which cannot be read here: save "
-            "them as safetensors with transformers' save_pretrained, and give that directory"
-        )
     raise CheckpointError(
-        f"{name} has no weights in its top directory: expected {SAFETENSORS} or {TORCH}; to read "
+        f"{name} has no weights in its top directory: expected {SAFETENSORS}, {TORCH}, "
+        f"or {TORCH_INDEX} with its files; to read "
         f"other files, download them first: hf download {name.repository} --local-dir DIRECTORY"
     )
 
