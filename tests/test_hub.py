@@ -16,7 +16,7 @@ import pytest
 from foreign_checkpoints import FIXTURES, leaves
 from pretrained_tokenizers import llama
 from safetensors.numpy import load, save
-from small_hub import commit_of, running_hub
+from small_hub import commit_of, hub_in_use, running_hub
 
 from retnet_jax import interop, load_pretrained
 from retnet_jax.config import Config, DataConfig
@@ -29,7 +29,7 @@ from retnet_jax.evaluation.run import _names, subject
 from retnet_jax.files.hub import HubName, cached_name, hub_name, model_directory
 from retnet_jax.pretrained import read_pretrained, with_initial_model
 
-huggingface_hub = pytest.importorskip("huggingface_hub", reason="pip install -e '.[hub]'")
+pytest.importorskip("huggingface_hub", reason="pip install -e '.[hub]'")
 constants = pytest.importorskip("huggingface_hub.constants")
 
 ROOT = Path(__file__).parent.parent
@@ -53,21 +53,9 @@ def files(**others):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A hub with one model, used by this process, in an empty working directory."""
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    monkeypatch.setattr(programs, "DIRECTORY", tmp_path / "work")
-    with running_hub() as hub:
-        # What HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE set when the client is imported.
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
+    with hub_in_use(tmp_path, monkeypatch) as hub:
         hub.repositories[MODEL] = {"main": files()}
         yield hub
-        huggingface_hub.close_session()
 
 
 def refusal(kind, model=MODEL, **options):

@@ -242,6 +242,9 @@ class ParameterReader:
       directory: Directory of the checkpoints, as in `Checkpoints`.
       model: Shapes and dtypes of the model.
 
+    Attributes:
+      step: Step of that checkpoint.
+
     Raises:
       CheckpointError: as `restore_model`.
     """
@@ -252,6 +255,7 @@ class ParameterReader:
             return path / "model"
 
         self._path = _of_newest(directory, open_model)
+        self.step = int(self._path.parent.name)
 
     def read(self, name: str) -> np.ndarray:
         """The parameter with a name such as layers/mixer/q/kernel."""
