@@ -13,7 +13,7 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote
 
 import programs
 import yaml
@@ -136,15 +136,26 @@ class _Handler(BaseHTTPRequestHandler):
         if path.startswith("/large/"):
             if authorization:  # the token is only for the hub
                 return self._answer(400, b"{}")
-            owner, name, commit, file = path.removeprefix("/large/").split("/", 3)
+            within = path.removeprefix("/large/")
+            kind = "datasets/" if within.startswith("datasets/") else ""
+            owner, name, commit, file = within.removeprefix(kind).split("/", 3)
+            owner = kind + owner
             return self._send(self._files(f"{owner}/{name}", commit)[file], breaks)
         if hub.token and authorization != f"Bearer {hub.token}":
             return self._answer(401, b"{}", **{"X-Error-Code": "GatedRepo"})
         if path == "/api/whoami-v2":
             return self._answer_json({"name": hub.owner})
+        if path.startswith("/api/datasets/"):
+            owner, name, *rest = path.removeprefix("/api/datasets/").split("/")
+            return self._describe(f"datasets/{owner}/{name}", rest)
+        if path.startswith("/datasets/"):
+            _, owner, name, _, revision, file = path.removeprefix("/").split("/", 5)
+            return self._resolve(f"datasets/{owner}/{name}", revision, file, breaks)
         if path.startswith("/api/models/"):
             owner, name, *rest = path.removeprefix("/api/models/").split("/")
             return self._describe(f"{owner}/{name}", rest)
+        if path.count("/") < 5:
+            return self._answer(404, b"{}")
         owner, name, _, revision, file = path.removeprefix("/").split("/", 4)
         return self._resolve(f"{owner}/{name}", revision, file, breaks)
 
@@ -164,6 +175,12 @@ class _Handler(BaseHTTPRequestHandler):
         refusal = hub.take_refusal(f"POST {path}")
         if refusal is not None:
             return self._answer(refusal.status, b"{}", **refusal.headers)
+        if "/paths-info/" in path:
+            owner, name, _, revision = path.removeprefix("/api/datasets/").split("/")
+            files = self._files(f"datasets/{owner}/{name}", revision)
+            asked = parse_qs(body.decode())["paths"] if b"=" in body else json.loads(body)["paths"]
+            entries = [self._entry(files, name) for name in asked]
+            return self._answer_json([entry for entry in entries if entry])
         if self.headers.get("Authorization") != f"Bearer {hub.token}":
             return self._answer(401, b"{}")
         if path == "/api/repos/create":
@@ -217,6 +234,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return contents
 
+    def _knows(self, repository):
+        return repository in self.server.hub.repositories
+
     def _files(self, repository, revision):
         """The files of a revision, named by a branch or a commit; None if there is none."""
         revisions = self.server.hub.repositories[repository]
@@ -231,16 +251,33 @@ class _Handler(BaseHTTPRequestHandler):
         if files is None:
             return self._answer(404, b"{}", **{"X-Error-Code": "RevisionNotFound"})
         if rest and rest[0] == "tree":
-            tree = [
-                {"type": "file", "path": name, "size": len(x), "oid": hashlib.sha1(x).hexdigest()}
-                for name, x in files.items()
-            ]
-            return self._answer(200, json.dumps(tree).encode())
-        about = {"id": repository, "sha": commit_of(files), "siblings": []}
+            below = "/".join([*rest[2:], ""])
+            found = [name for name in files if name.startswith(below)]
+            if "recursive=true" not in self.path.lower():
+                cut = (name.removeprefix(below).partition("/") for name in found)
+                found = list(dict.fromkeys(below + first for first, _, _ in cut))
+            if below and not found:
+                return self._answer(404, b"{}", **{"X-Error-Code": "EntryNotFound"})
+            return self._answer_json([self._entry(files, name) for name in found])
+        siblings = [{"rfilename": name} for name in files]
+        about = {"id": repository, "sha": commit_of(files), "siblings": siblings}
         return self._answer(200, json.dumps(about).encode())
 
+    @staticmethod
+    def _entry(files, name):
+        """A file or a directory as the list of files has it; None if it does not exist."""
+        if name in files:
+            contents = files[name]
+            oid = hashlib.sha1(contents).hexdigest()
+            return {"type": "file", "path": name, "size": len(contents), "oid": oid}
+        is_directory = any(path.startswith(f"{name}/") for path in files)
+        return {"type": "directory", "path": name, "oid": "0"} if is_directory else None
+
     def _resolve(self, repository, revision, file, breaks):
-        files = self._files(repository, revision)
+        files = self._files(repository, revision) if self._knows(repository) else None
+        if files is None or file not in files:
+            kind = "EntryNotFound" if files else "RepoNotFound"
+            return self._answer(404, b"{}", **{"X-Error-Code": kind})
         contents, commit = files[file], commit_of(files)
         headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(contents).hexdigest()}"'}
         if len(contents) < LARGE:
@@ -254,10 +291,10 @@ class _Handler(BaseHTTPRequestHandler):
         """A file, or the range that is asked for; if it breaks, the first half of it."""
         status, asked = 200, self.headers.get("Range")
         if asked:
-            begin = int(asked.removeprefix("bytes=").removesuffix("-"))
-            status, end = 206, len(contents)
-            headers["Content-Range"] = f"bytes {begin}-{end - 1}/{end}"
-            contents = contents[begin:]
+            begin, _, last = asked.removeprefix("bytes=").partition("-")
+            begin, end = int(begin), min(int(last or len(contents)) + 1, len(contents))
+            headers["Content-Range"] = f"bytes {begin}-{end - 1}/{len(contents)}"
+            status, contents = 206, contents[begin:end]
             self.server.hub.asked.append(f"RANGE {begin} {self.path}")
         self._answer(status, contents, len(contents) // 2 if breaks else None, **headers)
 

@@ -9,7 +9,8 @@ from retnet_jax.config import (
     TrainConfig,
 )
 
-CORPUS = "data/corpus/**/*.jsonl"  # which each user has to bring
+# Written by `python tools/prepare_corpus.py paper`, or brought by the user.
+CORPUS = "data/corpus/**/*.jsonl*"
 
 
 def paper_model(*, n_layers: int, d_model: int) -> ModelConfig:

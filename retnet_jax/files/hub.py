@@ -206,6 +206,43 @@ def _downloaded(name: HubName, patterns: Sequence[str]) -> Path:
     return Path(directory)
 
 
+def dataset_commit(name: str) -> str:
+    """The newest commit of a data set on the hub; raises as `model_directory`."""
+    try:
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        raise ConfigError(
+            f"{name} is downloaded with huggingface_hub: pip install 'retnet-jax[corpora]'"
+        ) from error
+    try:
+        return str(HfApi().dataset_info(name).sha)
+    except Exception as error:  # of many types, also those of the client's HTTP library
+        raise _explained(error, HubName(f"datasets/{name}")) from error
+
+
+def dataset_error(error: BaseException, name: str) -> ConfigError | CheckpointError:
+    """An error of the library `datasets` as one line that says what would help.
+
+    Args:
+      error: The error, while the library opens or reads a data set.
+      name: OWNER/NAME of the data set.
+    """
+    from huggingface_hub import constants, errors
+
+    page, chain = f"{constants.ENDPOINT}/datasets/{name}", [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    for cause in chain:
+        if isinstance(cause, errors.HfHubHTTPError | errors.OfflineModeIsEnabled):
+            return _explained(cause, HubName(f"datasets/{name}"))
+    if isinstance(error, ValueError | FileNotFoundError):  # such as a split that does not exist
+        return ConfigError(f"{page} cannot be opened ({type(error).__name__}: {brief(error)})")
+    return CheckpointError(
+        f"{page} cannot be downloaded ({type(error).__name__}: {brief(error)}): check the "
+        "connection and HF_ENDPOINT; the same command resumes (complete files are kept)"
+    )
+
+
 @contextlib.contextmanager
 def _explained_uploads(repository: str) -> Iterator[None]:
     """Raises the client's errors during an upload as one line that says what would help."""
@@ -233,7 +270,7 @@ def _explained_uploads(repository: str) -> Iterator[None]:
         ) from error
 
 
-def _explained(error: Exception, name: HubName) -> ConfigError | CheckpointError:
+def _explained(error: BaseException, name: HubName) -> ConfigError | CheckpointError:
     """The client's error as one line that says what would help."""
     from huggingface_hub import constants, errors
 
@@ -243,7 +280,9 @@ def _explained(error: Exception, name: HubName) -> ConfigError | CheckpointError
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
     exists = os.path.isdir(name.repository)  # a name that begins with hf://
-    path = "" if exists else f"{name.repository} is no directory in {os.getcwd()}, and "
+    path = f"{name.repository} is no directory in {os.getcwd()}, and "
+    if exists or name.repository.startswith("datasets/"):
+        path = ""
     if isinstance(error, errors.RevisionNotFoundError):
         return ConfigError(
             f"{page} has no revision {name.revision or 'main'}: give a branch, a tag or a commit"
