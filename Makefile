@@ -54,7 +54,7 @@ test-wheel: .venv/dev
 	cd .venv/wheel/elsewhere && ../env/bin/python -I ../../../tests/check_wheel.py
 
 # Without the flags that tests/conftest.py sets otherwise.
-test-all: lint .venv/libtpu .venv/cuda .venv/py312 .venv/fla
+test-all: lint .venv/libtpu .venv/cuda .venv/py312 .venv/fla .venv/gcs
 	XLA_FLAGS= PYTHONPATH=.venv/libtpu $(PYTEST)
 
 lint: .venv/dev
@@ -97,6 +97,11 @@ types: .venv/dev
 TORCH ?= torch
 .venv/fla: .venv/dev
 	$(BIN)/pip install --quiet --target=$@.unfinished "$(TORCH)" triton transformers flash-linear-attention
+	rm -rf $@ && mv $@.unfinished $@
+
+# Google Cloud Storage as fsspec reads it, and an emulator of it for the loopback address.
+.venv/gcs: .venv/dev
+	$(BIN)/pip install --quiet --target=$@.unfinished gcsfs gcp-storage-emulator
 	rm -rf $@ && mv $@.unfinished $@
 
 # Where there is a Python 3.12, the newest jax: its Pallas has an interpreter for GPU kernels.
