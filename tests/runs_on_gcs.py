@@ -72,7 +72,7 @@ def main(directory):
     config = directory / "here"
     run("train.py", options, f"--workdir={config}")
     assert_same_parameters(RUN, config)
-    assert run("tools/verify.py", RUN).stdout == f"{RUN}: intact\n"
+    assert f"{RUN}: intact\n" in run("tools/verify.py", RUN).stdout
     # The checkpoint of step 4 is damaged: the run is resumed from step 2, to the same end.
     store.pipe_file("bucket/runs/mine/checkpoints/4/model/_METADATA", b"{}")
     assert "step 4/4" in run("train.py", options, f"--workdir={RUN}").stderr
