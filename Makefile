@@ -60,7 +60,7 @@ test-wheel: .venv/dev
 	cd .venv/wheel/elsewhere && ../env/bin/python -I ../../../tests/check_wheel.py
 
 # Without the flags that tests/conftest.py sets otherwise.
-test-all: lint .venv/libtpu .venv/cuda .venv/py312
+test-all: lint .venv/libtpu .venv/cuda .venv/py312 .venv/fla .venv/gcs
 	XLA_FLAGS= PYTHONPATH=.venv/libtpu $(PYTEST)
 
 lint: .venv/dev
@@ -96,6 +96,18 @@ types: .venv/dev
 	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)') && \
 	  $(BIN)/pip install --quiet --no-deps --target=$@.unfinished \
 	  jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version nvidia-cuda-nvcc-cu12
+	rm -rf $@ && mv $@.unfinished $@
+
+# For the test that fla computes an exported model's logits; beside the environment, because PyTorch is
+# large. On Linux it comes with CUDA unless another package is named, such as TORCH=torch==2.13.0+cpu.
+TORCH ?= torch
+.venv/fla: .venv/dev
+	$(BIN)/pip install --quiet --target=$@.unfinished "$(TORCH)" triton transformers flash-linear-attention
+	rm -rf $@ && mv $@.unfinished $@
+
+# Google Cloud Storage as fsspec reads it, and an emulator of it for the loopback address.
+.venv/gcs: .venv/dev
+	$(BIN)/pip install --quiet --target=$@.unfinished gcsfs gcp-storage-emulator
 	rm -rf $@ && mv $@.unfinished $@
 
 # Where there is a Python 3.12, the newest jax: its Pallas has an interpreter for GPU kernels.

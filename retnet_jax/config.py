@@ -65,7 +65,7 @@ class DataConfig:
     path: str = option(
         "",
         "Files: paths, globs (also with **) and URLs, separated by commas. Data set: 'name:split', "
-        "for hf also 'name:config:split'",
+        "for hf also 'name:config:split' and 'name@commit:split'",
         in_store=True,
     )
     text_field: str = option(

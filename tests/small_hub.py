@@ -2,16 +2,21 @@
 
 It answers what the client asks for a download: the commit of a revision, the list of files, and
 the files themselves, whole or by byte ranges. As on the hub, a large file is a redirect to another
-host, which gets no token.
+host, which gets no token. It also takes uploads: the list of files, large files at an address of
+their own, and a commit with the rest.
 """
 
+import base64
 import contextlib
 import hashlib
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote
+
+import programs
+import yaml
 
 LARGE = 100_000  # bytes from which a file is a redirect
 
@@ -33,6 +38,7 @@ class SmallHub:
       asked: The requests, such as "GET /owner/name/resolve/COMMIT/config.json".
       refusals: What the next requests get instead of an answer.
       token: The token that every request needs; None: none.
+      owner: Owner of the token, who may upload.
     """
 
     def __init__(self, url):
@@ -41,6 +47,8 @@ class SmallHub:
         self.asked = []
         self.refusals = []
         self.token = None
+        self.owner = "some-owner"
+        self.large = {}  # contents of uploaded large files by SHA-256
         self._lock = threading.Lock()  # the client asks for several files at once
 
     def refuse(self, text, status, **headers):
@@ -88,6 +96,30 @@ def running_hub():
         server.server_close()
 
 
+@contextlib.contextmanager
+def hub_in_use(tmp_path, monkeypatch):
+    """An empty hub that the client in this process uses, in an empty working directory."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr(programs, "DIRECTORY", tmp_path / "work")
+    with running_hub() as hub:
+        # What HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE set when the client is imported.
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        # Large files are uploaded by the older protocol, which this hub has.
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield hub
+        huggingface_hub.close_session()
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -104,18 +136,106 @@ class _Handler(BaseHTTPRequestHandler):
         if path.startswith("/large/"):
             if authorization:  # the token is only for the hub
                 return self._answer(400, b"{}")
-            owner, name, commit, file = path.removeprefix("/large/").split("/", 3)
+            within = path.removeprefix("/large/")
+            kind = "datasets/" if within.startswith("datasets/") else ""
+            owner, name, commit, file = within.removeprefix(kind).split("/", 3)
+            owner = kind + owner
             return self._send(self._files(f"{owner}/{name}", commit)[file], breaks)
         if hub.token and authorization != f"Bearer {hub.token}":
             return self._answer(401, b"{}", **{"X-Error-Code": "GatedRepo"})
+        if path == "/api/whoami-v2":
+            return self._answer_json({"name": hub.owner})
+        if path.startswith("/api/datasets/"):
+            owner, name, *rest = path.removeprefix("/api/datasets/").split("/")
+            return self._describe(f"datasets/{owner}/{name}", rest)
+        if path.startswith("/datasets/"):
+            _, owner, name, _, revision, file = path.removeprefix("/").split("/", 5)
+            return self._resolve(f"datasets/{owner}/{name}", revision, file, breaks)
         if path.startswith("/api/models/"):
             owner, name, *rest = path.removeprefix("/api/models/").split("/")
             return self._describe(f"{owner}/{name}", rest)
+        if path.count("/") < 5:
+            return self._answer(404, b"{}")
         owner, name, _, revision, file = path.removeprefix("/").split("/", 4)
         return self._resolve(f"{owner}/{name}", revision, file, breaks)
 
     def do_HEAD(self):
         self.do_GET()
+
+    def do_PUT(self):
+        contents = self._body()
+        self.server.hub.asked.append(f"PUT {self.path}")
+        self.server.hub.large[hashlib.sha256(contents).hexdigest()] = contents
+        self._answer(200, b"")
+
+    def do_POST(self):
+        hub, body = self.server.hub, self._body()
+        path = unquote(self.path.partition("?")[0])
+        hub.asked.append(f"POST {path}")
+        refusal = hub.take_refusal(f"POST {path}")
+        if refusal is not None:
+            return self._answer(refusal.status, b"{}", **refusal.headers)
+        if "/paths-info/" in path:
+            owner, name, _, revision = path.removeprefix("/api/datasets/").split("/")
+            files = self._files(f"datasets/{owner}/{name}", revision)
+            asked = parse_qs(body.decode())["paths"] if b"=" in body else json.loads(body)["paths"]
+            entries = [self._entry(files, name) for name in asked]
+            return self._answer_json([entry for entry in entries if entry])
+        if self.headers.get("Authorization") != f"Bearer {hub.token}":
+            return self._answer(401, b"{}")
+        if path == "/api/repos/create":
+            return self._create(json.loads(body))
+        if path == "/api/validate-yaml":
+            header = yaml.safe_load(json.loads(body)["content"].split("---\n")[1])
+            return self._answer_json({"errors": [] if isinstance(header, dict) else [{}]})
+        if path.endswith(".git/info/lfs/objects/batch"):
+            objects = [
+                {"oid": x["oid"], "size": x["size"]}
+                | {"actions": {"upload": {"href": f"{hub.url}/uploads/{x['oid']}"}}}
+                for x in json.loads(body)["objects"]
+            ]
+            return self._answer_json({"transfer": "basic", "objects": objects})
+        owner, name, action, revision = path.removeprefix("/api/models/").split("/")
+        files = hub.repositories[f"{owner}/{name}"][revision]
+        if action == "preupload":
+            modes = [
+                {"path": x["path"], "shouldIgnore": False}
+                | {"uploadMode": "lfs" if x["size"] >= LARGE else "regular"}
+                for x in json.loads(body)["files"]
+            ]
+            return self._answer_json({"files": modes})
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = hub.large[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
+        oid = commit_of(files)
+        url = f"{hub.url}/{owner}/{name}/commit/{oid}"
+        return self._answer_json({"success": True, "commitOid": oid, "commitUrl": url})
+
+    def _create(self, asked):
+        hub, name = self.server.hub, f"{asked['organization']}/{asked['name']}"
+        if asked["organization"] != hub.owner:
+            return self._answer(403, b"{}")
+        exists = name in hub.repositories
+        hub.repositories.setdefault(name, {"main": {}})
+        return self._answer_json({"url": f"{hub.url}/{name}"}, 409 if exists else 200)
+
+    def _body(self):
+        if "Content-Length" in self.headers:
+            return self.rfile.read(int(self.headers["Content-Length"]))
+        contents = b""
+        while size := int(self.rfile.readline(), 16):  # in chunks
+            contents += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return contents
+
+    def _knows(self, repository):
+        return repository in self.server.hub.repositories
 
     def _files(self, repository, revision):
         """The files of a revision, named by a branch or a commit; None if there is none."""
@@ -131,16 +251,33 @@ class _Handler(BaseHTTPRequestHandler):
         if files is None:
             return self._answer(404, b"{}", **{"X-Error-Code": "RevisionNotFound"})
         if rest and rest[0] == "tree":
-            tree = [
-                {"type": "file", "path": name, "size": len(x), "oid": hashlib.sha1(x).hexdigest()}
-                for name, x in files.items()
-            ]
-            return self._answer(200, json.dumps(tree).encode())
-        about = {"id": repository, "sha": commit_of(files), "siblings": []}
+            below = "/".join([*rest[2:], ""])
+            found = [name for name in files if name.startswith(below)]
+            if "recursive=true" not in self.path.lower():
+                cut = (name.removeprefix(below).partition("/") for name in found)
+                found = list(dict.fromkeys(below + first for first, _, _ in cut))
+            if below and not found:
+                return self._answer(404, b"{}", **{"X-Error-Code": "EntryNotFound"})
+            return self._answer_json([self._entry(files, name) for name in found])
+        siblings = [{"rfilename": name} for name in files]
+        about = {"id": repository, "sha": commit_of(files), "siblings": siblings}
         return self._answer(200, json.dumps(about).encode())
 
+    @staticmethod
+    def _entry(files, name):
+        """A file or a directory as the list of files has it; None if it does not exist."""
+        if name in files:
+            contents = files[name]
+            oid = hashlib.sha1(contents).hexdigest()
+            return {"type": "file", "path": name, "size": len(contents), "oid": oid}
+        is_directory = any(path.startswith(f"{name}/") for path in files)
+        return {"type": "directory", "path": name, "oid": "0"} if is_directory else None
+
     def _resolve(self, repository, revision, file, breaks):
-        files = self._files(repository, revision)
+        files = self._files(repository, revision) if self._knows(repository) else None
+        if files is None or file not in files:
+            kind = "EntryNotFound" if files else "RepoNotFound"
+            return self._answer(404, b"{}", **{"X-Error-Code": kind})
         contents, commit = files[file], commit_of(files)
         headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(contents).hexdigest()}"'}
         if len(contents) < LARGE:
@@ -154,12 +291,15 @@ class _Handler(BaseHTTPRequestHandler):
         """A file, or the range that is asked for; if it breaks, the first half of it."""
         status, asked = 200, self.headers.get("Range")
         if asked:
-            begin = int(asked.removeprefix("bytes=").removesuffix("-"))
-            status, end = 206, len(contents)
-            headers["Content-Range"] = f"bytes {begin}-{end - 1}/{end}"
-            contents = contents[begin:]
+            begin, _, last = asked.removeprefix("bytes=").partition("-")
+            begin, end = int(begin), min(int(last or len(contents)) + 1, len(contents))
+            headers["Content-Range"] = f"bytes {begin}-{end - 1}/{len(contents)}"
+            status, contents = 206, contents[begin:end]
             self.server.hub.asked.append(f"RANGE {begin} {self.path}")
         self._answer(status, contents, len(contents) // 2 if breaks else None, **headers)
+
+    def _answer_json(self, values, status=200):
+        self._answer(status, json.dumps(values).encode())
 
     def _answer(self, status, contents, most=None, **headers):
         self.send_response(status)
@@ -170,7 +310,7 @@ class _Handler(BaseHTTPRequestHandler):
         if most is not None:
             self.send_header("Connection", "close")
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(contents[:most])
 
     def log_message(self, *_):

@@ -16,7 +16,7 @@ import pytest
 from foreign_checkpoints import FIXTURES, leaves
 from pretrained_tokenizers import llama
 from safetensors.numpy import load, save
-from small_hub import commit_of, running_hub
+from small_hub import commit_of, hub_in_use, running_hub
 
 from retnet_jax import interop, load_pretrained
 from retnet_jax.config import Config, DataConfig
@@ -29,7 +29,7 @@ from retnet_jax.evaluation.run import _names, subject
 from retnet_jax.files.hub import HubName, cached_name, hub_name, model_directory
 from retnet_jax.pretrained import read_pretrained, with_initial_model
 
-huggingface_hub = pytest.importorskip("huggingface_hub", reason="pip install -e '.[hub]'")
+pytest.importorskip("huggingface_hub", reason="pip install -e '.[hub]'")
 constants = pytest.importorskip("huggingface_hub.constants")
 
 ROOT = Path(__file__).parent.parent
@@ -53,21 +53,9 @@ def files(**others):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A hub with one model, used by this process, in an empty working directory."""
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    monkeypatch.setattr(programs, "DIRECTORY", tmp_path / "work")
-    with running_hub() as hub:
-        # What HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE set when the client is imported.
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
+    with hub_in_use(tmp_path, monkeypatch) as hub:
         hub.repositories[MODEL] = {"main": files()}
         yield hub
-        huggingface_hub.close_session()
 
 
 def refusal(kind, model=MODEL, **options):
@@ -239,15 +227,26 @@ def test_without_the_client(monkeypatch):
 def test_a_repository_without_weights_that_can_be_read(hub):
     without = {"config.json": CONFIG, "model.gguf": b"x", "pytorch_model-1-of-2.bin": b"x"}
     hub.repositories[MODEL]["main"] = without
-    assert "has no weights in its top directory: expected *.safetensors or pytorch_model.bin" in (
-        refusal(CheckpointError)
+    message = refusal(CheckpointError)
+    assert (
+        "has no weights in its top directory: expected *.safetensors, pytorch_model.bin, or pyto"
+        in (message)
     )
-    hub.repositories[MODEL]["main"] = without | {"pytorch_model.bin.index.json": b"{}"}
-    assert "several PyTorch files, which cannot be read here" in refusal(CheckpointError)
     hub.repositories[MODEL]["main"] = without | {"pytorch_model.bin": b"x"}
     directory = model_directory(MODEL)
     assert sorted(x.name for x in directory.iterdir()) == ["config.json", "pytorch_model.bin"]
     assert hub.downloads().count("pytorch_model-1-of-2.bin") == 0
+
+
+def test_pytorch_files_with_an_index_are_downloaded(hub):
+    index = {"weight_map": {"a": "pytorch_model-1-of-2.bin", "b": "pytorch_model-2-of-2.bin"}}
+    parts = dict.fromkeys(index["weight_map"].values(), b"x")
+    index = {"pytorch_model.bin.index.json": json.dumps(index).encode()}
+    hub.repositories[MODEL]["main"] = {"config.json": CONFIG, "training_args.bin": b"x"} | index
+    assert "has no weights in its top directory" in refusal(CheckpointError)
+    hub.repositories[MODEL]["main"] |= parts
+    directory = model_directory(MODEL)
+    assert {x.name for x in directory.iterdir()} == {"config.json", *index, *parts}
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from retnet_jax.interop import presets
 from retnet_jax.model import build_model
 
 INDEX = "model.safetensors.index.json"
+TORCH_INDEX = "pytorch_model.bin.index.json"
 NORM = "model.norm.weight"
 
 
@@ -84,6 +85,48 @@ def test_an_index_without_its_files_is_ignored_with_a_warning(parts):
     ):
         model = interop.load(parts)
     assert_same_model(model, interop.load(FIXTURES / "fla/default"))
+
+
+@pytest.fixture
+def torch_parts(tmp_path):
+    """The model in two PyTorch files with an index, one of them with a stale tensor."""
+    torch = pytest.importorskip("torch")
+    directory = copy_of("fla/default", tmp_path / "torch")
+    found = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    names = sorted(found)
+    groups = {"pytorch_model-00001-of-00002.bin": names[:9]}
+    groups["pytorch_model-00002-of-00002.bin"] = names[9:]
+    for file, group in groups.items():
+        torch.save({name: torch.from_numpy(found[name]) for name in group}, directory / file)
+    stale = torch.load(directory / file) | {names[0]: torch.zeros(3)}
+    torch.save(stale, directory / file)
+    torch.save({}, directory / "training_args.bin")
+    weight_map = {name: file for file, group in groups.items() for name in group}
+    (directory / TORCH_INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    return directory
+
+
+def test_pytorch_files_with_an_index(torch_parts):
+    assert_same_model(interop.load(torch_parts), interop.load(FIXTURES / "fla/default"))
+    interop.convert(torch_parts, torch_parts / "own", "own")
+    assert_same_model(interop.load(torch_parts / "own"), interop.load(FIXTURES / "fla/default"))
+
+
+def test_pytorch_files_that_contradict_their_index(torch_parts):
+    index = torch_parts / TORCH_INDEX
+    weight_map = json.loads(index.read_text())["weight_map"]
+    first = torch_parts / "pytorch_model-00001-of-00002.bin"
+    index.write_text(json.dumps({"weight_map": weight_map | {NORM: first.name}}))
+    with pytest.raises(CheckpointError, match=f"{first.name} does not hold {NORM}, although pyto"):
+        interop.load(torch_parts)
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    first.unlink()
+    with pytest.raises(CheckpointError, match=f"{first.name} is missing, although {TORCH_INDEX} "):
+        interop.load(torch_parts)
+    index.write_text("{}")
+    with pytest.raises(CheckpointError, match=f"{TORCH_INDEX} is not an index of tensors"):
+        interop.load(torch_parts)
 
 
 @pytest.mark.parametrize(

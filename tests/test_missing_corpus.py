@@ -15,18 +15,13 @@ from retnet_jax.training import memory
 GB = 10**9
 RUN_OF_PAPER = 25_000 * 2048 * 2048
 CONFIGS = f"{programs.ROOT}/configs"
-RUNS = [  # arguments, tokens of the run, bytes of a token, FineWeb's sample
-    (["--config=retnet_200m"], 10_000 * 256 * 2048, 4, "10BT"),
-    ([f"--config={CONFIGS}/retnet_1p3b.py"], RUN_OF_PAPER, 4, "100BT"),
-    (
-        [f"--config={CONFIGS}/retnet_2p7b.py:transformer"],
-        25_000 * 2048 * 2048,
-        4,
-        "100BT",
-    ),
-    (["--config=retnet_6p7b"], RUN_OF_PAPER, 4, "100BT"),
-    (["--config=retnet_200m", "--config.train.steps=500"], 500 * 256 * 2048, 4, "10BT"),
-    (["--config=retnet_200m", "--config.data.tokenizer=byte"], 10_000 * 256 * 2048, 2, "10BT"),
+RUNS = [  # arguments, tokens of the run, bytes of a token
+    (["--config=retnet_200m"], 10_000 * 256 * 2048, 4),
+    ([f"--config={CONFIGS}/retnet_1p3b.py"], RUN_OF_PAPER, 4),
+    ([f"--config={CONFIGS}/retnet_2p7b.py:transformer"], 25_000 * 2048 * 2048, 4),
+    (["--config=retnet_6p7b"], RUN_OF_PAPER, 4),
+    (["--config=retnet_200m", "--config.train.steps=500"], 500 * 256 * 2048, 4),
+    (["--config=retnet_200m", "--config.data.tokenizer=byte"], 10_000 * 256 * 2048, 2),
 ]
 
 
@@ -37,23 +32,22 @@ def directory(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize(("arguments", "tokens", "width", "sample"), RUNS)
-def test_a_missing_corpus_is_four_lines(arguments, tokens, width, sample, directory):
+@pytest.mark.parametrize(("arguments", "tokens", "width"), RUNS)
+def test_a_missing_corpus_is_four_lines(arguments, tokens, width, directory):
     done = programs.run("train.py", *arguments)
     assert (done.returncode, done.stdout) == (2, "")
     *before, missing, disk, model, command = done.stderr.splitlines()
     assert all(line.startswith("for this corpus: data.store=") for line in before)
     assert len(before) == ("--config.data.tokenizer=byte" in arguments)
     assert (
-        "train.py: no corpus: data.path='data/corpus/**/*.jsonl' matches no file (from "
+        "train.py: no corpus: data.path='data/corpus/**/*.jsonl*' matches no file (from "
         f"{directory}), and there is no store in data.store='data/corpus_b"
     ) in missing
     assert re.search(rf"reads {tokens:,} tokens .* takes {width * tokens / GB:.3g} GB", disk)
     assert re.search(r"parameters, .* take [\d.]+ GB of device memory.*; here: \d+ cpu of", model)
     assert command.endswith(
-        ": python tools/prepare_data.py "
-        + " ".join(arguments)
-        + f" --config.data.source=hf --config.data.path=HuggingFaceFW/fineweb:sample-{sample}:train"
+        " is downloaded by this command (then train with the same options): "
+        "python tools/prepare_corpus.py paper " + " ".join(arguments)
     )
     assert os.listdir(directory) == []
 
@@ -72,14 +66,15 @@ def test_a_run_that_needs_no_such_corpus_is_not_refused(changes, tmp_path, monke
     config = get_config()
     with pytest.raises(ConfigError, match="no corpus: "):
         check_corpus(config, "prepare")
-    check_corpus(dataclasses.replace(config, data=dataclasses.replace(config.data, **changes)), "")
+    changed = dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
+    check_corpus(changed, "prepare")
 
 
 def test_preparing_a_missing_corpus_says_the_same(directory):
     done = programs.run("tools/prepare_data.py", "--config=retnet_200m")
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 4
-    assert "no corpus: data.path='data/corpus/**/*.jsonl'" in done.stderr
+    assert "no corpus: data.path='data/corpus/**/*.jsonl*'" in done.stderr
     assert os.listdir(directory) == []
 
 
@@ -87,7 +82,7 @@ def test_a_path_that_the_user_gives_is_named_alone(directory):
     done = programs.run("train.py", "--config=retnet_200m", "--config.data.path=mine/*.jsonl")
     assert done.returncode == 2
     assert "data.path='mine/*.jsonl' matches no file" in done.stderr.splitlines()[-1]
-    assert "FineWeb" not in done.stderr
+    assert "prepare_corpus" not in done.stderr
     assert os.listdir(directory) == []
 
 

@@ -44,7 +44,7 @@ def main() -> None:
         stores = [open_store(given.store)]
     else:
         command = command_line.prepare_command()
-        check_corpus(config, command)
+        check_corpus(config)
         found = open_stores(config.data, config.model.vocab_size, command)
         stores = list(found.stores.values())
     length = given.sequence_length if config is None else config.data.sequence_length

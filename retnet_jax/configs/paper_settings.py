@@ -19,7 +19,8 @@ from retnet_jax.config import (
 from retnet_jax.config_fields import check_choice
 
 ARCHITECTURES = ("retnet", "transformer", "paper", "paper_transformer")
-CORPUS = "data/corpus/**/*.jsonl"  # which each user has to bring
+# Written by `python tools/prepare_corpus.py paper`, or brought by the user.
+CORPUS = "data/corpus/**/*.jsonl*"
 
 
 def paper_model(*, n_layers: int, d_model: int) -> ModelConfig:

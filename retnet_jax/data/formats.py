@@ -156,7 +156,7 @@ def parquet_parts(path: str, part_bytes: int) -> list[Part]:
     """Parts of a parquet file: groups of row groups, each about `part_bytes` large."""
     try:
         with files.open_binary(path) as file:
-            metadata = _package("pyarrow.parquet", "pyarrow").ParquetFile(file).metadata
+            metadata = package("pyarrow.parquet", "pyarrow").ParquetFile(file).metadata
     except (OSError, ValueError):  # pyarrow raises both; reading it will report the error
         return [(0, None, 0, 0)]
     parts: list[Part] = []
@@ -182,7 +182,7 @@ def parquet_rows(
       first: Number of the first row in the file.
       fields: Names of columns; "a.b" for field b inside column a.
     """
-    parquet = _package("pyarrow.parquet", "pyarrow")
+    parquet = package("pyarrow.parquet", "pyarrow")
     with _reading(), _opened(path) as opened:
         file = parquet.ParquetFile(opened)
         names = file.schema_arrow.names
@@ -237,7 +237,7 @@ def tfds_source(path: str):
         raise ConfigError(
             f"data.path={path!r} does not name a data set and a split, such as 'c4/en:train'"
         )
-    tfds = _package("tensorflow_datasets", "tensorflow-datasets")
+    tfds = package("tensorflow_datasets", "tensorflow-datasets")
     with _opening(path):
         return tfds.data_source(name, split=split + bracket + of_split)
 
@@ -271,9 +271,11 @@ def _hf_stream(path: str):
             f"data.path={path!r} does not name a data set and a split, such as "
             "'allenai/c4:en:train'"
         )
-    datasets = _package("datasets", "datasets")
+    name, _, revision = name.partition("@")
+    options = {"revision": revision} if revision else {}
+    datasets = package("datasets", "datasets")
     with _opening(path):
-        return datasets.load_dataset(name, *config, split=split, streaming=True)
+        return datasets.load_dataset(name, *config, split=split, streaming=True, **options)
 
 
 @contextlib.contextmanager
@@ -330,14 +332,14 @@ def _decompressed(path: str, file: BinaryIO) -> Iterator[BinaryIO | io.BufferedI
         with bz2.BZ2File(file) as content:
             yield content
     elif kind == "xz":
-        lzma = _package("lzma", "backports.lzma")
+        lzma = package("lzma", "backports.lzma")
         try:
             with lzma.LZMAFile(file) as content:
                 yield content
         except lzma.LZMAError as error:
             raise OSError(f"LZMAError: {error}") from error
     elif kind == "zstandard":
-        zstandard = _package("zstandard", "zstandard")
+        zstandard = package("zstandard", "zstandard")
         try:
             with io.BufferedReader(_ZstdStream(file), 1 << 20) as content:
                 yield content
@@ -377,7 +379,7 @@ class _ZstdStream(io.RawIOBase):
 
     def __init__(self, file: BinaryIO):
         self._file = file
-        decompressor = _package("zstandard", "zstandard").ZstdDecompressor(
+        decompressor = package("zstandard", "zstandard").ZstdDecompressor(
             max_window_size=2**31  # the largest in the format, from `zstd --long=31`
         )
         self._new_frame = decompressor.decompressobj
@@ -405,7 +407,8 @@ class _ZstdStream(io.RawIOBase):
         return count
 
 
-def _package(name: str, to_install: str):
+def package(name: str, to_install: str):
+    """A module of an optional package; a `ConfigError` that names the package if it is missing."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

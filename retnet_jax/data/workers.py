@@ -34,7 +34,7 @@ def for_each_shard(
       processes: Number of processes that work in parallel.
       label: Label of the progress.
     """
-    progress = _Progress(sum(sizes[shard] for shard, _ in items), label)
+    progress = Progress(sum(sizes[shard] for shard, _ in items), label)
     with progress:
         if processes == 1 or len(items) == 1:
             for item in items:
@@ -129,7 +129,7 @@ def _end_with(alive: Connection) -> None:
     os._exit(1)
 
 
-class _Progress:
+class Progress:
     """Shows on stderr how many source bytes are done: a bar, or a line for every tenth.
 
     Work of less than two seconds shows nothing.

@@ -1,4 +1,4 @@
-"""Models on the Hugging Face hub, which are downloaded where a model's directory is expected.
+"""Models on the Hugging Face hub: downloaded where a model's directory is expected, and uploaded.
 
     model_directory("runs/mine")                 a path: nothing is downloaded
     model_directory("fla-hub/retnet-1.3B-100B")  a name on the hub
@@ -7,13 +7,17 @@
 OWNER/NAME is a path if OWNER is a directory; hf:// always means the hub. The files are downloaded
 by `huggingface_hub` into its own cache. It also resumes and retries, shows the progress, and reads
 HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE.
+
+    check_can_upload("OWNER/NAME")
+    upload("exported", "OWNER/NAME", private=False)
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,9 +29,13 @@ from retnet_jax.files.paths import AnyPath, expanded, place
 # Only files in the top directory of a repository are downloaded.
 CONFIG_AND_TOKENIZER = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.bpe", "*.spm", "*.jinja")
 SAFETENSORS = "*.safetensors"
-TORCH = "pytorch_model.bin"  # only if there are no safetensors files
+# Only if there are no safetensors files: one file, or several and an index.
+TORCH = "pytorch_model.bin"
+TORCH_INDEX = "pytorch_model.bin.index.json"
+TORCH_PARTS = "pytorch_model*.bin"
 
 _PREFIX = "hf://"
+_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 _REPOSITORY = r"(?!.*(?:--|\.\.))\w(?:[\w-]*\w)?/\w(?:[\w.-]*\w)?"  # as the hub allows
 
 
@@ -100,22 +108,80 @@ def cached_name(directory: AnyPath) -> HubName | None:
     return None if found is None else HubName(f"{found[1]}/{found[2]}", found[3])
 
 
+def check_can_upload(repository: str) -> None:
+    """Checks a name to upload to, and asks the hub whether the user's token is valid.
+
+    Raises:
+      ConfigError: for a name that is not OWNER/NAME, without a valid token, and if huggingface_hub
+        is not installed.
+      CheckpointError: if the hub cannot be reached.
+    """
+    if re.fullmatch(_REPOSITORY, repository, re.ASCII) is None or repository.endswith(".git"):
+        raise ConfigError(
+            f"{repository!r} is not a name for a model on the Hugging Face hub: expected "
+            "OWNER/NAME of letters, digits, '-', '_' and '.', such as my-name/retnet-quickstart"
+        )
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ConfigError(
+            f"{repository} is uploaded with huggingface_hub: pip install 'retnet-jax[hub]'"
+        ) from error
+    if huggingface_hub.get_token() is None:
+        raise ConfigError(
+            f"uploading {repository} needs a login: {_LOG_IN}, with a token that may write "
+            "(https://huggingface.co/settings/tokens)"
+        )
+    with _explained_uploads(repository):
+        huggingface_hub.HfApi().whoami()
+
+
+def upload(directory: AnyPath, repository: str, private: bool) -> str:
+    """Uploads the files of a directory as one model on the hub; returns its URL.
+
+    The model is created if it does not exist. Otherwise a commit is added to it, which also
+    deletes safetensors files that the directory does not have.
+
+    Args:
+      directory: Local directory.
+      repository: OWNER/NAME.
+      private: Whether a new model can be seen by its owner only.
+
+    Raises:
+      ConfigError: if the user may not write there.
+      CheckpointError: if the upload does not succeed for another reason.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        with _explained_uploads(repository):
+            url = api.create_repo(repository, private=private or None, exist_ok=True)
+            api.upload_folder(
+                repo_id=repository,
+                folder_path=directory,
+                delete_patterns=["*.safetensors", "*.safetensors.index.json"],
+                commit_message="Upload with retnet-jax",
+            )
+    except (ConfigError, CheckpointError) as error:
+        again = f"{directory} is complete; to upload it later: hf upload {repository} {directory}"
+        raise type(error)(f"{error}\n{again}") from error
+    return str(url)
+
+
 def _with_weights(name: HubName) -> Path:
     """The directory of a model's downloaded files: safetensors if there are any, else PyTorch's."""
     directory = _downloaded(name, [*CONFIG_AND_TOKENIZER, SAFETENSORS])
     if any(directory.glob(SAFETENSORS)):
         return directory
     same_commit = name._replace(revision=directory.name)
-    directory = _downloaded(same_commit, [*CONFIG_AND_TOKENIZER, TORCH])
-    if (directory / TORCH).is_file():
+    torch = TORCH_PARTS if (directory / TORCH_INDEX).is_file() else TORCH
+    directory = _downloaded(same_commit, [*CONFIG_AND_TOKENIZER, torch])
+    if any(directory.glob(torch)):
         return directory
-    if (directory / f"{TORCH}.index.json").is_file():
-        raise CheckpointError(
-            f"{name} has its weights in several PyTorch files, which cannot be read here: save "
-            "them as safetensors with transformers' save_pretrained, and give that directory"
-        )
     raise CheckpointError(
-        f"{name} has no weights in its top directory: expected {SAFETENSORS} or {TORCH}; to read "
+        f"{name} has no weights in its top directory: expected {SAFETENSORS}, {TORCH}, "
+        f"or {TORCH_INDEX} with its files; to read "
         f"other files, download them first: hf download {name.repository} --local-dir DIRECTORY"
     )
 
@@ -140,7 +206,71 @@ def _downloaded(name: HubName, patterns: Sequence[str]) -> Path:
     return Path(directory)
 
 
-def _explained(error: Exception, name: HubName) -> ConfigError | CheckpointError:
+def dataset_commit(name: str) -> str:
+    """The newest commit of a data set on the hub; raises as `model_directory`."""
+    try:
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        raise ConfigError(
+            f"{name} is downloaded with huggingface_hub: pip install 'retnet-jax[corpora]'"
+        ) from error
+    try:
+        return str(HfApi().dataset_info(name).sha)
+    except Exception as error:  # of many types, also those of the client's HTTP library
+        raise _explained(error, HubName(f"datasets/{name}")) from error
+
+
+def dataset_error(error: BaseException, name: str) -> ConfigError | CheckpointError:
+    """An error of the library `datasets` as one line that says what would help.
+
+    Args:
+      error: The error, while the library opens or reads a data set.
+      name: OWNER/NAME of the data set.
+    """
+    from huggingface_hub import constants, errors
+
+    page, chain = f"{constants.ENDPOINT}/datasets/{name}", [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    for cause in chain:
+        if isinstance(cause, errors.HfHubHTTPError | errors.OfflineModeIsEnabled):
+            return _explained(cause, HubName(f"datasets/{name}"))
+    if isinstance(error, ValueError | FileNotFoundError):  # such as a split that does not exist
+        return ConfigError(f"{page} cannot be opened ({type(error).__name__}: {brief(error)})")
+    return CheckpointError(
+        f"{page} cannot be downloaded ({type(error).__name__}: {brief(error)}): check the "
+        "connection and HF_ENDPOINT; the same command resumes (complete files are kept)"
+    )
+
+
+@contextlib.contextmanager
+def _explained_uploads(repository: str) -> Iterator[None]:
+    """Raises the client's errors during an upload as one line that says what would help."""
+    from huggingface_hub import constants
+
+    try:
+        yield
+    except Exception as raised:  # of many types, also those of the client's HTTP library
+        page = f"{constants.ENDPOINT}/{repository}"
+        error = raised.__cause__ if type(raised) is RuntimeError and raised.__cause__ else raised
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status == 401:
+            raise ConfigError(
+                f"{constants.ENDPOINT} does not accept the token: {_LOG_IN}, with a valid token"
+            ) from error
+        if status == 403:
+            raise ConfigError(
+                f"{page} cannot be written to with this token (403): give a name whose owner you "
+                f"are, or {_LOG_IN}, with a token that may write there"
+            ) from error
+        reason = f"the hub answered {status}" if status else type(error).__name__
+        raise CheckpointError(
+            f"{page} cannot be uploaded ({reason}: {brief(error)}): check the connection and "
+            "HF_ENDPOINT, and try again"
+        ) from error
+
+
+def _explained(error: BaseException, name: HubName) -> ConfigError | CheckpointError:
     """The client's error as one line that says what would help."""
     from huggingface_hub import constants, errors
 
@@ -149,24 +279,26 @@ def _explained(error: Exception, name: HubName) -> ConfigError | CheckpointError
     hub, page = constants.ENDPOINT, f"{constants.ENDPOINT}/{name.repository}"
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
-    log_in = "log in with `hf auth login`, or set HF_TOKEN"
     exists = os.path.isdir(name.repository)  # a name that begins with hf://
-    path = "" if exists else f"{name.repository} is no directory in {os.getcwd()}, and "
+    path = f"{name.repository} is no directory in {os.getcwd()}, and "
+    if exists or name.repository.startswith("datasets/"):
+        path = ""
     if isinstance(error, errors.RevisionNotFoundError):
         return ConfigError(
             f"{page} has no revision {name.revision or 'main'}: give a branch, a tag or a commit"
         )
     if isinstance(error, errors.GatedRepoError):
         return ConfigError(
-            f"{page} is only for users who accepted its conditions: accept them there, and {log_in}"
+            f"{page} is only for users who accepted its conditions: accept them there, and "
+            f"{_LOG_IN}"
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         return ConfigError(
             f"{path}{page} does not exist, or is private: correct the name; for a private model "
-            f"{log_in}"
+            f"{_LOG_IN}"
         )
     if status in (401, 403):
-        return ConfigError(f"{page} cannot be read ({status}): {log_in}")
+        return ConfigError(f"{page} cannot be read ({status}): {_LOG_IN}")
     if isinstance(error, errors.OfflineModeIsEnabled):
         return CheckpointError(
             f"{path}{name} is not (completely) in the cache {constants.HF_HUB_CACHE}: unset "
@@ -176,7 +308,7 @@ def _explained(error: Exception, name: HubName) -> ConfigError | CheckpointError
         seconds = response.headers.get("Retry-After") if response is not None else None
         return CheckpointError(
             f"{hub} refuses more requests for now (429): try again "
-            f"{f'in {seconds} seconds' if seconds else 'later'}; for more requests {log_in}"
+            f"{f'in {seconds} seconds' if seconds else 'later'}; for more requests {_LOG_IN}"
         )
     if status is not None:
         return CheckpointError(

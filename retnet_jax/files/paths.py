@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import itertools
 import os
 from collections.abc import Iterable
@@ -27,12 +28,27 @@ def expanded(path: AnyPath) -> str:
 
 
 def place(path: AnyPath) -> epath.Path:
-    """A local or remote path as a user types it, with `~` replaced."""
+    """A local or remote path as a user types it, with `~` replaced.
+
+    Raises:
+      ConfigError: for a URL whose package, such as gcsfs, is not installed.
+    """
+    if is_remote(path) and importlib.util.find_spec("tensorflow") is None:
+        _remote(path)  # epath, which reads by tensorflow or fsspec, fails only when it is used
     return epath.Path(expanded(path))
 
 
 def local(path: AnyPath) -> Path:
-    """A local path as a user types it, with `~` and `~user` replaced."""
+    """A local path as a user types it, with `~` and `~user` replaced.
+
+    Raises:
+      ConfigError: for a URL, of which `Path` would make a directory "gs:".
+    """
+    if is_remote(path):
+        raise ConfigError(
+            f"{path} is a URL, but this file or directory must be on a local disk: give a path "
+            "there, and copy it"
+        )
     return Path(expanded(path))
 
 
@@ -47,6 +63,17 @@ def exists(path: AnyPath) -> bool:
         system, inner = _remote(path)
         return system.exists(inner)
     return os.path.exists(path)
+
+
+def entries(directory: epath.Path) -> list[epath.Path]:
+    """The files and directories in a directory; none if it does not exist.
+
+    On an object store a directory exists only while there is a file in it, also after `mkdir`.
+    """
+    try:
+        return list(directory.iterdir())
+    except FileNotFoundError:
+        return []
 
 
 def missing_directories(path: Path | epath.Path) -> list[Path | epath.Path]:
@@ -130,6 +157,9 @@ class RemoteBytes:
 def _remote(path: AnyPath):
     import fsspec
 
+    # Other processes and TensorStore write to the same places, which a cached listing would hide.
+    protocol = str(path).partition("://")[0]
+    fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
     try:
         return fsspec.core.url_to_fs(str(path))
     except (ImportError, ValueError) as error:  # its package is missing; no such protocol

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from retnet_jax.errors import ConfigError
-from retnet_jax.files.paths import local
+from retnet_jax.files.paths import place
 from retnet_jax.generation.sampling import Sampler
 
 _KINDS = {"prompt": str, "temperature": (int, float), "top_k": int, "top_p": (int, float)}
@@ -45,10 +45,10 @@ def read_prompt(path: str) -> str:
     """
     name = f"--prompt_file={path}"
     try:
-        contents = sys.stdin.buffer.read() if path == "-" else local(path).read_bytes()
+        contents = sys.stdin.buffer.read() if path == "-" else place(path).read_bytes()
         text = contents.decode("utf-8-sig")
     except OSError as error:
-        raise ConfigError(f"{name} cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{name} cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{name} is not valid UTF-8: {error}") from None
     text = text.removesuffix("\n").removesuffix("\r")

@@ -110,7 +110,7 @@ def convert(
     *,
     fold_head_norm: bool = False,
     **options: Any,
-) -> None:
+) -> int | None:
     """Converts a checkpoint to another layout, tensor by tensor, and copies its tokenizer.
 
     Args:
@@ -121,12 +121,16 @@ def convert(
         output projection.
       options: Further options of `Layout.write`.
 
+    Returns:
+      Step of the checkpoint that was converted, if the source is a training run; else None.
+
     Raises:
       ConfigError: if the layout cannot express the model, with the reasons.
       CheckpointError: as `load` and `save`.
     """
     directory = model_directory(source)
     parameters = open_source(directory)
+    step = parameters.step if isinstance(parameters, RunSource) else None
     if fold_head_norm:
         parameters = HeadNormFolded(parameters)
     description = parameters.description
@@ -144,6 +148,7 @@ def convert(
     copy = _tokenizer_in(Path(target))
     if tokenizer is not None and (copy is None or copy.end_ids != tokenizer.end_ids):
         tokenizer.save(Path(target))
+    return step
 
 
 def _tokenizer_in(directory: AnyPath) -> Tokenizer | None:

@@ -50,7 +50,11 @@ def write_config(description: Description) -> dict[str, Any]:
 
 
 class RunSource:
-    """The parameters of a training run's newest checkpoint, read one by one."""
+    """The parameters of a training run's newest checkpoint, read one by one.
+
+    Attributes:
+      step: Step of the checkpoint.
+    """
 
     def __init__(self, workdir: AnyPath):
         from retnet_jax.runs.checkpoint import ParameterReader
@@ -58,6 +62,7 @@ class RunSource:
         self.description = describe(read_config(workdir / "config.json"))
         model = abstract_model(self.description.model)
         self._reader = ParameterReader(workdir / "checkpoints", model)
+        self.step = self._reader.step
         self._read: tuple[str, np.ndarray] | None = None
 
     def info(self, own: str, layer: int | None) -> TensorInfo:

@@ -368,7 +368,10 @@ def check_exact(
     ]
     if wrong:
         raise ConfigError(
-            f"{layout} cannot express this model with the same outputs:\n  " + "\n  ".join(wrong)
+            f"{layout} cannot express this model with the same outputs:\n  "
+            + "\n  ".join(wrong)
+            + "\nthe layout own holds every model; retnet_jax/interop/presets.py has the options "
+            f"of models that {layout} can express"
         )
 
 

@@ -1,4 +1,4 @@
-"""Named tensors in files: safetensors, in one file or several, and PyTorch's format.
+"""Named tensors in files: safetensors and PyTorch's format, in one file or several.
 
 Tensors are read one at a time, or some rows of one, and written one at a time, so that a conversion
 never holds a whole model in memory.
@@ -11,7 +11,7 @@ import shutil
 import struct
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -26,6 +26,8 @@ from retnet_jax.interop.safetensors_reader import DTYPES, AnyPath, opened
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SAFETENSORS = (INDEX, SINGLE, "weights.safetensors")
+TORCH_INDEX = "pytorch_model.bin.index.json"
+TORCH_SINGLE = "pytorch_model.bin"
 TORCH = ("*.pt", "*.pth", "*.bin")
 NESTED = ("model", "state_dict", "model_state_dict")  # keys under which PyTorch files nest tensors
 
@@ -50,23 +52,23 @@ class TensorFiles(Protocol):
 
 def has_tensor_files(directory: AnyPath) -> bool:
     """Whether there are files that `open_tensor_files` would open or raise an error for."""
-    return any((directory / name).is_file() for name in SAFETENSORS) or bool(
-        _torch_files(directory)
-    )
+    names = (*SAFETENSORS, TORCH_INDEX)
+    return any((directory / name).is_file() for name in names) or bool(_torch_files(directory))
 
 
 def open_tensor_files(directory: AnyPath) -> TensorFiles:
-    """Opens the tensors in a directory: safetensors if there are any, else one PyTorch file.
+    """Opens the tensors in a directory: safetensors if there are any, else PyTorch's.
 
     Raises:
       CheckpointError: if there are no files, several candidates, or a damaged file; naming it.
     """
-    single = directory / SINGLE
     if (directory / INDEX).is_file():
-        return _indexed(directory, single if single.is_file() else None)
+        return _indexed(directory / INDEX, directory / SINGLE, SafetensorsFiles)
     for name in SAFETENSORS[1:]:
         if (directory / name).is_file():
             return SafetensorsFiles([directory / name])
+    if (directory / TORCH_INDEX).is_file():
+        return _indexed(directory / TORCH_INDEX, directory / TORCH_SINGLE, TorchFiles)
     torch_files = _torch_files(directory)
     if len(torch_files) == 1:
         return TorchFile(torch_files[0])
@@ -81,39 +83,40 @@ def open_tensor_files(directory: AnyPath) -> TensorFiles:
 
 def weights_files() -> str:
     """The possible names of weights files, for messages."""
-    return f"{', '.join(SAFETENSORS)}, or one PyTorch file ({', '.join(TORCH)})"
+    return f"{', '.join(SAFETENSORS)}, {TORCH_INDEX}, or one PyTorch file ({', '.join(TORCH)})"
 
 
-def _indexed(directory: AnyPath, single: AnyPath | None) -> "SafetensorsFiles":
-    """The tensors that an index names; `single` is a file of the whole model beside it.
+def _indexed(
+    index: AnyPath,
+    single: AnyPath,
+    open_files: Callable[[Sequence[AnyPath], Mapping[str, AnyPath] | None], TensorFiles],
+) -> TensorFiles:
+    """The tensors that an index names; `single` may be a file of the whole model beside it.
 
     Either may be a leftover of another model. An index without its files is ignored; otherwise
     both must hold the same tensors.
     """
-    weight_map = _weight_map(directory / INDEX)
-    absent = sorted({name for name in weight_map.values() if not (directory / name).is_file()})
-    if single is not None and absent:
+    path_of = {name: index.parent / file for name, file in _weight_map(index).items()}
+    absent = sorted({path for path in path_of.values() if not path.is_file()})
+    if single.is_file() and absent:
         warnings.warn(
-            f"{single} is read and {directory / INDEX} is ignored: {absent[0]}, a file that it "
-            "names, does not exist",
-            stacklevel=2,
+            f"{single} is read and {index} is ignored: {absent[0]}, a file that it names, does not "
+            "exist",
+            stacklevel=3,
         )
-        return SafetensorsFiles([single])
-    divided = SafetensorsFiles(
-        [directory / name for name in sorted(set(weight_map.values()))],
-        {name: directory / file for name, file in weight_map.items()},
-    )
-    if single is not None and SINGLE not in weight_map.values():
-        differing = _first_difference(SafetensorsFiles([single]), divided)
+        return open_files([single], None)
+    divided = open_files(sorted(set(path_of.values())), path_of)
+    if single.is_file() and single not in path_of.values():
+        differing = _first_difference(open_files([single], None), divided)
         if differing is not None:
             raise CheckpointError(
-                f"{single} and the files that {directory / INDEX} names hold different models "
+                f"{single} and the files that {index} names hold different models "
                 f"(the first difference is in {differing}): delete the wrong one"
             )
     return divided
 
 
-def _first_difference(one: "SafetensorsFiles", other: "SafetensorsFiles") -> str | None:
+def _first_difference(one: TensorFiles, other: TensorFiles) -> str | None:
     """The name of the first tensor that differs between two sets of files; None: none does."""
     for name in sorted(one.infos | other.infos):
         if one.infos.get(name) != other.infos.get(name):
@@ -121,6 +124,18 @@ def _first_difference(one: "SafetensorsFiles", other: "SafetensorsFiles") -> str
         if one.read(name).tobytes() != other.read(name).tobytes():
             return name
     return None
+
+
+def _check_complete(
+    infos: Mapping[str, TensorInfo], path_of: Mapping[str, AnyPath], index: str
+) -> None:
+    """Raises `CheckpointError` if a tensor is not in the file that the index names."""
+    absent = sorted(set(path_of) - set(infos))
+    if absent:
+        raise CheckpointError(
+            f"{path_of[absent[0]]} does not hold {absent[0]}, although {index} says so; "
+            "download both again"
+        )
 
 
 class SafetensorsFiles:
@@ -154,12 +169,7 @@ class SafetensorsFiles:
                         )
                     self.infos[name] = TensorInfo(tuple(tensor.get_shape()), DTYPES[dtype])
                     self._path_of[name] = path
-        absent = sorted(set(path_of or {}) - set(self.infos))
-        if path_of and absent:
-            raise CheckpointError(
-                f"{path_of[absent[0]]} does not hold {absent[0]}, although {INDEX} says so; "
-                "download both again"
-            )
+        _check_complete(self.infos, path_of or {}, INDEX)
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         with opened(self._path_of[name]) as file:
@@ -229,6 +239,29 @@ class TorchFile:
         if tensor.dtype == torch.bfloat16:  # torch cannot convert it to numpy's (ml_dtypes)
             return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return tensor.numpy()
+
+
+class TorchFiles:
+    """Tensors of several files that `torch.save` wrote; arguments and errors as SafetensorsFiles.
+
+    Zip archives, which PyTorch has written since version 1.6, are mapped to memory; older files
+    are all in memory at once.
+    """
+
+    def __init__(self, paths: Sequence[AnyPath], path_of: Mapping[str, AnyPath] | None = None):
+        self.infos: dict[str, TensorInfo] = {}
+        self._file_of: dict[str, TorchFile] = {}
+        for path in paths:
+            if not path.is_file():
+                raise CheckpointError(f"{path} is missing, although {TORCH_INDEX} names it")
+            file = TorchFile(path)
+            for name, info in file.infos.items():
+                if path_of is None or path_of.get(name) == path:
+                    self.infos[name], self._file_of[name] = info, file
+        _check_complete(self.infos, path_of or {}, TORCH_INDEX)
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        return self._file_of[name].read(name, rows)
 
 
 @dataclass(frozen=True)

@@ -176,6 +176,20 @@ def _one_line(message: Warning | str, category: type[Warning], *where: object) -
 
 def prepare_command() -> str:
     """The command that builds the store of this program's config, with the same config flags."""
+    return command_with_config("tools/prepare_data.py", "retnet-prepare")
+
+
+def command_with_config(
+    script: str, installed: str, before: Sequence[str] = (), after: Sequence[str] = ()
+) -> str:
+    """The command of another program, with the config flags of this one.
+
+    Args:
+      script: The program in a clone, such as "train.py".
+      installed: Its name where a wheel is installed.
+      before: Arguments before the config flags.
+      after: Arguments after them.
+    """
     options, taken = [], False
     for argument in flags.FLAGS.read_flags_from_files(sys.argv[1:], force_gnu=False):
         if argument.startswith("-"):
@@ -184,18 +198,31 @@ def prepare_command() -> str:
             options.append(argument)
     if not any(option.lstrip("-").split("=")[0] == "config" for option in options):
         options.insert(0, f"--config={_given.config}")
-    installed = Path(sys.argv[0]).name.startswith("retnet-")
-    program = ["retnet-prepare"] if installed else ["python", "tools/prepare_data.py"]
-    return shlex.join([*program, *options])
+    is_installed = Path(sys.argv[0]).name.startswith("retnet-")
+    program = [installed] if is_installed else ["python", script]
+    return shlex.join([*program, *before, *options, *after])
 
 
 def given_config() -> Config:
-    """The checked config that --config names.
+    """The checked config that --config names, fitted to the corpus that the command line names.
 
     Raises:
       ConfigError: if the file cannot be loaded or does not return a `Config`, and as
         `Config.check`.
     """
+    return fitted_to_corpus(unfitted_config(), config_name(), _given.options)
+
+
+def config_for_corpus(source: str, path: str) -> Config:
+    """As `given_config` if the command line had set `data.source` and `data.path` to these."""
+    config = copy.deepcopy(unfitted_config())
+    config.data.source, config.data.path = source, path
+    given = {*_given.options, "data.source", "data.path"}
+    return fitted_to_corpus(config, config_name(), given)
+
+
+def unfitted_config() -> Config:
+    """The checked config that --config names with the options of the command line."""
     config = flags.FLAGS.config
     if not isinstance(config, Config):
         try:
@@ -204,7 +231,12 @@ def given_config() -> Config:
             raise ConfigError(f"--config: {error}") from error
         raise ConfigError(f"--config: get_config() must return a retnet_jax.Config, not {kind}")
     config.check()
-    return fitted_to_corpus(config, config_name(), _given.options)
+    return config
+
+
+def config_options() -> Set[str]:
+    """Names of the options of the config that the command line sets."""
+    return _given.options
 
 
 def _parse(arguments: Sequence[str], positional: Sequence[str], module: str) -> list[str]:

@@ -24,7 +24,7 @@ from retnet_jax.evaluation.run import evaluate_models, subject
 from retnet_jax.evaluation.task_requests import SHOT_MODES
 from retnet_jax.evaluation.task_rows import HUBS
 from retnet_jax.evaluation.tasks import TASKS, VARIANTS
-from retnet_jax.files.paths import local
+from retnet_jax.files.paths import is_remote, local
 from retnet_jax.parallel import processes
 from retnet_jax.programs import command_line, compilation_cache
 from retnet_jax.programs.host_memory import keep_freed_memory
@@ -236,12 +236,16 @@ def numbers(flag: str, values: Sequence[str], least: int) -> tuple[int, ...]:
 
 def divided(data: Sequence[str]) -> tuple[str | None, str | None]:
     """The values of --data: the glob of text files, and the place of the tasks' rows."""
-    places = [value for value in data if value in HUBS or local(value).is_dir()]
+    places = [value for value in data if value in HUBS or _is_local_directory(value)]
     globs = [value for value in data if value not in places]
     for values, meaning in ((places, "place of task rows"), (globs, "set of text files")):
         if len(values) > 1:
             raise ConfigError(f"--data names more than one {meaning}: {', '.join(values)}")
     return globs[0] if globs else None, places[0] if places else None
+
+
+def _is_local_directory(value: str) -> bool:
+    return not is_remote(value) and local(value).is_dir()
 
 
 def print_evaluation(

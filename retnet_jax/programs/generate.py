@@ -25,7 +25,7 @@ from absl import flags
 
 from retnet_jax.errors import ConfigError
 from retnet_jax.files.hub import model_directory
-from retnet_jax.files.paths import local
+from retnet_jax.files.paths import local, place
 from retnet_jax.generation.requests import (
     Request,
     read_prompt,
@@ -208,7 +208,7 @@ def given_requests(args) -> list[Request]:
     if args.requests is not None:
         if prompts:
             raise ConfigError("give either --requests, or --prompt and --prompt_file, not both")
-        return read_requests(local(args.requests), defaults, may_be_empty=after_text)
+        return read_requests(place(args.requests), defaults, may_be_empty=after_text)
     if not prompts and not after_text:
         raise ConfigError(
             "no prompts: give --prompt, or --prompt_file for a long text, or --requests"

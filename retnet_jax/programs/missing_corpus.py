@@ -13,18 +13,19 @@ from retnet_jax.data.token_store import token_dtype
 from retnet_jax.data.tokenizers import ByteTokenizer
 from retnet_jax.errors import ConfigError
 from retnet_jax.files import paths as files
+from retnet_jax.programs import command_line
 from retnet_jax.training.memory import device_memory, gigabytes, least_bytes
 from retnet_jax.training.step import initial_state
 
 
-def check_corpus(config: Config, command: str) -> None:
+def check_corpus(config: Config, paper_command: str | None = None) -> None:
     """Checks that the corpus of the paper's configs exists, unless its store does.
 
     The path of another corpus is checked when its files are read.
 
     Args:
       config: The config, checked.
-      command: Command that builds its store.
+      paper_command: Command that downloads the paper's corpus; None: that of this program's config.
 
     Raises:
       ConfigError: if there is neither, with what a run takes and a command that gets a corpus.
@@ -36,19 +37,21 @@ def check_corpus(config: Config, command: str) -> None:
     with contextlib.suppress(ConfigError):
         corpus_files(data.path)
         return
+    if paper_command is None:
+        paper_command = command_line.command_with_config(
+            "tools/prepare_corpus.py", "retnet-prepare-corpus", ["paper"]
+        )
     step = config.train.batch_size * data.sequence_length
     tokens = config.train.steps * step
     width = _bytes_of_token(config)
-    sample = "10B" if tokens <= 10e9 else "100B"
     raise ConfigError(
         f"no corpus: data.path={data.path!r} matches no file (from {os.getcwd()}), and there is no "
         f"store in data.store={data.store!r}; give JSON lines with a field {data.text_field!r}\n"
         f"  the run reads {tokens:,} tokens ({config.train.steps:,} steps of {step:,}); a store of "
         f"this size takes {gigabytes(width * tokens)} of disk, {width} bytes a token\n"
         f"  {_size_of_model(config)}\n"
-        f"  FineWeb's sample of {sample} tokens, not the paper's corpus, is downloaded by this "
-        f"command (then train with the same options): {command} --config.data.source=hf "
-        f"--config.data.path=HuggingFaceFW/fineweb:sample-{sample}T:train"
+        "  the paper's corpus, without the parts of The Pile that are no longer public, is "
+        f"downloaded by this command (then train with the same options): {paper_command}"
     )
 
 

@@ -9,9 +9,11 @@ complete store is compared with the config, its files are verified, and its cont
 
 import signal
 import sys
+from collections.abc import Callable
 
 from absl import flags
 
+from retnet_jax.config import Config
 from retnet_jax.data.build import build_or_wait
 from retnet_jax.data.round_trip import describe_round_trip
 from retnet_jax.data.split import describe_tail
@@ -28,14 +30,14 @@ def main() -> None:
     """The program."""
     flags.DEFINE_integer("processes", None, "number of processes; default: one for each core", 1)
     command_line.define_config()
-    command_line.run(_interruptible)
+    command_line.run(lambda: interruptible(_main))
 
 
-def _interruptible() -> int | None:
-    """Runs `_main`; after Ctrl-C or SIGTERM it prints how to resume."""
+def interruptible(program: Callable[[], None]) -> int | None:
+    """Runs a program; after Ctrl-C or SIGTERM it prints how to resume."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        _main()
+        program()
     except KeyboardInterrupt:
         print("stopped; the same command resumes the build", file=sys.stderr)
         return 130
@@ -45,20 +47,29 @@ def _interruptible() -> int | None:
 
 
 def _main() -> None:
-    """Builds, finishes or opens the store that the config names."""
     config = with_initial_model(command_line.given_config())
+    prepare(config, command_line.prepare_command())
+
+
+def prepare(config: Config, command: str) -> TokenStore:
+    """Builds, finishes or opens the store of a config, and prints its contents.
+
+    Args:
+      config: The config, checked.
+      command: Command that builds or finishes the store, for error messages and the manifest.
+    """
     store = files.expanded(config.data.store)
     manifest, plan = (f"{store}/{name}.json" for name in ("manifest", "plan"))
     complete = files.exists(manifest) and not files.exists(plan)
-    command = command_line.prepare_command()
     if not complete:
-        check_corpus(config, command)
+        check_corpus(config)
         check_tokenizer(config.data, config.model.vocab_size)
         build_or_wait(config.data, config.model.vocab_size, flags.FLAGS.processes, command)
-    store = open_or_build(config.data, config.model.vocab_size, command)
+    opened = open_or_build(config.data, config.model.vocab_size, command)
     if complete:
-        check_files(store)
-    print(files.printable(table(store)))
+        check_files(opened)
+    print(files.printable(table(opened)))
+    return opened
 
 
 def table(store: TokenStore) -> str:

@@ -66,7 +66,7 @@ def _main() -> int:
     )
     compilation_cache.use(given.compilation_cache)
     command = command_line.prepare_command()
-    processes.once(lambda: check_corpus(config, command))
+    processes.once(lambda: check_corpus(config))
     workdir = given.workdir
     if workdir is None:
         workdir = default_workdir(command_line.config_name(), command_line.config_changes())

@@ -25,7 +25,7 @@ from etils import epath
 
 from retnet_jax.errors import CheckpointError, DamagedCheckpointError
 from retnet_jax.files.atomic import ENDING
-from retnet_jax.files.paths import is_remote
+from retnet_jax.files.paths import entries, is_remote
 from retnet_jax.parallel import processes
 from retnet_jax.runs import checkpoint_files
 from retnet_jax.trees import named_leaves, nested, with_leaves
@@ -60,7 +60,7 @@ class Checkpoints:
         """Makes the directory, and deletes unfinished checkpoints of a killed run."""
         with self._reporting():
             self._directory.mkdir(parents=True, exist_ok=True)
-            for entry in self._directory.iterdir():
+            for entry in entries(self._directory):
                 unnamed = ENDING in entry.name or ".orbax-checkpoint-tmp" in entry.name
                 if unnamed or (entry.name.isdecimal() and not _is_complete(entry)):
                     entry.rmtree()
@@ -206,9 +206,7 @@ def _is_complete(path: epath.Path) -> bool:
 
 def steps_in(directory: epath.Path) -> list[int]:
     """The steps of the complete checkpoints in a directory, newest first."""
-    if not directory.exists():
-        return []
-    found = (entry for entry in directory.iterdir() if entry.name.isdecimal())
+    found = (entry for entry in entries(directory) if entry.name.isdecimal())
     return sorted((int(entry.name) for entry in found if _is_complete(entry)), reverse=True)
 
 
@@ -242,6 +240,9 @@ class ParameterReader:
       directory: Directory of the checkpoints, as in `Checkpoints`.
       model: Shapes and dtypes of the model.
 
+    Attributes:
+      step: Step of that checkpoint.
+
     Raises:
       CheckpointError: as `restore_model`.
     """
@@ -252,6 +253,7 @@ class ParameterReader:
             return path / "model"
 
         self._path = _of_newest(directory, open_model)
+        self.step = int(self._path.parent.name)
 
     def read(self, name: str) -> np.ndarray:
         """The parameter with a name such as layers/mixer/q/kernel."""

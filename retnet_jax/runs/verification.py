@@ -31,7 +31,7 @@ def run_problems(workdir: epath.Path) -> Iterator[str]:
 
 def unchecked(workdir: epath.Path) -> Iterator[str]:
     """Files of a run that cannot be verified or that no program reads, one line each."""
-    for entry in sorted((workdir / "checkpoints").iterdir()):
+    for entry in sorted(files.entries(workdir / "checkpoints")):
         if not entry.name.isdecimal():
             yield f"{entry}: not verified, because no program reads it"
         elif not checkpoint_files.has_digests(entry):

@@ -47,7 +47,7 @@ class BPETokenizer(Tokenizer):
         self.vocab_size = self._bpe.get_vocab_size()
         self.bos_id = self.end_id = self._bpe.token_to_id(BOS)
         self.end_ids = (self.end_id,)
-        byte_of = _byte_of_character()
+        byte_of = byte_of_character()
         self._bytes = [
             bytes(byte_of[character] for character in self._bpe.id_to_token(i))
             for i in range(self.vocab_size)
@@ -102,7 +102,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     return BPETokenizer(bpe.to_str())
 
 
-def _byte_of_character() -> dict[str, int]:
+def byte_of_character() -> dict[str, int]:
     """The byte that each character of byte-level BPE stands for.
 
     Printable Latin-1 bytes are written as themselves, the others as characters from U+0100 on. So
