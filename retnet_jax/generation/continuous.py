@@ -19,7 +19,7 @@ What a request gets is a function of the request, its number, the seed and `rows
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -132,7 +132,7 @@ class Job:
         self, number: int, ids: Sequence[int], max_tokens: int, sampler: Sampler, name: str
     ):
         self.number, self.sampler, self.name = number, sampler, name
-        self.ids = checked_ids(ids, None, name)
+        self.ids = checked_ids(ids, None, f"{name}: the prompt")
         self.max_tokens = self.left = max_tokens
         self.done = max_tokens == 0
         self.order = 0
@@ -147,7 +147,7 @@ class _TokenJob(Job):
 
     def __init__(self, index: int, request: TokenRequest, end_ids: tuple[int, ...]):
         number = index if request.number is None else request.number
-        name = f"the prompt of request {number}"
+        name = f"request {number}"
         super().__init__(number, request.prompt, request.max_tokens, request.sampler, name)
         self.tokens, self.log_probabilities, self.ended_by = [], [], "length"
         self._end_ids = end_ids
@@ -161,7 +161,10 @@ class _TokenJob(Job):
         self.done = end is not None or not self.left
 
 
-class ContinuousBatch:
+AnyJob = TypeVar("AnyJob", bound=Job)
+
+
+class ContinuousBatch(Generic[AnyJob]):
     """Decodes requests in a fixed number of rows.
 
     Args:
@@ -207,26 +210,36 @@ class ContinuousBatch:
         self._model = with_length_limit(model, self._longest)
         self._position = 0 if after is None else int(np.asarray(after.state.position)[0])
         self._may_be_empty = after is not None and not bool(np.asarray(after.ended)[0])
-        self._check_room(self._position, "the text before the prompts")
+        if self._position >= self._longest:
+            raise ConfigError(
+                f"the text before the prompts has {self._position} tokens, but {self._limit}"
+            )
         self._slots = empty_slots(self._model, rows)
         self._pool = _pool(self._model, 2 * rows, after, self._longest)
         self._trie = PromptTrie(2 * rows)
         self._waiting = 0  # requests in the trie
-        self._owners: list[Job | None] = [None] * rows
+        self._owners: list[AnyJob | None] = [None] * rows
         self._stopped = np.zeros(rows, bool)  # rows to be freed in the next call
-        self._source: Iterator[Job] = iter(())
+        self._source: Iterator[AnyJob] = iter(())
         self._error: Exception | None = None
+
+    @property
+    def _limit(self) -> str:
+        """The largest number of tokens, for messages."""
+        if self._longest == LAST_POSITION:
+            return f"{LAST_POSITION} is the last position of a token"
+        return f"it is {self._longest}; a larger max_length takes more memory"
 
     @property
     def tokens_read(self) -> int:
         return self._trie.tokens_read
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[Job]:
+    def run(self, jobs: Iterable[AnyJob]) -> Iterator[AnyJob]:
         """Yields the jobs as they end.
 
         An error of `jobs` is raised after all jobs before it have ended.
         """
-        self._source = zip_order(jobs)
+        self._source = _in_order(jobs)
         yield from self._take()
         self._read()
         while self._waiting or any(self._owners):
@@ -246,7 +259,7 @@ class ContinuousBatch:
         if self._error is not None:
             raise self._error
 
-    def _take(self) -> list[Job]:
+    def _take(self) -> list[AnyJob]:
         """Takes requests from the source; those without tokens to generate are returned."""
         done = []
         while self._waiting < 2 * self._rows:
@@ -268,24 +281,22 @@ class ContinuousBatch:
 
     def _check(self, job: Job) -> None:
         """Raises `ConfigError` for a request that cannot be answered."""
-        checked_ids(job.ids, self._model.config.vocab_size, job.name)
+        checked_ids(job.ids, self._model.config.vocab_size, f"{job.name}: the prompt")
         if job.max_tokens < 0:
             raise ConfigError(f"{job.name}: max_tokens={job.max_tokens} is less than 0")
         if not len(job.ids) and not self._may_be_empty:
-            before = "" if not self._position else ", but the text before it has ended"
-            raise ConfigError(f"{job.name} is empty{before}; give at least one token")
+            before = ", but the text before it has ended" if self._position else ""
+            raise ConfigError(f"{job.name}: the prompt is empty{before}; give at least one token")
         tokens = self._position + len(job.ids) + job.max_tokens
-        self._check_room(tokens, f"{job.name} and its max_tokens={job.max_tokens}")
-
-    def _check_room(self, tokens: int, name: str) -> None:
         if tokens > self._longest:
-            limit = f"max_length={self._longest}"
-            if self._longest == LAST_POSITION:
-                limit = f"the last position {LAST_POSITION}"
-            raise ConfigError(f"{name} have {tokens} tokens, more than {limit}")
+            read = f" after {self._position} tokens" if self._position else ""
+            raise ConfigError(
+                f"{job.name}: a prompt of {len(job.ids)} tokens{read} and max_tokens="
+                f"{job.max_tokens} need max_length={tokens}, but {self._limit}"
+            )
 
     def _read(self) -> None:
-        """Reads pieces of prompts, at most one for each row, unless enough prompts have been read."""
+        """Reads pieces of prompts, at most one for each row, unless enough prompts are ready."""
         most = min(self._rows, _PIECES_AT_ONCE)
         for _ in range(-(-self._rows // most)):
             nodes = self._trie.next_nodes(most)
@@ -295,7 +306,9 @@ class ContinuousBatch:
                 return
             tokens = np.zeros((most, PIECE), np.int32)
             counts = np.zeros(most, np.int32)
-            places = np.full((2, most), 2 * self._rows + 1, np.int32)  # beyond the last: not written
+            places = np.full(
+                (2, most), 2 * self._rows + 1, np.int32
+            )  # beyond the last: not written
             places[0] = 0
             for i, node in enumerate(nodes):
                 ids = np.frombuffer(node.tokens, np.int32)
@@ -328,10 +341,10 @@ class ContinuousBatch:
         self._stopped[:] = False
         return decoded
 
-    def _collect(self, decoded: Decoded) -> list[tuple[int, Job, list[int], list[float]]]:
-        """Waits for a call; returns the row and the new tokens of each job, perhaps beyond its end."""
+    def _collect(self, decoded: Decoded) -> list[tuple[int, AnyJob, list[int], list[float]]]:
+        """Waits for a call, and returns the row and the new tokens of each job."""
         tokens, log_p, steps, slot, first = jax.device_get(decoded)
-        parts: list[list[tuple[Job, int]]] = [
+        parts: list[list[tuple[AnyJob, int]]] = [
             [] if job is None else [(job, 0)] for job in self._owners
         ]
         for row, step in zip(slot.tolist(), first.tolist(), strict=True):
@@ -353,7 +366,7 @@ class ContinuousBatch:
         self._check_finite(new)
         return new
 
-    def _check_finite(self, new: list[tuple[int, Job, list[int], list[float]]]) -> None:
+    def _check_finite(self, new: list[tuple[int, AnyJob, list[int], list[float]]]) -> None:
         for _, job, _, log_p in new:
             if not np.isfinite(log_p).all():
                 raise CheckpointError(
@@ -362,7 +375,7 @@ class ContinuousBatch:
                 )
 
 
-def zip_order(jobs: Iterable[Job]) -> Iterator[Job]:
+def _in_order(jobs: Iterable[AnyJob]) -> Iterator[AnyJob]:
     """The jobs, each with its index."""
     for order, job in zip(itertools.count(), jobs, strict=False):
         job.order = order

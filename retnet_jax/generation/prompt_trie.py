@@ -13,7 +13,7 @@ cuts where they differ and never reads a node twice.
 import heapq
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -62,7 +62,7 @@ class PromptTrie:
     """
 
     def __init__(self, rows: int):
-        self.ready: deque[tuple[Prompted, Node]] = deque()
+        self.ready: deque[tuple[Any, Node]] = deque()
         self.tokens_read = 0
         self._root = Node(None, b"", row=0)
         self._free = list(range(rows, 0, -1))

@@ -103,7 +103,7 @@ class Samplers:
           keys: Random key of each row [b].
           logits: Logits of all allowed tokens.
         """
-        tokens = logits.argmax(-1)
+        tokens = logits.argmax(-1).astype(jnp.int32)
         if not self.kinds:
             return tokens
         greedy, sorts = self.temperature == 0, (self.top_k < ALL_TOKENS) | (self.top_p < 1)
@@ -116,7 +116,7 @@ class Samplers:
             drawn = jax.lax.cond(
                 (kind == each).any(),
                 partial(self._draw, candidates),
-                lambda keys, logits: jnp.zeros(len(logits), tokens.dtype),
+                lambda keys, logits: jnp.zeros(len(logits), jnp.int32),
                 keys,
                 warm,
             )
@@ -130,7 +130,7 @@ class Samplers:
         w = logits.shape[-1]
         noise = jax.vmap(partial(jax.random.gumbel, shape=(w,), dtype=logits.dtype))(keys)
         if candidates is None:
-            return (logits + noise).argmax(-1)
+            return (logits + noise).argmax(-1).astype(jnp.int32)
         logits, tokens = jax.lax.top_k(logits, candidates)  # in falling order
         places = jnp.arange(candidates)
         logits = jnp.where(places < self.top_k[:, None], logits, -jnp.inf)

@@ -49,7 +49,7 @@ def with_length_limit(model: LanguageModel, tokens: int) -> LanguageModel:
 
 
 def limited_state(state: State, tokens: int) -> Any:
-    """A state of a model as one of `with_length_limit(model, tokens)`, after as many tokens or less.
+    """A state after at most `tokens` tokens as a state of `with_length_limit(model, tokens)`.
 
     States that do not grow are returned as they are.
     """
