@@ -303,7 +303,9 @@ def test_the_program_saves_and_continues_a_state(workdir, tmp_path):
     once, other = sorted(answers, key=lambda answer: answer["request_number"])
     assert (once["prompt"], other["prompt"]) == ("once", "a")
     assert (other["id"], other["answer"]) == ("\ud83d", [1])
-    printed = {f"--- request {x['request_number']} ---\n{x['prompt']}{x['text']}\n" for x in answers}
+    printed = {
+        f"--- request {x['request_number']} ---\n{x['prompt']}{x['text']}\n" for x in answers
+    }
     assert run(*many) in map("".join, itertools.permutations(printed))
     assert len(other["log_probabilities"]) == len(other["tokens"]) == 30
     assert json.loads(rest.read_text())["tokens"] == once["tokens"][9:]

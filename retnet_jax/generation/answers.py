@@ -23,6 +23,9 @@ from retnet_jax.generation.texts import Continuation
 class AnswerFile:
     """Appends answers to a file, and knows which requests it answers already.
 
+        with AnswerFile(path, options, say) as file:
+            ...
+
     It holds eight bytes for each answer that was in the file, and nothing for new ones.
 
     Args:
@@ -45,13 +48,22 @@ class AnswerFile:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a+b", buffering=0)
+        except OSError as error:
+            raise ConfigError(f"--output={path} cannot be written: {error}") from None
+        with contextlib.ExitStack() as at_an_error:
+            at_an_error.callback(self.close)
             _lock(self._file, path)
             begun = path.stat().st_size > 0
             self._check_options(dict(options), begun)
             if begun:
                 self._find_answers(say)
-        except OSError as error:
-            raise ConfigError(f"--output={path} cannot be written: {error}") from None
+            at_an_error.pop_all()
+
+    def __enter__(self) -> "AnswerFile":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
     def close(self) -> None:
         """Ends the writing, so that another process can continue the file."""
@@ -101,7 +113,10 @@ class AnswerFile:
         path = self._path.with_name(f"{self._path.name}.options.json")
         options = json.loads(json.dumps(options))
         if not begun:
-            atomic.write_text(path, json.dumps(options, indent=2) + "\n")
+            try:
+                atomic.write_text(path, json.dumps(options, indent=2) + "\n")
+            except OSError as error:
+                raise ConfigError(f"{path} cannot be written: {error}") from None
             return
         name = f"--output={self._path} exists already"
         try:

@@ -4,11 +4,11 @@
         ...
 
 `rows` requests are decoded at a time, and a row that ends goes to the next request. The loop
-alternates between two compiled programs (`slots.py`): one decodes up to STEPS tokens of each row
-and gives free rows to requests whose prompts have been read; the other reads pieces of prompts
-(`prompt_trie.py`) for later. So a row waits for its next STEPS tokens while at most one piece of
-PIECE tokens for each row is read, however long the prompts are. Prompts are read in a pool of
-2 * `rows` states, so all rows decode while there are requests.
+alternates between two compiled programs (`decoding_rows.py`): one decodes up to STEPS tokens of
+each row, and gives free rows to requests whose prompts have been read; the other reads pieces of
+prompts (`prompt_trie.py`) for later. So between two calls that decode, at most one piece of PIECE
+tokens is read for each row, however long the prompts are: that bounds how long a row waits. Prompts
+are read into a pool of 2 * `rows` states, so that all rows decode while there are requests.
 
 What a request gets is a function of the request, its number, the seed and `rows`, bit for bit:
 
@@ -28,16 +28,16 @@ import numpy as np
 from retnet_jax.errors import CheckpointError, ConfigError
 from retnet_jax.generation.checks import check_ends, check_lengths, check_seed
 from retnet_jax.generation.decode import LAST_POSITION, Progress, check_progress
-from retnet_jax.generation.prompt_trie import PIECE, PromptTrie
-from retnet_jax.generation.sampling import GREEDY, Sampler, sampler_columns
-from retnet_jax.generation.slots import (
+from retnet_jax.generation.decoding_rows import (
     Decoded,
     Ready,
-    decode_slots,
+    decode_rows,
     empty_progress,
-    empty_slots,
+    empty_rows,
     read_pieces,
 )
+from retnet_jax.generation.prompt_trie import PIECE, PromptTrie
+from retnet_jax.generation.sampling import GREEDY, Sampler, sampler_columns
 from retnet_jax.model import LanguageModel, for_decoding
 from retnet_jax.model.length_limit import grows, limited_state, with_length_limit
 from retnet_jax.model.parameters import why_not_finite
@@ -214,7 +214,7 @@ class ContinuousBatch(Generic[AnyJob]):
             raise ConfigError(
                 f"the text before the prompts has {self._position} tokens, but {self._limit}"
             )
-        self._slots = empty_slots(self._model, rows)
+        self._decoding = empty_rows(self._model, rows)
         self._pool = _pool(self._model, 2 * rows, after, self._longest)
         self._trie = PromptTrie(2 * rows)
         self._waiting = 0  # requests in the trie
@@ -327,9 +327,9 @@ class ContinuousBatch(Generic[AnyJob]):
             *sampler_columns([job.sampler for job in jobs]),
         )
         ready = Ready(np.int32(len(jobs)), *(np.pad(column, (0, padding)) for column in columns))
-        decoded, self._slots = decode_slots(
+        decoded, self._decoding = decode_rows(
             self._model,
-            self._slots,
+            self._decoding,
             self._pool,
             ready,
             self._stopped.copy(),
@@ -343,11 +343,11 @@ class ContinuousBatch(Generic[AnyJob]):
 
     def _collect(self, decoded: Decoded) -> list[tuple[int, AnyJob, list[int], list[float]]]:
         """Waits for a call, and returns the row and the new tokens of each job."""
-        tokens, log_p, steps, slot, first = jax.device_get(decoded)
+        tokens, log_p, steps, given_row, first = jax.device_get(decoded)
         parts: list[list[tuple[AnyJob, int]]] = [
             [] if job is None else [(job, 0)] for job in self._owners
         ]
-        for row, step in zip(slot.tolist(), first.tolist(), strict=True):
+        for row, step in zip(given_row.tolist(), first.tolist(), strict=True):
             if row < 0:
                 break
             job, _ = self._trie.ready[0]

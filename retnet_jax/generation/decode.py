@@ -72,7 +72,7 @@ def generate(
     end_id: int | Sequence[int] | None = None,
     vocab_size: int | None = None,
 ) -> list[Generated]:
-    """Continues prompts of any lengths in one batch.
+    """Continues prompts of any lengths in one batch; `generate_requests` takes any number of them.
 
     The tokens of a row depend on its prompt, its sampler, the seed and its index in the batch, not
     on other rows. Between the prompts and the last token no data moves between host and device.

@@ -89,12 +89,12 @@ class PromptTrie:
         assert parent is not None
         assert parent.row is not None
         source = parent.row
-        waiting, node.waiting = node.waiting, []
         del self._unread[node]
         self.tokens_read += len(node.tokens) // 4
-        for _ in waiting:
+        for _ in node.waiting:
             self._let_go(parent)
-        node.row = self._new_row()
+        node.row = self._new_row()  # while the node has waiting requests, which keep it in the trie
+        waiting, node.waiting = node.waiting, []
         for request, number in waiting:
             self._place(request, node, number)
         return source, node.row

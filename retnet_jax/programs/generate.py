@@ -19,11 +19,12 @@ a run that was killed. A line that is no request ends the run after the answers 
 it.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from absl import flags
@@ -47,7 +48,7 @@ from retnet_jax.generation.saved_state import (
     load_reading,
     save_reading,
 )
-from retnet_jax.generation.texts import Reading, Writer, answer_requests
+from retnet_jax.generation.texts import Continuation, Reading, Writer, answer_requests
 from retnet_jax.model import LanguageModel, for_decoding
 from retnet_jax.pretrained import load_pretrained, read_pretrained
 from retnet_jax.programs import command_line, compilation_cache
@@ -248,20 +249,29 @@ def _answer(args) -> None:
     )
     requests = itertools.chain([next(requests)], requests)  # before the model is loaded
     model, tokenizer, after = _loaded(args)
-    file = None
+    with contextlib.ExitStack() as open_files:
+        file = None
+        if args.output is not None:
+            options = _options(args, model, tokenizer)
+            file = AnswerFile(local(args.output), options, lambda x: print(x, file=sys.stderr))
+            open_files.enter_context(file)
+            requests = file.unanswered(requests)
+        answers = answer_requests(
+            model,
+            tokenizer,
+            requests,
+            rows=args.rows,
+            seed=args.seed,
+            max_length=args.max_length,
+            after=after,
+        )
+        _write(answers, file)
     if args.output is not None:
-        options = _options(args, model, tokenizer)
-        file = AnswerFile(local(args.output), options, lambda x: print(x, file=sys.stderr))
-        requests = file.unanswered(requests)
-    answers = answer_requests(
-        model,
-        tokenizer,
-        requests,
-        rows=args.rows,
-        seed=args.seed,
-        max_length=args.max_length,
-        after=after,
-    )
+        print(f"written to {args.output}", file=sys.stderr)
+
+
+def _write(answers: Iterator[tuple[Request, Continuation]], file: AnswerFile | None) -> None:
+    """Writes answers as they come, or prints them; and on stderr their number and the speed."""
     answers = with_first(answers, "compiling, and answering the first request")
     start, tokens = time.perf_counter(), 0
     with tqdm(unit=" answers", initial=file.answered if file else 0, disable=None) as bar:
@@ -274,9 +284,6 @@ def _answer(args) -> None:
             tokens += len(found.tokens)
             bar.update()
     print(f"{tokens} tokens in {time.perf_counter() - start:.1f} s", file=sys.stderr)
-    if file is not None:
-        file.close()
-        print(f"written to {args.output}", file=sys.stderr)
 
 
 def _options(args, model: LanguageModel, tokenizer: Tokenizer) -> dict[str, Any]:

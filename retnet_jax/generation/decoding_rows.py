@@ -5,7 +5,7 @@ batch, nor on the other rows.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from retnet_jax.model import LanguageModel
 from retnet_jax.shapes import Array, Bool, Float, Int
 
 
-class Slots(NamedTuple):
+class DecodingRows(NamedTuple):
     """The rows that are decoded. A row whose `progress.ended` is True is free."""
 
     progress: Progress
@@ -40,29 +40,28 @@ class Ready(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """What a call of `decode_slots` did."""
+    """What a call of `decode_rows` did."""
 
     tokens: Int[Array, "n b"]
     log_probabilities: Float[Array, "n b"]
     steps: Int[Array, ""]  # number of tokens decoded of each row; the rest of the n is unused
-    slot: Int[Array, " s"]  # row that each ready request got; -1: none
+    row: Int[Array, " s"]  # that each ready request got; -1: none
     first: Int[Array, " s"]  # step of its first token
 
 
-def empty_slots(model: LanguageModel, rows: int) -> Slots:
+def empty_rows(model: LanguageModel, count: int) -> DecodingRows:
     """Free rows."""
-    progress = empty_progress(model, rows)
-    zeros = jnp.zeros(rows, jnp.int32)
-    keys = jax.vmap(jax.random.key)(zeros)
-    slots = Slots(
-        progress._replace(ended=jnp.ones(rows, bool)),
-        keys,
-        zeros,
-        jnp.zeros(rows, jnp.float32),
-        zeros,
-        jnp.ones(rows, jnp.float32),
+    zeros = jnp.zeros(count, jnp.int32)
+    rows = DecodingRows(
+        progress=empty_progress(model, count)._replace(ended=jnp.ones(count, bool)),
+        keys=jax.vmap(jax.random.key)(zeros),
+        left=zeros,
+        temperature=jnp.zeros(count, jnp.float32),
+        top_k=jnp.zeros(count, jnp.int32),
+        top_p=jnp.ones(count, jnp.float32),
     )
-    return jax.device_put(jax.tree.map(jnp.copy, slots), model.sharding)
+    # Arrays of their own, because `decode_rows` donates them.
+    return jax.device_put(jax.tree.map(jnp.copy, rows), model.sharding)
 
 
 def empty_progress(model: LanguageModel, rows: int) -> Progress:
@@ -104,11 +103,11 @@ def read_pieces(
 @partial(
     jax.jit,
     static_argnames=("steps", "end_ids", "vocab_size"),
-    donate_argnames="slots",
+    donate_argnames="rows",
 )
-def decode_slots(
+def decode_rows(
     model: LanguageModel,
-    slots: Slots,
+    rows: DecodingRows,
     pool: Progress,
     ready: Ready,
     stopped: Bool[Array, " b"],
@@ -116,12 +115,12 @@ def decode_slots(
     steps: int,
     end_ids: tuple[int, ...],
     vocab_size: int | None,
-) -> tuple[Decoded, Slots]:
+) -> tuple[Decoded, DecodingRows]:
     """Decodes up to `steps` tokens of each row; a row that ends goes to the next ready request.
 
     Args:
       model: RetNet or Transformer.
-      slots: The rows; their arrays are donated.
+      rows: The rows; their arrays are donated.
       pool: Progress after prompts.
       ready: Requests that wait for a row.
       stopped: Rows that are free because their text ended with a stop string.
@@ -131,78 +130,88 @@ def decode_slots(
       end_ids: Ids that end a row.
       vocab_size: Ids >= this are never generated.
     """
-    rows = stopped.shape[0]
-    slots = _ended(slots, stopped)
-
-    def unfinished(carry):
-        n, given, slots, *_ = carry
-        return (n < steps) & ((given < ready.count) | ~slots.progress.ended.all())
-
-    def fill_and_decode(carry):
-        n, given, slots, new, slot, first = carry
-        given, slots, slot, first = jax.lax.while_loop(
-            lambda x: (x[0] < ready.count) & x[1].progress.ended.any(),
-            lambda x: _give_row(n, pool, ready, key, *x),
-            (given, slots, slot, first),
-        )
-
-        def keep_decoding(carry):
-            n, slots, _ = carry
-            ended = slots.progress.ended
-            return (n < steps) & ~ended.all() & ~(ended.any() & (given < ready.count))
-
-        def decode(carry):
-            n, slots, new = carry
-            slots, tokens = _decode(model, slots, end_ids, vocab_size)
-            put = partial(jax.lax.dynamic_update_index_in_dim, index=n, axis=0)
-            return n + 1, slots, jax.tree.map(put, new, tokens)
-
-        n, slots, new = jax.lax.while_loop(keep_decoding, decode, (n, slots, new))
-        return n, given, slots, new, slot, first
-
-    zero = jnp.int32(0)
-    new = NewTokens(
-        jnp.zeros((steps, rows), jnp.int32), jnp.zeros((steps, rows), slots.progress.logits.dtype)
+    n = stopped.shape[0]
+    log_p = jnp.zeros((steps, n), rows.progress.logits.dtype)
+    none = jnp.full(ready.pool_row.shape, -1, jnp.int32)
+    loop = _Loop(
+        step=jnp.int32(0),
+        given=jnp.int32(0),
+        rows=_ended(rows, stopped),
+        new=NewTokens(jnp.zeros((steps, n), jnp.int32), log_p),
+        row=none,
+        first=none,
     )
-    unused = jnp.full(ready.pool_row.shape, -1, jnp.int32)
-    n, _, slots, new, slot, first = jax.lax.while_loop(
-        unfinished, fill_and_decode, (zero, zero, slots, new, unused, unused)
-    )
-    return Decoded(*new, n, slot, first), slots
+
+    def unfinished(loop: _Loop):
+        free = loop.rows.progress.ended
+        return (loop.step < steps) & ((loop.given < ready.count) | ~free.all())
+
+    def can_give(loop: _Loop):
+        return (loop.given < ready.count) & loop.rows.progress.ended.any()
+
+    def decode(loop: _Loop) -> _Loop:
+        rows, tokens = _decode(model, loop.rows, end_ids, vocab_size)
+        put = partial(jax.lax.dynamic_update_index_in_dim, index=loop.step, axis=0)
+        new = jax.tree.map(put, loop.new, tokens)
+        return loop._replace(step=loop.step + 1, rows=rows, new=new)
+
+    def give_and_decode(loop: _Loop) -> _Loop:
+        # Loops, because the branches of a condition would copy the states.
+        loop = jax.lax.while_loop(can_give, partial(_give_row, pool, ready, key), loop)
+        return jax.lax.while_loop(lambda x: unfinished(x) & ~can_give(x), decode, loop)
+
+    loop = jax.lax.while_loop(unfinished, give_and_decode, loop)
+    return Decoded(*loop.new, loop.step, loop.row, loop.first), loop.rows
 
 
-def _give_row(n, pool: Progress, ready: Ready, key: Array, given, slots: Slots, slot, first) -> Any:
+class _Loop(NamedTuple):
+    """What `decode_rows` carries from token to token."""
+
+    step: Int[Array, ""]
+    given: Int[Array, ""]  # number of ready requests that have got a row
+    rows: DecodingRows
+    new: NewTokens  # [n b]
+    row: Int[Array, " s"]  # this and the next as in `Decoded`
+    first: Int[Array, " s"]
+
+
+def _give_row(pool: Progress, ready: Ready, key: Array, loop: _Loop) -> _Loop:
     """Gives the first free row to the next ready request."""
-    row = slots.progress.ended.argmax().astype(jnp.int32)
+    given, rows = loop.given, loop.rows
+    row = rows.progress.ended.argmax().astype(jnp.int32)
     source = jax.lax.dynamic_slice_in_dim(ready.pool_row, given, 1)
     progress = Progress(
-        slots.progress.logits.at[row].set(pool.logits[source[0]]),
-        slots.progress.state.put(row[None], pool.state.take(source)),
-        slots.progress.ended.at[row].set(False),
+        rows.progress.logits.at[row].set(pool.logits[source[0]]),
+        rows.progress.state.put(row[None], pool.state.take(source)),
+        rows.progress.ended.at[row].set(False),
     )
-    slots = Slots(
-        progress,
-        slots.keys.at[row].set(jax.random.fold_in(key, ready.number[given])),
-        slots.left.at[row].set(ready.max_tokens[given]),
-        *(
-            of_rows.at[row].set(of_ready[given])
-            for of_rows, of_ready in zip(slots[3:], ready[4:], strict=True)
-        ),
+    rows = DecodingRows(
+        progress=progress,
+        keys=rows.keys.at[row].set(jax.random.fold_in(key, ready.number[given])),
+        left=rows.left.at[row].set(ready.max_tokens[given]),
+        temperature=rows.temperature.at[row].set(ready.temperature[given]),
+        top_k=rows.top_k.at[row].set(ready.top_k[given]),
+        top_p=rows.top_p.at[row].set(ready.top_p[given]),
     )
-    return given + 1, slots, slot.at[given].set(row), first.at[given].set(n)
+    return loop._replace(
+        given=given + 1,
+        rows=rows,
+        row=loop.row.at[given].set(row),
+        first=loop.first.at[given].set(loop.step),
+    )
 
 
 def _decode(
-    model: LanguageModel, slots: Slots, end_ids: tuple[int, ...], vocab_size: int | None
-) -> tuple[Slots, NewTokens]:
+    model: LanguageModel, rows: DecodingRows, end_ids: tuple[int, ...], vocab_size: int | None
+) -> tuple[DecodingRows, NewTokens]:
     """Decodes one token of each row."""
-    samplers = Samplers(slots.temperature, slots.top_k, slots.top_p)
-    progress, new = next_token(model, slots.keys, samplers, end_ids, vocab_size, slots.progress)
-    left = slots.left - 1
-    return _ended(slots._replace(progress=progress, left=left), left <= 0), new
+    samplers = Samplers(rows.temperature, rows.top_k, rows.top_p)
+    progress, new = next_token(model, rows.keys, samplers, end_ids, vocab_size, rows.progress)
+    left = rows.left - 1
+    return _ended(rows._replace(progress=progress, left=left), left <= 0), new
 
 
-def _ended(slots: Slots, rows: Bool[Array, " b"]) -> Slots:
-    """The slots with some rows ended."""
-    progress = slots.progress
-    return slots._replace(progress=progress._replace(ended=progress.ended | rows))
+def _ended(rows: DecodingRows, ended: Bool[Array, " b"]) -> DecodingRows:
+    """The rows, with those ended that are True in `ended`."""
+    progress = rows.progress
+    return rows._replace(progress=progress._replace(ended=progress.ended | ended))
