@@ -26,6 +26,7 @@ from retnet_jax.model.kv_cache import (
     WindowCache,
     WindowKeysValues,
     check_last_inputs,
+    is_stacked,
     write_slots,
     write_window,
 )
@@ -36,6 +37,8 @@ from retnet_jax.ops.attention import (
     attend_in_window,
     attend_to_all,
     attend_to_cache,
+    attend_to_used_slots,
+    chunk_of_slots,
     without_padding,
 )
 from retnet_jax.ops.retention import (
@@ -249,7 +252,8 @@ class Attention(Mixer):
         slots = None
         if isinstance(state, KVCache):
             slots = find_slots(state.visible, state.length, places)
-        context = attention_context(settings, config, places, slots)
+        separate = state.layers is not None and not is_stacked(state.layers)
+        context = attention_context(settings, config, places, slots, separate)
         check_last_inputs(settings.short_conv, state.layers)
         if settings.short_conv is not None and segment_ids is not None:
             context = context._replace(documents=split_documents(segment_ids))
@@ -303,9 +307,21 @@ def find_slots(visible: Bool[Array, "b s"], length: Int[Array, " b"], places: Pl
 
 
 def attention_context(
-    settings: AttentionSettings, config: ModelConfig, places: Places, slots: Slots | None
+    settings: AttentionSettings,
+    config: ModelConfig,
+    places: Places,
+    slots: Slots | None,
+    separate: bool,
 ) -> AttentionContext:
-    """The context of layers with some settings; `slots` is None for layers with a window."""
+    """The context of layers with some settings.
+
+    Args:
+      settings: Settings of the layers.
+      config: Config of the model.
+      places: Where the tokens of the batch stand.
+      slots: Slots of the cache; None for layers with a window.
+      separate: Whether each layer has a cache of its own, as in a model for decoding.
+    """
     turn = rotation(
         places.place,
         settings.head_width,
@@ -325,9 +341,11 @@ def attention_context(
         attend = _attend_to_batch(settings, config.dtype, places)
     else:
         seen, seen_new = _seen_slots(places, slots, settings.window), _seen(places, settings.window)
-
-        def attend(q, k, v, cache):
-            return attend_to_cache(q, k, v, *cache, seen=seen, seen_new=seen_new)
+        attend = partial(_attend_to_cache, seen, seen_new)
+        window = settings.window
+        if slots is None and separate and window > chunk_of_slots(places.place.shape[1]):
+            used = jnp.minimum(places.before, window)
+            attend = partial(_attend_to_used_slots, seen, seen_new, used)
 
     return AttentionContext(turn, None, attend, partial(_write, write), state=write)
 
@@ -414,6 +432,14 @@ def _attend_to_batch(settings: AttentionSettings, dtype: str, places: Places) ->
     if document is None or window is None:
         return lambda q, k, v, cache: run(q, k, v, document)
     return lambda q, k, v, cache: without_padding(run, q, k, v, document)
+
+
+def _attend_to_cache(seen, seen_new, q, k, v, cache) -> Array:
+    return attend_to_cache(q, k, v, *cache, seen=seen, seen_new=seen_new)
+
+
+def _attend_to_used_slots(seen, seen_new, used, q, k, v, cache) -> Array:
+    return attend_to_used_slots(q, k, v, *cache, seen, seen_new, used)
 
 
 def _limit(settings: AttentionSettings, t: int) -> int | None:
