@@ -283,16 +283,21 @@ def test_attention_to_used_slots_is_attention_to_all(tokens, slots):
     seen &= np.arange(slots) < used[:, None, None, None]
     seen_new = np.tile(np.tri(tokens, dtype=bool), (4, 1, 1, 1))
     inputs = (q, k, v, cached_k, cached_v, seen, seen_new)
-    found = jax.jit(attend_to_used_slots)(*inputs, used)
 
     @jax.jit
     def attended(*inputs):
         return attend_to_cache(*inputs[:5], seen=inputs[5], seen_new=inputs[6])
 
+    @jax.jit
+    def by_rows(*inputs):
+        more = dict(zip(("seen", "seen_new", "used"), inputs[5:], strict=True))
+        return attend_to_used_slots(*inputs[:5], **more)
+
+    found = by_rows(*inputs, used)
     assert_close(found, attended(*inputs))
     # Bit for bit the same with other rows beside it.
     order = np.array([2, 0, 0, 1])
-    again = jax.jit(attend_to_used_slots)(*(x[order] for x in inputs), used[order])
+    again = by_rows(*(x[order] for x in inputs), used[order])
     assert (np.asarray(again) == np.asarray(found)[order]).all()
 
 

@@ -320,7 +320,7 @@ class ContinuousBatch(Generic[AnyJob]):
         """Starts a call that decodes."""
         jobs = [job for job, _ in self._trie.ready]
         padding = 2 * self._rows - len(jobs)
-        columns = (
+        columns: tuple[np.ndarray, ...] = (
             np.array([node.row for _, node in self._trie.ready], np.int32),
             np.array([job.number % 2**32 for job in jobs], np.uint32),
             np.array([job.max_tokens for job in jobs], np.int32),
@@ -343,7 +343,7 @@ class ContinuousBatch(Generic[AnyJob]):
 
     def _collect(self, decoded: Decoded) -> list[tuple[int, AnyJob, list[int], list[float]]]:
         """Waits for a call, and returns the row and the new tokens of each job."""
-        tokens, log_p, steps, given_row, first = jax.device_get(decoded)
+        (tokens, log_p), steps, given_row, first = jax.device_get(decoded)
         parts: list[list[tuple[AnyJob, int]]] = [
             [] if job is None else [(job, 0)] for job in self._owners
         ]
@@ -386,9 +386,7 @@ def _pool(model: LanguageModel, rows: int, after: Progress | None, longest: int)
     """The progress after pieces of prompts, with that before all prompts in row 0."""
     pool = empty_progress(model, rows + 1)
     if after is not None:
-        first = jnp.zeros(1, jnp.int32)
         state = limited_state(after.state, longest)
-        pool = Progress(
-            pool.logits.at[first].set(after.logits), pool.state.put(first, state), pool.ended
-        )
+        first = Progress(after.logits, state, jnp.zeros(1, bool))
+        pool = pool.put(jnp.zeros(1, jnp.int32), first)
     return jax.device_put(jax.tree.map(jnp.copy, pool), model.sharding)

@@ -10,7 +10,7 @@ the position.
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,15 @@ class Progress(NamedTuple):
     def take(self, rows: Int[Array, " r"]) -> "Progress":
         """The progress of the selected rows; a row may be selected several times."""
         return Progress(self.logits[rows], self.state.take(rows), self.ended[rows])
+
+    def put(self, rows: Int[Array, " r"], progress: "Progress") -> "Progress":
+        """This progress with the rows `rows` replaced; a row beyond the last is not written."""
+        state: Any = self.state  # of the same kind as the other
+        return Progress(
+            self.logits.at[rows].set(progress.logits),
+            state.put(rows, progress.state),
+            self.ended.at[rows].set(progress.ended),
+        )
 
 
 class NewTokens(NamedTuple):

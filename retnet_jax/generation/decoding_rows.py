@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from retnet_jax.generation.decode import NewTokens, Progress, next_token
 from retnet_jax.generation.sampling import Samplers
@@ -30,20 +31,19 @@ class DecodingRows(NamedTuple):
 class Ready(NamedTuple):
     """Requests whose prompts have been read, in the order in which they get free rows."""
 
-    count: Int[Array, ""]  # the others are padding
-    pool_row: Int[Array, " s"]  # row of the pool with the progress after the prompt
-    number: Int[Array, " s"]  # of the request; uint32
-    max_tokens: Int[Array, " s"]
-    temperature: Float[Array, " s"]
-    top_k: Int[Array, " s"]
-    top_p: Float[Array, " s"]
+    count: Int[Array | np.integer, ""]  # the others are padding
+    pool_row: Int[Array | np.ndarray, " s"]  # row of the pool with the progress after the prompt
+    number: Int[Array | np.ndarray, " s"]  # of the request; uint32
+    max_tokens: Int[Array | np.ndarray, " s"]
+    temperature: Float[Array | np.ndarray, " s"]
+    top_k: Int[Array | np.ndarray, " s"]
+    top_p: Float[Array | np.ndarray, " s"]
 
 
 class Decoded(NamedTuple):
     """What a call of `decode_rows` did."""
 
-    tokens: Int[Array, "n b"]
-    log_probabilities: Float[Array, "n b"]
+    new: NewTokens  # [n b]
     steps: Int[Array, ""]  # number of tokens decoded of each row; the rest of the n is unused
     row: Int[Array, " s"]  # that each ready request got; -1: none
     first: Int[Array, " s"]  # step of its first token
@@ -93,11 +93,7 @@ def read_pieces(
     hidden, state = model.hidden(tokens, pool.state.take(sources), segment_ids)
     last = jnp.maximum(counts - 1, 0)[:, None, None]
     logits = model.logits(jnp.take_along_axis(hidden, last, axis=1))[:, 0]
-    return Progress(
-        pool.logits.at[targets].set(logits),
-        pool.state.put(targets, state),
-        pool.ended.at[targets].set(False),
-    )
+    return pool.put(targets, Progress(logits, state, counts < 0))
 
 
 @partial(
@@ -161,7 +157,7 @@ def decode_rows(
         return jax.lax.while_loop(lambda x: unfinished(x) & ~can_give(x), decode, loop)
 
     loop = jax.lax.while_loop(unfinished, give_and_decode, loop)
-    return Decoded(*loop.new, loop.step, loop.row, loop.first), loop.rows
+    return Decoded(loop.new, loop.step, loop.row, loop.first), loop.rows
 
 
 class _Loop(NamedTuple):
@@ -180,13 +176,8 @@ def _give_row(pool: Progress, ready: Ready, key: Array, loop: _Loop) -> _Loop:
     given, rows = loop.given, loop.rows
     row = rows.progress.ended.argmax().astype(jnp.int32)
     source = jax.lax.dynamic_slice_in_dim(ready.pool_row, given, 1)
-    progress = Progress(
-        rows.progress.logits.at[row].set(pool.logits[source[0]]),
-        rows.progress.state.put(row[None], pool.state.take(source)),
-        rows.progress.ended.at[row].set(False),
-    )
     rows = DecodingRows(
-        progress=progress,
+        progress=rows.progress.put(row[None], pool.take(source)),
         keys=rows.keys.at[row].set(jax.random.fold_in(key, ready.number[given])),
         left=rows.left.at[row].set(ready.max_tokens[given]),
         temperature=rows.temperature.at[row].set(ready.temperature[given]),

@@ -90,8 +90,9 @@ class Samplers:
         each = [samplers] * rows if isinstance(samplers, Sampler) else list(samplers)
         if len(each) != rows:
             raise ConfigError(f"there are {len(each)} samplers for {rows} prompts")
-        values = (jnp.asarray(column) for column in sampler_columns(each))
-        return Samplers(*values, tuple(sorted({_kind(sampler) for sampler in each} - {_GREEDY})))
+        kinds = {_kind(sampler) for sampler in each} - {_GREEDY}
+        temperature, top_k, top_p = (jnp.asarray(column) for column in sampler_columns(each))
+        return Samplers(temperature, top_k, top_p, tuple(sorted(kinds)))
 
     def sample(self, keys: Array, logits: Float[Array, "b w"]) -> Int[Array, " b"]:
         """Samples one token of each row; of equal logits the lower id counts as more likely.

@@ -342,9 +342,9 @@ def attention_context(
     else:
         seen, seen_new = _seen_slots(places, slots, settings.window), _seen(places, settings.window)
         attend = partial(_attend_to_cache, seen, seen_new)
-        window = settings.window
-        if slots is None and separate and window > chunk_of_slots(places.place.shape[1]):
-            used = jnp.minimum(places.before, window)
+        most = 0 if settings.window is None else settings.window
+        if slots is None and separate and most > chunk_of_slots(places.place.shape[1]):
+            used = jnp.minimum(places.before, most)
             attend = partial(_attend_to_used_slots, seen, seen_new, used)
 
     return AttentionContext(turn, None, attend, partial(_write, write), state=write)
@@ -439,7 +439,7 @@ def _attend_to_cache(seen, seen_new, q, k, v, cache) -> Array:
 
 
 def _attend_to_used_slots(seen, seen_new, used, q, k, v, cache) -> Array:
-    return attend_to_used_slots(q, k, v, *cache, seen, seen_new, used)
+    return attend_to_used_slots(q, k, v, *cache, seen=seen, seen_new=seen_new, used=used)
 
 
 def _limit(settings: AttentionSettings, t: int) -> int | None:

@@ -169,6 +169,7 @@ def attend_to_used_slots(
     v: Float[Array, "b t g k"],
     cached_k: Float[Array, "b g k s"],
     cached_v: Float[Array, "b g k s"],
+    *,
     seen: Bool[Array, "b 1 t s"],
     seen_new: Bool[Array, "b 1 t t"],
     used: Int[Array, " b"],
