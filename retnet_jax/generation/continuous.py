@@ -19,6 +19,7 @@ What a request gets is a function of the request, its number, the seed and `rows
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Generic, NamedTuple, TypeVar
 
 import jax
@@ -214,8 +215,10 @@ class ContinuousBatch(Generic[AnyJob]):
             raise ConfigError(
                 f"the text before the prompts has {self._position} tokens, but {self._limit}"
             )
-        self._decoding = empty_rows(self._model, rows)
-        self._pool = _pool(self._model, 2 * rows, after, self._longest)
+        # On all devices of the model; otherwise the second call would compile again.
+        placed = partial(jax.device_put, device=self._model.sharding)
+        self._decoding = placed(empty_rows(self._model, rows))
+        self._pool = placed(_pool(self._model, after, 2 * rows, self._longest))
         self._trie = PromptTrie(2 * rows)
         self._waiting = 0  # requests in the trie
         self._owners: list[AnyJob | None] = [None] * rows
@@ -382,11 +385,11 @@ def _in_order(jobs: Iterable[AnyJob]) -> Iterator[AnyJob]:
         yield job
 
 
-def _pool(model: LanguageModel, rows: int, after: Progress | None, longest: int) -> Progress:
+@partial(jax.jit, static_argnames=("rows", "longest"))
+def _pool(model: LanguageModel, after: Progress | None, rows: int, longest: int) -> Progress:
     """The progress after pieces of prompts, with that before all prompts in row 0."""
     pool = empty_progress(model, rows + 1)
-    if after is not None:
-        state = limited_state(after.state, longest)
-        first = Progress(after.logits, state, jnp.zeros(1, bool))
-        pool = pool.put(jnp.zeros(1, jnp.int32), first)
-    return jax.device_put(jax.tree.map(jnp.copy, pool), model.sharding)
+    if after is None:
+        return pool
+    first = Progress(after.logits, limited_state(after.state, longest), jnp.zeros(1, bool))
+    return pool.put(jnp.zeros(1, jnp.int32), first)

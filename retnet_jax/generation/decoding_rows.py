@@ -49,10 +49,11 @@ class Decoded(NamedTuple):
     first: Int[Array, " s"]  # step of its first token
 
 
+@partial(jax.jit, static_argnames="count")
 def empty_rows(model: LanguageModel, count: int) -> DecodingRows:
     """Free rows."""
     zeros = jnp.zeros(count, jnp.int32)
-    rows = DecodingRows(
+    return DecodingRows(
         progress=empty_progress(model, count)._replace(ended=jnp.ones(count, bool)),
         keys=jax.vmap(jax.random.key)(zeros),
         left=zeros,
@@ -60,8 +61,6 @@ def empty_rows(model: LanguageModel, count: int) -> DecodingRows:
         top_k=jnp.zeros(count, jnp.int32),
         top_p=jnp.ones(count, jnp.float32),
     )
-    # Arrays of their own, because `decode_rows` donates them.
-    return jax.device_put(jax.tree.map(jnp.copy, rows), model.sharding)
 
 
 def empty_progress(model: LanguageModel, rows: int) -> Progress:
