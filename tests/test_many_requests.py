@@ -196,6 +196,12 @@ def test_the_rows_of_a_pool_have_the_prefixes_they_should(prompts, data):
     assert finished == len(prompts)
 
 
+def test_requests_without_tokens_are_answered_at_once():
+    requests = [TokenRequest(prompt(3), 4 * (i % 10 == 9), number=i) for i in range(40)]
+    found = answered("retnet", requests)
+    assert [len(found[i].tokens) for i in range(40)] == [4 * (i % 10 == 9) for i in range(40)]
+
+
 def test_requests_are_read_as_they_are_needed():
     taken = []
 

@@ -17,7 +17,6 @@ What a request gets is a function of the request, its number, the seed and `rows
 - A token is sampled with the seed, the request's number and the token's position.
 """
 
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Generic, NamedTuple, TypeVar
@@ -126,7 +125,7 @@ class Job:
     Attributes:
       done: Whether its last token has been generated.
       left: Number of tokens that may still be generated.
-      order: Its index among all requests of the batch.
+      order: Its index among the requests that were given: the first ones are read first.
     """
 
     def __init__(
@@ -223,7 +222,7 @@ class ContinuousBatch(Generic[AnyJob]):
         self._waiting = 0  # requests in the trie
         self._owners: list[AnyJob | None] = [None] * rows
         self._stopped = np.zeros(rows, bool)  # rows to be freed in the next call
-        self._source: Iterator[AnyJob] = iter(())
+        self._source: Iterator[AnyJob] | None = None  # None: it has no further requests
         self._error: Exception | None = None
 
     @property
@@ -242,10 +241,10 @@ class ContinuousBatch(Generic[AnyJob]):
 
         An error of `jobs` is raised after all jobs before it have ended.
         """
-        self._source = _in_order(jobs)
+        self._source, self._error = _in_order(jobs), None
         yield from self._take()
         self._read()
-        while self._waiting or any(self._owners):
+        while self._source or self._waiting or any(self._owners):
             decoded = None
             if self._trie.ready or any(self._owners):
                 decoded = self._decode()
@@ -265,7 +264,7 @@ class ContinuousBatch(Generic[AnyJob]):
     def _take(self) -> list[AnyJob]:
         """Takes requests from the source; those without tokens to generate are returned."""
         done = []
-        while self._waiting < 2 * self._rows:
+        while self._source and self._waiting < 2 * self._rows and len(done) < self._rows:
             try:
                 job = next(self._source, None)
                 if job is not None:
@@ -273,9 +272,8 @@ class ContinuousBatch(Generic[AnyJob]):
             except Exception as error:
                 self._error, job = error, None
             if job is None:
-                self._source = iter(())
-                break
-            if job.done:
+                self._source = None
+            elif job.done:
                 done.append(job)
             else:
                 self._trie.add(job)
@@ -300,19 +298,18 @@ class ContinuousBatch(Generic[AnyJob]):
 
     def _read(self) -> None:
         """Reads pieces of prompts, at most one for each row, unless enough prompts are ready."""
-        most = min(self._rows, _PIECES_AT_ONCE)
-        for _ in range(-(-self._rows // most)):
+        at_once = min(self._rows, _PIECES_AT_ONCE)
+        for before in range(0, self._rows, at_once):
+            most = min(at_once, self._rows - before)
             nodes = self._trie.next_nodes(most)
             ready = len(self._trie.ready)
             # Half of the rows can wait for a call in which all places are used.
             if not nodes or ready >= self._rows or (2 * ready > self._rows and len(nodes) < most):
                 return
-            tokens = np.zeros((most, PIECE), np.int32)
-            counts = np.zeros(most, np.int32)
-            places = np.full(
-                (2, most), 2 * self._rows + 1, np.int32
-            )  # beyond the last: not written
-            places[0] = 0
+            tokens = np.zeros((at_once, PIECE), np.int32)
+            counts = np.zeros(at_once, np.int32)
+            places = np.zeros((2, at_once), np.int32)
+            places[1] = 2 * self._rows + 1  # beyond the last row: not written
             for i, node in enumerate(nodes):
                 ids = np.frombuffer(node.tokens, np.int32)
                 tokens[i, : len(ids)], counts[i] = ids, len(ids)
@@ -380,7 +377,7 @@ class ContinuousBatch(Generic[AnyJob]):
 
 def _in_order(jobs: Iterable[AnyJob]) -> Iterator[AnyJob]:
     """The jobs, each with its index."""
-    for order, job in zip(itertools.count(), jobs, strict=False):
+    for order, job in enumerate(jobs):
         job.order = order
         yield job
 
