@@ -313,14 +313,9 @@ def attention_context(
     slots: Slots | None,
     separate: bool,
 ) -> AttentionContext:
-    """The context of layers with some settings.
+    """The context of layers with some settings; `slots` is None for layers with a window.
 
-    Args:
-      settings: Settings of the layers.
-      config: Config of the model.
-      places: Where the tokens of the batch stand.
-      slots: Slots of the cache; None for layers with a window.
-      separate: Whether each layer has a cache of its own, as in a model for decoding.
+    `separate`: each layer has a cache of its own, as in a model for decoding.
     """
     turn = rotation(
         places.place,
@@ -341,11 +336,14 @@ def attention_context(
         attend = _attend_to_batch(settings, config.dtype, places)
     else:
         seen, seen_new = _seen_slots(places, slots, settings.window), _seen(places, settings.window)
-        attend = partial(_attend_to_cache, seen, seen_new)
-        most = 0 if settings.window is None else settings.window
+        attend_after = partial(attend_to_cache, seen=seen, seen_new=seen_new)
+        most = settings.window or 0
         if slots is None and separate and most > chunk_of_slots(places.place.shape[1]):
             used = jnp.minimum(places.before, most)
-            attend = partial(_attend_to_used_slots, seen, seen_new, used)
+            attend_after = partial(attend_to_used_slots, seen=seen, seen_new=seen_new, used=used)
+
+        def attend(q, k, v, cache):
+            return attend_after(q, k, v, *cache)
 
     return AttentionContext(turn, None, attend, partial(_write, write), state=write)
 
@@ -432,14 +430,6 @@ def _attend_to_batch(settings: AttentionSettings, dtype: str, places: Places) ->
     if document is None or window is None:
         return lambda q, k, v, cache: run(q, k, v, document)
     return lambda q, k, v, cache: without_padding(run, q, k, v, document)
-
-
-def _attend_to_cache(seen, seen_new, q, k, v, cache) -> Array:
-    return attend_to_cache(q, k, v, *cache, seen=seen, seen_new=seen_new)
-
-
-def _attend_to_used_slots(seen, seen_new, used, q, k, v, cache) -> Array:
-    return attend_to_used_slots(q, k, v, *cache, seen=seen, seen_new=seen_new, used=used)
 
 
 def _limit(settings: AttentionSettings, t: int) -> int | None:
