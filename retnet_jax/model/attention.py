@@ -311,12 +311,9 @@ def attention_context(
     config: ModelConfig,
     places: Places,
     slots: Slots | None,
-    separate: bool,
+    separate: bool,  # each layer has a cache of its own, as in a model for decoding
 ) -> AttentionContext:
-    """The context of layers with some settings; `slots` is None for layers with a window.
-
-    `separate`: each layer has a cache of its own, as in a model for decoding.
-    """
+    """The context of layers with some settings; `slots` is None for layers with a window."""
     turn = rotation(
         places.place,
         settings.head_width,
@@ -337,9 +334,12 @@ def attention_context(
     else:
         seen, seen_new = _seen_slots(places, slots, settings.window), _seen(places, settings.window)
         attend_after = partial(attend_to_cache, seen=seen, seen_new=seen_new)
-        most = settings.window or 0
-        if slots is None and separate and most > chunk_of_slots(places.place.shape[1]):
-            used = jnp.minimum(places.before, most)
+        if (
+            slots is None
+            and separate
+            and (settings.window or 0) > chunk_of_slots(places.place.shape[1])
+        ):
+            used = jnp.minimum(places.before, settings.window or 0)
             attend_after = partial(attend_to_used_slots, seen=seen, seen_new=seen_new, used=used)
 
         def attend(q, k, v, cache):
