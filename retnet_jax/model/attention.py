@@ -333,17 +333,12 @@ def attention_context(
         attend = _attend_to_batch(settings, config.dtype, places)
     else:
         seen, seen_new = _seen_slots(places, slots, settings.window), _seen(places, settings.window)
-        attend_after = partial(attend_to_cache, seen=seen, seen_new=seen_new)
-        if (
-            slots is None
-            and separate
-            and (settings.window or 0) > chunk_of_slots(places.place.shape[1])
-        ):
-            used = jnp.minimum(places.before, settings.window or 0)
-            attend_after = partial(attend_to_used_slots, seen=seen, seen_new=seen_new, used=used)
+        read, window = attend_to_cache, settings.window or 0
+        if slots is None and separate and window > chunk_of_slots(places.place.shape[1]):
+            read = partial(attend_to_used_slots, used=jnp.minimum(places.before, window))
 
         def attend(q, k, v, cache):
-            return attend_after(q, k, v, *cache)
+            return read(q, k, v, *cache, seen=seen, seen_new=seen_new)
 
     return AttentionContext(turn, None, attend, partial(_write, write), state=write)
 
