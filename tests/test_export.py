@@ -271,7 +271,8 @@ def test_exports_that_are_refused(fla_run, tmp_path, monkeypatch):
         ROOT / "tests/fixtures/fla/default", "out"
     )
     assert refused(fla_run, "gs://bucket/out") == (
-        "gs://bucket/out is not on a local disk: give a local directory, and copy it"
+        "gs://bucket/out is a URL, but this file or directory must be on a local disk: give a path "
+        "there, and copy it"
     )
     copy = Path(shutil.copytree(fla_run, "run"))
     (copy / "tokenizer.json").unlink()

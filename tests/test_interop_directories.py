@@ -2,15 +2,13 @@
 
 import json
 import shutil
-from typing import ClassVar
 
-import fsspec
 import numpy as np
 import pytest
 from flax import nnx
 from foreign_checkpoints import FIXTURES, copy_of, edit_config, leaves, tensors
-from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.numpy import load_file, save_file
+from small_bucket import empty_bucket
 
 from retnet_jax import interop, load_pretrained
 from retnet_jax.data.tokenizers import ByteTokenizer
@@ -217,39 +215,21 @@ def test_tensors_inside_a_torch_file(key, tmp_path):
         interop.load(directory)
 
 
-# Object stores: `epath` uses fsspec for them, and fsspec gets a bucket in memory here.
-
-
-class Bucket(MemoryFileSystem):
-    """s3:// in this process's memory."""
-
-    protocol = "s3"
-    store: ClassVar[dict] = {}
-    pseudo_dirs: ClassVar[list] = [""]
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return MemoryFileSystem._strip_protocol("/" + path.removeprefix("s3://").strip("/"))
-
-    def unstrip_protocol(self, name):
-        return "s3://" + self._strip_protocol(name).lstrip("/")
+# Object stores: `epath` uses fsspec for them, here with a bucket in memory.
 
 
 @pytest.fixture
 def bucket():
     """Puts a local directory under a URL."""
-    fsspec.register_implementation("s3", Bucket, clobber=True)
-    system = fsspec.filesystem("s3")
+    with empty_bucket() as system:
 
-    def put(directory, url):
-        for path in directory.rglob("*"):
-            if path.is_file():
-                system.pipe_file(f"{url}/{path.relative_to(directory)}", path.read_bytes())
-        return url
+        def put(directory, url):
+            for path in directory.rglob("*"):
+                if path.is_file():
+                    system.pipe_file(f"{url}/{path.relative_to(directory)}", path.read_bytes())
+            return url
 
-    yield put
-    Bucket.store.clear()
-    Bucket.pseudo_dirs[:] = [""]
+        yield put
 
 
 def test_a_model_on_an_object_store_is_read_like_a_local_one(bucket, parts, tmp_path):

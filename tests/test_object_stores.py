@@ -3,13 +3,12 @@
 import os
 import subprocess
 import sys
-from typing import ClassVar
 
 import fsspec
 import programs
 import pytest
 from etils import epath
-from fsspec.implementations.memory import MemoryFileSystem
+from small_bucket import empty_bucket
 
 from retnet_jax.errors import ConfigError
 from retnet_jax.files import paths
@@ -33,24 +32,10 @@ def test_a_run_on_gcs_is_like_one_on_a_disk(tmp_path):
     assert done.stdout.endswith("everything works\n")
 
 
-class Bucket(MemoryFileSystem):
-    """s3:// in this process's memory; as there, a directory exists only with a file in it."""
-
-    protocol = "s3"
-    store: ClassVar[dict] = {}
-    pseudo_dirs: ClassVar[list] = [""]
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return MemoryFileSystem._strip_protocol("/" + path.removeprefix("s3://").strip("/"))
-
-
 @pytest.fixture
 def bucket():
-    fsspec.register_implementation("s3", Bucket, clobber=True)
-    yield fsspec.filesystem("s3")
-    Bucket.store.clear()
-    Bucket.pseudo_dirs[:] = [""]
+    with empty_bucket() as system:
+        yield system
 
 
 def test_a_directory_without_files_has_no_entries(bucket, tmp_path):

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import itertools
 import json
 from pathlib import Path
 
@@ -254,15 +255,16 @@ def run(*arguments, status=0):
 def test_requests_have_their_own_samplers(tmp_path):
     path = tmp_path / "requests.jsonl"
     first = '{"prompt": "a", "top_k": 5, "id": 7, "seed": null}'
-    second = '{"prompt": "é", "temperature": 0, "top_p": null}'
+    second = '{"prompt": "é", "temperature": 0, "top_p": null, "max_tokens": 9}'
     path.write_text(f"{first}\n\n{second}\n", encoding="utf-8")
     defaults = {"temperature": 0.5, "top_k": None, "top_p": 0.9}
-    assert read_requests(path, defaults) == [
-        ("a", Sampler(0.5, top_k=5, top_p=0.9), {"id": 7, "seed": None}),
-        ("é", Sampler(0), {}),
+    sampler, others = Sampler(0.5, top_k=5, top_p=0.9), {"id": 7, "seed": None}
+    assert list(read_requests(path, defaults, max_tokens=20, stop=["x"])) == [
+        ("a", sampler, others, 20, ["x"], 0, f"{path}, line 1"),
+        ("é", Sampler(0), {}, 9, ["x"], 1, f"{path}, line 3"),
     ]
     path.write_text('{"prompt": ""}')
-    assert read_requests(path, defaults, may_be_empty=True)[0].prompt == ""
+    assert next(read_requests(path, defaults, may_be_empty=True)).prompt == ""
     for line, message in (
         ('{"prompt": ""}', r"line 1: prompt='' is empty"),
         ("[1]", "line 1: not a JSON object with a prompt"),
@@ -278,11 +280,14 @@ def test_requests_have_their_own_samplers(tmp_path):
         ),
         ('{"prompt": "a", "repetition_penalty": 1.2}', "repetition_penalty=1.2 is not supported"),
         ('{"prompt": "a", "text": "b"}', "text='b' would be overwritten by the answer"),
+        ('{"prompt": "a", "max_tokens": -1}', "line 1: max_tokens=-1 is less than 0"),
+        ('{"prompt": "a", "max_tokens": null}', "line 1: max_tokens=None does not fit"),
+        (b'{"prompt": "\xff"}', "line 1: not valid UTF-8"),
         ("", "is empty; each line must be like"),
     ):
-        path.write_text(line)
+        path.write_bytes(line if isinstance(line, bytes) else line.encode())
         with pytest.raises(ConfigError, match=message):
-            read_requests(path, defaults)
+            list(read_requests(path, defaults))
 
 
 def test_the_program_saves_and_continues_a_state(workdir, tmp_path):
@@ -292,13 +297,16 @@ def test_the_program_saves_and_continues_a_state(workdir, tmp_path):
     run(f"--workdir={workdir}", "--max-tokens=21", f"--load-state={state}", f"--output={rest}")
     other = '{"prompt": "a", "temperature": 0.9, "top_k": 5, "id": "\\ud83d", "answer": [1]}'
     lines.write_text('{"prompt": "once"}\n\n' + other + "\n")
-    printed = run(
-        f"--workdir={workdir}", f"--requests={lines}", "--max_tokens=30", f"--output={output}"
-    )
-    once, other = (json.loads(line) for line in output.read_text().splitlines())
+    many = (f"--workdir={workdir}", f"--requests={lines}", "--max_tokens=30", "--rows=2")
+    assert run(*many, f"--output={output}") == ""
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    once, other = sorted(answers, key=lambda answer: answer["request_number"])
     assert (once["prompt"], other["prompt"]) == ("once", "a")
     assert (other["id"], other["answer"]) == ("\ud83d", [1])
-    assert printed.startswith(f"--- 1 of 2 ---\nonce{once['text']}\n--- 2 of 2 ---\na")
+    printed = {
+        f"--- request {x['request_number']} ---\n{x['prompt']}{x['text']}\n" for x in answers
+    }
+    assert run(*many) in map("".join, itertools.permutations(printed))
     assert len(other["log_probabilities"]) == len(other["tokens"]) == 30
     assert json.loads(rest.read_text())["tokens"] == once["tokens"][9:]
 

@@ -8,7 +8,6 @@ This is the harness's own command, with the model registered. In Python, import 
 needs lm-eval (`pip install lm-eval`).
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,11 +25,12 @@ from retnet_jax.evaluation.scoring import score_trie
 from retnet_jax.evaluation.statistics import sums
 from retnet_jax.evaluation.task_requests import encode_pairs
 from retnet_jax.files.hub import model_directory
+from retnet_jax.generation.requests import Request as GenerationRequest
 from retnet_jax.generation.sampling import Sampler
-from retnet_jax.generation.texts import Writer
-from retnet_jax.model import for_decoding
+from retnet_jax.generation.texts import answer_requests
 from retnet_jax.parallel.mesh import first_device
 from retnet_jax.pretrained import load_checkpoint, read_pretrained
+from retnet_jax.shapes import power_of_two
 
 # The supported generation arguments; ignoring others would change the distribution.
 _GENERATION = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
@@ -177,43 +177,51 @@ class RetNetLM(TemplateLM):
         Raises:
           ConfigError: for unsupported generation arguments.
         """
-        model = for_decoding(self.model)
-        groups = defaultdict(list)
-        for number, request in enumerate(requests):
-            options: dict[str, Any] = {**normalize_gen_kwargs(request.args[1], self.max_gen_toks)}
-            if options.get("num_beams") == 1:
-                del options["num_beams"]
-            if unknown := set(options) - _GENERATION:
-                raise ConfigError(
-                    f"unsupported generation arguments {sorted(unknown)}; supported: "
-                    f"{sorted(_GENERATION)}"
-                )
-            until = options.get("until") or []
-            until = [until] if isinstance(until, str) else until
-            groups[options["max_gen_toks"], tuple(x for x in until if x)].append((number, options))
+        asked = [self._generation_request(*x) for x in enumerate(requests)]
+        lengths = (
+            len(ids) + request.max_tokens
+            for request, ids in zip(
+                asked, self.tokenizer.encode_batch([x.prompt for x in asked]), strict=True
+            )
+        )
+        answers = answer_requests(
+            self.model,
+            self.tokenizer,
+            asked,
+            rows=self.batch_size,
+            seed=self.seed,
+            max_length=power_of_two(1 + max(lengths, default=0)),  # with BOS
+        )
         texts = [""] * len(requests)
-        with tqdm(total=len(requests), unit="text", disable=disable_tqdm or None) as bar:
-            for (max_tokens, stop), members in groups.items():
-                for start in range(0, len(members), self.batch_size):
-                    part = members[start : start + self.batch_size]
-                    writer = Writer(
-                        model,
-                        self.tokenizer,
-                        [requests[number].args[0] for number, _ in part],
-                        max_tokens,
-                        [_sampler(options) for _, options in part],
-                        # A task may repeat a request to get different samples.
-                        self.seed + part[0][0],
-                        stop=stop,
-                    )
-                    for _ in writer:
-                        pass
-                    for (number, _), found in zip(part, writer.continuations, strict=True):
-                        texts[number] = found.text
-                    bar.update(len(part))
+        for request, found in tqdm(
+            answers, total=len(requests), unit="text", disable=disable_tqdm or None
+        ):
+            texts[request.number] = found.text
         for request, text in zip(requests, texts, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return texts
+
+    def _generation_request(self, number: int, request: Any) -> GenerationRequest:
+        """A request of the harness with its options; sampling depends on its number."""
+        prompt, arguments = request.args
+        options: dict[str, Any] = {**normalize_gen_kwargs(arguments, self.max_gen_toks)}
+        if options.get("num_beams") == 1:
+            del options["num_beams"]
+        if unknown := set(options) - _GENERATION:
+            raise ConfigError(
+                f"unsupported generation arguments {sorted(unknown)}; supported: "
+                f"{sorted(_GENERATION)}"
+            )
+        until = options.get("until") or []
+        until = [until] if isinstance(until, str) else until
+        return GenerationRequest(
+            prompt,
+            _sampler(options),
+            max_tokens=options["max_gen_toks"],
+            stop=tuple(x for x in until if x),
+            number=number,
+            name=f"request {number}",
+        )
 
     def get_model_info(self) -> dict:
         """The description of the model that the harness writes with its results."""

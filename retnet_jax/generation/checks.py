@@ -13,12 +13,16 @@ from retnet_jax.model.token_ids import checked_ids
 
 
 def check_lengths(
-    model: LanguageModel, max_tokens: int, vocab_size: int | None, least: int = 1
+    model: LanguageModel,
+    max_tokens: int,
+    vocab_size: int | None,
+    least: int = 1,
+    name: str = "max_tokens",
 ) -> int:
-    """Checks `max_tokens` and `vocab_size`, and returns `max_tokens` as an int."""
-    max_tokens = _whole("max_tokens", max_tokens)
+    """Checks `max_tokens`, or another number by its name, and `vocab_size`; returns the number."""
+    max_tokens = _whole(name, max_tokens)
     if max_tokens < least:
-        raise ConfigError(f"max_tokens={max_tokens} is less than {least}")
+        raise ConfigError(f"{name}={max_tokens} is less than {least}")
     if vocab_size is not None and not 1 <= vocab_size <= model.config.vocab_size:
         raise ConfigError(
             f"vocab_size={vocab_size} does not fit a model with {model.config.vocab_size} token "

@@ -10,7 +10,7 @@ the position.
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,15 @@ class Progress(NamedTuple):
         """The progress of the selected rows; a row may be selected several times."""
         return Progress(self.logits[rows], self.state.take(rows), self.ended[rows])
 
+    def put(self, rows: Int[Array, " r"], progress: "Progress") -> "Progress":
+        """This progress with the rows `rows` replaced; a row beyond the last is not written."""
+        state: Any = self.state  # of the same kind as the other
+        return Progress(
+            self.logits.at[rows].set(progress.logits),
+            state.put(rows, progress.state),
+            self.ended.at[rows].set(progress.ended),
+        )
+
 
 class NewTokens(NamedTuple):
     """The next tokens generated for each row: on devices, or on the host from a `Stream`."""
@@ -72,7 +81,7 @@ def generate(
     end_id: int | Sequence[int] | None = None,
     vocab_size: int | None = None,
 ) -> list[Generated]:
-    """Continues prompts of any lengths in one batch.
+    """Continues prompts of any lengths in one batch; `generate_requests` takes any number of them.
 
     The tokens of a row depend on its prompt, its sampler, the seed and its index in the batch, not
     on other rows. Between the prompts and the last token no data moves between host and device.
@@ -231,7 +240,7 @@ def prefill(
         tokens[row, length - len(prompt) :] = prompt
         segment_ids[row, length - len(prompt) :] = 1
     if progress is not None:
-        _check_progress(model, progress, len(prompts), longest + room)
+        check_progress(model, progress, len(prompts), longest + room)
     after = _room_for(model, progress, len(prompts), length + room)
     for start in range(0, length, piece):
         here = np.s_[:, start : start + piece]
@@ -286,8 +295,8 @@ def decode(
     Returns:
       The tokens, and the progress after them.
     """
-    next_token = partial(_next_token, model, keys, samplers, end_id, vocab_size)
-    progress, new = jax.lax.scan(lambda x, _: next_token(x), progress, length=length)
+    step = partial(next_token, model, keys, samplers, end_id, vocab_size)
+    progress, new = jax.lax.scan(lambda x, _: step(x), progress, length=length)
     return jax.tree.map(jnp.transpose, new), progress
 
 
@@ -326,20 +335,20 @@ def complete(
         n, progress, _ = carry
         return (n < max_tokens) & ~progress.ended.all()
 
-    def next_token(carry):
+    def step(carry):
         n, progress, rows = carry
-        progress, new = _next_token(model, keys, samplers, end_id, vocab_size, progress)
+        progress, new = next_token(model, keys, samplers, end_id, vocab_size, progress)
         put = partial(jax.lax.dynamic_update_index_in_dim, index=n, axis=0)
         return n + 1, progress, jax.tree.map(put, rows, new)
 
     shape = (room, len(keys))
     log_p = jnp.zeros(shape, progress.logits.dtype)
     rows = NewTokens(jnp.full(shape, (*_tuple(end_id), 0)[0], jnp.int32), log_p)
-    _, progress, rows = jax.lax.while_loop(unfinished, next_token, (jnp.int32(0), progress, rows))
+    _, progress, rows = jax.lax.while_loop(unfinished, step, (jnp.int32(0), progress, rows))
     return jax.tree.map(jnp.transpose, rows), progress
 
 
-def _next_token(
+def next_token(
     model: LanguageModel,
     keys: Array,
     samplers: Samplers | None,
@@ -388,10 +397,10 @@ def _tuple(end_id: int | tuple[int, ...] | None) -> tuple[int, ...]:
 
 
 # The last position of a token in its document; rotations and normalisers use int32 positions.
-_LAST_POSITION = 2**31 - 1
+LAST_POSITION = 2**31 - 1
 
 
-def _check_progress(model: LanguageModel, progress: Progress, rows: int, tokens: int) -> None:
+def check_progress(model: LanguageModel, progress: Progress, rows: int, tokens: int) -> None:
     """Raises `ConfigError` unless `model` can continue `rows` rows by `tokens` tokens from here."""
     found = progress.logits.shape
     if found != (rows, model.config.vocab_size):
@@ -402,8 +411,8 @@ def _check_progress(model: LanguageModel, progress: Progress, rows: int, tokens:
         )
     check_state(model, progress.state, rows)
     position = int(np.asarray(progress.state.position).max(initial=0))
-    if position + tokens > _LAST_POSITION:
+    if position + tokens > LAST_POSITION:
         raise ConfigError(
             f"the text has {position} tokens, and {tokens} more would exceed the last position "
-            f"{_LAST_POSITION}; begin a new text"
+            f"{LAST_POSITION}; begin a new text"
         )

@@ -1,9 +1,12 @@
-"""Requests: prompts to continue, each with its own sampler, from a file or from strings."""
+"""Requests: prompts to continue, each with its own options, from a file or from strings.
+
+A file is read line by line, as its requests are needed, so it may have any number of them.
+"""
 
 import difflib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,30 +14,41 @@ from retnet_jax.errors import ConfigError
 from retnet_jax.files.paths import place
 from retnet_jax.generation.sampling import Sampler
 
-_KINDS = {"prompt": str, "temperature": (int, float), "top_k": int, "top_p": (int, float)}
+_KINDS = {
+    "prompt": str,
+    "temperature": (int, float),
+    "top_k": int,
+    "top_p": (int, float),
+    "max_tokens": int,
+}
 # Fields of other programs' requests that are the same for all prompts here, with their flags.
 _FOR_ALL = {
-    "max_tokens": "--max_tokens",
-    "max_new_tokens": "--max_tokens",
-    "max_length": "--max_tokens",
-    "n_predict": "--max_tokens",
-    "stop": "--stop",
-    "seed": "--seed",
+    "max_new_tokens": "--max_tokens for all, or the field max_tokens",
+    "max_length": "--max_tokens for all, or the field max_tokens",
+    "n_predict": "--max_tokens for all, or the field max_tokens",
+    "stop": "--stop for all",
+    "seed": "--seed for all",
 }
 # Fields of other programs' requests that are not supported here.
 _ABSENT = (
     *("n", "best_of", "min_p", "typical_p", "logit_bias", "num_beams"),
     *("repetition_penalty", "frequency_penalty", "presence_penalty"),
 )
-_ANSWERS = ("text", "tokens", "log_probabilities", "ended_by")  # fields of an answer in --output
+# Fields of an answer in --output that its request cannot have.
+ANSWER_FIELDS = ("request_number", "text", "tokens", "log_probabilities", "ended_by")
+_SAMPLER_OPTIONS = ("temperature", "top_k", "top_p")
 
 
 class Request(NamedTuple):
-    """A prompt, its sampler, and fields that are copied to its answer."""
+    """A prompt, its options, and fields that are copied to its answer."""
 
     prompt: str
     sampler: Sampler
     others: Mapping[str, Any] = {}  # unused fields of its line, such as an id
+    max_tokens: int = 256
+    stop: Sequence[str] = ()  # strings that end its text
+    number: int = 0  # its index, from 0 on; sampling depends on it
+    name: str = "a request"  # for messages
 
 
 def read_prompt(path: str) -> str:
@@ -77,48 +91,56 @@ def requests_of_prompts(
 
 
 def read_requests(
-    path: Path, defaults: Mapping[str, Any], may_be_empty: bool = False
-) -> list[Request]:
-    """Reads the file of --requests: JSON lines with a prompt, and optionally sampler options.
+    path: Path,
+    defaults: Mapping[str, Any],
+    may_be_empty: bool = False,
+    max_tokens: int = 256,
+    stop: Sequence[str] = (),
+) -> Iterator[Request]:
+    """Reads the file of --requests: JSON lines with a prompt, and optionally options.
 
     Args:
       path: The file.
       defaults: Options of the sampler for requests that do not give them.
       may_be_empty: As in `requests_of_prompts`.
+      max_tokens: The `max_tokens` of requests that do not give it.
+      stop: Strings that end the texts of all requests.
 
     Raises:
-      ConfigError: for a missing or empty file, and for a line that is not a valid request.
+      ConfigError: for a missing or empty file, and for a line that is not a valid request, when it
+        is reached.
     """
-    requests = []
-    for name, fields in _read_lines(path):
+    for number, (name, fields) in enumerate(_read_lines(path)):
         prompt = fields.pop("prompt")
         _check_prompt(prompt, f"{name}: prompt", may_be_empty)
-        options = {field: value for field, value in fields.items() if field in _KINDS}
+        options = {field: fields[field] for field in _SAMPLER_OPTIONS if field in fields}
         others = {field: value for field, value in fields.items() if field not in _KINDS}
+        most = fields.get("max_tokens", max_tokens)
+        if most < 0:
+            raise ConfigError(f"{name}: max_tokens={most} is less than 0")
         try:
-            requests.append(Request(prompt, Sampler(**{**defaults, **options}), others))
+            sampler = Sampler(**{**defaults, **options})
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from None
-    return requests
+        yield Request(prompt, sampler, others, most, stop, number, name)
 
 
-def _read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+def _read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The name of each line, for messages, and its fields, with checked types."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--requests={path} cannot be read: {error}") from None
-    found = []
-    for number, line in enumerate(lines, start=1):
+    empty = True
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
-        name = f"{path}, line {number}"
+        empty, name = False, f"{path}, line {number}"
         try:
             fields = json.loads(line)
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{name}: not valid UTF-8 ({error})") from None
         except ValueError as error:
             raise ConfigError(f"{name}: not JSON ({error})") from None
         if not isinstance(fields, dict) or "prompt" not in fields:
-            raise ConfigError(f"{name}: not a JSON object with a prompt: {line[:80]}")
+            shown = line[:80].decode(errors="replace").rstrip()
+            raise ConfigError(f"{name}: not a JSON object with a prompt: {shown}")
         for field, value in fields.items():
             if field not in _KINDS:
                 _check_unused(name, field, value)
@@ -127,21 +149,28 @@ def _read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
             fits = isinstance(value, _KINDS[field]) and not isinstance(value, bool)
             if not (absent or fits):
                 raise ConfigError(f"{name}: {field}={value!r} does not fit; {_FIELDS}")
-        found.append((name, fields))
-    if not found:
+        yield name, fields
+    if empty:
         raise ConfigError(f'--requests={path} is empty; each line must be like {{"prompt": "..."}}')
-    return found
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as file:
+            yield from file
+    except OSError as error:
+        raise ConfigError(f"--requests={path} cannot be read: {error}") from None
 
 
 _FIELDS = (
     "a request has a prompt (text), and may have temperature (a number), top_k and top_p (numbers "
-    "or null)"
+    "or null) and max_tokens (a number)"
 )
 
 
 def _check_unused(name: str, field: str, value: Any) -> None:
     """Raises `ConfigError` for a field that would be overwritten, or was meant as an option."""
-    if field in _ANSWERS:
+    if field in ANSWER_FIELDS:
         raise ConfigError(
             f"{name}: {field}={value!r} would be overwritten by the answer's {field} in --output: "
             "rename the field"
@@ -150,8 +179,7 @@ def _check_unused(name: str, field: str, value: Any) -> None:
         return
     if field in _FOR_ALL:
         raise ConfigError(
-            f"{name}: {field}={value!r} cannot be set for each request: use {_FOR_ALL[field]} for "
-            "all"
+            f"{name}: {field}={value!r} cannot be set for each request: use {_FOR_ALL[field]}"
         )
     if field in _ABSENT:
         raise ConfigError(f"{name}: {field}={value!r} is not supported; {_FIELDS}")

@@ -6,6 +6,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from retnet_jax.errors import ConfigError
 from retnet_jax.shapes import Array, Float, Int
@@ -51,10 +52,17 @@ class Sampler:
 GREEDY = Sampler()
 
 
+FEW = 64  # candidates that are sorted for a row with a top_k up to this; more: all tokens are
+ALL_TOKENS = int(np.iinfo(np.int32).max)  # top_k of a row without one
+# How a row is sampled: the most likely token, from all tokens, from the FEW most likely, or from
+# all sorted tokens. What a row gets depends on its own kind only.
+_GREEDY, _UNSORTED, _FEW, _SORTED = range(4)
+
+
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["temperature", "top_k", "top_p"],
-    meta_fields=["candidates"],
+    meta_fields=["kinds"],
 )
 @dataclass(frozen=True)
 class Samplers:
@@ -64,14 +72,13 @@ class Samplers:
       temperature: Temperature; 0 for greedy rows.
       top_k: Number of tokens to sample from; the largest int32 for all.
       top_p: Probability of the tokens to sample from; 1 for all.
-      candidates: Number of most likely tokens that must be sorted, for top_k and top_p; 0: all
-        rows are greedy; None: no row needs sorting.
+      kinds: Kinds of sampling that may occur beside greedy decoding; others are not compiled.
     """
 
     temperature: Float[Array, " b"]
     top_k: Int[Array, " b"]
     top_p: Float[Array, " b"]
-    candidates: int | None
+    kinds: tuple[int, ...] = (_UNSORTED, _FEW, _SORTED)
 
     @staticmethod
     def of(samplers: Sampler | Sequence[Sampler], rows: int) -> "Samplers":
@@ -83,51 +90,78 @@ class Samplers:
         each = [samplers] * rows if isinstance(samplers, Sampler) else list(samplers)
         if len(each) != rows:
             raise ConfigError(f"there are {len(each)} samplers for {rows} prompts")
-        all_tokens = jnp.iinfo(jnp.int32).max
-        if all(sampler.temperature == 0 for sampler in each):
-            candidates = 0
-        elif all(sampler.top_k is None and sampler.top_p is None for sampler in each):
-            candidates = None
-        else:
-            drawing = [sampler for sampler in each if sampler.temperature > 0]
-            candidates = max(sampler.top_k or all_tokens for sampler in drawing)
-        return Samplers(
-            temperature=jnp.array([_divisor(sampler.temperature) for sampler in each], jnp.float32),
-            top_k=jnp.array([min(x.top_k or all_tokens, all_tokens) for x in each], jnp.int32),
-            top_p=jnp.array([1.0 if x.top_p is None else x.top_p for x in each], jnp.float32),
-            candidates=candidates,
-        )
+        kinds = {_kind(sampler) for sampler in each} - {_GREEDY}
+        temperature, top_k, top_p = (jnp.asarray(column) for column in sampler_columns(each))
+        return Samplers(temperature, top_k, top_p, tuple(sorted(kinds)))
 
     def sample(self, keys: Array, logits: Float[Array, "b w"]) -> Int[Array, " b"]:
         """Samples one token of each row; of equal logits the lower id counts as more likely.
 
         A sample is the argmax of logits plus Gumbel noise. The noise belongs to token ids, not to
-        ranks, so a row's sample does not depend on the samplers of other rows.
+        ranks, and a row's sample does not depend on the samplers of other rows.
 
         Args:
           keys: Random key of each row [b].
           logits: Logits of all allowed tokens.
         """
-        likeliest = logits.argmax(-1)
-        if self.candidates == 0:
-            return likeliest
+        tokens = logits.argmax(-1).astype(jnp.int32)
+        if not self.kinds:
+            return tokens
+        greedy, sorts = self.temperature == 0, (self.top_k < ALL_TOKENS) | (self.top_p < 1)
+        kind = jnp.where(sorts, jnp.where(self.top_k <= FEW, _FEW, _SORTED), _UNSORTED)
+        kind = jnp.where(greedy, _GREEDY, kind)
+        warm = logits / jnp.where(greedy, 1.0, self.temperature)[:, None]
+        w = logits.shape[-1]
+        for each in self.kinds:
+            candidates = {_UNSORTED: None, _FEW: min(FEW, w), _SORTED: w}[each]
+            drawn = jax.lax.cond(
+                (kind == each).any(),
+                partial(self._draw, candidates),
+                lambda keys, logits: jnp.zeros(len(logits), jnp.int32),
+                keys,
+                warm,
+            )
+            tokens = jnp.where(kind == each, drawn, tokens)
+        return tokens
+
+    def _draw(
+        self, candidates: int | None, keys: Array, logits: Float[Array, "b w"]
+    ) -> Int[Array, " b"]:
+        """Samples from the `candidates` most likely tokens; None: from all, without top_p."""
         w = logits.shape[-1]
         noise = jax.vmap(partial(jax.random.gumbel, shape=(w,), dtype=logits.dtype))(keys)
-        greedy = self.temperature == 0
-        logits = logits / jnp.where(greedy, 1.0, self.temperature)[:, None]
-        if self.candidates is None:
-            drawn = (logits + noise).argmax(-1)
-        else:
-            logits, tokens = jax.lax.top_k(logits, min(self.candidates, w))  # in falling order
-            places = jnp.arange(logits.shape[-1])
-            logits = jnp.where(places < self.top_k[:, None], logits, -jnp.inf)
-            probability = jax.nn.softmax(logits)
-            likelier = probability.cumsum(-1) - probability
-            # top_p = 1 keeps all tokens explicitly, because the cumulative sum is rounded.
-            kept = (likelier < self.top_p[:, None]) | (self.top_p[:, None] == 1)
-            noisy = jnp.where(kept, logits, -jnp.inf) + jnp.take_along_axis(noise, tokens, axis=1)
-            drawn = jnp.take_along_axis(tokens, noisy.argmax(-1)[:, None], axis=1)[:, 0]
-        return jnp.where(greedy, likeliest, drawn)
+        if candidates is None:
+            return (logits + noise).argmax(-1).astype(jnp.int32)
+        logits, tokens = jax.lax.top_k(logits, candidates)  # in falling order
+        places = jnp.arange(candidates)
+        logits = jnp.where(places < self.top_k[:, None], logits, -jnp.inf)
+        probability = jax.nn.softmax(logits)
+        likelier = probability.cumsum(-1) - probability
+        # top_p = 1 keeps all tokens explicitly, because the cumulative sum is rounded.
+        kept = (likelier < self.top_p[:, None]) | (self.top_p[:, None] == 1)
+        noisy = jnp.where(kept, logits, -jnp.inf) + jnp.take_along_axis(noise, tokens, axis=1)
+        return jnp.take_along_axis(tokens, noisy.argmax(-1)[:, None], axis=1)[:, 0].astype(
+            jnp.int32
+        )
+
+
+def sampler_columns(samplers: Sequence[Sampler]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The temperature, top_k and top_p of samplers, as in `Samplers`."""
+    return (
+        np.array([_divisor(sampler.temperature) for sampler in samplers], np.float32),
+        np.array([min(x.top_k or ALL_TOKENS, ALL_TOKENS) for x in samplers], np.int32),
+        np.array([1.0 if x.top_p is None else x.top_p for x in samplers], np.float32),
+    )
+
+
+def _kind(sampler: Sampler) -> int:
+    """The kind of sampling, as `Samplers.sample` finds it in the arrays."""
+    if sampler.temperature == 0:
+        return _GREEDY
+    _, top_k, top_p = (column[0] for column in sampler_columns([sampler]))
+    if top_k == ALL_TOKENS and top_p == 1:
+        return _UNSORTED
+    return _FEW if top_k <= FEW else _SORTED
 
 
 def _divisor(temperature: float) -> float:

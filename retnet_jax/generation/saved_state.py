@@ -52,7 +52,7 @@ def save_reading(
             )
     metadata = {
         "format": _FORMAT,
-        "model": model_fingerprint(model, _description(model.config)),
+        "model": fingerprint_of_model(model),
         "tokenizer": tokenizer.fingerprint,
         "last_ids": json.dumps(reading.last_ids),
         "dtypes": json.dumps({name: x.dtype.name for name, x in arrays.items()}),
@@ -120,6 +120,11 @@ def load_reading(path: str | Path, model: LanguageModel, tokenizer: Tokenizer) -
     shape = jax.eval_shape(lambda: _empty(model, rows, capacity))
     leaves = {name: jnp.asarray(array) for name, array in arrays.items()}
     return Reading(with_leaves(shape, leaves), last_ids)
+
+
+def fingerprint_of_model(model: LanguageModel) -> str:
+    """SHA-256, in hex, of a model's options and of the beginning of every parameter."""
+    return model_fingerprint(model, _description(model.config))
 
 
 def model_fingerprint(model: LanguageModel, description: str) -> str:

@@ -5,10 +5,11 @@
         ...
     writer.continuations[0].text
 
-The model's state after a text can be saved (`saved_state.py`) and continued.
+The model's state after a text can be saved (`saved_state.py`) and continued. `answer_requests`
+continues any number of texts in a fixed number of rows.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import jax.numpy as jnp
@@ -16,7 +17,9 @@ import numpy as np
 
 from retnet_jax.data.tokenizers import TextStream, Tokenizer
 from retnet_jax.errors import ConfigError
+from retnet_jax.generation.continuous import ROWS, ContinuousBatch, Job
 from retnet_jax.generation.decode import Progress, Stream
+from retnet_jax.generation.requests import Request
 from retnet_jax.generation.sampling import GREEDY, Sampler
 from retnet_jax.model import LanguageModel
 
@@ -80,8 +83,7 @@ class Writer:
         tokens_at_once: int = 16,
         after: Reading | None = None,
     ):
-        if "" in stop:
-            raise ConfigError("a stop string is empty; it would end every text at its beginning")
+        _check_stop(stop)
         self._end_ids = tokenizer.end_ids
         ids = tokenizer.encode_batch(prompts)
         progress = None
@@ -136,12 +138,87 @@ class Writer:
         return Reading(self._stream.progress._replace(ended=ended), last_ids)
 
 
+def answer_requests(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    requests: Iterable[Request],
+    *,
+    rows: int = ROWS,
+    seed: int = 0,
+    max_length: int | None = None,
+    after: Reading | None = None,
+) -> Iterator[tuple[Request, Continuation]]:
+    """Continues any number of texts, and yields them with their requests as they end.
+
+    Rows, memory and what a text depends on are as in `generate_requests`.
+
+    Args:
+      model: As in `Writer`.
+      tokenizer: Tokenizer of the model.
+      requests: Prompts with their options, read as they are needed.
+      rows: As in `generate_requests`.
+      seed: As in `generate_requests`.
+      max_length: As in `generate_requests`.
+      after: Text read before that all prompts continue, as in `Writer`.
+
+    Raises:
+      ConfigError: if `after` has several texts; for an empty stop string; and as
+        `generate_requests`.
+    """
+    if after is not None and len(after.last_ids) != 1:
+        raise ConfigError(f"the prompts continue {len(after.last_ids)} texts: give one text")
+    batch = ContinuousBatch(
+        model,
+        rows=rows,
+        seed=seed,
+        end_id=tokenizer.end_ids,
+        vocab_size=min(tokenizer.vocab_size, model.config.vocab_size),
+        max_length=max_length,
+        after=None if after is None else after.progress,
+    )
+    before = None if after is None else after.last_ids[0]
+    for job in batch.run(_TextJob(request, tokenizer, before) for request in requests):
+        yield job.request, job.continuation
+
+
+class _TextJob(Job):
+    """A request whose text is written while its tokens arrive."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer, before: Sequence[int] | None):
+        _check_stop(request.stop)
+        ids = tokenizer.encode(request.prompt)
+        if before is None:
+            ids = [tokenizer.bos_id, *ids]
+        super().__init__(request.number, ids, request.max_tokens, request.sampler, request.name)
+        self.request = request
+        self._end_ids = tokenizer.end_ids
+        self._row = _Row(TextStream(tokenizer, before=[*(before or ()), *ids]), request.stop)
+        self._new: tuple[list[int], list[float]] = [], []  # not yet added to the text
+        self.continuation = self._row.continuation
+
+    def add(self, tokens: list[int], log_probabilities: list[float]) -> None:
+        for new, more in zip(self._new, (tokens, log_probabilities), strict=True):
+            new += more
+        last = not self.left or any(token in self._end_ids for token in tokens)
+        if last or self.request.stop:
+            self._row.add(*self._new, self._end_ids)
+            self._new = [], []
+        self.done = last or self._row.done
+        if self.done:
+            self._row.rest()
+
+
 def _rows(after: Reading, prompts: int) -> list[int]:
     """The index of the text that each prompt continues."""
     texts = len(after.last_ids)
     if texts not in (1, prompts):
         raise ConfigError(f"{prompts} prompts cannot continue {texts} texts: give one for each")
     return [0] * prompts if texts == 1 else list(range(prompts))
+
+
+def _check_stop(stop: Sequence[str]) -> None:
+    if "" in stop:
+        raise ConfigError("a stop string is empty; it would end every text at its beginning")
 
 
 class _Row:

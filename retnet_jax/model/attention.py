@@ -26,6 +26,7 @@ from retnet_jax.model.kv_cache import (
     WindowCache,
     WindowKeysValues,
     check_last_inputs,
+    is_stacked,
     write_slots,
     write_window,
 )
@@ -36,6 +37,8 @@ from retnet_jax.ops.attention import (
     attend_in_window,
     attend_to_all,
     attend_to_cache,
+    attend_to_used_slots,
+    chunk_of_slots,
     without_padding,
 )
 from retnet_jax.ops.retention import (
@@ -261,7 +264,8 @@ class Attention(Mixer):
         slots = None
         if isinstance(state, KVCache):
             slots = find_slots(state.visible, state.length, places)
-        context = attention_context(settings, config, places, slots)
+        separate = state.layers is not None and not is_stacked(state.layers)
+        context = attention_context(settings, config, places, slots, separate)
         check_last_inputs(settings.short_conv, state.layers)
         if settings.short_conv is not None and segment_ids is not None:
             context = context._replace(documents=split_documents(segment_ids))
@@ -315,7 +319,11 @@ def find_slots(visible: Bool[Array, "b s"], length: Int[Array, " b"], places: Pl
 
 
 def attention_context(
-    settings: AttentionSettings, config: ModelConfig, places: Places, slots: Slots | None
+    settings: AttentionSettings,
+    config: ModelConfig,
+    places: Places,
+    slots: Slots | None,
+    separate: bool,  # each layer has a cache of its own, as in a model for decoding
 ) -> AttentionContext:
     """The context of layers with some settings; `slots` is None for layers with a window."""
     turn = rotation(
@@ -337,9 +345,12 @@ def attention_context(
         attend = _attend_to_batch(settings, config.dtype, places)
     else:
         seen, seen_new = _seen_slots(places, slots, settings.window), _seen(places, settings.window)
+        read, window = attend_to_cache, settings.window or 0
+        if slots is None and separate and window > chunk_of_slots(places.place.shape[1]):
+            read = partial(attend_to_used_slots, used=jnp.minimum(places.before, window))
 
         def attend(q, k, v, cache):
-            return attend_to_cache(q, k, v, *cache, seen=seen, seen_new=seen_new)
+            return read(q, k, v, *cache, seen=seen, seen_new=seen_new)
 
     return AttentionContext(turn, None, attend, partial(_write, write), state=write)
 

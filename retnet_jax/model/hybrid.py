@@ -24,7 +24,7 @@ from retnet_jax.model.attention import (
     find_places,
     find_slots,
 )
-from retnet_jax.model.kv_cache import put_rows, take_rows, with_slots
+from retnet_jax.model.kv_cache import is_stacked, put_rows, take_rows, with_slots
 from retnet_jax.model.mixer import RetentionState
 from retnet_jax.model.multi_scale_retention import MultiScaleRetention, RetentionContext
 from retnet_jax.shapes import Array, Bool, Int, SegmentIds
@@ -176,12 +176,14 @@ class HybridMixers:
         slots = None
         if state.visible is not None and state.length is not None:
             slots = find_slots(state.visible, state.length, places)
+        separate = state.layers is not None and not is_stacked(state.layers)
         attention = tuple(
             attention_context(
                 AttentionSettings.of_layers(config, entry),
                 config,
                 places,
                 slots if entry.window is None else None,
+                separate,
             )
             for entry in config.attention_layers
         )

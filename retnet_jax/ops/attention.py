@@ -1,10 +1,12 @@
 """Softmax attention in XLA: the reference of the kernels, and what runs where there is none.
 
 `attend_to_all` computes all scores of whole rows at once, `attend_in_window` those of a window,
-`attend_to_cache` those of tokens after a cache.
+`attend_to_cache` those of tokens after a cache, and `attend_to_used_slots` those after the part of
+a cache that a row uses.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -159,3 +161,76 @@ def attend_to_cache(
     y = y + product(p[..., s:], v, ((3,), (2,)))
     y = y.astype(v.dtype).reshape(b, groups, h // groups, t, width)
     return checkpoint_name(y.transpose(0, 3, 1, 2, 4).reshape(b, t, h, width), "retention")
+
+
+def attend_to_used_slots(
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b t g k"],
+    v: Float[Array, "b t g k"],
+    cached_k: Float[Array, "b g k s"],
+    cached_v: Float[Array, "b g k s"],
+    *,
+    seen: Bool[Array, "b 1 t s"],
+    seen_new: Bool[Array, "b 1 t t"],
+    used: Int[Array, " b"],
+) -> Float[Array, "b t h k"]:
+    """As `attend_to_cache`, where no token sees a slot of its row from `used` on.
+
+    On a CPU the time is that of the slots each row uses, rounded up to chunks, and what a row gets
+    does not depend on the slots of other rows. Accelerators read the whole cache.
+    """
+
+    def whole(q, k, v, cached_k, cached_v, seen, seen_new, used):
+        return attend_to_cache(q, k, v, cached_k, cached_v, seen=seen, seen_new=seen_new)
+
+    arguments = (q, k, v, cached_k, cached_v, seen, seen_new, used)
+    return jax.lax.platform_dependent(*arguments, cpu=_attend_row_by_row, default=whole)
+
+
+def chunk_of_slots(tokens: int) -> int:
+    """The number of slots that `attend_to_used_slots` reads at once on a CPU, for t tokens."""
+    return 128 if tokens == 1 else 512
+
+
+def _attend_row_by_row(q, k, v, cached_k, cached_v, seen, seen_new, used):
+    """`attend_to_used_slots` as a loop over rows, and for each row over chunks of its slots."""
+    t, (h, width), (groups, slots) = q.shape[1], q.shape[2:], cached_k.shape[1::2]
+    chunk = min(chunk_of_slots(t), slots)
+    wide = np.promote_types(np.float32, q.dtype)
+    product = partial(jnp.einsum, preferred_element_type=wide)
+
+    def of_row(inputs):
+        row, q, k, v, seen_new, used = inputs
+        # Each key head's queries, [g (r t) k] with r = h/g query heads.
+        q = q.reshape(t, groups, h // groups, width).transpose(1, 2, 0, 3)
+        q = q.reshape(groups, -1, width)
+
+        def masked(scores, seen):  # [g (r t) s], [t s]
+            seen = jnp.tile(seen, (h // groups, 1))
+            return jnp.where(seen, scores, 0.7 * jnp.finfo(wide).min)
+
+        scores = masked(product("gqk,sgk->gqs", q, k), seen_new[0])
+        top = scores.max(-1)
+        p = jnp.exp(scores - top[..., None])
+
+        def add_chunk(number, sums):
+            top, total, y = sums
+            first = number * chunk
+            start = jnp.minimum(first, slots - chunk)
+            part = (row, 0, 0, start), (1, groups, width, chunk)
+            keys, values = (jax.lax.dynamic_slice(x, *part)[0] for x in (cached_k, cached_v))
+            sees = jax.lax.dynamic_slice(seen, (row, 0, 0, start), (1, 1, t, chunk))[0, 0]
+            sees &= start + jnp.arange(chunk) >= first
+            scores = masked(product("gqk,gks->gqs", q, keys), sees)
+            new_top = jnp.maximum(top, scores.max(-1))
+            p, kept = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
+            y = y * kept[..., None] + product("gks,gqs->gqk", values, p.astype(v.dtype))
+            return new_top, total * kept + p.sum(-1), y
+
+        sums = top, p.sum(-1), product("gqs,sgk->gqk", p.astype(v.dtype), v)
+        _, total, y = jax.lax.fori_loop(0, -(-used // chunk), add_chunk, sums)
+        y = (y / total[..., None]).astype(v.dtype)  # [g (r t) k]
+        y = y.reshape(groups, h // groups, t, width)
+        return y.transpose(2, 0, 1, 3).reshape(t, h, width)
+
+    return jax.lax.map(of_row, (jnp.arange(len(q)), q, k, v, seen_new, used))

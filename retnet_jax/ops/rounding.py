@@ -16,9 +16,10 @@ def round_at_random(x: Float[Array, "b h v k"], seed: Int[Array, " b"]) -> Array
 
     Args:
       x: Numbers to round, float32.
-      seed: Seed of each row. The random bits are a hash of it and of the number's index.
+      seed: Seed of each row. The random bits are a hash of it and of the number's index in the row,
+        so they do not depend on the row's place in the batch.
     """
-    place = jnp.arange(x.size, dtype=jnp.uint32).reshape(x.shape)
+    place = jnp.arange(x[0].size, dtype=jnp.uint32).reshape(1, *x.shape[1:])
     bits = _hash(place ^ _hash(seed.astype(jnp.uint32))[:, None, None, None])
     # The low 16 bits, which are cut off, carry into the others with a probability of their size.
     raised = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32) + (bits >> 16)

@@ -15,7 +15,7 @@ from retnet_jax import interop
 from retnet_jax.config_json import to_json
 from retnet_jax.errors import CheckpointError, ConfigError
 from retnet_jax.files import atomic, hub
-from retnet_jax.files.paths import AnyPath, is_remote, local, place
+from retnet_jax.files.paths import AnyPath, local, place
 from retnet_jax.interop.transformers_files import write_transformers_files
 from retnet_jax.pretrained import read_pretrained
 from retnet_jax.programs import command_line
@@ -103,8 +103,6 @@ def export(
             "other checkpoints"
         )
     config, tokenizer = read_pretrained(directory)
-    if is_remote(target):
-        raise ConfigError(f"{target} is not on a local disk: give a local directory, and copy it")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise CheckpointError(f"{target} exists and is not empty; name a new directory")
     path.absolute().parent.mkdir(parents=True, exist_ok=True)

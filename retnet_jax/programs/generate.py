@@ -12,29 +12,44 @@ the Hugging Face hub. Without either, the newest run under runs/ is used.
 The continuation of a single prompt is printed while it is generated; those of several prompts are
 printed at the end. A text ends where the model ends the document, before a --stop string, or after
 --max_tokens.
+
+A file of --requests may have any number of them: --rows are continued at a time, and a text that
+ends makes room for the next. Answers are written to --output as they end; the same command resumes
+a run that was killed. A line that is no request ends the run after the answers to all lines before
+it.
 """
 
+import contextlib
 import dataclasses
-import json
+import itertools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from absl import flags
+from tqdm import tqdm
 
+from retnet_jax.data import Tokenizer
 from retnet_jax.errors import ConfigError
+from retnet_jax.files.digests import sha256_of_file
 from retnet_jax.files.hub import model_directory
 from retnet_jax.files.paths import local, place
+from retnet_jax.generation.answers import AnswerFile, as_json
+from retnet_jax.generation.continuous import LONGEST, ROWS
 from retnet_jax.generation.requests import (
     Request,
     read_prompt,
     read_requests,
     requests_of_prompts,
 )
-from retnet_jax.generation.saved_state import load_reading, save_reading
-from retnet_jax.generation.texts import Writer
-from retnet_jax.model import for_decoding
+from retnet_jax.generation.saved_state import (
+    fingerprint_of_model,
+    load_reading,
+    save_reading,
+)
+from retnet_jax.generation.texts import Continuation, Reading, Writer, answer_requests
+from retnet_jax.model import LanguageModel, for_decoding
 from retnet_jax.pretrained import load_pretrained, read_pretrained
 from retnet_jax.programs import command_line, compilation_cache
 from retnet_jax.programs.host_memory import keep_freed_memory
@@ -63,11 +78,28 @@ def define_flags() -> None:
     )
     _define_prompts()
     _define_sampling()
+    command_line.group("Many requests")
+    flags.DEFINE_integer(
+        "rows",
+        ROWS,
+        "Number of --requests continued at a time. The memory is that of about three states for "
+        "each; a text depends on its request, the seed and this number",
+        lower_bound=1,
+    )
+    flags.DEFINE_integer(
+        "max_length",
+        LONGEST,
+        "Largest number of tokens of one of the --requests with its text, for a model with "
+        "attention to all tokens; other models have no limit",
+        lower_bound=1,
+    )
     command_line.group("Output files")
     flags.DEFINE_string(
         "output",
         None,
-        "JSON lines file to write: text, tokens and log-probabilities of each prompt",
+        "JSON lines file to write: text, tokens and log-probabilities of each prompt. With "
+        "--requests each line has the request_number, from 0 on, in the order in which texts end, "
+        "and an existing file is continued",
     )
     flags.DEFINE_string(
         "save_state",
@@ -88,8 +120,8 @@ def _define_prompts() -> None:
     flags.DEFINE_string(
         "requests",
         None,
-        "JSON lines file: each line has a prompt, and optionally its own temperature, top_k and "
-        "top_p. Other fields, such as an id, are copied to --output",
+        "JSON lines file: each line has a prompt, and optionally its own temperature, top_k, "
+        "top_p and max_tokens. Other fields, such as an id, are copied to --output",
     )
     flags.DEFINE_string(
         "load_state", None, "File written by --save_state; the prompts continue its text"
@@ -133,6 +165,9 @@ def generate(args) -> None:
     Raises:
       ConfigError, CheckpointError: for a directory, prompt or file that does not fit.
     """
+    if args.requests is not None:
+        _answer(args)
+        return
     requests = given_requests(args)
     prompts = [request.prompt for request in requests]
     output = None if args.output is None else local(args.output)
@@ -142,14 +177,7 @@ def generate(args) -> None:
             raise ConfigError(f"--{name}={path} exists already: name another file, or delete it")
     if args.save_state is not None and len(prompts) > 1:
         raise ConfigError(f"--save_state takes a single prompt; there are {len(prompts)}")
-    directory = model_directory(args.workdir or args.checkpoint)
-    _, tokenizer = read_pretrained(directory)
-    with showing("loading the model"):
-        model = load_pretrained(directory, **command_line.given_dtype())
-        model = for_decoding(model, weights=args.weights, state_dtype=args.state_dtype)
-    after = None
-    if args.load_state is not None:
-        after = load_reading(local(args.load_state), model, tokenizer)
+    model, tokenizer, after = _loaded(args)
     with showing("compiling, and reading the prompts"):
         writer = Writer(
             model,
@@ -183,32 +211,105 @@ def generate(args) -> None:
         with output.open("x", encoding="utf-8") as file:
             for request, found in zip(requests, writer.continuations, strict=True):
                 record = {**request.others, "prompt": request.prompt, **dataclasses.asdict(found)}
-                file.write(_as_json(record) + "\n")
+                file.write(as_json(record) + "\n")
         print(f"written to {output}", file=sys.stderr)
     if args.save_state is not None:
         save_reading(local(args.save_state), writer.reading, model, tokenizer)
         print(f"the state is written to {args.save_state}", file=sys.stderr)
 
 
-def _as_json(record: dict[str, Any]) -> str:
-    """One line of JSON in UTF-8; a lone surrogate in a request's own field stays an escape."""
-    text = json.dumps(record, ensure_ascii=False)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return json.dumps(record)
-    return text
+def _loaded(args) -> tuple[LanguageModel, Tokenizer, Reading | None]:
+    """The model, its tokenizer, and the text of --load_state."""
+    directory = model_directory(args.workdir or args.checkpoint)
+    _, tokenizer = read_pretrained(directory)
+    with showing("loading the model"):
+        model = load_pretrained(directory, **command_line.given_dtype())
+        model = for_decoding(model, weights=args.weights, state_dtype=args.state_dtype)
+    after = None
+    if args.load_state is not None:
+        after = load_reading(local(args.load_state), model, tokenizer)
+    return model, tokenizer, after
+
+
+def _answer(args) -> None:
+    """Answers the requests of a file: into --output, or on the screen.
+
+    Raises:
+      ConfigError, CheckpointError: for a directory or file that does not fit; for a line that is no
+        request, after the answers to those before it.
+    """
+    if args.prompt or args.prompt_file:
+        raise ConfigError("give either --requests, or --prompt and --prompt_file, not both")
+    if args.save_state is not None:
+        raise ConfigError("--save_state takes a single prompt, not --requests")
+    requests = read_requests(
+        place(args.requests),
+        _sampling(args),
+        may_be_empty=args.load_state is not None,
+        max_tokens=args.max_tokens,
+        stop=args.stop,
+    )
+    requests = itertools.chain([next(requests)], requests)  # before the model is loaded
+    model, tokenizer, after = _loaded(args)
+    with contextlib.ExitStack() as open_files:
+        file = None
+        if args.output is not None:
+            options = _options(args, model, tokenizer)
+            file = AnswerFile(local(args.output), options, lambda x: print(x, file=sys.stderr))
+            open_files.enter_context(file)
+            requests = file.unanswered(requests)
+        answers = answer_requests(
+            model,
+            tokenizer,
+            requests,
+            rows=args.rows,
+            seed=args.seed,
+            max_length=args.max_length,
+            after=after,
+        )
+        _write(answers, file)
+    if args.output is not None:
+        print(f"written to {args.output}", file=sys.stderr)
+
+
+def _write(answers: Iterator[tuple[Request, Continuation]], file: AnswerFile | None) -> None:
+    """Writes answers as they come, or prints them; and on stderr their number and the speed."""
+    answers = with_first(answers, "compiling, and answering the first request")
+    start, tokens = time.perf_counter(), 0
+    with tqdm(unit=" answers", initial=file.answered if file else 0, disable=None) as bar:
+        for request, found in answers:
+            if file is None:
+                bar.clear()
+                print(f"--- request {request.number} ---", request.prompt + found.text, sep="\n")
+            else:
+                file.append(request, found)
+            tokens += len(found.tokens)
+            bar.update()
+    print(f"{tokens} tokens in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+
+
+def _options(args, model: LanguageModel, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What the answers depend on beside the requests, by the names of the flags."""
+    names = ("temperature", "top_k", "top_p", "max_tokens", "stop", "seed", "rows", "max_length")
+    names = (*names, "dtype", "weights", "state_dtype")
+    state = None if args.load_state is None else sha256_of_file(local(args.load_state))
+    return {
+        "model": fingerprint_of_model(model),
+        "tokenizer": tokenizer.fingerprint,
+        **{name: getattr(args, name) for name in names},
+        "load_state": state,
+    }
+
+
+def _sampling(args) -> dict[str, Any]:
+    """The options of the sampler on the command line."""
+    return {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
 
 
 def given_requests(args) -> list[Request]:
-    """The prompts on the command line or in its files, each with its sampler."""
-    defaults = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
-    after_text = args.load_state is not None
+    """The prompts on the command line or in its files, all with the same sampler."""
+    defaults, after_text = _sampling(args), args.load_state is not None
     prompts = [*(args.prompt or []), *map(read_prompt, args.prompt_file or [])]
-    if args.requests is not None:
-        if prompts:
-            raise ConfigError("give either --requests, or --prompt and --prompt_file, not both")
-        return read_requests(place(args.requests), defaults, may_be_empty=after_text)
     if not prompts and not after_text:
         raise ConfigError(
             "no prompts: give --prompt, or --prompt_file for a long text, or --requests"
