@@ -17,6 +17,6 @@ class DivergedError(Exception):
     """Training was stopped after too many consecutive skipped steps."""
 
 
-def brief(error: Exception, most: int = 200) -> str:
+def brief(error: BaseException, most: int = 200) -> str:
     """The first `most` characters of another library's message, on one line."""
     return " ".join(str(error).split())[:most]

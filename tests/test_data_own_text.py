@@ -20,7 +20,7 @@ def test_the_store_of_a_corpus_has_its_name():
     assert default_store(config, 1024) == "data/shakespeare_bpe1024"
     config.tokenizer = "byte"
     assert default_store(config, 1024) == default_store(config, 257) == "data/shakespeare_byte"
-    assert default_store(get_config().data, 4096) == get_config().data.store
+    assert default_store(DataConfig(), 4096) == "data/stdlib_bpe4096"
 
 
 def test_other_options_have_other_stores():
@@ -67,7 +67,15 @@ def test_the_quickstart_is_fitted_to_a_text(size, expected):
     config = fitted(given, set(), size)
     config.check()
     assert (config.data.tokenizer, config.model.vocab_size, config.train.steps) == expected
+    assert (config.data.held_out, config.data.apart) == (0.02, "")
     assert given == get_config()
+
+
+def test_a_text_of_unknown_size_has_only_the_split_of_other_texts():
+    config, given = fitted(get_config(), {"data.apart"}, None), get_config()
+    assert (config.data.held_out, config.data.apart) == (0.02, given.data.apart)
+    config.data.held_out = given.data.held_out
+    assert config == given
 
 
 def test_options_that_the_user_has_given_are_not_fitted():

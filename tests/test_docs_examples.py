@@ -34,7 +34,7 @@ COPIED = [
 ]
 SHORTER = {  # in the config of the quickstart
     "steps=1900,": "steps=40,",
-    "sequence_length=256": "sequence_length=256, held_out=0.004",
+    "held_out=0.12": "held_out=0.004",
 }
 # What the comments of Python examples promise, by the page and the number of the example.
 PROMISES = {

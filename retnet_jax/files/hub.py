@@ -159,7 +159,7 @@ def upload(directory: AnyPath, repository: str, private: bool) -> str:
             url = api.create_repo(repository, private=private or None, exist_ok=True)
             api.upload_folder(
                 repo_id=repository,
-                folder_path=directory,
+                folder_path=str(directory),
                 delete_patterns=["*.safetensors", "*.safetensors.index.json"],
                 commit_message="Upload with retnet-jax",
             )

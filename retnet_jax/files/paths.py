@@ -156,6 +156,7 @@ class RemoteBytes:
 
 def _remote(path: AnyPath):
     import fsspec
+    import fsspec.config
 
     # Other processes and TensorStore write to the same places, which a cached listing would hide.
     protocol = str(path).partition("://")[0]

@@ -7,8 +7,9 @@ import difflib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
+
+from etils import epath
 
 from retnet_jax.errors import ConfigError
 from retnet_jax.files.paths import place
@@ -91,7 +92,7 @@ def requests_of_prompts(
 
 
 def read_requests(
-    path: Path,
+    path: epath.Path,
     defaults: Mapping[str, Any],
     may_be_empty: bool = False,
     max_tokens: int = 256,
@@ -125,7 +126,7 @@ def read_requests(
         yield Request(prompt, sampler, others, most, stop, number, name)
 
 
-def _read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_lines(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The name of each line, for messages, and its fields, with checked types."""
     empty = True
     for number, line in enumerate(_lines(path), start=1):
@@ -154,7 +155,7 @@ def _read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise ConfigError(f'--requests={path} is empty; each line must be like {{"prompt": "..."}}')
 
 
-def _lines(path: Path) -> Iterator[bytes]:
+def _lines(path: epath.Path) -> Iterator[bytes]:
     try:
         with path.open("rb") as file:
             yield from file

@@ -104,7 +104,7 @@ def save(model: LanguageModel, directory: str | Path, layout: str, **options: An
 
 
 def convert(
-    source: str | Path,
+    source: str | AnyPath,
     target: str | Path,
     layout: str,
     *,

@@ -28,9 +28,7 @@ def fitted_to_corpus(config: Config, name: str, given: Set[str]) -> Config:
     file = name.partition(":")[0]
     is_quickstart = file == "quickstart" or file.endswith("configs/quickstart.py")
     if is_quickstart and given & {"data.source", "data.path"}:
-        size = approximate_bytes(config.data)
-        if size is not None:
-            found = quickstart.fitted(config, given, size)
+        found = quickstart.fitted(config, given, approximate_bytes(config.data))
     if given & set(marked("in_store")) and not given & {"data.store", "data.mixture"}:
         if found is config:
             found = copy.deepcopy(config)
