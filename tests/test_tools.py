@@ -60,7 +60,7 @@ def test_training_a_tokenizer_preparing_and_inspecting_a_store(corpora, tmp_path
     options = [f"--plot={plot}", "--documents=1", "--rows=2", "--config.data.sequence_length=32"]
     said = run("inspect_data", *config, *options, "--config.data.windows=contiguous").stdout
     assert f"{counts['tokens']:,}" in said
-    assert "batch of step 0: 8 windows of 32 tokens, contiguous" in said
+    assert "batch of step 0: 16 windows of 32 tokens, contiguous" in said
     assert "=== row 1: " in said
     assert "says return self" in said
     assert plot.read_bytes().startswith(b"\x89PNG")

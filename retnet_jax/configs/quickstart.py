@@ -39,7 +39,7 @@ def get_config(architecture: str = "retnet") -> Config:
     if architecture != "retnet":
         twin = dataclasses.replace(model, short_conv=None).built_as(architecture, n_heads=2)
         model = dataclasses.replace(twin, short_conv=4, qk_norm=True, init="zero_outputs")
-        length, rows = 256, 8
+        length, rows = 512, 4
     return Config(
         model=model,
         data=DataConfig(
