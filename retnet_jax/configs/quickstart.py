@@ -21,9 +21,10 @@ def get_config(architecture: str = "retnet") -> Config:
     """The RetNet, or with "transformer" its twin with about as many parameters.
 
     Both recipes are the best of a search with the same number of runs for each
-    (`experiments/recipe.py`). Added to the paper's RetNet are short convolutions and an epsilon of
-    the heads' norm; to the usual Transformer short convolutions, the norm of queries and keys, and
-    output projections that begin at 0. A step has 2,048 tokens for both.
+    (`experiments/recipe.py`). Added to the paper's RetNet are keys of twice the width, short
+    convolutions, relu of queries and keys, and an epsilon of the heads' norm; to the usual
+    Transformer short convolutions, a norm of queries and keys, and output projections that begin at
+    0. A step has 2,048 tokens for both.
     """
     model = ModelConfig(
         vocab_size=4096,
@@ -31,7 +32,9 @@ def get_config(architecture: str = "retnet") -> Config:
         n_layers=2,
         n_heads=4,
         decay_range=(1 / 2, 1 / 512),
+        key_dim=256,
         short_conv=4,
+        feature_map="relu",
         head_norm_epsilon=0.01,
         tie_embeddings=True,
     )
