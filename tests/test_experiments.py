@@ -2,11 +2,12 @@
 
 import math
 
+import pages
 import pytest
 from flax import nnx
 from training_runs import STEPS, small_config
 
-from experiments import recipe, runs
+from experiments import quickstart, recipe, runs
 from experiments.held_out import (
     best_bits_per_byte,
     chosen_documents,
@@ -106,3 +107,10 @@ def test_the_better_protocol_counts():
     found = {"window": {"bits_per_byte": 2.0}, "stateful": {"bits_per_byte": 1.5}}
     assert best_bits_per_byte(found) == 1.5
     assert list(filter(does_not_match("^b"), ["ab", "ba"])) == ["ab"]
+
+
+def test_the_page_of_results_has_the_tables_of_the_records():
+    page = pages.read("docs/results.md")
+    for experiment in (recipe, quickstart):
+        name = experiment.__name__.rpartition(".")[2]
+        assert experiment.report("2cores", read_records(name, "2cores")) in page
