@@ -10,6 +10,7 @@ either: ml_collections reads the types of fields from them to parse overrides.
 
 import dataclasses
 import re
+import warnings
 from dataclasses import dataclass, field
 
 from retnet_jax.config_fields import (
@@ -179,8 +180,10 @@ class DataConfig:
         if not self.store:
             raise ConfigError("data.store is empty: give a directory for the token store")
         try:
-            re.compile(self.apart)
-        except re.error as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", FutureWarning)  # such as "Possible nested set"
+                re.compile(self.apart)
+        except (re.error, FutureWarning) as error:
             raise ConfigError(
                 f"data.apart={self.apart!r} is no regular expression: {error}"
             ) from None
