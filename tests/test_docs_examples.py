@@ -9,6 +9,7 @@ A block whose first line is a comment "# Needs ..." is not run. test_docs.py che
 of all commands exist, also of those.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -101,6 +102,8 @@ def write_texts(stage):
             (stage / directory / f"{number}.txt").write_text(text)
     (stage / "shakespeare.txt").write_text("\n\n".join(texts[100:]))
     (stage / "book.txt").write_text(texts[0])
+    requests = ({"prompt": "def main(", "id": number, "max_tokens": 5} for number in range(20))
+    (stage / "requests.jsonl").write_text("".join(json.dumps(x) + "\n" for x in requests))
 
 
 def run(command, directory):
