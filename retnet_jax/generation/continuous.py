@@ -27,12 +27,11 @@ import numpy as np
 
 from retnet_jax.errors import CheckpointError, ConfigError
 from retnet_jax.generation.checks import check_ends, check_lengths, check_seed
-from retnet_jax.generation.decode import LAST_POSITION, Progress, check_progress
+from retnet_jax.generation.decode import LAST_POSITION, Progress, check_progress, empty_progress
 from retnet_jax.generation.decoding_rows import (
     Decoded,
     Ready,
     decode_rows,
-    empty_progress,
     empty_rows,
     read_pieces,
 )
@@ -385,7 +384,7 @@ def _in_order(jobs: Iterable[AnyJob]) -> Iterator[AnyJob]:
 @partial(jax.jit, static_argnames=("rows", "longest"))
 def _pool(model: LanguageModel, after: Progress | None, rows: int, longest: int) -> Progress:
     """The progress after pieces of prompts, with that before all prompts in row 0."""
-    pool = empty_progress(model, rows + 1)
+    pool = empty_progress(model, rows + 1, capacity=1)
     if after is None:
         return pool
     first = Progress(after.logits, limited_state(after.state, longest), jnp.zeros(1, bool))

@@ -57,6 +57,12 @@ class Progress(NamedTuple):
         )
 
 
+def empty_progress(model: LanguageModel, rows: int, capacity: int) -> Progress:
+    """The progress of rows that have read nothing; `capacity` as in `init_state`."""
+    logits = jnp.zeros((rows, model.config.vocab_size), model.config.accumulation_dtype)
+    return Progress(logits, model.init_state(rows, capacity), jnp.zeros(rows, bool))
+
+
 class NewTokens(NamedTuple):
     """The next tokens generated for each row: on devices, or on the host from a `Stream`."""
 

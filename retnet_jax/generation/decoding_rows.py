@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from retnet_jax.generation.decode import NewTokens, Progress, next_token
+from retnet_jax.generation.decode import NewTokens, Progress, empty_progress, next_token
 from retnet_jax.generation.sampling import Samplers
 from retnet_jax.model import LanguageModel
 from retnet_jax.shapes import Array, Bool, Float, Int
@@ -54,19 +54,13 @@ def empty_rows(model: LanguageModel, count: int) -> DecodingRows:
     """Free rows."""
     zeros = jnp.zeros(count, jnp.int32)
     return DecodingRows(
-        progress=empty_progress(model, count)._replace(ended=jnp.ones(count, bool)),
+        progress=empty_progress(model, count, capacity=1)._replace(ended=jnp.ones(count, bool)),
         keys=jax.vmap(jax.random.key)(zeros),
         left=zeros,
         temperature=jnp.zeros(count, jnp.float32),
         top_k=jnp.zeros(count, jnp.int32),
         top_p=jnp.ones(count, jnp.float32),
     )
-
-
-def empty_progress(model: LanguageModel, rows: int) -> Progress:
-    """The progress of rows that have read nothing."""
-    logits = jnp.zeros((rows, model.config.vocab_size), model.config.accumulation_dtype)
-    return Progress(logits, model.init_state(rows, capacity=1), jnp.zeros(rows, bool))
 
 
 @partial(jax.jit, donate_argnames="pool")

@@ -18,7 +18,7 @@ from retnet_jax.data import Tokenizer
 from retnet_jax.errors import CheckpointError, brief
 from retnet_jax.files import atomic
 from retnet_jax.files.paths import local
-from retnet_jax.generation.decode import Progress
+from retnet_jax.generation.decode import empty_progress
 from retnet_jax.generation.texts import Reading
 from retnet_jax.model import LanguageModel
 from retnet_jax.model.parameters import why_not_finite
@@ -117,7 +117,7 @@ def load_reading(path: str | Path, model: LanguageModel, tokenizer: Tokenizer) -
                 f"{written_with[name][:12]}, here {of[:12]}): read the text again"
             )
     rows, capacity = len(last_ids), _capacity(arrays)
-    shape = jax.eval_shape(lambda: _empty(model, rows, capacity))
+    shape = jax.eval_shape(lambda: empty_progress(model, rows, capacity))
     leaves = {name: jnp.asarray(array) for name, array in arrays.items()}
     return Reading(with_leaves(shape, leaves), last_ids)
 
@@ -163,11 +163,6 @@ _OLD_OPTIONS = (
     "mixer_bias ffn_bias ffn_norm head_norm_scale post_norm deepnorm score_clamp dtype remat "
     "chunk_size"
 )
-
-
-def _empty(model: LanguageModel, rows: int, capacity: int) -> Progress:
-    logits = jnp.zeros((rows, model.config.vocab_size), model.config.accumulation_dtype)
-    return Progress(logits, model.init_state(rows, capacity), jnp.zeros(rows, bool))
 
 
 def _capacity(arrays: dict[str, np.ndarray]) -> int:
