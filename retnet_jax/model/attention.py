@@ -32,6 +32,15 @@ from retnet_jax.model.kv_cache import (
 )
 from retnet_jax.model.layers import Linear, RMSNorm, ShortConvolution, convolve, split_heads
 from retnet_jax.model.mixer import Mixer
+from retnet_jax.model.places import (
+    Places,
+    Slots,
+    find_places,
+    find_slots,
+    seen_slots,
+    seen_tokens,
+    window_slots,
+)
 from retnet_jax.ops import flash_attention
 from retnet_jax.ops.attention import (
     attend_in_window,
@@ -43,13 +52,11 @@ from retnet_jax.ops.attention import (
 )
 from retnet_jax.ops.retention import (
     SplitDocuments,
-    number_documents,
-    positions,
     split_documents,
 )
 from retnet_jax.ops.rotation import Rotation, rotate, rotation
 from retnet_jax.parallel.sharding import constrain
-from retnet_jax.shapes import Activations, Array, Bool, Int, SegmentIds
+from retnet_jax.shapes import Activations, SegmentIds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,29 +122,6 @@ class AttentionSettings:
     def heads(self) -> tuple[int, int, int]:
         """Numbers of heads of q, k and v."""
         return self.n_heads, self.n_kv_heads, self.n_kv_heads
-
-
-class Places(NamedTuple):
-    """Where the tokens of a batch stand in their documents, and the slots for them in a cache."""
-
-    place: Int[Array, "b t"]  # in its document, which may have begun before the batch
-    document: Int[Array, "b t"]  # number of a token's document in its row; 0: the row opens with it
-    key_document: Int[Array, "b t"]  # the same, -1 for padding
-    before: Int[Array, " b"]  # position of the first token of the batch
-    after: Int[Array, " b"]  # position of the token after the batch
-    one_document: bool  # each row is one document, without padding
-    fresh: bool  # nothing was read before
-
-
-class Slots(NamedTuple):
-    """The slots of a `KVCache` before and after a batch."""
-
-    start: Int[Array, ""]  # slot of the batch's first token
-    slot_document: Int[Array, "b s"]  # document of each slot as in `Places`; -1: not visible
-    visible_before: Bool[Array, "b s"]
-    visible: Bool[Array, "b s"]  # these two as in `KVCache`, after the batch
-    length: Int[Array, " b"]
-    overflows: Bool[Array, ""]  # the cache has too few slots
 
 
 class AttentionContext(NamedTuple):
@@ -279,45 +263,6 @@ class Attention(Mixer):
         return context._replace(state=after), state.layers
 
 
-def find_places(
-    position: Int[Array, " b"],
-    shape: tuple[int, int],
-    segment_ids: SegmentIds | None,
-    fresh: bool,
-) -> Places:
-    """The places of a batch of tokens [b t] whose rows are at `position`."""
-    one_document = segment_ids is None
-    if segment_ids is None:
-        segment_ids = jnp.ones(shape, jnp.int32)
-    place, after = positions(segment_ids, position)
-    real, _, index = number_documents(segment_ids)
-    return Places(
-        place=place,
-        document=index,
-        key_document=jnp.where(real, index, -1),
-        before=position,
-        after=after,
-        one_document=one_document,
-        fresh=fresh,
-    )
-
-
-def find_slots(visible: Bool[Array, "b s"], length: Int[Array, " b"], places: Places) -> Slots:
-    """The slots of a `KVCache` with `visible` and `length`, before and after a batch."""
-    start, t = length.max(), places.place.shape[1]
-    slot_document = jax.lax.dynamic_update_slice_in_dim(
-        jnp.where(visible, jnp.int32(0), -1), places.key_document, start, axis=1
-    )
-    return Slots(
-        start=start,
-        slot_document=slot_document,
-        visible_before=visible,
-        visible=slot_document == places.document[:, -1:],
-        length=jnp.full_like(length, start + t),
-        overflows=start + t > visible.shape[1],
-    )
-
-
 def attention_context(
     settings: AttentionSettings,
     config: ModelConfig,
@@ -336,7 +281,7 @@ def attention_context(
     )
     if slots is None:
         assert settings.window is not None
-        write = partial(_write_window, settings, _window_slots(places, settings.window))
+        write = partial(_write_window, settings, window_slots(places, settings.window))
     else:
         # Without the NaN a write beyond the last slot would silently be moved to earlier slots.
         turn = turn._replace(cos=jnp.where(slots.overflows, jnp.nan, turn.cos))
@@ -344,7 +289,10 @@ def attention_context(
     if places.fresh:
         attend = _attend_to_batch(settings, config.dtype, places)
     else:
-        seen, seen_new = _seen_slots(places, slots, settings.window), _seen(places, settings.window)
+        seen, seen_new = (
+            seen_slots(places, slots, settings.window),
+            seen_tokens(places, settings.window),
+        )
         read, window = attend_to_cache, settings.window or 0
         if slots is None and separate and window > chunk_of_slots(places.place.shape[1]):
             read = partial(attend_to_used_slots, used=jnp.minimum(places.before, window))
@@ -387,36 +335,6 @@ def _write_window(
     return write_window(cache, new, slots)
 
 
-def _window_slots(places: Places, window: int) -> Int[Array, "b t"]:
-    """The slot of each token that the window after the batch holds; `window` for the others."""
-    kept = places.key_document == places.document[:, -1:]
-    kept &= places.place >= places.after[:, None] - window
-    return jnp.where(kept, places.place % window, window)
-
-
-def _seen(places: Places, window: int | None) -> Bool[Array, "b 1 t t"]:
-    """Whether each token of a batch sees another one: its document up to itself, in the window."""
-    t = jnp.arange(places.place.shape[1])
-    seen = (t[None] <= t[:, None])[None] & (
-        places.key_document[:, None, :] == places.document[:, :, None]
-    )
-    if window is not None:
-        seen &= places.place[:, :, None] - places.place[:, None, :] < window
-    return seen[:, None]
-
-
-def _seen_slots(places: Places, slots: Slots | None, window: int | None) -> Bool[Array, "b 1 t s"]:
-    """Whether each token of a batch sees a slot of the cache before it."""
-    continues = (places.document == 0)[:, :, None]  # [b t 1]
-    if slots is not None:
-        return (continues & slots.visible_before[:, None, :])[:, None]
-    assert window is not None
-    last = places.before[:, None] - 1  # [b 1]
-    held = last - (last - jnp.arange(window)[None]) % window  # position in each slot [b w]
-    seen = (held >= 0)[:, None] & (places.place[:, :, None] - held[:, None, :] < window)
-    return (continues & seen)[:, None]
-
-
 def _attend_to_batch(settings: AttentionSettings, dtype: str, places: Places) -> Callable:
     """Attention where nothing was read before: in a kernel, in a window, or with all scores."""
     t = places.place.shape[1]
@@ -432,7 +350,7 @@ def _attend_to_batch(settings: AttentionSettings, dtype: str, places: Places) ->
     elif window is not None:
         run = partial(attend_in_window, window=window)
     else:
-        mask = None if document is None else _seen(places, None)
+        mask = None if document is None else seen_tokens(places, None)
         return lambda q, k, v, cache: attend_to_all(q, k, v, mask)
     if document is None or window is None:
         return lambda q, k, v, cache: run(q, k, v, document)

@@ -18,15 +18,13 @@ from retnet_jax.model.attention import (
     Attention,
     AttentionContext,
     AttentionSettings,
-    Slots,
     attention_context,
     explain_choice,
-    find_places,
-    find_slots,
 )
 from retnet_jax.model.kv_cache import is_stacked, put_rows, take_rows, with_slots
 from retnet_jax.model.mixer import RetentionState
 from retnet_jax.model.multi_scale_retention import MultiScaleRetention, RetentionContext
+from retnet_jax.model.places import Slots, find_places, find_slots
 from retnet_jax.shapes import Array, Bool, Int, SegmentIds
 
 
