@@ -31,6 +31,7 @@ def places(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.compiles(80, reason="a whole run, saved from eight devices")
 def test_a_run_is_made_once_and_recorded_when_it_ends(places):
     config, trained, known = small_config(places), [], []
 
