@@ -36,6 +36,16 @@ BUDGETS = ("small", "2cores")
 # validates on the difference.
 QUICKSTART_HELD_OUT, HELD_OUT = 0.12, 0.16
 
+# The best RetNet of the search's first part, which the second part varies.
+_WINDOWS_OF_128 = {
+    "model.short_conv": 4,
+    "model.key_dim": 256,
+    "model.feature_map": "relu",
+    "model.head_norm_epsilon": 0.01,
+    "data.sequence_length": 128,
+    "train.batch_size": 16,
+}
+
 # What is changed in `base`, by the name of the run.
 SEARCH: dict[str, dict[str, dict[str, Any]]] = {
     "retnet": {
@@ -118,6 +128,14 @@ SEARCH: dict[str, dict[str, dict[str, Any]]] = {
             "train.batch_size": 32,
             "model.head_norm_epsilon": 0.01,
         },
+        "relu2": _WINDOWS_OF_128 | {"model.feature_map": "relu2"},
+        "relu_fast": _WINDOWS_OF_128 | {"model.decay_range": (0.125, 1 / 512)},
+        "relu_qk": _WINDOWS_OF_128 | {"model.qk_norm": True},
+        "relu_h2": _WINDOWS_OF_128 | {"model.n_heads": 2, "model.decay_range": (1 / 16, 1 / 512)},
+        "relu_k512": _WINDOWS_OF_128 | {"model.key_dim": 512},
+        "relu_lr2": _WINDOWS_OF_128 | {"optimizer.learning_rate": 0.02},
+        "relu_mulr6": _WINDOWS_OF_128 | {"optimizer.muon_learning_rate": 0.06},
+        "relu_none": _WINDOWS_OF_128 | {"model.feature_map": None},
     },
     "transformer": {
         "base": {},
