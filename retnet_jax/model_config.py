@@ -26,7 +26,7 @@ MIXERS = ("retention", "attention")
 DECAYS = ("log_spaced", "powers_of_two", "none")
 FEED_FORWARDS = ("relu", "gelu", "swish", "reglu", "geglu", "swiglu")
 NORMS = ("layer", "rms")
-ROTATIONS = ("rope", "torchscale")
+ROTATIONS = ("rope", "torchscale", "none")
 INITS = ("scaled", "zero_outputs", "torchscale", "deepnet")
 SCORE_CLAMPS = ("absolute", "signed")
 DTYPES = ("float32", "bfloat16", "float64")
@@ -195,7 +195,7 @@ class ModelConfig:
         "rope",
         "Rotation of queries and keys of width k. 'rope': pairs (i, i + k/2), angles "
         "10000^(-2i/k), queries scaled by k^-1/2; 'torchscale': pairs (2i, 2i + 1), angles "
-        "10000^(-i/(k/2 - 1)), keys scaled, and so the state",
+        "10000^(-i/(k/2 - 1)), keys scaled, and so the state; 'none': no rotation, queries scaled",
         foreign=True,
     )
     embedding_scale: bool = option(
@@ -387,7 +387,7 @@ class ModelConfig:
                 f"attention needs keys and values of one width, but key_dim is {self.q_width} and "
                 f"value_dim is {self.v_width}; leave both out, or use transformer_twin()"
             )
-        if (self.q_width // self.n_heads) % 2:
+        if self.rotation != "none" and (self.q_width // self.n_heads) % 2:
             raise ConfigError(
                 f"the key width of a head is {self.q_width}/{self.n_heads} = "
                 f"{self.q_width // self.n_heads}; it must be even, because pairs of numbers are "

@@ -23,7 +23,7 @@ OPTIONS = [
     {"short_conv": 2, "n_kv_heads": 1, "rotation": "torchscale", "row_normalizer": False}
     | {"qk_norm": True},
     {"short_conv": 3, "feature_map": "xielu", "norm": "rms", "head_norm_scale": True}
-    | {"head_norm_epsilon": 0.03},
+    | {"head_norm_epsilon": 0.03, "rotation": "none"},
     {"n_kv_heads": 2, "feature_map": "prelu", "output_gate": False, "mixer_bias": True}
     | {"qk_norm": True, "head_norm": False, "decay": "none"},
 ]
@@ -87,10 +87,12 @@ class Reference:
         if config.qk_norm:
             q, k = self.normed("q_norm", q), self.normed("k_norm", k)
         scale = q.shape[-1] ** -0.5
-        if config.rotation == "rope":
-            q, k = scale * self.turned(q), self.turned(k)
+        if config.rotation == "torchscale":
+            k = scale * k
         else:
-            q, k = self.turned(q), scale * self.turned(k)
+            q = scale * q
+        if config.rotation != "none":
+            q, k = self.turned(q), self.turned(k)
         shared = config.n_heads // config.kv_heads
         gammas = 1 - np.geomspace(*config.decay_range, config.n_heads)
         if config.decay == "none":

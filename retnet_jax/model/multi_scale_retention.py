@@ -37,7 +37,7 @@ from retnet_jax.shapes import (
 class RetentionContext(NamedTuple):
     """Arrays that all layers share: they depend only on positions and documents."""
 
-    turn: Rotation
+    turn: Rotation | None
     log_decay: LogDecay
     row_scale: Float[Array, "b t h"] | None  # None: outputs are not scaled by position
     documents: SplitDocuments | None  # None: each row is one document
@@ -120,7 +120,7 @@ class MultiScaleRetention(Mixer):
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         scale = q.shape[-1] ** -0.5
-        q_scale, k_scale = (scale, 1.0) if config.rotation == "rope" else (1.0, scale)
+        q_scale, k_scale = (1.0, scale) if config.rotation == "torchscale" else (scale, 1.0)
         q = rotate(q, context.turn, config.rotation, q_scale)
         k = rotate(k, context.turn, config.rotation, k_scale)
         if config.kv_heads < config.n_heads:

@@ -32,10 +32,11 @@ def rotation(
     dtype: str = "float32",
     longest: int | None = None,
     base: float = 10_000.0,
-) -> Rotation:
+) -> Rotation | None:
     """The rotation by the angles position * base^-e, with k/2 exponents e for a head of width k.
 
     "rope": e = 2i/k (arXiv 2104.09864). "torchscale": e = i/(k/2 - 1), from 0 to 1 inclusive.
+    "none": there is no rotation, and None is returned.
 
     Float32 angles are off by at most 0.001 rad at positions below `FLOAT_POSITIONS`, and by 3e-7
     from there to 2^31 - 1, the last position possible. Float64 angles are off by 1e-6 there.
@@ -43,11 +44,13 @@ def rotation(
     Args:
       positions: Position of each token, 0 or more.
       head_width: Width of a query or key; it is even.
-      convention: Exponents and pairs, "rope" or "torchscale".
+      convention: Exponents and pairs, "rope" or "torchscale"; or "none".
       dtype: Dtype of the angles, "float32" or "float64".
       longest: Upper bound that all positions are known to be below; None: there is none.
       base: Base of the angles, greater than 0.
     """
+    if convention == "none":
+        return None
     pairs = head_width // 2
     exponents = np.arange(pairs) / pairs if convention == "rope" else np.linspace(0, 1, pairs)
     frequencies = base**-exponents
@@ -82,12 +85,14 @@ _TWO_PI = Fraction("6.283185307179586476925286766559")
 
 
 def rotate(
-    x: Float[Array, "b t h k"], turn: Rotation, convention: str, scale: float = 1.0
+    x: Float[Array, "b t h k"], turn: Rotation | None, convention: str, scale: float = 1.0
 ) -> Float[Array, "b t h k"]:
     """Rotates each pair by its angle: "rope" (x_i, x_{i + k/2}), "torchscale" (x_2i, x_{2i + 1}).
 
-    The result is multiplied by `scale`. Angles are not differentiated.
+    The result is multiplied by `scale`. Angles are not differentiated. `turn=None` rotates nothing.
     """
+    if turn is None:
+        return x * scale
     return _rotate(convention, scale, x, *jax.lax.stop_gradient(turn))
 
 
