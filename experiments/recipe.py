@@ -36,15 +36,32 @@ BUDGETS = ("small", "2cores")
 # validates on the difference.
 QUICKSTART_HELD_OUT, HELD_OUT = 0.12, 0.16
 
-# The best RetNet of the search's first part, which the second part varies.
-_WINDOWS_OF_128 = {
-    "model.short_conv": 4,
-    "model.key_dim": 256,
-    "model.feature_map": "relu",
-    "model.head_norm_epsilon": 0.01,
-    "data.sequence_length": 128,
-    "train.batch_size": 16,
+_CONV = {"model.short_conv": 4}
+_QKZ = {"model.qk_norm": True, "model.init": "zero_outputs"}
+_LONG_KEYS = _CONV | {"model.key_dim": 512}
+_EPSILON = {"model.head_norm_epsilon": 0.01}
+_SEQ64 = {"data.sequence_length": 64, "train.batch_size": 32}
+_SEQ128 = {"data.sequence_length": 128, "train.batch_size": 16}
+_SEQ512 = {"data.sequence_length": 512, "train.batch_size": 4}
+_SEQ1024 = {"data.sequence_length": 1024, "train.batch_size": 2}
+_WORDS1024 = {
+    "train.steps": 1020,
+    "model.vocab_size": 1024,
+    "data.store": "data/stdlib_bpe1024_search",
 }
+_RELU = _CONV | _SEQ128 | _EPSILON | {"model.feature_map": "relu", "model.key_dim": 256}
+_COPYING = _QKZ | _CONV | _SEQ512  # the best Transformer of the first sixteen
+_NO_ROTATION = {"model.rotation": "none"}
+
+
+def _rate(learning_rate: float) -> dict[str, Any]:
+    """Learning rate of the parameters that muon leaves to Adam, the embedding above all."""
+    return {"optimizer.learning_rate": learning_rate}
+
+
+def _muon_rate(learning_rate: float) -> dict[str, Any]:
+    return {"optimizer.muon_learning_rate": learning_rate}
+
 
 # What is changed in `base`, by the name of the run.
 SEARCH: dict[str, dict[str, dict[str, Any]]] = {
@@ -52,169 +69,79 @@ SEARCH: dict[str, dict[str, dict[str, Any]]] = {
         "base": {},
         "batch4": {"train.steps": 1200, "train.batch_size": 4},
         "h2": {"model.n_heads": 2},
-        "conv": {"model.short_conv": 4},
-        "v1024": {
-            "train.steps": 1020,
-            "model.vocab_size": 1024,
-            "data.store": "data/stdlib_bpe1024_search",
-        },
+        "conv": _CONV,
+        "v1024": _WORDS1024,
         "L4": {"train.steps": 435, "model.n_layers": 4},
         "k512": {"train.steps": 520, "model.key_dim": 512},
-        "seq1024": {"data.sequence_length": 1024, "train.batch_size": 2},
-        "conv_mulr2": {"model.short_conv": 4, "optimizer.muon_learning_rate": 0.02},
-        "conv_seq128": {"model.short_conv": 4, "data.sequence_length": 128, "train.batch_size": 16},
-        "conv_qkz": {"model.short_conv": 4, "model.qk_norm": True, "model.init": "zero_outputs"},
-        "conv_k512qkz": {
-            "model.short_conv": 4,
-            "model.key_dim": 512,
-            "model.qk_norm": True,
-            "model.init": "zero_outputs",
-        },
-        "conv_k512": {"model.short_conv": 4, "model.key_dim": 512},
-        "conv_slow": {"model.short_conv": 4, "model.decay_range": (0.0625, 0.001)},
-        "conv_none": {"model.short_conv": 4, "model.decay": "none"},
-        "conv_nohn": {
-            "model.short_conv": 4,
-            "model.qk_norm": True,
-            "model.init": "zero_outputs",
-            "model.head_norm": False,
-            "model.key_dim": 512,
-        },
-        "conv_heps1": {
-            "model.short_conv": 4,
-            "model.qk_norm": True,
-            "model.init": "zero_outputs",
-            "model.key_dim": 512,
-            "model.head_norm_epsilon": 1.0,
-        },
-        "conv_relu": {
-            "model.short_conv": 4,
-            "model.key_dim": 512,
-            "model.feature_map": "relu",
-            "model.head_norm_epsilon": 0.01,
-        },
-        "conv_sigm": {
-            "model.short_conv": 4,
-            "model.key_dim": 512,
-            "model.feature_map": "sigmoid",
-            "model.qk_norm": True,
-            "model.head_norm_epsilon": 0.01,
-        },
-        "conv_heps01": {
-            "model.short_conv": 4,
-            "model.key_dim": 512,
-            "model.qk_norm": True,
-            "model.init": "zero_outputs",
-            "model.head_norm_epsilon": 0.1,
-        },
-        "conv_seq128relu": {
-            "model.short_conv": 4,
-            "data.sequence_length": 128,
-            "train.batch_size": 16,
-            "model.head_norm_epsilon": 0.01,
-            "model.feature_map": "relu",
-        },
-        "conv_seq128k256relu": {
-            "model.short_conv": 4,
-            "data.sequence_length": 128,
-            "train.batch_size": 16,
-            "model.head_norm_epsilon": 0.01,
-            "model.feature_map": "relu",
-            "model.key_dim": 256,
-        },
-        "conv_seq64": {
-            "model.short_conv": 4,
-            "data.sequence_length": 64,
-            "train.batch_size": 32,
-            "model.head_norm_epsilon": 0.01,
-        },
-        "relu2": _WINDOWS_OF_128 | {"model.feature_map": "relu2"},
-        "relu_fast": _WINDOWS_OF_128 | {"model.decay_range": (0.125, 1 / 512)},
-        "relu_qk": _WINDOWS_OF_128 | {"model.qk_norm": True},
-        "relu_h2": _WINDOWS_OF_128 | {"model.n_heads": 2, "model.decay_range": (1 / 16, 1 / 512)},
-        "relu_k512": _WINDOWS_OF_128 | {"model.key_dim": 512},
-        "relu_lr2": _WINDOWS_OF_128 | {"optimizer.learning_rate": 0.02},
-        "relu_mulr6": _WINDOWS_OF_128 | {"optimizer.muon_learning_rate": 0.06},
-        "relu_none": _WINDOWS_OF_128 | {"model.feature_map": None},
+        "seq1024": _SEQ1024,
+        "conv_mulr2": _CONV | _muon_rate(0.02),
+        "conv_seq128": _CONV | _SEQ128,
+        "conv_qkz": _CONV | _QKZ,
+        "conv_k512qkz": _LONG_KEYS | _QKZ,
+        "conv_k512": _LONG_KEYS,
+        "conv_slow": _CONV | {"model.decay_range": (0.0625, 0.001)},
+        "conv_none": _CONV | {"model.decay": "none"},
+        "conv_nohn": _LONG_KEYS | _QKZ | {"model.head_norm": False},
+        "conv_heps1": _LONG_KEYS | _QKZ | {"model.head_norm_epsilon": 1.0},
+        "conv_relu": _LONG_KEYS | _EPSILON | {"model.feature_map": "relu"},
+        "conv_sigm": _LONG_KEYS
+        | _EPSILON
+        | {"model.feature_map": "sigmoid", "model.qk_norm": True},
+        "conv_heps01": _LONG_KEYS | _QKZ | {"model.head_norm_epsilon": 0.1},
+        "conv_seq128relu": _CONV | _SEQ128 | _EPSILON | {"model.feature_map": "relu"},
+        "conv_seq128k256relu": _RELU,
+        "conv_seq64": _CONV | _SEQ64 | _EPSILON,
+        "relu2": _RELU | {"model.feature_map": "relu2"},
+        "relu_fast": _RELU | {"model.decay_range": (0.125, 1 / 512)},
+        "relu_qk": _RELU | {"model.qk_norm": True},
+        "relu_h2": _RELU | {"model.n_heads": 2, "model.decay_range": (1 / 16, 1 / 512)},
+        "relu_k512": _RELU | {"model.key_dim": 512},
+        "relu_lr2": _RELU | _rate(0.02),
+        "relu_mulr6": _RELU | _muon_rate(0.06),
+        "relu_none": _RELU | {"model.feature_map": None},
+        "relu_lr4": _RELU | _rate(0.04),
+        "relu_lr8": _RELU | _rate(0.08),
+        "nope_lr6": _RELU | _NO_ROTATION | _rate(0.06),
+        "nope_k512_lr4": _RELU | _NO_ROTATION | _rate(0.04) | {"model.key_dim": 512},
     },
     "transformer": {
         "base": {},
-        "qkz": {"model.qk_norm": True, "model.init": "zero_outputs"},
-        "L4": {
-            "train.steps": 435,
-            "model.n_layers": 4,
-            "model.qk_norm": True,
-            "model.init": "zero_outputs",
-        },
-        "v1024": {
-            "train.steps": 1020,
-            "model.vocab_size": 1024,
-            "data.store": "data/stdlib_bpe1024_search",
-            "model.qk_norm": True,
-            "model.init": "zero_outputs",
-        },
-        "conv": {"model.qk_norm": True, "model.init": "zero_outputs", "model.short_conv": 4},
-        "mulr2": {
-            "model.qk_norm": True,
-            "model.init": "zero_outputs",
-            "optimizer.muon_learning_rate": 0.02,
-        },
-        "conv_mulr2": {
-            "model.short_conv": 4,
-            "model.qk_norm": True,
-            "model.init": "zero_outputs",
-            "optimizer.muon_learning_rate": 0.02,
-        },
-        "conv_h4": {
-            "model.short_conv": 4,
-            "model.qk_norm": True,
-            "model.init": "zero_outputs",
-            "model.n_heads": 4,
-        },
-        "conv_seq128": {
-            "model.short_conv": 4,
-            "model.qk_norm": True,
-            "model.init": "zero_outputs",
-            "data.sequence_length": 128,
-            "train.batch_size": 16,
-        },
-        "conv_lr2": {
-            "model.short_conv": 4,
-            "model.qk_norm": True,
-            "model.init": "zero_outputs",
-            "optimizer.learning_rate": 0.02,
-        },
-        "conv_seq512": {
-            "model.short_conv": 4,
-            "model.qk_norm": True,
-            "model.init": "zero_outputs",
-            "data.sequence_length": 512,
-            "train.batch_size": 4,
-        },
-        "conv_qk": {"model.short_conv": 4, "model.qk_norm": True},
-        "conv_modern": {
-            "model.short_conv": 4,
-            "model.qk_norm": True,
-            "model.init": "zero_outputs",
-            "model.norm": "rms",
-            "model.ffn": "swiglu",
-            "model.ffn_dim": 341,
-        },
-        "conv_zero": {"model.short_conv": 4, "model.init": "zero_outputs"},
-        "conv_h1": {
-            "model.short_conv": 4,
-            "model.qk_norm": True,
-            "model.init": "zero_outputs",
-            "model.n_heads": 1,
-        },
-        "conv_v1024": {
-            "train.steps": 1020,
-            "model.short_conv": 4,
-            "model.vocab_size": 1024,
-            "data.store": "data/stdlib_bpe1024_search",
-            "model.qk_norm": True,
-            "model.init": "zero_outputs",
-        },
+        "qkz": _QKZ,
+        "L4": _QKZ | {"train.steps": 435, "model.n_layers": 4},
+        "v1024": _QKZ | _WORDS1024,
+        "conv": _QKZ | _CONV,
+        "mulr2": _QKZ | _muon_rate(0.02),
+        "conv_mulr2": _QKZ | _CONV | _muon_rate(0.02),
+        "conv_h4": _QKZ | _CONV | {"model.n_heads": 4},
+        "conv_seq128": _QKZ | _CONV | _SEQ128,
+        "conv_lr2": _QKZ | _CONV | _rate(0.02),
+        "conv_seq512": _QKZ | _CONV | _SEQ512,
+        "conv_qk": _CONV | {"model.qk_norm": True},
+        "conv_modern": _QKZ
+        | _CONV
+        | {"model.norm": "rms", "model.ffn": "swiglu", "model.ffn_dim": 341},
+        "conv_zero": _CONV | {"model.init": "zero_outputs"},
+        "conv_h1": _QKZ | _CONV | {"model.n_heads": 1},
+        "conv_v1024": _QKZ | _CONV | _WORDS1024,
+        "seq512_lr2": _COPYING | _rate(0.02),
+        "seq512_lr4": _COPYING | _rate(0.04),
+        "seq512_lr6": _COPYING | _rate(0.06),
+        "nope": _COPYING | _NO_ROTATION,
+        "nope_lr2": _COPYING | _NO_ROTATION | _rate(0.02),
+        "nope_lr4": _COPYING | _NO_ROTATION | _rate(0.04),
+        "seq512_h1": _COPYING | {"model.n_heads": 1},
+        "seq512_h1_lr2": _COPYING | {"model.n_heads": 1} | _rate(0.02),
+        "seq1024": _COPYING | _SEQ1024,
+        "seq1024_lr2": _COPYING | _SEQ1024 | _rate(0.02),
+        "seq1024_lr4": _COPYING | _SEQ1024 | _rate(0.04),
+        "seq512_mulr6_lr2": _COPYING | _muon_rate(0.06) | _rate(0.02),
+        "seq512_mulr2_lr2": _COPYING | _muon_rate(0.02) | _rate(0.02),
+        "seq512_k256": _COPYING | {"model.key_dim": 256, "model.value_dim": 256},
+        "seq512_k256_lr2": _COPYING | {"model.key_dim": 256, "model.value_dim": 256} | _rate(0.02),
+        "seq512_qk_lr2": _COPYING | {"model.init": "scaled"} | _rate(0.02),
+        "seq512_rms_lr2": _COPYING | {"model.norm": "rms"} | _rate(0.02),
+        "seq512_batch2_lr2": _COPYING | {"train.steps": 1200, "train.batch_size": 2} | _rate(0.02),
+        "seq512_ffn768_lr2": _COPYING | {"model.ffn_dim": 768} | _rate(0.02),
     },
 }
 

@@ -179,12 +179,31 @@ def test_no_logit_depends_on_a_later_token(name):
         assert reached == set(row[0, : n + 1].tolist())
 
 
-@pytest.mark.compiles(95, reason="a model outside of jit; 91 where no test ran before")
-def test_full_cache_is_nan_inside_jit_and_grows_outside():
-    model, row = make("transformer"), tokens(1, 4)
+@pytest.mark.parametrize("name", MODELS)
+def test_without_rotation_and_decay_the_order_of_earlier_tokens_does_not_matter(name):
+    decay = "none" if name == "retnet" else SMALL.decay
+    model = make(name, rotation="none", decay=decay, n_layers=1)
+    row = np.concatenate([tokens(1, 12), tokens(1, 12)[:, ::-1]])
+    last = np.full((2, 1), 7, np.int32)
+    logits, state = run(model, np.concatenate([row, last], axis=1))
+    assert_close(logits[0, -1], logits[1, -1])
+    assert np.abs(logits[0, 3] - logits[1, 3]).max() > 0.1
+    stepped, _ = run(model, last, run(model, row, model.init_state(2, capacity=13))[1])
+    assert_close(stepped, logits[:, -1:])
+
+
+@pytest.mark.parametrize("rotation", ["rope", "none"])
+def test_full_cache_is_nan_inside_jit(rotation):
+    model, row = make("transformer", rotation=rotation), tokens(1, 4)
     _, state = run(model, row)
     inside, _ = run(model, row[:, :1], state)
     assert np.isnan(inside).all()
+
+
+@pytest.mark.compiles(90, reason="a model outside of jit; 78 where no test ran before")
+def test_full_cache_grows_outside_of_jit():
+    model, row = make("transformer", rotation="none", norm="rms"), tokens(1, 4)
+    _, state = run(model, row)
     outside, _ = model(jnp.asarray(row[:, :1]), state)
     again = np.concatenate([row, row[:, :1]], axis=1)
     assert_close(outside, np.asarray(run(model, again)[0])[:, -1:])

@@ -127,7 +127,7 @@ class AttentionSettings:
 class AttentionContext(NamedTuple):
     """Arrays that all layers with the same settings share, and what writes their caches."""
 
-    turn: Rotation | None
+    turn: Rotation
     documents: SplitDocuments | None  # for convolutions; None: each row is one document
     attend: Callable  # (q, k, v, cache) -> y, named "retention" for jax.checkpoint
     write: Callable  # (cache, new keys and values) -> cache

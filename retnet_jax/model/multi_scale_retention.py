@@ -37,7 +37,7 @@ from retnet_jax.shapes import (
 class RetentionContext(NamedTuple):
     """Arrays that all layers share: they depend only on positions and documents."""
 
-    turn: Rotation | None
+    turn: Rotation
     log_decay: LogDecay
     row_scale: Float[Array, "b t h"] | None  # None: outputs are not scaled by position
     documents: SplitDocuments | None  # None: each row is one document

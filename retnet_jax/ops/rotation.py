@@ -15,8 +15,8 @@ from retnet_jax.shapes import Array, Float, Int
 class Rotation(NamedTuple):
     """Rotation of each position: x cos + partner(x) sin, where partner swaps the two of a pair."""
 
-    cos: Float[Array, "b t k"]
-    sin: Float[Array, "b t k"]  # negative for the first of a pair
+    cos: Float[Array, "b t #k"]
+    sin: Float[Array, "b t #k"]  # negative for the first of a pair
 
 
 # Below this position angles are float32 products of position and frequency, off by at most
@@ -32,11 +32,11 @@ def rotation(
     dtype: str = "float32",
     longest: int | None = None,
     base: float = 10_000.0,
-) -> Rotation | None:
+) -> Rotation:
     """The rotation by the angles position * base^-e, with k/2 exponents e for a head of width k.
 
     "rope": e = 2i/k (arXiv 2104.09864). "torchscale": e = i/(k/2 - 1), from 0 to 1 inclusive.
-    "none": there is no rotation, and None is returned.
+    "none": there is no rotation, and all cos are 1, with one column for all of a head.
 
     Float32 angles are off by at most 0.001 rad at positions below `FLOAT_POSITIONS`, and by 3e-7
     from there to 2^31 - 1, the last position possible. Float64 angles are off by 1e-6 there.
@@ -50,7 +50,8 @@ def rotation(
       base: Base of the angles, greater than 0.
     """
     if convention == "none":
-        return None
+        one = jnp.ones((*positions.shape, 1), dtype)
+        return Rotation(one, jnp.zeros_like(one))
     pairs = head_width // 2
     exponents = np.arange(pairs) / pairs if convention == "rope" else np.linspace(0, 1, pairs)
     frequencies = base**-exponents
@@ -85,14 +86,14 @@ _TWO_PI = Fraction("6.283185307179586476925286766559")
 
 
 def rotate(
-    x: Float[Array, "b t h k"], turn: Rotation | None, convention: str, scale: float = 1.0
+    x: Float[Array, "b t h k"], turn: Rotation, convention: str, scale: float = 1.0
 ) -> Float[Array, "b t h k"]:
     """Rotates each pair by its angle: "rope" (x_i, x_{i + k/2}), "torchscale" (x_2i, x_{2i + 1}).
 
-    The result is multiplied by `scale`. Angles are not differentiated. `turn=None` rotates nothing.
+    "none" rotates nothing. The result is multiplied by `scale`. Angles are not differentiated.
     """
-    if turn is None:
-        return x * scale
+    if convention == "none":
+        return (x * (scale * jax.lax.stop_gradient(turn.cos)[:, :, None])).astype(x.dtype)
     return _rotate(convention, scale, x, *jax.lax.stop_gradient(turn))
 
 
