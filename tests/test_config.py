@@ -132,7 +132,7 @@ NAN, INF = float("nan"), float("inf")
         (ModelConfig(mixer="retentoin"), "mixer='retentoin' is not one of 'retention'"),
         (ModelConfig(dtype="float16"), "dtype='float16' is not one of"),
         (ModelConfig(ffn="geglue"), "ffn='geglue' is not one of 'relu', 'gelu'"),
-        (ModelConfig(rotation="xpos"), "rotation='xpos' is not one of 'rope', 'torchscale', 'none'"),
+        (ModelConfig(rotation="xpos"), "rotation='xpos' is not one of 'rope', "),
         (ModelConfig(ffn_norm="group"), "ffn_norm='group' is not one of"),
         (ModelConfig(score_clamp="yes"), "score_clamp='yes' is not one of"),
         (ModelConfig(head_norm_scale=True), "head_norm_scale=True is for model.norm='rms'"),

@@ -185,7 +185,7 @@ def test_without_rotation_and_decay_the_order_of_earlier_tokens_does_not_matter(
     model = make(name, rotation="none", decay=decay, n_layers=1)
     row = np.concatenate([tokens(1, 12), tokens(1, 12)[:, ::-1]])
     last = np.full((2, 1), 7, np.int32)
-    logits, state = run(model, np.concatenate([row, last], axis=1))
+    logits, _ = run(model, np.concatenate([row, last], axis=1))
     assert_close(logits[0, -1], logits[1, -1])
     assert np.abs(logits[0, 3] - logits[1, 3]).max() > 0.1
     stepped, _ = run(model, last, run(model, row, model.init_state(2, capacity=13))[1])
