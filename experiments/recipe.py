@@ -103,6 +103,10 @@ SEARCH: dict[str, dict[str, dict[str, Any]]] = {
         "relu_lr8": _RELU | _rate(0.08),
         "nope_lr6": _RELU | _NO_ROTATION | _rate(0.06),
         "nope_k512_lr4": _RELU | _NO_ROTATION | _rate(0.04) | {"model.key_dim": 512},
+        "nope_k512_v128_lr4": _RELU
+        | _NO_ROTATION
+        | _rate(0.04)
+        | {"model.key_dim": 512, "model.value_dim": 128},
     },
     "transformer": {
         "base": {},
@@ -124,6 +128,7 @@ SEARCH: dict[str, dict[str, dict[str, Any]]] = {
         "conv_h1": _QKZ | _CONV | {"model.n_heads": 1},
         "conv_v1024": _QKZ | _CONV | _WORDS1024,
         "seq512_lr2": _COPYING | _rate(0.02),
+        "seq512_lr3": _COPYING | _rate(0.03),
         "seq512_lr4": _COPYING | _rate(0.04),
         "seq512_lr6": _COPYING | _rate(0.06),
         "nope": _COPYING | _NO_ROTATION,
