@@ -103,6 +103,10 @@ SEARCH: dict[str, dict[str, dict[str, Any]]] = {
         "relu_lr8": _RELU | _rate(0.08),
         "nope_lr6": _RELU | _NO_ROTATION | _rate(0.06),
         "nope_k512_lr4": _RELU | _NO_ROTATION | _rate(0.04) | {"model.key_dim": 512},
+        "nope_k512_heps0001_lr4": _RELU
+        | _NO_ROTATION
+        | _rate(0.04)
+        | {"model.key_dim": 512, "model.head_norm_epsilon": 1e-4},
         "nope_k512_v128_lr4": _RELU
         | _NO_ROTATION
         | _rate(0.04)
@@ -136,6 +140,7 @@ SEARCH: dict[str, dict[str, dict[str, Any]]] = {
         "nope_lr4": _COPYING | _NO_ROTATION | _rate(0.04),
         "seq512_h1": _COPYING | {"model.n_heads": 1},
         "seq512_h1_lr2": _COPYING | {"model.n_heads": 1} | _rate(0.02),
+        "nope_h1_lr2": _COPYING | _NO_ROTATION | {"model.n_heads": 1} | _rate(0.02),
         "seq1024": _COPYING | _SEQ1024,
         "seq1024_lr2": _COPYING | _SEQ1024 | _rate(0.02),
         "seq1024_lr4": _COPYING | _SEQ1024 | _rate(0.04),
