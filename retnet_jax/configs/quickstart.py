@@ -21,10 +21,10 @@ def get_config(architecture: str = "retnet") -> Config:
     """The RetNet, or with "transformer" its twin with about as many parameters.
 
     Both recipes are the best of a search with the same number of runs for each
-    (`experiments/recipe.py`). Added to the paper's RetNet are keys of twice the width, short
-    convolutions, relu of queries and keys, and an epsilon of the heads' norm; to the usual
-    Transformer short convolutions, a norm of queries and keys, and output projections that begin at
-    0. A step has 2,048 tokens for both.
+    (`experiments/recipe.py`). The paper's RetNet has no short convolutions, no relu of queries and
+    keys, an epsilon of 1e-6 in the heads' norm, a rotation, and keys of a quarter of the width. The
+    usual Transformer has no short convolutions, no norm of queries and keys, and output projections
+    that do not begin at 0. A step has 2,048 tokens for both.
     """
     model = ModelConfig(
         vocab_size=4096,
@@ -32,17 +32,19 @@ def get_config(architecture: str = "retnet") -> Config:
         n_layers=2,
         n_heads=4,
         decay_range=(1 / 2, 1 / 512),
-        key_dim=256,
+        key_dim=512,
         short_conv=4,
         feature_map="relu",
-        head_norm_epsilon=0.01,
+        rotation="none",
+        head_norm_epsilon=1e-4,
         tie_embeddings=True,
     )
-    length, rows = 128, 16
+    length, rows, learning_rate = 128, 16, 0.04
     if architecture != "retnet":
         twin = dataclasses.replace(model, short_conv=None).built_as(architecture, n_heads=2)
-        model = dataclasses.replace(twin, short_conv=4, qk_norm=True, init="zero_outputs")
-        length, rows = 512, 4
+        changes = {"short_conv": 4, "qk_norm": True, "init": "zero_outputs", "rotation": "rope"}
+        model = dataclasses.replace(twin, **changes)
+        length, rows, learning_rate = 512, 4, 0.02
     return Config(
         model=model,
         data=DataConfig(
@@ -53,7 +55,7 @@ def get_config(architecture: str = "retnet") -> Config:
         ),
         optimizer=OptimizerConfig(
             name="muon",
-            learning_rate=0.01,
+            learning_rate=learning_rate,
             muon_learning_rate=0.04,
             beta2=0.95,
             weight_decay=0.0,
@@ -63,7 +65,7 @@ def get_config(architecture: str = "retnet") -> Config:
             decay_share=0.5,
         ),
         train=TrainConfig(
-            steps=1900,
+            steps=1300,
             batch_size=rows,
             log_every=25,
             eval_every=500,
