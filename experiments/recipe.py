@@ -110,7 +110,8 @@ SEARCH: dict[str, dict[str, dict[str, Any]]] = {
         "nope_k512_carry": _RELU
         | _NO_ROTATION
         | _rate(0.04)
-        | {"model.key_dim": 512, "model.head_norm_epsilon": 1e-4, "train.carry_state": True},
+        | {"model.key_dim": 512, "model.head_norm_epsilon": 1e-4}
+        | {"data.windows": "contiguous", "train.carry_state": True},
         "nope_k512_v128_lr4": _RELU
         | _NO_ROTATION
         | _rate(0.04)
