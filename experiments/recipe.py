@@ -112,6 +112,11 @@ SEARCH: dict[str, dict[str, dict[str, Any]]] = {
         | _rate(0.04)
         | {"model.key_dim": 512, "model.head_norm_epsilon": 1e-4}
         | {"data.windows": "contiguous", "train.carry_state": True},
+        "nope_k512_seq256": _RELU
+        | _NO_ROTATION
+        | _rate(0.04)
+        | {"model.key_dim": 512, "model.head_norm_epsilon": 1e-4}
+        | {"data.sequence_length": 256, "train.batch_size": 8},
         "nope_k512_v128_lr4": _RELU
         | _NO_ROTATION
         | _rate(0.04)
@@ -146,6 +151,8 @@ SEARCH: dict[str, dict[str, dict[str, Any]]] = {
         "seq512_h1": _COPYING | {"model.n_heads": 1},
         "seq512_h1_lr2": _COPYING | {"model.n_heads": 1} | _rate(0.02),
         "nope_h1_lr2": _COPYING | _NO_ROTATION | {"model.n_heads": 1} | _rate(0.02),
+        "nope_seq1024_lr2": _COPYING | _NO_ROTATION | _SEQ1024 | _rate(0.02),
+        "seq512_mulr6": _COPYING | _muon_rate(0.06),
         "seq1024": _COPYING | _SEQ1024,
         "seq1024_lr2": _COPYING | _SEQ1024 | _rate(0.02),
         "seq1024_lr4": _COPYING | _SEQ1024 | _rate(0.04),
