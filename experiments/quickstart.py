@@ -70,12 +70,12 @@ def report(budget: str, records: Records) -> str:
         "bits per byte",
         ("run", "window", "stateful", "std. error", "xz -9", "of xz", "window, apart", "skipped"),
     )
-    for name, record in records.items():
+    for record in sorted(records.values(), key=lambda x: (x["seed"], x["name"])):
         part = record["held_out"]
-        best = part.get("stateful", part["window"])
+        best = part[_better_protocol(part)]
         xz = part["compressors"]["xz -9"]
         found.add(
-            name,
+            record["name"],
             f"{part['window']['bits_per_byte']:.4f}",
             f"{part['stateful']['bits_per_byte']:.4f}" if "stateful" in part else "",
             plus_minus(best["standard_error"]),
@@ -88,18 +88,36 @@ def report(budget: str, records: Records) -> str:
 
 
 def _differences(records: Records) -> Table:
-    """RetNet minus Transformer in the same windows, with the error over documents."""
-    table = Table("RetNet minus Transformer, windows", ("seed", "bits/byte", "std. error"))
+    """RetNet minus Transformer on the same documents, with the error over documents.
+
+    In windows of their training lengths, and each in the better of its protocols.
+    """
+    table = Table(
+        "RetNet minus Transformer, bits per byte",
+        ("seed", "windows", "std. error", "better protocol", "std. error"),
+    )
     for seed in sorted({record["seed"] for record in records.values()}):
         pair = [records.get(f"{architecture}_{seed}") for architecture in ARCHITECTURES]
         if None in pair:
             continue
-        one, other = (np.array(x["held_out"]["window"]["bits"]) for x in pair)
-        byte_counts = np.array(pair[0]["held_out"]["bytes"])
-        mean = (one - other).sum() / byte_counts.sum()
-        error = ratio_standard_error(one - other, byte_counts)
-        table.add(str(seed), f"{mean:+.4f}", plus_minus(error))
+        parts = [record["held_out"] for record in pair]
+        byte_counts = np.array(parts[0]["bytes"])
+        cells = []
+        for protocols in (["window"] * 2, [_better_protocol(part) for part in parts]):
+            one, other = (
+                np.array(part[protocol]["bits"])
+                for part, protocol in zip(parts, protocols, strict=True)
+            )
+            mean = (one - other).sum() / byte_counts.sum()
+            error = ratio_standard_error(one - other, byte_counts)
+            cells += [f"{mean:+.4f}", plus_minus(error)]
+        table.add(str(seed), *cells)
     return table
+
+
+def _better_protocol(part: dict[str, Any]) -> str:
+    found = [name for name in ("window", "stateful") if name in part]
+    return min(found, key=lambda name: part[name]["bits_per_byte"])
 
 
 if __name__ == "__main__":
