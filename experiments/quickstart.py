@@ -36,19 +36,19 @@ def runs(budget: str, records: Records) -> list[Run]:
             if budget == "small":
                 config.train.steps = 2 * config.optimizer.warmup_steps
             about = {"architecture": architecture, "seed": seed}
-            found.append(Run(f"{architecture}_{seed}", config, about, _measure(config)))
+            found.append(Run(f"{architecture}_{seed}", config, about, _measure(config, budget)))
     return found
 
 
-def _measure(config: Config):
+def _measure(config: Config, budget: str):
     """Measures a trained model on the held-out documents."""
 
     def measure(result: TrainResult) -> dict[str, Any]:
         store, length = open_store(config.data.store), config.data.sequence_length
         others = does_not_match(config.data.apart)
         parts = {
-            "held_out": chosen_documents(store, others),
-            "apart": chosen_documents(store, lambda name: not others(name)),
+            "held_out": chosen_documents(store, others, budget),
+            "apart": chosen_documents(store, lambda name: not others(name), budget),
         }
         found: dict[str, Any] = {}
         for name, chosen in parts.items():
