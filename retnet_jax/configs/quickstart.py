@@ -44,7 +44,7 @@ def get_config(architecture: str = "retnet") -> Config:
         twin = dataclasses.replace(model, short_conv=None).built_as(architecture, n_heads=2)
         changes = {"short_conv": 4, "qk_norm": True, "init": "zero_outputs", "rotation": "rope"}
         model = dataclasses.replace(twin, **changes)
-        length, rows, learning_rate = 512, 4, 0.02
+        length, rows, learning_rate = 512, 4, 0.03
     return Config(
         model=model,
         data=DataConfig(
