@@ -117,6 +117,15 @@ SEARCH: dict[str, dict[str, dict[str, Any]]] = {
         | _rate(0.04)
         | {"model.key_dim": 512, "model.head_norm_epsilon": 1e-4}
         | {"data.sequence_length": 256, "train.batch_size": 8},
+        "nope_k512_seq64": _RELU
+        | _NO_ROTATION
+        | _rate(0.04)
+        | {"model.key_dim": 512, "model.head_norm_epsilon": 1e-4}
+        | _SEQ64,
+        "nope_k512_decay8": _RELU
+        | _NO_ROTATION
+        | _rate(0.04)
+        | {"model.key_dim": 512, "model.head_norm_epsilon": 1e-4, "optimizer.decay_share": 0.8},
         "nope_k512_v128_lr4": _RELU
         | _NO_ROTATION
         | _rate(0.04)
@@ -150,6 +159,7 @@ SEARCH: dict[str, dict[str, dict[str, Any]]] = {
         "nope_lr4": _COPYING | _NO_ROTATION | _rate(0.04),
         "seq512_h1": _COPYING | {"model.n_heads": 1},
         "seq512_h1_lr2": _COPYING | {"model.n_heads": 1} | _rate(0.02),
+        "seq512_decay8_lr3": _COPYING | _rate(0.03) | {"optimizer.decay_share": 0.8},
         "nope_h1_lr2": _COPYING | _NO_ROTATION | {"model.n_heads": 1} | _rate(0.02),
         "nope_seq1024_lr2": _COPYING | _NO_ROTATION | _SEQ1024 | _rate(0.02),
         "seq512_mulr6": _COPYING | _muon_rate(0.06),
