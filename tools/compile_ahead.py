@@ -11,8 +11,9 @@ windows. --save=FILE saves the compiled step, with which train.py --compiled=FIL
 libtpu; for GPUs an error message names the packages.
 
 Times are lower bounds from data sheets: FLOPs divided by the peak, and received bytes divided by
-the speed of the links. For TPUs there is also the compiler's estimate, which leaves out messages.
-The best MFU assumes that computation and messages overlap fully.
+the speed of the links. For TPUs there is also the compiler's estimate, which leaves out messages
+and is no bound: in the one comparison with a measurement it was 1.14 times as long
+(docs/many_devices.md). The MFU assumes that computation and messages overlap fully.
 
 --fit=N compiles the N most promising ways to run the config, which differ in mesh, micro-batches
 and recomputation in the backward pass. Those that fit into memory are ranked by tokens per second;

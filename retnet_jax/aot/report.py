@@ -1,4 +1,4 @@
-"""The costs of a compiled step: memory, FLOPs, messages, and a lower bound on its time."""
+"""The costs of a compiled step: memory, FLOPs, messages, and estimates of its time."""
 
 import math
 from collections.abc import Sequence
@@ -46,7 +46,10 @@ class Report:
 
     @property
     def step_seconds(self) -> float | None:
-        """A lower bound on the time of a step, with computation and messages fully overlapped."""
+        """Estimated time of a step, with computation and messages fully overlapped.
+
+        A lower bound where the compiler has no estimate of its own.
+        """
         if self.compute_seconds is None or self.message_seconds is None:
             return None
         return max(self.estimated_seconds or self.compute_seconds, self.message_seconds)
@@ -110,18 +113,18 @@ class Report:
 
     def _times(self) -> list[str]:
         if self.step_seconds is None:
-            return [f"no lower bounds on time: there is no data sheet for {self.device!r}"]
+            return [f"no estimate of the time: there is no data sheet for {self.device!r}"]
         estimate = "none"
         if self.estimated_seconds is not None:
             estimate = f"{self.estimated_seconds:.3f}"
         speed = self.tokens / self.step_seconds
         return [
-            "lower bounds on the time of a step, seconds",
+            "estimated time of a step, seconds",
             f"  matrix products at the peak       {self.compute_seconds:9.3f}",
             f"  messages at the links' speed      {self.message_seconds:9.3f}",
             f"  Pallas kernels at their roofline  {self.kernel_seconds:9.3f}",
             f"  compiler's estimate, with kernels {estimate:>9}",
-            f"at best {self.step_seconds:.3f} s, MFU {self.mfu:.1%}, {speed:,.0f} tokens/s",
+            f"together {self.step_seconds:.3f} s, MFU {self.mfu:.1%}, {speed:,.0f} tokens/s",
         ]
 
 
