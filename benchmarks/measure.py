@@ -79,11 +79,6 @@ def memory(name):
 
 def provenance() -> dict[str, str]:
     """Date, device, versions and commit, which are recorded with all results."""
-    try:
-        command = ["git", "describe", "--always", "--dirty"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    except FileNotFoundError:  # git is not installed
-        commit = ""
     device = jax.devices()[0]
     processor = device.device_kind
     if device.platform == "cpu":
@@ -94,8 +89,18 @@ def provenance() -> dict[str, str]:
         "device": processor,
         "jax": jax.__version__,
         "python": platform.python_version(),
-        "commit": commit or "unknown",
+        "commit": current_commit(),
     }
+
+
+def current_commit() -> str:
+    """The commit of the code, "-dirty" if files were changed since; "unknown" without git."""
+    try:
+        command = ["git", "describe", "--always", "--dirty"]
+        found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:  # git is not installed
+        found = ""
+    return found or "unknown"
 
 
 def write_results(name: str, results: dict[str, Any]) -> Path:

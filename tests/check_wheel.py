@@ -28,6 +28,7 @@ def main() -> None:
     assert not list(here.iterdir()), f"{here} is not empty"
     installed = Path(retnet_jax.__file__)
     assert Path(sys.prefix) in installed.parents, f"{installed} is not the wheel's"
+    assert (installed.parent / "ops/retention/mosaic_gpu/tuned.json").exists()
     heavy = {"orbax.checkpoint", "grain", "jax"} & set(sys.modules)
     assert not heavy, f"`import retnet_jax` imports {heavy}"
 

@@ -5,6 +5,7 @@
     python -m benchmarks.accelerator --tiny          # small shapes, to test the script
     python -m benchmarks.accelerator --resume        # continues a run that was out of time
     python -m benchmarks.accelerator --plot_only     # only tables and plots, from the JSON
+    python -m benchmarks.accelerator --sweep         # only the fastest tilings of Hopper kernels
 
 It runs on the first device of jax, and writes `accelerator.json`, `.md` (the tables) and `.png` to
 `benchmarks/results/`, or beside `--output=FILE.json`. It needs jax, flax and optax; for comparisons
@@ -19,6 +20,7 @@ also torch and fla, and for plots matplotlib.
     report.py     tables and goals, and plots.py: plots, from the JSON
     sections.py   the sections; cases.py: measures case by case and writes the JSON
     supervisor.py runs each section in a process, within the time
+    sweep.py      the tilings of the Hopper kernels, and the table of the fastest
 
 How it measures. Times of kernels are device times: one program computes two independent sets of
 inputs, each larger than the caches; a few such programs are enqueued, and the host waits once. The

@@ -93,8 +93,16 @@ class Results:
         os.replace(unfinished, self.path)
 
 
-def run(results: Results, section: str, cases: Iterable[Case], deadline: float) -> None:
+def run(
+    results: Results,
+    section: str,
+    cases: Iterable[Case],
+    deadline: float,
+    finished: Callable[[Case], None] = lambda case: None,
+) -> None:
     """Measures the cases without a record, until the deadline (seconds since 1970).
+
+    `finished` is called after each measured case, when its record is in the file.
 
     Raises:
       BrokenDeviceError: if the other cases must be measured in a new process.
@@ -112,6 +120,7 @@ def run(results: Results, section: str, cases: Iterable[Case], deadline: float) 
         record, broken = _measured(case)
         results.finish(section, case.name, record | {"took_seconds": time.time() - begin})
         print(f"{section}: {case.name}: {_shown(record)}", flush=True)
+        finished(case)
         if broken:
             raise BrokenDeviceError(case.name)
 

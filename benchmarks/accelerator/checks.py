@@ -2,7 +2,7 @@
 
 Each case has random q, k and v, a state before the first token, and cotangents of the outputs and
 of the state after the last token. Its record has the largest |x - r| over the largest |r| of each
-of the two results and five gradients, and fails if one is not finite or above `_TOLERANCE`.
+of the two results and five gradients, and fails if one is not finite or above `TOLERANCE`.
 The random numbers have mean 1/2, because sums of numbers with mean 0 cancel.
 """
 
@@ -18,7 +18,7 @@ from benchmarks.accelerator.timing import on_cpu
 from retnet_jax.ops.retention import log_decay, retention
 from retnet_jax.ops.retention.api import KERNELS
 
-_TOLERANCE = 2e-2  # for operands in bfloat16, as in the tests
+TOLERANCE = 2e-2  # for operands in bfloat16, as in the tests
 _NAMES = ("y", "after", "d_q", "d_k", "d_v", "d_log_decay", "d_state")
 
 # Rows, length, heads, widths of keys and values, and the lengths of each row's documents;
@@ -57,7 +57,7 @@ def compare(
     }
     shown = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
     worst = float(np.max(list(errors.values())))  # Python's max could miss a NaN
-    assert worst <= _TOLERANCE, f"{kernel} differs from XLA by more than {_TOLERANCE}: {shown}"
+    assert worst <= TOLERANCE, f"{kernel} differs from XLA by more than {TOLERANCE}: {shown}"
     return {"largest_error": worst, **errors}
 
 

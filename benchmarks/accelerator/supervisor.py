@@ -13,6 +13,7 @@ from benchmarks.accelerator.sections import BROKEN, SECTIONS
 ROOT = Path(__file__).parents[2]
 # Seconds for one case, including compilation and, in the kernels, fla's tuning.
 _PATIENCE = {"checks": 45, "limits": 45, "kernels": 90, "training": 150, "decoding": 150}
+_PATIENCE["sweep"] = 45
 _MEMORY_SECONDS = 2  # until the memory of a killed process is free
 
 
@@ -28,9 +29,13 @@ def run(sections: list[str], output: Path, seconds: float, options: list[str]) -
     end = time.time() + seconds
     for i, section in enumerate(sections):
         share = SECTIONS[section] / sum(SECTIONS[name] for name in sections[i:])
-        deadline = time.time() + share * (end - time.time())
-        while not _ended(section, output, deadline, options):
-            pass
+        run_section(section, output, time.time() + share * (end - time.time()), options)
+
+
+def run_section(section: str, output: Path, deadline: float, options: list[str]) -> None:
+    """Measures a section until the deadline (seconds since 1970); restarts processes that end."""
+    while not _ended(section, output, deadline, options):
+        pass
 
 
 def _ended(section: str, output: Path, deadline: float, options: list[str]) -> bool:

@@ -45,7 +45,8 @@ states that segments leave when they begin empty; their decayed sums are the sta
 segments begin (retention is linear in the state). It reads only k and v and takes half the FLOPs.
 
 `entry.py` has the function and its gradient, `walk.py` and `scores.py` a kernel each, `tiling.py`
-the division of the work, `memory.py` helpers of both kernels.
+the division of the work, `tuned.py` the choice of a tiling for a device, `memory.py` helpers of
+both kernels.
 """
 
 from retnet_jax.ops.retention.mosaic_gpu.entry import chunkwise, unsupported

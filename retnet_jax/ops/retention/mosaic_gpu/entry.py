@@ -11,6 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from retnet_jax.ops.retention.decay import decay_gradient, power_of_decay
 from retnet_jax.ops.retention.document_index import Chunks, Documents, one_document
+from retnet_jax.ops.retention.mosaic_gpu import tuned
 from retnet_jax.ops.retention.mosaic_gpu.memory import TILE, TOKENS
 from retnet_jax.ops.retention.mosaic_gpu.scores import decayed_scores
 from retnet_jax.ops.retention.mosaic_gpu.tiling import Tiling
@@ -83,8 +84,8 @@ def _retention(q, k, v, log_decay, state, documents):
 
 def _forward(q, k, v, log_decay, state, documents):
     chunks = _chunks(documents, *q.shape[:2])
-    scores = decayed_scores(q, k, log_decay, chunks)
-    y, after = _recurrence(q, k, v, scores, log_decay, chunks, state.swapaxes(2, 3))
+    scores = _scores(q, k, log_decay, chunks)
+    y, after = recurrence(q, k, v, scores, log_decay, chunks, state.swapaxes(2, 3))
     after = after.swapaxes(2, 3)
     return (y, after), (q, k, v, log_decay, state, documents, after)
 
@@ -93,11 +94,11 @@ def _backward(saved, cotangents):
     q, k, v, log_decay, state, documents, after = saved
     d_y, d_after = cotangents
     chunks = _chunks(documents, *q.shape[:2])
-    backwards = partial(_recurrence, log_decay=log_decay, chunks=chunks, reverse=True)
-    scores = decayed_scores(d_y, v, log_decay, chunks)
-    d_q, _ = _recurrence(d_y, v, k, scores, log_decay, chunks, state)
+    backwards = partial(recurrence, log_decay=log_decay, chunks=chunks, reverse=True)
+    scores = _scores(d_y, v, log_decay, chunks)
+    d_q, _ = recurrence(d_y, v, k, scores, log_decay, chunks, state)
     d_k, d_state = backwards(v, d_y, q, scores, state=d_after)
-    scores = decayed_scores(q, k, log_decay, chunks)
+    scores = _scores(q, k, log_decay, chunks)
     d_v, _ = backwards(k, q, d_y, scores, state=d_after.swapaxes(2, 3))
     d_log_decay = decay_gradient(q, d_q, k, d_k, after, d_after, documents)
     return d_q, d_k, d_v, d_log_decay, d_state, None
@@ -106,11 +107,18 @@ def _backward(saved, cotangents):
 _retention.defvjp(_forward, _backward)
 
 
+def _scores(
+    q: Float[Array, "b t h a"], k: Float[Array, "b t h a"], log_decay: LogDecay, chunks: Chunks
+) -> Float[Array, "b h n l m"]:
+    stages = tuned.stages(tuned.Scores(q.shape[3], q.shape[1]))
+    return decayed_scores(q, k, log_decay, chunks, stages)
+
+
 def _chunks(documents: Documents | None, rows: int, length: int) -> Chunks:
     return (one_document(rows, length) if documents is None else documents).chunks(TOKENS)
 
 
-def _recurrence(
+def recurrence(
     q: Float[Array, "b t h a"],
     k: Float[Array, "b t h a"],
     v: Float[Array, "b t h c"],
@@ -119,13 +127,20 @@ def _recurrence(
     chunks: Chunks,
     state: Float[Array, "b h c a"],
     reverse: bool = False,
+    tiling: Tiling | None = None,
 ) -> tuple[Float[Array, "b t h c"], Float[Array, "b h c a"]]:
-    """`walk_segments` for whole rows, or for segments that each begin with their own state."""
-    b, _, h, contracted = q.shape
+    """`walk_segments` for whole rows, or for segments that each begin with their own state.
+
+    `tiling=None` is the one to use on this device; `tuned` chooses it.
+    """
+    b, t, h, contracted = q.shape
     written = v.shape[3]
-    tiling = Tiling.of(contracted, written)
+    if tiling is None:
+        tiling = tuned.tiling(tuned.Walk(contracted, written, t, reverse))
     n_chunks = chunks.count.shape[1]
-    length = _segment_length(b * h * pl.cdiv(written, tiling.rows), n_chunks)
+    # Sums depend on the segments, so these do not depend on the table of tilings.
+    ctas = b * h * pl.cdiv(written, Tiling.of(contracted, written).rows)
+    length = _segment_length(ctas, n_chunks)
     factors = _factors(log_decay, chunks, reverse)
     rows, columns = tiling.whole(written)
     state = jnp.pad(state, ((0, 0), (0, 0), (0, rows - written), (0, columns - contracted)))
@@ -135,7 +150,8 @@ def _recurrence(
     states = [state]
     if len(segments) > 1:
         # The states that segments leave when they begin empty; the last one's is not needed.
-        _, left = walk_segments(None, k, v, None, factors, None, length, reverse)  # [b s-1 h ...]
+        # [b s-1 h rows columns]
+        _, left = walk_segments(None, k, v, None, factors, None, length, reverse, tiling)
         if reverse:
             left = left[:, ::-1]
         for i, segment in enumerate(segments[:-1]):
@@ -144,7 +160,7 @@ def _recurrence(
     if reverse:
         states.reverse()
     states = jnp.stack(states, axis=1)
-    y, after = walk_segments(q, k, v, scores, factors, states, length, reverse)
+    y, after = walk_segments(q, k, v, scores, factors, states, length, reverse, tiling)
     assert y is not None  # which it is only without queries
     return y, after[:, 0 if reverse else -1, :, :written, :contracted]
 

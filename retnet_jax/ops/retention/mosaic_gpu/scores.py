@@ -26,7 +26,7 @@ from retnet_jax.ops.retention.mosaic_gpu.memory import (
 from retnet_jax.shapes import Array, Float, LogDecay
 
 # Tiles in each ring: 64 KiB, so that three CTAs on a multiprocessor load while others compute.
-MOST_STAGES = 4
+_MOST_STAGES = 4
 
 
 def decayed_scores(
@@ -34,19 +34,23 @@ def decayed_scores(
     k: Float[Array, "b t h a"],
     log_decay: LogDecay,
     chunks: Chunks,
+    stages: int,
 ) -> Float[Array, "b h n l m"]:
-    """gamma^(l-m) q_l k_m of the tokens of each chunk, 0 where l does not see m; bfloat16."""
+    """gamma^(l-m) q_l k_m of the tokens of each chunk, 0 where l does not see m; bfloat16.
+
+    `stages` is the number of tiles of q, and of k, that are in shared memory: at most all of a
+    chunk. It has no effect on the results.
+    """
     b, _, h, width = q.shape
     n_chunks = chunks.count.shape[1]
     codes = jnp.where(chunks.real, chunks.index + 1, 0)  # numbers of documents, from 1; 0: padding
     n_tiles = pl.cdiv(width, TILE)
-    stages = min(MOST_STAGES, n_tiles)
 
     def scores(q, k, log_decay, count, code, scores, *shared):
         row, head = jax.lax.axis_index("rows"), jax.lax.axis_index("heads")
         chunk = jax.lax.axis_index("chunks")
         shared = _Shared(*shared)
-        products = _products(q, k, shared, row, head, chunk, n_tiles)
+        products = _products(q, k, shared, row, head, chunk, n_tiles, stages)
         decay = _decay(log_decay, count, code, row, head, chunk)
         shared.scores[...] = (products * decay).astype(jnp.bfloat16)
         plgpu.commit_smem()
@@ -71,6 +75,11 @@ def decayed_scores(
     )(q, k, log_decay, chunks.count, codes)
 
 
+def default_stages(width: int) -> int:
+    """`stages` of `decayed_scores` where `tuned.json` has none."""
+    return min(_MOST_STAGES, pl.cdiv(width, TILE))
+
+
 class _Shared(NamedTuple):
     """Shared memory and barriers of a CTA."""
 
@@ -80,9 +89,8 @@ class _Shared(NamedTuple):
     loaded: Ref  # a barrier for each slot of the rings
 
 
-def _products(q, k, shared: _Shared, row, head, chunk, n_tiles: int):
+def _products(q, k, shared: _Shared, row, head, chunk, n_tiles: int, stages: int):
     """The float32 scores q k^T [64 64] of a chunk of a head."""
-    stages = min(MOST_STAGES, n_tiles)
 
     def fetch(j):
         slot = jax.lax.rem(j, stages)

@@ -10,31 +10,61 @@ from retnet_jax.ops.retention.mosaic_gpu.memory import TILE, TOKENS
 from retnet_jax.shapes import Array
 
 SHARED_MEMORY = 227 * 1024 - 6 * 1024  # bytes of a CTA, less what Mosaic and barriers take
+MOST_WARPGROUPS = 2  # that compute, with up to 240 registers a thread
 
 
 class Tiling(NamedTuple):
-    """How T [B A] is divided over warpgroups: 64 rows and up to 4 tiles of columns in each."""
+    """How T [B A] is divided over warpgroups: 64 rows and up to 4 tiles of columns in each.
+
+    The first two follow from A. The others have no effect on the results, to the bit.
+    """
 
     halves: int  # warpgroups that share rows: 1, or 2 where A is wider than 256
-    groups: int  # groups of 64 rows in a CTA
     tiles: int  # tiles of columns in a warpgroup
+    groups: int  # groups of 64 rows in a CTA
+    cluster: int  # CTAs that load q, k and P together, because they differ only in their columns
     chunks_ahead: int  # chunks whose tiles of q and k the ring holds
 
     @staticmethod
     def of(contracted: int, written: int) -> "Tiling":
-        """The tiling for T of these sizes."""
+        """The tiling for T of these sizes where `tuned.json` has none.
+
+        On an H100, forward and backward of heads of 256/512 took 5.8 ms without clusters, 4.4 ms
+        with clusters of 2 and 4.8 ms with clusters of 4 (65,536 tokens of 8 heads).
+        """
         n_tiles = pl.cdiv(contracted, TILE)
         halves = 1 if n_tiles <= 4 else 2
         groups = 2 if halves == 1 and written > TILE else 1
-        tiles = pl.cdiv(n_tiles, halves)
-        # Shared memory besides the ring: for two chunks each warpgroup's v, the scores and factors;
-        # y of each group.
-        tile = 2 * TOKENS * TILE
-        others = 2 * ((halves * groups + 1) * tile + 1024) + groups * tile
-        others += 2 * tile * (halves - 1)  # a float32 tile to add halves
+        cluster = 1 + (pl.cdiv(written, groups * TILE) % 2 == 0)
+        found = Tiling(halves, pl.cdiv(n_tiles, halves), groups, cluster, chunks_ahead=2)
         # Whole chunks, so that each tile of a chunk has its own place.
-        chunks_ahead = min((SHARED_MEMORY - others) // (halves * 2 * tiles * tile), 2)
-        return Tiling(halves, groups, tiles, chunks_ahead)
+        return found if found.shared_memory <= SHARED_MEMORY else found._replace(chunks_ahead=1)
+
+    def refused(self, written: int) -> str | None:
+        """Why the kernel cannot run with this tiling; None if it can."""
+        if self.warpgroups > MOST_WARPGROUPS:
+            return (
+                f"{self.warpgroups} computing warpgroups; a CTA has registers for {MOST_WARPGROUPS}"
+            )
+        if (ctas := pl.cdiv(written, self.rows)) % self.cluster:
+            return f"{ctas} CTAs for a head do not divide into clusters of {self.cluster}"
+        if self.shared_memory > SHARED_MEMORY:
+            return f"{self.shared_memory} bytes of shared memory; a CTA has {SHARED_MEMORY}"
+        return None
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of shared memory, without what Mosaic and barriers take."""
+        tile = 2 * TOKENS * TILE
+        ring = self.chunks_ahead * 2 * self.tiles * self.halves * tile
+        chunk = (self.warpgroups + 1) * tile + 1024  # each warpgroup's v, the scores, the factors
+        half = 2 * tile * (self.halves - 1)  # a float32 tile to add halves
+        return ring + self.chunks * chunk + self.groups * tile + half
+
+    @property
+    def chunks(self) -> int:
+        """Chunks whose v, scores and factors are in shared memory."""
+        return max(2, self.chunks_ahead)
 
     @property
     def warpgroups(self) -> int:
@@ -51,14 +81,6 @@ class Tiling(NamedTuple):
         places' descriptors in registers, and spill others.
         """
         return i % self.chunks_ahead, n * self.tiles + (i + j) % self.tiles
-
-    def cluster(self, written: int) -> int:
-        """CTAs that load q, k and P together, because they differ only in their columns: 2 or 1.
-
-        On an H100, forward and backward of heads of 256/512 took 5.8 ms without clusters, 4.4 ms
-        with clusters of 2 and 4.8 ms with clusters of 4 (65,536 tokens of 8 heads).
-        """
-        return 1 + (pl.cdiv(written, self.rows) % 2 == 0)
 
     def whole(self, written: int) -> tuple[int, int]:
         """The rows and columns of T, padded to whole CTAs."""
@@ -86,7 +108,6 @@ class Work(NamedTuple):
     """The part of the work that one CTA does."""
 
     tiling: Tiling
-    cluster: int
     reverse: bool
     row: Array
     head: Array
@@ -96,13 +117,12 @@ class Work(NamedTuple):
     n_chunks: Array
 
     @staticmethod
-    def of_this_cta(tiling: Tiling, segments: Segments, cluster: int) -> "Work":
+    def of_this_cta(tiling: Tiling, segments: Segments) -> "Work":
         row, segment = jnp.divmod(jax.lax.axis_index("segments"), segments.n)
         start = (segment + segments.first) * segments.length
-        columns = jax.lax.axis_index("columns") * cluster + jax.lax.axis_index("cluster")
+        columns = jax.lax.axis_index("columns") * tiling.cluster + jax.lax.axis_index("cluster")
         return Work(
             tiling=tiling,
-            cluster=cluster,
             reverse=segments.reverse,
             row=row,
             head=jax.lax.axis_index("heads"),

@@ -44,6 +44,7 @@ def walk_segments(
     states: Float[Array, "b s h rows columns"] | None,
     length: int,
     reverse: bool,
+    tiling: Tiling,
 ) -> tuple[Float[Array, "b t h c"] | None, Float[Array, "b r h rows columns"]]:
     """The recurrence of segments of `length` chunks each.
 
@@ -57,13 +58,13 @@ def walk_segments(
       states: T before each segment, padded to whole tiles.
       length: Chunks in a segment; the last segment of a row may have fewer.
       reverse: Whether segments are processed from the last chunk to the first.
+      tiling: Division of the work.
 
     Returns:
       y, None without q, and T after each segment, like `states`.
     """
-    b, _, h, contracted = k.shape
+    b, _, h, _ = k.shape
     written = v.shape[3]
-    tiling = Tiling.of(contracted, written)
     segments = Segments.of(factors.shape[2], length, reverse, states_only=q is None)
     after = (b, segments.n, h, *tiling.whole(written))
     arrays = _Arrays(
@@ -78,18 +79,16 @@ def walk_segments(
     )
     structure = jax.tree.structure(arrays)
 
-    cluster = tiling.cluster(written)
-
     def walk(*refs, **shared):
-        _walk(jax.tree.unflatten(structure, refs), _Shared(**shared), tiling, segments, cluster)
+        _walk(jax.tree.unflatten(structure, refs), _Shared(**shared), tiling, segments)
 
     found = plgpu.kernel(
         walk,
         out_type=tuple(jax.tree.leaves((arrays.after, arrays.y))),
-        scratch_types=_Shared.of(tiling, cluster, reads=q is not None),
-        grid=(pl.cdiv(written, cluster * tiling.rows), h, b * segments.n),
+        scratch_types=_Shared.of(tiling, reads=q is not None),
+        grid=(pl.cdiv(written, tiling.cluster * tiling.rows), h, b * segments.n),
         grid_names=("columns", "heads", "segments"),
-        cluster=(cluster,),
+        cluster=(tiling.cluster,),
         cluster_names=("cluster",),
         num_threads=tiling.warpgroups + 1,
         thread_name="warpgroup",
@@ -99,11 +98,9 @@ def walk_segments(
     return (None if q is None else found[1]), found[0]
 
 
-def _walk(
-    arrays: "_Arrays", shared: "_Shared", tiling: Tiling, segments: Segments, cluster: int
-) -> None:
+def _walk(arrays: "_Arrays", shared: "_Shared", tiling: Tiling, segments: Segments) -> None:
     """The kernel: what each warpgroup of a CTA does."""
-    work = Work.of_this_cta(tiling, segments, cluster)
+    work = Work.of_this_cta(tiling, segments)
     warpgroup = jax.lax.axis_index("warpgroup")
 
     @pl.when(warpgroup < tiling.warpgroups)
@@ -139,7 +136,7 @@ class _Shared(NamedTuple):
     """Shared memory and barriers of a CTA."""
 
     ring: Ref  # tiles of q and k
-    v: Ref  # v of two chunks, as are factors and scores
+    v: Ref  # v of `Tiling.chunks` chunks, as are factors and scores
     factors: Ref
     chunk_loaded: Ref
     chunk_free: Ref
@@ -155,26 +152,26 @@ class _Shared(NamedTuple):
     half_free: Ref = None
 
     @staticmethod
-    def of(tiling: Tiling, cluster: int, reads: bool) -> dict[str, Any]:
+    def of(tiling: Tiling, reads: bool) -> dict[str, Any]:
         """The memory to allocate, by field."""
-        each, bfloat16 = tiling.warpgroups, jnp.bfloat16
+        each, chunks, bfloat16 = tiling.warpgroups, tiling.chunks, jnp.bfloat16
         tiles = tiling.tiles * (1 + reads)  # of q and k in a chunk
         in_ring = (tiling.chunks_ahead, tiles)
         free = plgpu.Barrier
-        if cluster > 1:  # what all CTAs receive is overwritten when all have read it
+        if tiling.cluster > 1:  # what all CTAs receive is overwritten when all have read it
             free = partial(plgpu.ClusterBarrier, collective_axes=("cluster",))
         found = _Shared(
             ring=operands(tiling.chunks_ahead, tiles, tiling.halves),
-            v=operands(2, each),
-            factors=plgpu.SMEM((2, 3, TOKENS), jnp.float32),
-            chunk_loaded=plgpu.Barrier(num_arrivals=each + 1 + reads, num_barriers=2),
-            chunk_free=free(num_arrivals=each, num_barriers=2),
+            v=operands(chunks, each),
+            factors=plgpu.SMEM((chunks, 3, TOKENS), jnp.float32),
+            chunk_loaded=plgpu.Barrier(num_arrivals=each + 1 + reads, num_barriers=chunks),
+            chunk_free=free(num_arrivals=each, num_barriers=chunks),
             tile_loaded=plgpu.Barrier(num_arrivals=tiling.halves, num_barriers=in_ring),
             tiles_free=free(num_arrivals=each, num_barriers=(tiling.chunks_ahead, 1 + reads)),
         )
         if reads:
             y = plgpu.SMEM((tiling.groups, TOKENS, TILE), bfloat16, transforms=AS_ROWS)
-            found = found._replace(scores=operands(2), y=y)
+            found = found._replace(scores=operands(chunks), y=y)
         if reads and memory.interpreter():
             registers = plgpu.SMEM((each, TILE, TILE), bfloat16, transforms=AS_OPERAND)
             found = found._replace(registers=registers)
@@ -198,7 +195,7 @@ class _Loading(NamedTuple):
         n_chunks, tiling = self.work.n_chunks, self.work.tiling
         jax.lax.fori_loop(0, n_chunks, self._chunk, None)
         # A CTA must not end before the others of its cluster have arrived at all its barriers.
-        pl.loop(n_chunks, n_chunks + 2)(self._await_chunk)
+        pl.loop(n_chunks, n_chunks + tiling.chunks)(self._await_chunk)
 
         @pl.loop(n_chunks, n_chunks + tiling.chunks_ahead)
         def _(i):
@@ -211,10 +208,11 @@ class _Loading(NamedTuple):
 
     def _await_chunk(self, i) -> None:
         """Waits until the memory for the i-th chunk is free."""
+        chunks = self.work.tiling.chunks
 
-        @pl.when(i >= 2)
+        @pl.when(i >= chunks)
         def _():
-            plgpu.barrier_wait(self.shared.chunk_free.at[i % 2])
+            plgpu.barrier_wait(self.shared.chunk_free.at[i % chunks])
 
     def _await_tiles(self, i, n: int) -> None:
         """Waits until the memory for q (n = 0) or k of the i-th chunk is free."""
@@ -226,12 +224,12 @@ class _Loading(NamedTuple):
 
     def _load_for_cluster(self, source, target, barrier) -> None:
         """Loads what all CTAs of the cluster need: each loads a part for all."""
-        axes = "cluster" if self.work.cluster > 1 else None
+        axes = "cluster" if self.work.tiling.cluster > 1 else None
         plgpu.copy_gmem_to_smem(source, target, barrier, collective_axes=axes)
 
     def _chunk(self, i, _) -> None:
         arrays, shared, work = self
-        slot = i % 2
+        slot = i % work.tiling.chunks
         loaded = shared.chunk_loaded.at[slot]
         number = work.chunk(i)
 
@@ -319,7 +317,7 @@ class _Computing(NamedTuple):
     def _chunk(self, i, state: tuple) -> tuple:
         """Writes y of the i-th chunk, if there are queries, and returns T after the chunk."""
         tiling, shared, reads = self.work.tiling, self.shared, self.arrays.y is not None
-        slot = i % 2
+        slot = i % tiling.chunks
         plgpu.barrier_wait(shared.chunk_loaded.at[slot])
         _, v = views(shared.v)
         v = v.at[slot, self.warpgroup]
