@@ -26,6 +26,7 @@ from benchmarks.measure import (
     interleaved_seconds,
     lengths,
     median_milliseconds,
+    require_cpu,
     retention_inputs,
     write_results,
 )
@@ -138,11 +139,7 @@ def row_of(length: int, milliseconds: dict[str, float]) -> dict:
 
 
 def main(_) -> None:
-    if jax.default_backend() != "cpu":
-        raise SystemExit(
-            f"this benchmark is for CPUs, but JAX runs on {jax.default_backend()}: "
-            "set JAX_PLATFORMS=cpu"
-        )
+    require_cpu()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     rows = []
     for length in lengths(LONGEST.value):

@@ -26,7 +26,7 @@ import numpy as np
 from absl import app, flags
 from flax import nnx
 
-from benchmarks.measure import interleaved_seconds, median_milliseconds, write_results
+from benchmarks.measure import interleaved_seconds, median_milliseconds, require_cpu, write_results
 from retnet_jax.config import ModelConfig
 from retnet_jax.generation.decode import decode, empty_progress, row_keys
 from retnet_jax.interop.presets import torchscale
@@ -171,11 +171,7 @@ def measure(rows: int, position: int, bandwidth: float) -> list[dict[str, Any]]:
 
 
 def main(_) -> None:
-    if jax.default_backend() != "cpu":
-        raise SystemExit(
-            f"this benchmark is for CPUs, but JAX runs on {jax.default_backend()}: "
-            "set JAX_PLATFORMS=cpu"
-        )
+    require_cpu()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     bandwidth = copy_bandwidth()
     print(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s")

@@ -38,6 +38,15 @@ def interleaved_seconds(calls: dict[str, Callable[[], Any]], rounds: int) -> dic
     return {name: kept for name, (_, *kept) in seconds.items()}
 
 
+def require_cpu() -> None:
+    """Exits if JAX runs on an accelerator."""
+    if jax.default_backend() != "cpu":
+        raise SystemExit(
+            f"this benchmark is for CPUs, but JAX runs on {jax.default_backend()}: "
+            "set JAX_PLATFORMS=cpu"
+        )
+
+
 def median_milliseconds(seconds: list[float]) -> float:
     return 1000 * statistics.median(seconds)
 

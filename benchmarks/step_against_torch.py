@@ -25,7 +25,7 @@ import numpy as np
 from absl import app, flags
 from flax import nnx
 
-from benchmarks.measure import interleaved_seconds, median_milliseconds, write_results
+from benchmarks.measure import interleaved_seconds, median_milliseconds, require_cpu, write_results
 from benchmarks.step_parts import time_of_parts
 from retnet_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from retnet_jax.data import Batch
@@ -164,11 +164,7 @@ def measure(width: int, rows: int, length: int, rounds: int) -> dict[str, Any]:
 
 
 def main(_) -> None:
-    if jax.default_backend() != "cpu":
-        raise SystemExit(
-            f"this benchmark is for CPUs, but JAX runs on {jax.default_backend()}: "
-            "set JAX_PLATFORMS=cpu"
-        )
+    require_cpu()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     rows = []
     for width in map(int, WIDTHS.value):
