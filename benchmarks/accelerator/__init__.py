@@ -6,6 +6,7 @@
     python -m benchmarks.accelerator --resume        # continues a run that was out of time
     python -m benchmarks.accelerator --plot_only     # only tables and plots, from the JSON
     python -m benchmarks.accelerator --sweep         # only the fastest tilings of Hopper kernels
+    python -m benchmarks.accelerator.fla_compile     # before: saves fla's tuning its minutes
 
 It runs on the first device of jax, and writes `accelerator.json`, `.md` (the tables) and `.png` to
 `benchmarks/results/`, or beside `--output=FILE.json`. It needs jax, flax and optax; for comparisons
@@ -13,7 +14,8 @@ also torch and fla, and for plots matplotlib.
 
     checks.py     the kernel's results and gradients, compared with XLA's
     limits.py     limits of the device: copy bandwidth, and rate of matrix products
-    kernels.py    implementations of retention, fla (fla_kernel.py), and cuDNN attention
+    kernels.py    implementations of retention, fla (fla_kernel.py, and fla_compile.py, which
+                  compiles its variants in parallel), and cuDNN attention
     training.py   the training step: tokens/s, model FLOPs utilisation, memory
     decoding.py   reading prompts and generating: latency, tokens/s, the best batch size
     bounds.py     lower bounds of their times

@@ -86,7 +86,8 @@ def _outputs_and_gradients(implementation: str, segment_ids: np.ndarray | None) 
     """A function of the arrays and cotangents that returns all that `_NAMES` lists."""
 
     def form(q, k, v, log_decay, state):
-        return retention(q, k, v, log_decay, state, segment_ids, implementation=implementation)
+        ids = None if segment_ids is None else jnp.asarray(segment_ids)
+        return retention(q, k, v, log_decay, state, ids, implementation=implementation)
 
     def run(q, k, v, log_decay, state, d_y, d_after):
         outputs, backward = jax.vjp(form, q, k, v, log_decay, state)

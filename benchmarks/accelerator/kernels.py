@@ -22,6 +22,7 @@ from benchmarks.accelerator.timing import device_time, on_cpu
 from retnet_jax.ops.retention import IMPLEMENTATIONS, log_decay, retention
 
 KINDS = ("both", "forward")
+KEYS = 2048  # width of q and k over all heads
 # Widths of q and k, and of v (or attention, with 128 for both); and length.
 _ORDER = [
     ((256, 512), 8192),
@@ -65,7 +66,7 @@ def cases(tiny: bool) -> Iterator[Case]:
         width, tokens, square = 32, 128, (8, 8)
         order = [((16, 32), 32), ("attention", 32)]
     else:
-        width, tokens, square = 2048, 65_536, (128, 128)
+        width, tokens, square = KEYS, 65_536, (128, 128)
         order = _ORDER
     for widths, length in order:
         key, value = square if widths == "attention" else widths

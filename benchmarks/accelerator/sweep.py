@@ -28,6 +28,7 @@ import numpy as np
 from benchmarks.accelerator import sections
 from benchmarks.accelerator.cases import Case, Results, run
 from benchmarks.accelerator.checks import TOLERANCE
+from benchmarks.accelerator.kernels import KEYS
 from benchmarks.accelerator.timing import REPEATS, on_cpu, rounds
 from retnet_jax.ops.retention import log_decay, retention
 from retnet_jax.ops.retention.document_index import one_document
@@ -43,7 +44,6 @@ from retnet_jax.parallel.mesh import device_kind
 LENGTHS = (8192, 2048, 32_768, 512)
 WIDTHS = ((256, 512), (128, 256), (128, 128), (64, 128))
 _IN_ALL = 65_536  # tokens of all rows
-_KEYS = 2048  # width of q and k over all heads, as in `kernels.py`
 _OPTIONS = ((1, 2), (1, 2, 4), (1, 2, 3, 4))  # groups, cluster, chunks_ahead of a Tiling
 _CHECKED = 2  # heads of the first row that are compared with the reference
 
@@ -144,7 +144,7 @@ def sweep(
 
 def all_kernels(tiny: bool) -> Iterator[Measured]:
     """The kernels of a forward and a backward pass: y, d_v, d_q and d_k, and the scores."""
-    lengths, widths, in_all, keys = LENGTHS, WIDTHS, _IN_ALL, _KEYS
+    lengths, widths, in_all, keys = LENGTHS, WIDTHS, _IN_ALL, KEYS
     if tiny:
         lengths, widths, in_all, keys = (128,), ((64, 128),), 128, 64
     seen = set()
