@@ -118,7 +118,8 @@ def run(
         results.begin(section, case.name)
         begin = time.time()
         record, broken = _measured(case)
-        results.finish(section, case.name, record | {"took_seconds": time.time() - begin})
+        record |= {"took_seconds": time.time() - begin, "commit": results.data.get("commit")}
+        results.finish(section, case.name, record)
         print(f"{section}: {case.name}: {_shown(record)}", flush=True)
         finished(case)
         if broken:

@@ -253,10 +253,18 @@ def goals_table(report: Report) -> str:
     return "\n".join(lines + [goal.row(report) for goal in GOALS])
 
 
+def _commits(data: dict[str, Any]) -> str:
+    """The commits at which the cases were measured; `--resume` adds cases of later ones."""
+    cases = [case for section in data["sections"].values() for case in section["cases"].values()]
+    found = sorted({case.get("commit") or data.get("commit", "unknown") for case in cases})
+    return f"commit {' or '.join(found)}" + ", as each record says" * (len(found) > 1)
+
+
 def text(report: Report) -> str:
     """All tables, in Markdown."""
     data = report.data
-    facts = [f"{name} {data[name]}" for name in ("date", "commit", "jax", "python") if name in data]
+    facts = [f"{name} {data[name]}" for name in ("date", "jax", "python") if name in data]
+    facts.insert(1, _commits(data))
     parts = [f"# {report.title}", ", ".join(facts)]
     if report.bandwidth is not None and report.matrix_rate is not None:
         parts.append(
