@@ -1,12 +1,12 @@
 """Which recipe is best for a small RetNet, and which for a Transformer of its size?
 
 Both models have the same number of runs (`SEARCH`), each of 1.2M tokens, on the source code of
-Python's standard library; 18 of the Transformer's 41 have no record yet. A run is judged by the
-bits per byte of validation documents, which are neither trained on nor among the held-out documents
-of the quickstart. Later runs of the table are variations of the best runs before them. The best
-recipe of each model then is the quickstart's (`retnet_jax/configs/quickstart.py`), which is trained
-with three seeds and evaluated on its held-out documents (`python -m experiments.quickstart`). Eight
-RetNets more were tried with a patch before `model.rotation=none` existed; docs/results.md has them.
+Python's standard library. A run is judged by the bits per byte of validation documents, which are
+neither trained on nor among the held-out documents of the quickstart. Later runs of the table are
+variations of the best runs before them. The best recipe of each model then is the quickstart's
+(`retnet_jax/configs/quickstart.py`), which is trained with three seeds and evaluated on its
+held-out documents (`python -m experiments.quickstart`). Eight RetNets more were tried with a patch
+before `model.rotation=none` existed; docs/results.md has them.
 
     python -m experiments.recipe                  all runs: 2 to 4 minutes each on one core
     python -m experiments.recipe --budget=small   two runs of a few steps, to see that it works

@@ -34,7 +34,7 @@ COPIED = [
     "generate.py",
 ]
 SHORTER = {  # in the config of the quickstart
-    "steps=1300,": "steps=40,",
+    "steps=1500,": "steps=40,",
     "held_out=0.12": "held_out=0.004",
 }
 # What the comments of Python examples promise, by the page and the number of the example.

@@ -16,7 +16,7 @@ from retnet_jax import ModelConfig, Transformer
 from retnet_jax.aot.compile_step import compile_step
 from retnet_jax.aot.flops import flops_of
 from retnet_jax.config import MeshConfig
-from retnet_jax.ops import flash_attention
+from retnet_jax.ops import attention, flash_attention
 from retnet_jax.ops.attention import attend_to_all
 from retnet_jax.parallel.mesh import make_mesh
 
@@ -84,6 +84,32 @@ def test_splash_attention_is_attention(rows, window, key_heads):
         )
     )
     assert_close(found, outputs_and_gradients(partial(attend_to_all, mask=mask[:, None])))
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("before", [0, 40])
+def test_parts_of_the_queries_on_a_cpu_change_nothing(before, documents, monkeypatch):
+    """With `before` keys in front of the first query."""
+    t = 2 * attention.QUERIES + 30
+    s = before + t
+    mask = None
+    if documents:
+        ids = jnp.arange(s) // 300
+        mask = ((ids[before:, None] == ids) & np.tri(t, s, before, dtype=bool))[None, None]
+    shapes = [(1, t, 2, 8), (1, s, 1, 8), (1, s, 1, 8)]
+    arrays = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
+
+    def outputs_and_gradients(*arrays):
+        y, pullback = jax.vjp(partial(attend_to_all, mask=mask), *arrays)
+        return y, pullback(jnp.sin(jnp.arange(y.size)).reshape(y.shape))
+
+    products = str(jax.make_jaxpr(partial(attend_to_all, mask=mask))(*arrays)).count("dot_general")
+    assert products == 2 * 3
+    found = jax.jit(outputs_and_gradients)(*arrays)
+    if mask is None:
+        mask = np.tri(t, s, before, dtype=bool)[None, None]
+    monkeypatch.setattr(attention, "QUERIES", t)
+    assert_close(found, jax.jit(outputs_and_gradients)(*arrays))
 
 
 def test_flops_of_splash_attention_are_counted():

@@ -1,6 +1,6 @@
 """Softmax attention in XLA: the reference of the kernels, and what runs where there is none.
 
-`attend_to_all` computes all scores of whole rows at once, `attend_in_window` those of a window,
+`attend_to_all` computes the scores of whole rows, `attend_in_window` those of a window,
 `attend_to_cache` those of tokens after a cache, and `attend_to_used_slots` those after the part of
 a cache that a row uses.
 """
@@ -13,7 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from retnet_jax.parallel.mesh import backend
 from retnet_jax.shapes import Array, Bool, Float, Int
+
+# Queries in a part on a CPU: smaller parts have slower matrix products, more parts longer programs.
+QUERIES = 256
+MOST_PARTS = 16
 
 
 def attend_to_all(
@@ -22,14 +27,34 @@ def attend_to_all(
     v: Float[Array, "b s g k"],
     mask: Bool[Array, "b 1 t s"] | None,
 ) -> Float[Array, "b t h k"]:
-    """Attention with all scores at once. `mask=None`: each token sees itself and all before it.
+    """Attention to the rows' own tokens, of which the last is that of the last query.
 
-    Queries have been scaled by k^-1/2. Query head h uses key head h // (h/g).
+    On an accelerator all scores are computed at once. On a CPU queries are cut into parts, which
+    leave out the keys after their last query: up to half of the products and of the memory.
+
+    Args:
+      q: Queries, scaled by k^-1/2.
+      k: Keys. Query head h uses key head h // (h/g).
+      v: Values.
+      mask: Whether a query sees a key, which is False for all keys after it; None: it sees its own
+        and all before it.
     """
+    t, s = q.shape[1], k.shape[1]
     if q.dtype == jnp.float64:
         y = _attend_in_float64(q, k, v, mask)
-    else:
+    elif backend() != "cpu" or t < 2 * QUERIES:
         y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None, scale=1.0)
+    else:
+        if mask is None:
+            mask = jnp.tri(t, s, s - t, dtype=bool)[None, None]
+        parts, size = [], max(QUERIES, -(-t // MOST_PARTS))
+        for start in range(0, t, size):
+            here = slice(start, min(start + size, t))
+            seen = slice(0, s - t + here.stop)
+            part = q[:, here], k[:, seen], v[:, seen]
+            part_mask = mask[:, :, here, seen]
+            parts.append(jax.nn.dot_product_attention(*part, mask=part_mask, scale=1.0))
+        y = jnp.concatenate(parts, axis=1)
     return checkpoint_name(y, "retention")
 
 

@@ -6,8 +6,8 @@
     CPU       none                        none                              (jax-ml/jax#29731)
 
 The kernels take whole rows of bfloat16 with an empty cache. In all other cases `attention.py`
-computes attention in XLA with all scores [t t] in memory, for packed rows on a GPU too. Neither
-kernel has been run on its device.
+computes attention in XLA with the scores in memory, for packed rows on a GPU too. cuDNN's kernel
+has run on an H200 (docs/measurements.md); splash attention has not been run on a TPU.
 """
 
 import math
