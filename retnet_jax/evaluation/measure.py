@@ -74,10 +74,13 @@ def evaluate_model(
         for shots in plan.shots
     ]
     for protocol in plan.protocols if perplexity else ():
-        results.nll[protocol] = _nll(model, results.documents.tokens, protocol, plan)
+        # Together, because a few long documents do not fill a batch.
+        tokens = results.documents.tokens
+        apart = results.apart.documents.tokens if results.apart else []
+        nll = _nll(model, [*tokens, *apart], protocol, plan)
+        results.nll[protocol] = nll[: len(tokens)]
         if results.apart:
-            tokens = results.apart.documents.tokens
-            results.apart.nll[protocol] = _nll(model, tokens, protocol, plan)
+            results.apart.nll[protocol] = nll[len(tokens) :]
     if perplexity and plan.context_lengths:
         results.last_nll.update(
             last_tokens_nll(
