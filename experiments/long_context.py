@@ -15,8 +15,8 @@ A carried state needs windows in order, which alone makes batches less diverse. 
 control of carried. All have the quickstart's rates, which were chosen with windows of 128 tokens
 for the RetNet. The paper's numbers are perplexities at 200M parameters.
 
-    python -m experiments.long_context                12 runs of 8 to 10 minutes on one core
-    python -m experiments.long_context --budget=small two runs of a few steps, to see if it works
+    python -m experiments.long_context                  12 runs of 8 to 10 minutes on one core
+    python -m experiments.long_context --budget=small   two runs of a few steps, as a test
 
 Two processes with one core each, `taskset -c 0` and `taskset -c 1` before the command, share the
 runs.
@@ -73,9 +73,9 @@ def runs(budget: str, records: Records) -> list[Run]:
 def _run(name: str, seed: int, budget: str) -> Run:
     architecture, options = MODELS[name]
     config = with_options(get_config(architecture), options | {"train.seed": seed})
-    config.train.eval_every = 10_000  # the documents below are evaluated instead
+    config.train.eval_every, config.train.eval_batches = 10_000, 1  # `_measure` evaluates
     if budget == "small":
-        config.train.steps = 30
+        config.train.steps, config.optimizer.warmup_steps = 10, 2
     about = {"model": name, "seed": seed}
     return Run(f"{name}_{seed}", config, about, _measure(config, budget))
 

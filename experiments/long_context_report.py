@@ -10,7 +10,7 @@ from experiments import figures
 from experiments.paired import Estimate, by_document, estimate
 from experiments.runs import Records
 from retnet_jax.evaluation.results import LAST_TOKENS
-from retnet_jax.evaluation.tables import Table, plus_minus
+from retnet_jax.evaluation.tables import Table
 
 SEEDS = (0, 1)
 CONTEXTS = {"small": (128, 256, 512), "2cores": (128, 256, 512, 1024, 2048, 4096, 8192)}
@@ -20,7 +20,7 @@ LABELS = {  # of the models, by name
     "retnet_256": "RetNet, windows of 256",
     "retnet_1024": "RetNet, windows of 1,024",
     "retnet_256_in_order": "RetNet, windows of 256 in order",
-    "retnet_256_carried": "RetNet, windows of 256, state carried",
+    "retnet_256_carried": "RetNet, windows of 256, trained with carried state",
     "transformer_256": "Transformer, windows of 256",
     "transformer_1024": "Transformer, windows of 1,024",
 }
@@ -30,6 +30,7 @@ PAPER = {
     "Transformer": {512: 13.55, 1024: 12.56, 2048: 12.35},
 }
 REFERENCE_CONTEXT = 512  # the paper's shortest
+_ERRORS = " (\u00b1 over documents, \u00b1 over seeds)"
 
 
 def tables(budget: str, records: Records) -> str:
@@ -52,8 +53,8 @@ def _made(records: Records) -> list[str]:
 def _levels(budget: str, records: Records) -> Table:
     models = _made(records)
     table = Table(
-        f"bits per byte of the same last {LAST_TOKENS} tokens",
-        ["context", *(x for model in models for x in (LABELS[model], "error"))],
+        f"bits per byte of the same last {LAST_TOKENS} tokens{_ERRORS}",
+        ["context", *(LABELS[model] for model in models)],
     )
     for context in CONTEXTS[budget]:
         estimates = [last_loss(records, model, context, per="byte") for model in models]
@@ -64,9 +65,9 @@ def _levels(budget: str, records: Records) -> Table:
 def _changes(budget: str, records: Records) -> Table:
     """The change of a longer or shorter context, paired; the paper's as logarithms of ratios."""
     models = _made(records)
-    names = [x for model in models for x in (LABELS[model], "error")]
+    names = [LABELS[model] for model in models]
     table = Table(
-        f"nats per token minus those after {REFERENCE_CONTEXT} tokens",
+        f"nats per token minus those after {REFERENCE_CONTEXT} tokens{_ERRORS}",
         ["context", *names, *(f"{name} of the paper" for name in PAPER)],
     )
     for context in CONTEXTS[budget]:
@@ -95,11 +96,8 @@ def _pairs(budget: str, records: Records) -> Table:
     """Differences of two models on the same tokens after the same context."""
     pairs = [pair for pair in PAIRS if set(pair) <= set(_made(records))]
     names = [f"{LABELS[one]}, minus {LABELS[other]}" for one, other in pairs]
-    table = Table(
-        "differences of two models, nats per token",
-        ["context", *(x for name in names for x in (name, "error")), "RetNet minus Transformer, "
-         "paper"],
-    )  # fmt: skip
+    title = f"differences of two models, nats per token{_ERRORS}"
+    table = Table(title, ["context", *names, "RetNet minus Transformer, paper"])
     for context in CONTEXTS[budget]:
         estimates = [last_loss(records, one, context, other=other) for one, other in pairs]
         of_paper = [of.get(context) for of in PAPER.values()]
@@ -110,8 +108,8 @@ def _pairs(budget: str, records: Records) -> Table:
 
 def _positions(protocol: str, title: str, records: Records) -> Table:
     models = [x for x in _made(records) if position_loss(records, x, 0, protocol)]
-    names = [x for model in models for x in (LABELS[model], "error")]
-    table = Table(f"{title}, nats per token", ["positions", "documents", *names])
+    names = [LABELS[model] for model in models]
+    table = Table(f"{title}, nats per token{_ERRORS}", ["positions", "documents", *names])
     counts = [(np.array(x["positions"]["tokens"]) > 0).sum(0) for x in records.values()]
     for place, first in enumerate(FIRST_POSITIONS):
         if not counts[0][place]:
@@ -124,11 +122,8 @@ def _positions(protocol: str, title: str, records: Records) -> Table:
     return table
 
 
-def _cells(estimates: Sequence[Estimate | None], spec: str) -> list[str]:
-    found = []
-    for value in estimates:
-        found += ["", ""] if value is None else [f"{value.mean:{spec}}", plus_minus(value.error)]
-    return found
+def _cells(estimates: Sequence[Estimate | None], form: str) -> list[str]:
+    return ["" if value is None else value.text(form) for value in estimates]
 
 
 def draw_contexts(budget: str, records: Records) -> None:
@@ -141,8 +136,9 @@ def draw_contexts(budget: str, records: Records) -> None:
             continue
         levels = [last_loss(records, model, x, per="byte") for x in contexts]
         changes = [last_loss(records, model, x, other_context=REFERENCE_CONTEXT) for x in contexts]
-        _line(axes[0], contexts, levels, number, LABELS[model])
-        _line(axes[1], contexts, changes, number, LABELS[model])
+        beside = [x * 2 ** (0.06 * number - 0.15) for x in contexts]
+        _line(axes[0], beside, levels, number, LABELS[model])
+        _line(axes[1], beside, changes, number, LABELS[model])
     for name, line in zip(PAPER, ("k*-", "kX--"), strict=True):
         of, label = PAPER[name], f"{name} of the paper, 200M parameters"
         changes = [math.log(x / of[REFERENCE_CONTEXT]) for x in of.values()]
@@ -156,7 +152,8 @@ def draw_contexts(budget: str, records: Records) -> None:
         axis.set_xticks(contexts, [f"{x:,}" for x in contexts])
         axis.set_xlabel("tokens of context, the scored ones included")
         axis.grid(alpha=0.3)
-    axes[0].set_title("how well", fontsize=10)
+    title = "loss by context (Transformers leave the axis beyond their windows)"
+    axes[0].set_title(title, fontsize=10)
     axes[1].set_title("what a longer context changes (lower: it helps)", fontsize=10)
     _legend(figure, axes[1])
     documents = len(set(next(iter(records.values()))["last"]["documents"]))
@@ -191,11 +188,11 @@ def draw_positions(budget: str, records: Records) -> None:
             position_loss(records, model, place, "stateful" if is_retnet else "window")
             for place in places
         ]
-        label = LABELS[model] + (": state carried" if is_retnet else ": read in its windows")
-        _line(axes[0], places, losses, number, label)
+        beside = [place + 0.06 * number - 0.15 for place in places]
+        _line(axes[0], beside, losses, number, LABELS[model])
         if is_retnet:
             gains = [position_loss(records, model, place, "gain") for place in places]
-            _line(axes[1], places, gains, number, LABELS[model])
+            _line(axes[1], beside, gains, number, LABELS[model])
     tokens = np.array(next(iter(records.values()))["positions"]["tokens"])
     names = [
         f"{_thousands(first)}\n{count}"
@@ -208,10 +205,14 @@ def draw_positions(budget: str, records: Records) -> None:
     axes[0].set_ylabel("nats per token")
     axes[1].set_ylabel("windows minus state carried, nats per token")
     axes[1].axhline(0, color="black", linewidth=0.8)
-    axes[0].set_title("loss by position in the document", fontsize=10)
+    axes[0].set_title(
+        "loss by position in the document: RetNets carry their state,\n"
+        "Transformers read windows of their training length",
+        fontsize=10,
+    )
     axes[1].set_title(
-        "what the state carried from the beginning saves, over reading in windows\n"
-        "of the training length (higher: it helps)",
+        "what a RetNet's state from the beginning of the document saves,\n"
+        "beside windows of the training length (higher: it helps)",
         fontsize=10,
     )
     _legend(figure, axes[0])
@@ -225,12 +226,13 @@ def _thousands(position: int) -> str:
 
 
 def _line(axis, x, estimates: Sequence[Estimate | None], number: int, label: str) -> None:
-    points = [(i, x[i], value) for i, value in enumerate(estimates) if value is not None]
-    errors = [v.of_documents if math.isnan(v.error) else v.error for _, _, v in points]
+    """One model's line; the models' bars stand side by side."""
+    there = [i for i, value in enumerate(estimates) if value is not None]
+    values = [value for value in estimates if value is not None]
     axis.errorbar(
-        [at for _, at, _ in points],
-        [value.mean for _, _, value in points],
-        yerr=errors,
+        [x[i] for i in there],
+        [value.mean for value in values],
+        yerr=[value.shown_error for value in values],
         fmt=figures.MARKERS[number],
         linestyle="--" if label.startswith("Transformer") else "-",
         color=figures.COLOURS[number],

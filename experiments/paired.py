@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from retnet_jax.evaluation.statistics import ratio_standard_error, standard_error
+from retnet_jax.evaluation.tables import plus_minus
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,16 @@ class Estimate:
         small.
         """
         return math.hypot(self.of_documents, self.of_seeds)
+
+    @property
+    def shown_error(self) -> float:
+        """The error for figures: over both, of a single seed over documents."""
+        return self.of_documents if math.isnan(self.of_seeds) else self.error
+
+    def text(self, form: str) -> str:
+        """The mean, such as with form "+.4f", and its errors over documents and over seeds."""
+        errors = [x for x in (self.of_documents, self.of_seeds) if not math.isnan(x)]
+        return " ".join([f"{self.mean:{form}}", *map(plus_minus, errors)])
 
 
 def estimate(
