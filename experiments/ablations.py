@@ -106,7 +106,7 @@ PAPER_RETNET: dict[str, Any] = {
 RATES, SEED_OF_RATES = (0.01, 0.02, 0.04), 100
 BASES = {
     "quickstart": "the quickstart's RetNet",
-    "paper": "the paper's RetNet",
+    "paper": "the paper's RetNet, trained here",
     "half": "the quickstart's RetNet, half of all rates (one seed, errors over documents)",
 }
 

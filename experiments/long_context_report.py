@@ -150,7 +150,7 @@ def draw_contexts(budget: str, records: Records) -> None:
     for axis in axes:
         axis.set_xscale("log", base=2)
         axis.set_xticks(contexts, [f"{x:,}" for x in contexts])
-        axis.set_xlabel("tokens of context, the scored ones included")
+        axis.set_xlabel("tokens of context, with the scored ones")
         axis.grid(alpha=0.3)
     title = "loss by context (Transformers leave the axis beyond their windows)"
     axes[0].set_title(title, fontsize=10)
