@@ -22,23 +22,51 @@ def chosen_documents(store: TokenStore, use: Callable[[str], bool], budget: str 
 
 
 def document_bits(
-    model: LanguageModel, store: TokenStore, chosen: Sequence[int], window_length: int
+    model: LanguageModel,
+    store: TokenStore,
+    chosen: Sequence[int],
+    window_length: int,
+    longest: int | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Bits per byte of held-out documents by each protocol, as a record.
 
     A Transformer is evaluated in windows of its training length; a RetNet also reads each document
     from its beginning ("stateful").
 
+    Args:
+      model: Model to evaluate.
+      store: Store with the documents.
+      chosen: Indices of the held-out documents.
+      window_length: Tokens in a window.
+      longest: Number of tokens that are read of each document; None: all.
+
     Returns:
       For each protocol: bits_per_byte, its standard_error over documents, nll_per_token in nats,
       and the bits of each document.
     """
-    documents = [store.held_out.document(i) for i in chosen]
+    documents, byte_counts = beginnings(store, chosen, longest)
     nll = {"window": window_nll(model, documents, window_length=window_length, batch_size=32)}
     if model.config.mixer == "retention":
         nll["stateful"] = stateful_nll(model, documents, batch_size=16)
-    byte_counts = store.held_out.byte_counts[chosen]
     return {protocol: _record(found, byte_counts) for protocol, found in nll.items()}
+
+
+def beginnings(
+    store: TokenStore, chosen: Sequence[int], longest: int | None
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """The first tokens of held-out documents, BOS before them, and their numbers of bytes."""
+    documents = [store.held_out.document(i) for i in chosen]
+    byte_counts = store.held_out.byte_counts[chosen]
+    for number, document in enumerate(documents):
+        if longest is not None and len(document) > longest + 1:
+            documents[number] = document[: longest + 1]
+            byte_counts[number] = bytes_of(store, document[1 : longest + 1])
+    return documents, byte_counts
+
+
+def bytes_of(store: TokenStore, tokens: np.ndarray) -> int:
+    """The number of UTF-8 bytes of tokens; a character that is cut in two counts as three."""
+    return len(store.tokenizer.decode(tokens.tolist()).encode())
 
 
 def _record(nll: Sequence[np.ndarray], byte_counts: np.ndarray) -> dict[str, Any]:
