@@ -100,9 +100,8 @@ class Decoding:
 
     Attributes:
       compiled: The program of a call.
-      weight_bytes: Bytes of the parameters that a token reads: all but an embedding that is not
-        also the head.
-      state_bytes: Bytes of the states of all rows.
+      weight_bytes: As `weight_bytes(model)`.
+      state_bytes: As `state_bytes(model, rows, capacity)`.
     """
 
     def __init__(self, model: LanguageModel, rows: int, capacity: int, tokens: int):
@@ -110,7 +109,7 @@ class Decoding:
         self._keys = row_keys(0, rows)
         empty = jax.eval_shape(lambda: _random_progress(model, rows, capacity, 0))
         self.compiled = decode.lower(model, empty, self._keys, length=tokens).compile()
-        self.weight_bytes = bytes_of(model) - _unread_embedding(model)
+        self.weight_bytes = weight_bytes(model)
         self.state_bytes = bytes_of(empty.state.layers)
 
     @property
@@ -157,12 +156,12 @@ class AbstractDecoding(NamedTuple):
 
     @property
     def weight_bytes(self) -> int:
-        """As of `Decoding`."""
-        return bytes_of(self.model) - _unread_embedding(self.model)
+        """As `weight_bytes(model)`."""
+        return weight_bytes(self.model)
 
     @property
     def state_bytes(self) -> int:
-        """As of `Decoding`."""
+        """Bytes of the states of all rows."""
         return bytes_of(self.progress.state.layers)
 
 
@@ -213,10 +212,19 @@ def compiled_decoding(device: Device, arguments: AbstractDecoding) -> CompiledDe
     return CompiledDecoding(moved / _COMPILED_TOKENS, peak_bytes(memory_of(program)), seconds)
 
 
-def _unread_embedding(model: LanguageModel) -> int:
-    """Bytes of an embedding that is stored beside the head: a token reads one row of it."""
+def weight_bytes(model: LanguageModel) -> int:
+    """Bytes of the parameters that a token reads: all but an embedding that is not also the head.
+
+    Of an embedding that is stored beside the head, a token reads one row.
+    """
     tied = model.config.tie_embeddings and not getattr(model, "int8_head", False)
-    return 0 if tied else bytes_of(model.embedding)
+    return bytes_of(model) - (0 if tied else bytes_of(model.embedding))
+
+
+def state_bytes(model: LanguageModel, rows: int, capacity: int) -> int:
+    """Bytes of the states of rows, with `capacity` slots in a Transformer's cache."""
+    state: Any = jax.eval_shape(lambda: model.init_state(rows, capacity))
+    return bytes_of(state.layers)
 
 
 def bytes_of(tree: Any) -> int:
