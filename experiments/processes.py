@@ -32,7 +32,10 @@ def in_own_process(
     Raises:
       subprocess.CalledProcessError: if the function fails.
     """
-    call = json.dumps([function.__module__, function.__name__, arguments])
+    module = function.__module__
+    if module == "__main__":  # of `python -m`
+        module = sys.modules["__main__"].__spec__.name
+    call = json.dumps([module, function.__name__, arguments])
     path = [*map(str, packages), str(Path.cwd()), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
     environment.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA says that there is no GPU driver

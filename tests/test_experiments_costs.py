@@ -49,7 +49,7 @@ def test_a_measurement_is_made_once_and_again_if_it_failed(places):
 def test_names_of_runs_are_unique(experiment):
     for budget in experiment.BUDGETS:
         found = experiment.runs(budget, {})
-        assert len({run.name for run in found}) == len(found) >= 3
+        assert len({run.name for run in found}) == len(found) >= 2
 
 
 @pytest.mark.parametrize("size", SIZES[1:])
