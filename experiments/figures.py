@@ -29,6 +29,23 @@ def lengths_on(axis, lengths: Sequence[int], name: str = "length of a sequence, 
     axis.grid(alpha=0.3)
 
 
+def logarithmic(axis, room: float = 1.0) -> None:
+    """Makes the y-axis a logarithmic one with several numbers, and leaves room for a legend.
+
+    Args:
+      axis: The panel, with all that it shows.
+      room: Factor by which the y-axis is longer at its upper end.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, high * room)
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.6g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
 def save(figure, name: str, budget: str) -> Path:
     """Writes a figure to docs/figures; that of a small budget to the runs' directory."""
     import matplotlib.pyplot as plt

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.figures import COLOURS, lengths_on, new_figure, save
+from experiments.figures import COLOURS, lengths_on, logarithmic, new_figure, save
 
 BATCH = 16  # of memory and throughput by length
 LENGTHS = (512, 8192, 32_768)  # of a Transformer's latency by batch
@@ -38,8 +38,10 @@ def draw(budget: str, cells: Sequence[Any], on_h200: Sequence[dict[str, Any]]) -
         if place == "H200":
             measured = [x for x in on_h200 if x["size"] == size]
             _add_measured(row, measured, batch)
-        row[0].legend(fontsize=7)
-        row[2].legend(fontsize=7)
+        for axis, room in zip(row, (8, 1, 8), strict=True):
+            logarithmic(axis, room)
+        row[0].legend(fontsize=7, loc="upper left", ncols=2, title="hollow: does not fit")
+        row[2].legend(fontsize=7, loc="upper left")
     save(figure, "inference_cost", budget)
 
 
@@ -55,7 +57,10 @@ def _by_length(axis, cells, value, unit: str) -> None:
             color=COLOURS[architecture],
             label=f"{NAMES[architecture]}, {precision}",
         )
-    axis.set(ylabel=unit, yscale="log")
+        too_large = [x for x in found if not x.milliseconds]
+        places, values = [x.length for x in too_large], [value(x) for x in too_large]
+        axis.plot(places, values, "o", markersize=7, color=COLOURS[architecture], fillstyle="none")
+    axis.set(ylabel=unit)
     lengths_on(axis, sorted({cell.length for cell in cells}), "tokens that a row has read")
 
 
@@ -83,7 +88,7 @@ def _by_batch(axis, cells) -> None:
                 linewidth=1 + 0.6 * number,
                 label=f"{NAMES[architecture]}, {length:,} tokens, {precision}",
             )
-    axis.set(xlabel="batch", ylabel="ms for a token of all rows", xscale="log", yscale="log")
+    axis.set(xlabel="batch", ylabel="ms for a token of all rows", xscale="log")
     axis.set_xticks(batches, [str(x) for x in batches])
     axis.minorticks_off()
     axis.grid(alpha=0.3)

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.figures import COLOURS, lengths_on, new_figure, save
+from experiments.figures import COLOURS, lengths_on, logarithmic, new_figure, save
 
 REMAT = "products"  # whose memory is drawn
 MODELS = ("retnet", "transformer")
@@ -97,7 +97,8 @@ def _tokens_per_second(axis, measured) -> None:
         lengths = [x["length"] for x in found]
         axis.fill_between(lengths, low, high, color=COLOURS[name], alpha=0.25, linewidth=0)
         axis.plot(lengths, middle, "o-", color=COLOURS[name], label=_label(name, found[0]))
-    axis.set(ylabel="tokens/s (median; shaded: least to most)", yscale="log")
+    axis.set(ylabel="tokens/s (median; shaded: least to most)")
+    logarithmic(axis)
     axis.set_title(f"training on {_cores(measured)} cores")
     lengths_on(axis, [x["length"] for x in measured])
     axis.legend(fontsize=8)
@@ -119,7 +120,8 @@ def _memory_by_length(axis, measured) -> None:
                     markersize=4,
                     label=f"{_name(name)}, {what}",
                 )
-    axis.set(ylabel="GB", yscale="log", title="memory of the same steps, 16,384 tokens")
+    axis.set(ylabel="GB", title="memory of the same steps, 16,384 tokens")
+    logarithmic(axis)
     lengths_on(axis, [x["length"] for x in measured])
     axis.legend(fontsize=8)
 
