@@ -14,23 +14,22 @@ weights and the state are read, and the state of a RetNet written. All calls of 
 position take turns. Prints tables and writes benchmarks/results/decoding_against_torch.json.
 """
 
-import dataclasses
 import os
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import app, flags
-from flax import nnx
 
-from benchmarks.measure import interleaved_seconds, median_milliseconds, require_cpu, write_results
+from benchmarks.measure import (
+    copy_bandwidth,
+    interleaved_seconds,
+    median_milliseconds,
+    require_cpu,
+    write_results,
+)
+from benchmarks.programs import PRECISIONS, Decoding, decoding_model
 from retnet_jax.config import ModelConfig
-from retnet_jax.generation.decode import decode, empty_progress, row_keys
 from retnet_jax.interop.presets import torchscale
-from retnet_jax.model import build_model, for_decoding
 from retnet_jax.programs.host_memory import keep_freed_memory
 
 try:
@@ -53,8 +52,6 @@ MOST = flags.DEFINE_float("most_gigabytes", 6, "Largest state of a model")
 LAYERS = flags.DEFINE_integer("n_layers", 16, "Number of layers")
 
 WIDTH, VOCABULARY = 1024, 16_384
-PRECISIONS = ("float32", "bfloat16", "int8")
-COPIED = 2**28  # bytes of the array whose copy gives the bandwidth
 
 
 def config_of(architecture: str) -> ModelConfig:
@@ -70,43 +67,16 @@ def config_of(architecture: str) -> ModelConfig:
     return retnet.built_as(architecture, n_heads=WIDTH // 64)
 
 
-class Ours:
-    """One of our models, for decoding, with a state as after `position` tokens."""
+def ours(architecture: str, precision: str, rows: int, position: int) -> Decoding:
+    """One of our models at a position."""
+    model = decoding_model(config_of(architecture), precision)
+    return Decoding(model, rows, position + room(), TOKENS.value).start(position)
 
-    def __init__(self, architecture: str, precision: str, rows: int, position: int):
-        dtype = "float32" if precision == "int8" else precision
-        config = dataclasses.replace(config_of(architecture), dtype=dtype)
-        model = jax.jit(lambda: build_model(config, rngs=nnx.Rngs(0)))()
-        model = for_decoding(model, "int8" if precision == "int8" else None)
-        self._progress = self._at(position, empty_progress(model, rows, position + room()))
-        self.bytes = sum(x.nbytes for x in jax.tree.leaves(model)) - embedding_bytes(model)
-        state = sum(x.nbytes for x in jax.tree.leaves(self._progress.state))
-        self.bytes += 2 * state if architecture == "retnet" else state
-        self._step = partial(decode, model, keys=row_keys(0, rows), length=TOKENS.value)
 
-    def _at(self, position: int, progress: Any) -> Any:
-        """The progress with random numbers as its state, at a position."""
-        rng = np.random.default_rng(0)
-
-        def random(x):
-            return jnp.asarray(rng.normal(size=x.shape).astype(np.float32) / 8, x.dtype)
-
-        state = progress.state
-        state = state._replace(
-            layers=jax.tree.map(random, state.layers),
-            position=jnp.full_like(state.position, position),
-        )
-        if hasattr(state, "visible"):  # a cache
-            seen = jnp.arange(state.visible.shape[1]) < position
-            state = state._replace(
-                visible=jnp.broadcast_to(seen, state.visible.shape),
-                length=jnp.full_like(state.length, position),
-            )
-        return progress._replace(state=state)
-
-    def __call__(self) -> jax.Array:
-        tokens, self._progress = self._step(self._progress)
-        return jax.block_until_ready(tokens)
+def moved_bytes(decoding: Decoding, name: str) -> int:
+    """Bytes that a token reads, and writes of a RetNet's state."""
+    times = 2 if "retnet" in name else 1
+    return decoding.weight_bytes + times * decoding.state_bytes
 
 
 def in_torch(architecture: str, dtype: str, rows: int, position: int) -> Callable[[], Any]:
@@ -125,24 +95,10 @@ def room() -> int:
     return TOKENS.value * (2 * ROUNDS.value + 2)
 
 
-def embedding_bytes(model: Any) -> int:
-    """Bytes of an embedding that is stored beside the head: a token reads one row of it."""
-    tables = [x for x in jax.tree.leaves(model) if VOCABULARY in x.shape and x.ndim == 2]
-    return sum(x.nbytes for x in tables[1:])
-
-
 def state_gigabytes(architecture: str, rows: int, position: int) -> float:
     """Size of a float32 state."""
     of_layer = 2 * WIDTH * position if architecture != "retnet" else WIDTH * 2 * WIDTH // 4
     return 4 * rows * LAYERS.value * of_layer / 1e9
-
-
-def copy_bandwidth() -> float:
-    """Bytes read and written per second by a copy of an array that no cache holds."""
-    x = jnp.ones(COPIED // 4)
-    copy = jax.jit(lambda x: -x).lower(x).compile()
-    seconds = interleaved_seconds({"copy": partial(copy, x)}, 5)["copy"]
-    return 2 * COPIED / (median_milliseconds(seconds) / 1000)
 
 
 def measure(rows: int, position: int, bandwidth: float) -> list[dict[str, Any]]:
@@ -152,9 +108,8 @@ def measure(rows: int, position: int, bandwidth: float) -> list[dict[str, Any]]:
         if state_gigabytes(architecture, rows, position) > MOST.value:
             continue
         for precision in PRECISIONS:
-            calls[f"ours {architecture} {precision}"] = Ours(
-                architecture, precision, rows, position
-            )
+            name = f"ours {architecture} {precision}"
+            calls[name] = ours(architecture, precision, rows, position)
         for dtype in PRECISIONS[:2]:
             calls[f"torch {architecture} {dtype}"] = in_torch(architecture, dtype, rows, position)
     seconds = interleaved_seconds(calls, ROUNDS.value)
@@ -162,8 +117,8 @@ def measure(rows: int, position: int, bandwidth: float) -> list[dict[str, Any]]:
     for name, call in calls.items():
         token = median_milliseconds(seconds[name]) / 1000 / TOKENS.value
         record = {"rows": rows, "position": position, "model": name, "tokens/s": rows / token}
-        if isinstance(call, Ours):
-            record["of copy"] = call.bytes / token / bandwidth
+        if isinstance(call, Decoding):
+            record["of copy"] = moved_bytes(call, name) / token / bandwidth
         found.append(record)
         share = f"{record['of copy']:.2f}" if "of copy" in record else ""
         print(f"{rows:>4}{position:>8}  {name:<30}{record['tokens/s']:>10.1f} tokens/s{share:>7}")

@@ -8,10 +8,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
@@ -49,6 +51,14 @@ def require_cpu() -> None:
 
 def median_milliseconds(seconds: list[float]) -> float:
     return 1000 * statistics.median(seconds)
+
+
+def copy_bandwidth(copied: int = 2**28) -> float:
+    """Bytes read and written per second by a copy of an array of `copied` bytes, in no cache."""
+    x = jnp.ones(copied // 4)
+    copy = jax.jit(lambda x: -x).lower(x).compile()
+    seconds = interleaved_seconds({"copy": partial(copy, x)}, 5)["copy"]
+    return 2 * copied / (median_milliseconds(seconds) / 1000)
 
 
 def lengths(longest: int) -> Iterator[int]:

@@ -23,16 +23,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from flax import nnx
 
 from benchmarks.measure import interleaved_seconds, median_milliseconds, require_cpu, write_results
+from benchmarks.programs import TrainingStep, random_model
 from benchmarks.step_parts import time_of_parts
 from retnet_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
-from retnet_jax.data import Batch
 from retnet_jax.interop.presets import torchscale
-from retnet_jax.model import LanguageModel, build_model
+from retnet_jax.model import LanguageModel
 from retnet_jax.programs.host_memory import keep_freed_memory
-from retnet_jax.training.step import state_of, train_step
 
 try:
     import torch
@@ -53,33 +51,16 @@ OURS, OUR_TWIN = "retnet-jax", "retnet-jax Transformer"
 TORCH_TWIN, PRODUCT = "torch Transformer", "matrix product"
 
 
-class Step:
-    """Our step: a state and the compiled program that replaces it."""
-
-    def __init__(self, model: LanguageModel, tokens: np.ndarray):
-        rows, length = tokens.shape
-        config = Config(
-            model=model.config,
-            data=DataConfig(sequence_length=length),
-            optimizer=OPTIMIZER,
-            train=TrainConfig(steps=1000, batch_size=rows),
-        )
-        batch = Batch(
-            tokens=tokens,
-            targets=np.roll(tokens, -1, axis=1),
-            segment_ids=None,
-            weights=np.ones(tokens.shape, np.float32),
-            continues=np.zeros(rows, bool),
-        )
-        self._state = jax.jit(partial(state_of, config))(model)
-        self._batch = jax.device_put(batch)
-        step = jax.jit(partial(train_step, config), donate_argnums=0)
-        self.compiled = step.lower(self._state, self._batch).compile()
-
-    def __call__(self) -> jax.Array:
-        """Takes a step; returns its loss."""
-        self._state, metrics = self.compiled(self._state, self._batch)
-        return jax.block_until_ready(metrics.loss)
+def own_step(model: LanguageModel, tokens: np.ndarray) -> TrainingStep:
+    """Our step, from given parameters."""
+    rows, length = tokens.shape
+    config = Config(
+        model=model.config,
+        data=DataConfig(sequence_length=length),
+        optimizer=OPTIMIZER,
+        train=TrainConfig(steps=1000, batch_size=rows),
+    )
+    return TrainingStep(config, tokens, model)
 
 
 def model_config(width: int) -> ModelConfig:
@@ -94,16 +75,12 @@ def model_config(width: int) -> ModelConfig:
     )
 
 
-def new_model(config: ModelConfig) -> LanguageModel:
-    return jax.jit(lambda: build_model(config, rngs=nnx.Rngs(0)))()
-
-
 def all_steps(width: int, rows: int, length: int) -> dict[str, Callable[[], Any]]:
     """The steps to compare; those of torchscale begin with our weights."""
     config = model_config(width)
     twin = config.transformer_twin(n_heads=width // 64)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (rows, length), np.int32)
-    model = new_model(config)
+    model = random_model(config)
     update = partial(torch_step, tokens=tokens, optimizer=OPTIMIZER)
     steps: dict[str, Callable[[], Any]] = {
         f"torchscale, chunk {chunk}": update(torchscale_retnet(model, chunk))
@@ -112,8 +89,8 @@ def all_steps(width: int, rows: int, length: int) -> dict[str, Callable[[], Any]
     }
     if length <= LONGEST_PARALLEL:
         steps["torchscale, parallel"] = update(torchscale_retnet(model, None))
-    steps[OURS] = Step(model, tokens)
-    steps[OUR_TWIN] = Step(new_model(twin), tokens)
+    steps[OURS] = own_step(model, tokens)
+    steps[OUR_TWIN] = own_step(random_model(twin), tokens)
     steps[TORCH_TWIN] = update(TorchTransformer(twin))
     steps[PRODUCT] = matrix_product()
     return steps
@@ -148,7 +125,7 @@ def measure(width: int, rows: int, length: int, rounds: int) -> dict[str, Any]:
     config, own = model_config(width), milliseconds[OURS]
     flops = rows * length * config.training_flops_per_token(length)
     ours = steps[OURS]
-    assert isinstance(ours, Step)
+    assert isinstance(ours, TrainingStep)
     return {
         "width": width,
         "rows": rows,

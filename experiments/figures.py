@@ -1,5 +1,6 @@
-"""Where the figures of experiments are saved, and how their lines and markers look."""
+"""What the figures of experiments share: colours, panels, axes, and where they are saved."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ FIGURES = Path(__file__).parent.parent / "docs" / "figures"
 OF_SMALL_RUNS = Path("runs/experiments/figures")
 COLOURS = ("#1f5fa8", "#d9730d", "#3a8f4d", "#8a4fa3", "#b3243a", "#6b6b6b")
 MARKERS = ("o", "s", "^", "v", "D", "P")
+OF_MODEL = {"retnet": COLOURS[0], "hybrid": COLOURS[2], "transformer": COLOURS[1]}
 
 
 def start() -> Any:
@@ -18,6 +20,37 @@ def start() -> Any:
 
     pyplot.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     return pyplot
+
+
+def new_figure(columns: int, rows: int = 1, height: float = 4.2) -> tuple[Any, Any]:
+    """A figure, and its panels: a row of them, or rows if there are several."""
+    size = 5 * columns, height * rows
+    return start().subplots(rows, columns, figsize=size, layout="constrained")
+
+
+def lengths_on(axis: Any, lengths: Sequence[int], name: str = "length, tokens") -> None:
+    """Makes the x-axis a logarithmic one of lengths, and draws a grid."""
+    axis.set(xlabel=name, xscale="log")
+    axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+
+
+def logarithmic(axis: Any, room: float = 1.0) -> None:
+    """Makes the y-axis a logarithmic one with several numbers, and leaves room for a legend.
+
+    Args:
+      axis: The panel, with all that it shows.
+      room: Factor by which the y-axis is longer at its upper end.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, high * room)
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.6g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def save(figure: Any, name: str, budget: str) -> Path:

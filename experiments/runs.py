@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,23 @@ class Run:
     measure: Callable[[TrainResult], dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """One run of an experiment that measures without training, such as times and memory.
+
+    Unlike a `Run` it begins again if it was stopped.
+
+    Attributes:
+      name: Unique in the experiment and budget.
+      about: What tells this run apart, for tables; added to the record.
+      measure: Function that measures and returns the numbers for the record.
+    """
+
+    name: str
+    about: dict[str, Any]
+    measure: Callable[[], dict[str, Any]]
+
+
 def read_records(experiment: str, budget: str) -> Records:
     """The records of the runs that are done."""
     path = _path(experiment, budget)
@@ -53,7 +71,7 @@ def read_records(experiment: str, budget: str) -> Records:
 def make_missing(
     experiment: str,
     budget: str,
-    runs: Callable[[str, Records], Sequence[Run]],
+    runs: Callable[[str, Records], Sequence[Run | Measurement]],
     only: str | None = None,
 ) -> Records:
     """Makes the runs that have no record yet; several processes can share the work.
@@ -85,7 +103,7 @@ def make_missing(
             busy.add(missing[0].name)
 
 
-def _make(experiment: str, budget: str, run: Run, workdir: Path) -> None:
+def _make(experiment: str, budget: str, run: Run | Measurement, workdir: Path) -> None:
     """Trains and measures one run and adds its record."""
     claim = workdir.with_name(f"{workdir.name}.claim")
     claim.mkdir(parents=True, exist_ok=True)
@@ -93,36 +111,44 @@ def _make(experiment: str, budget: str, run: Run, workdir: Path) -> None:
         if run.name in read_records(experiment, budget):  # made by another process meanwhile
             return
         print(f"{experiment}, {budget}: {run.name}", file=sys.stderr)
-        result = train(run.config, workdir)
-        if result.status == "stopped":
-            sys.exit(f"stopped; the same command resumes {run.name}")
-        record = _record(experiment, budget, run, result, workdir)
+        found = _measured(run) if isinstance(run, Measurement) else _trained(run, workdir)
+        command = f"python -m experiments.{experiment} --budget={budget} --only={run.name}"
+        record = {"name": run.name, **run.about, "command": command, **found}
         _add(experiment, budget, record)
-        shutil.rmtree(workdir)
+        shutil.rmtree(workdir, ignore_errors=True)  # a measurement has none
     shutil.rmtree(claim, ignore_errors=True)
 
 
-def _record(
-    experiment: str, budget: str, run: Run, result: TrainResult, workdir: Path
-) -> dict[str, Any]:
+def _measured(run: Measurement) -> dict[str, Any]:
+    """What a measurement adds to its record."""
+    begin = time.perf_counter()
+    found = run.measure()
+    return {"seconds": time.perf_counter() - begin, **found, "machine": _machine()}
+
+
+def _trained(run: Run, workdir: Path) -> dict[str, Any]:
+    """Trains and measures a run; returns what it adds to its record."""
+    result = train(run.config, workdir)
+    if result.status == "stopped":
+        sys.exit(f"stopped; the same command resumes {run.name}")
     log = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     steps = [x for x in log if "gradient_norm" in x]
     config = run.config
     defaults, values = flatten(Config()), flatten(config)
-    machine = provenance() | {"cores": len(os.sched_getaffinity(0))}
     return {
-        "name": run.name,
-        **run.about,
-        "command": f"python -m experiments.{experiment} --budget={budget} --only={run.name}",
         "status": result.status,
         "parameters": config.model.parameter_count(),
         "tokens": result.step * config.train.batch_size * config.data.sequence_length,
         "training_seconds": steps[-1]["training_seconds"],
         "skipped_steps": sum(x["skipped_steps"] for x in steps),
         **run.measure(result),
-        "machine": machine,
+        "machine": _machine(),
         "options": {name: x for name, x in values.items() if x != defaults[name]},
     }
+
+
+def _machine() -> dict[str, Any]:
+    return provenance() | {"cores": len(os.sched_getaffinity(0))}
 
 
 def _add(experiment: str, budget: str, record: dict[str, Any]) -> None:
