@@ -19,7 +19,7 @@ from retnet_jax.model import build_model, for_decoding
 def places(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(runs, "WORKDIRS", tmp_path / "workdirs")
-    monkeypatch.setattr(figures, "WORKDIRS", tmp_path / "workdirs")
+    monkeypatch.setattr(figures, "OF_SMALL_RUNS", tmp_path / "figures")
     return tmp_path
 
 
@@ -131,7 +131,7 @@ def test_report_of_inference(places):
     # The best throughputs: 16 rows in 8 ms, one row in 6 ms.
     cells = list(inference_cost.cells_of(records))
     assert inference_cost.advantages(cells, batch=16) == ["9.0", "12.0", ""]
-    assert (places / "workdirs" / "inference_cost_small.png").exists()
+    assert (places / "figures" / "inference_cost.png").exists()
 
 
 def test_time_on_an_h200_is_that_of_moving_the_bytes():
@@ -169,4 +169,4 @@ def test_report_of_training(places):
     assert "| 1.3B, 1 H200 | Transformer | > 300.0 |  | 74.8 |" in text
     row = "| 512 | 512 (256 to 1,024) | does not fit | does not fit | 2.00 | does not fit |"
     assert row in text
-    assert (places / "workdirs" / "training_cost_small.png").exists()
+    assert (places / "figures" / "training_cost.png").exists()
