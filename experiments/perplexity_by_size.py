@@ -70,12 +70,12 @@ MODELS = {
     "transformer": "Transformer",
     "transformer_conv": "Transformer, convolutions",
 }
-EXTRAS = {  # model -> the one whose learning rate it has, and its own windows: length and rows
-    "hybrid_full": ("retnet_conv", (LENGTH, ROWS)),
-    "hybrid_window": ("retnet_conv", (LENGTH, ROWS)),
-    "retnet_paper": ("retnet", (LENGTH, ROWS)),
-    "retnet_conv_128": ("retnet_conv", (128, 16)),
-    "transformer_conv_512": ("transformer_conv", (512, 4)),
+EXTRAS = {  # model -> the one whose learning rate it has
+    "hybrid_full": "retnet_conv",
+    "hybrid_window": "retnet_conv",
+    "retnet_paper": "retnet",
+    "retnet_conv_windows": "retnet_conv",
+    "transformer_conv_windows": "transformer_conv",
 }
 
 
@@ -87,7 +87,7 @@ def runs(budget: str, records: Records) -> list[Run]:
         make_run(name, size, 0, rate, budget) for size in SWEPT for name in MODELS for rate in RATES
     ]
     wanted = [(name, name, size) for size in SIZES for name in MODELS]
-    wanted += [(name, like, EXTRA_SIZE) for name, (like, _) in EXTRAS.items()]
+    wanted += [(name, like, EXTRA_SIZE) for name, like in EXTRAS.items()]
     for name, like, size in wanted:
         rate = learning_rate(like, size, records)
         for seed in range(SIZES[size].seeds if rate is not None else 0):
@@ -120,7 +120,10 @@ def config_of(name: str, size: str, seed: int, rate: float) -> Config:
     """The config of a run."""
     config = get_config()
     config.model = model_of(name, SIZES[size])
-    length, rows = EXTRAS[name][1] if name in EXTRAS else (LENGTH, ROWS)
+    length, rows = LENGTH, ROWS
+    if name.endswith("_windows"):
+        quickstart = get_config(name.partition("_")[0])
+        length, rows = quickstart.data.sequence_length, quickstart.train.batch_size
     config.data = DataConfig(
         store="data/stdlib_bpe4096_search", held_out=HELD_OUT, sequence_length=length
     )
@@ -156,8 +159,8 @@ def model_of(name: str, size: Size) -> ModelConfig:
         "hybrid_full": dataclasses.replace(retnet, attention_layers=(middle,)),
         "hybrid_window": dataclasses.replace(retnet, attention_layers=(windowed,)),
         "retnet_paper": dataclasses.replace(retnet, **paper),
-        "retnet_conv_128": retnet,
-        "transformer_conv_512": transformer,
+        "retnet_conv_windows": retnet,
+        "transformer_conv_windows": transformer,
     }
     return with_parameters(models[name], non_embedding(retnet))
 

@@ -30,8 +30,8 @@ STYLES = {  # colour, line, marker
     "hybrid_full": ("#2a8f4d", "-", "^"),
     "hybrid_window": ("#8fce9f", "-", "v"),
     "retnet_paper": ("#888888", ":", "o"),
-    "retnet_conv_128": ("#1f5fa8", ":", "D"),
-    "transformer_conv_512": ("#c4451c", ":", "D"),
+    "retnet_conv_windows": ("#1f5fa8", ":", "D"),
+    "transformer_conv_windows": ("#c4451c", ":", "D"),
 }
 PAIR_STYLES = dict(
     zip(

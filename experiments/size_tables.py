@@ -27,8 +27,8 @@ LABELS = {
     "hybrid_full": "hybrid, full attention",
     "hybrid_window": "hybrid, window of 64",
     "retnet_paper": "RetNet of the paper",
-    "retnet_conv_128": "RetNet, conv., own windows (128)",
-    "transformer_conv_512": "Transformer, conv., own windows (512)",
+    "retnet_conv_windows": "RetNet, conv., own windows",
+    "transformer_conv_windows": "Transformer, conv., own windows",
 }
 BETWEEN = (("retnet", "transformer"), ("retnet_conv", "transformer_conv"))
 # One minus the other, at all sizes.
@@ -39,9 +39,9 @@ EXTRA_PAIRS = (
     ("hybrid_full", "retnet_conv"),
     ("hybrid_window", "retnet_conv"),
     ("retnet_paper", "retnet"),
-    ("retnet_conv_128", "transformer_conv_512"),
-    ("retnet_conv_128", "retnet_conv"),
-    ("transformer_conv_512", "transformer_conv"),
+    ("retnet_conv_windows", "transformer_conv_windows"),
+    ("retnet_conv_windows", "retnet_conv"),
+    ("transformer_conv_windows", "transformer_conv"),
 )
 PROTOCOLS = ("window", "better")  # the better one is chosen on validation documents
 

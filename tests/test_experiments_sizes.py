@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from training_runs import small_config
 
@@ -37,6 +37,7 @@ def test_classes_of_a_short_document():
     assert repeats(DOCUMENT).distance().tolist() == [0, 0, 0, 0, 3, 0, 0, 3]
 
 
+@settings(max_examples=50)
 @given(st.lists(st.integers(0, 4), min_size=2, max_size=40), st.integers(1, 9), st.integers(1, 9))
 def test_classes_are_what_the_windows_show(ids, length, stride):
     document = np.array(ids)
@@ -150,6 +151,15 @@ def test_all_models_of_a_size_have_equal_parameters():
         assert not has_fixed_state(models["hybrid_full"])
         assert not has_fixed_state(models["transformer"])
         assert has_fixed_state(models["hybrid_window"])
+
+
+def test_all_read_equal_tokens():
+    for name in (*by_size.MODELS, *by_size.EXTRAS):
+        config = by_size.config_of(name, "1M", 0, 0.04)
+        row = config.data.sequence_length
+        assert row * config.train.batch_size == by_size.LENGTH * by_size.ROWS
+        assert (row == by_size.LENGTH) != name.endswith("_windows")
+        assert config.train.steps == by_size.STEPS
 
 
 def swept(best):
