@@ -3,9 +3,10 @@
 Four models, RetNet and Transformer, each with and without short convolutions, at four sizes (0.1M
 to 2M parameters without the embedding). All have equal parameters (the width of the feed-forward
 layers makes up for differences), and read the same tokens in the same order: 2.5M tokens in windows
-of 256. The learning rate is swept at the smallest and the largest size for each model, with one
-seed, judged on validation documents, and interpolated in log size between them. Results are
-reported on other documents. The run of the best rate counts as the first seed at these two sizes.
+of 256. The learning rate is swept for each model at the smallest size (three rates) and the largest
+(the best of these, and half of it), with one seed, judged on validation documents, and interpolated
+in log size between them. Results are reported on other documents. The run of the best rate counts
+as the first seed at these two sizes.
 
 The same trained models then answer where the difference lies (`experiments/use_of_context.py`):
 loss by class of token, by distance to the last occurrence of a rare pair, by position; associative
@@ -41,9 +42,10 @@ from retnet_jax.configs.quickstart import get_config
 
 BUDGETS = ("small", "2cores")
 STEPS, LENGTH, ROWS = 1220, 256, 8  # 2.5M tokens
-RATES = (0.02, 0.04, 0.08)  # of muon and of Adam, which trains the embedding
-SWEPT = ("0.1M", "2M")
-EXTRA_SIZE = "1M"
+# Of muon and of Adam, which trains the embedding; at the smallest size.
+RATES = (0.02, 0.04, 0.08)
+SMALLEST, LARGEST = SWEPT = ("0.1M", "2M")
+EXTRA_SIZE, EXTRA_SEEDS = "0.3M", 2
 WINDOW = 64  # of the hybrid's attention layer
 WATCHED = 100  # steps between evaluations during training
 
@@ -84,14 +86,17 @@ def runs(budget: str, records: Records) -> list[Run]:
     if budget == "small":
         return [make_run(name, "0.1M", 0, RATES[1], budget) for name in list(MODELS)[1::2]]
     found = [
-        make_run(name, size, 0, rate, budget) for size in SWEPT for name in MODELS for rate in RATES
+        make_run(name, size, 0, rate, budget)
+        for size in SWEPT
+        for name in MODELS
+        for rate in swept_rates(name, size, records)
     ]
-    wanted = [(name, name, size) for size in SIZES for name in MODELS]
-    wanted += [(name, like, EXTRA_SIZE) for name, like in EXTRAS.items()]
-    for name, like, size in wanted:
+    wanted = [(name, name, size, x.seeds) for size, x in SIZES.items() for name in MODELS]
+    wanted += [(name, like, EXTRA_SIZE, EXTRA_SEEDS) for name, like in EXTRAS.items()]
+    for name, like, size, seeds in wanted:
         rate = learning_rate(like, size, records)
-        for seed in range(SIZES[size].seeds if rate is not None else 0):
-            found.append(make_run(name, size, seed, rate, budget))
+        if rate is not None:
+            found += [make_run(name, size, seed, rate, budget) for seed in range(seeds)]
     return list({run.name: run for run in found}.values())
 
 
@@ -194,11 +199,19 @@ def learning_rate(name: str, size: str, records: Records) -> float | None:
 
 def best_rate(name: str, size: str, records: Records) -> float | None:
     """The rate of a sweep with the fewest bits per byte; None: the sweep is not complete."""
-    names = [f"{name}_{size}_rate{rate:g}_seed0" for rate in RATES]
-    if not all(x in records for x in names):
+    rates = swept_rates(name, size, records)
+    names = [f"{name}_{size}_rate{rate:g}_seed0" for rate in rates]
+    if not rates or not all(x in records for x in names):
         return None
-    bits = [min(records[x]["validation"].values()) for x in names]
-    return RATES[int(np.argmin(bits))]
+    return rates[int(np.argmin([records[x]["validation"] for x in names]))]
+
+
+def swept_rates(name: str, size: str, records: Records) -> tuple[float, ...]:
+    """The rates to try at a size; none as long as they are not known."""
+    if size == SMALLEST:
+        return RATES
+    best = best_rate(name, SMALLEST, records)
+    return () if best is None else (best / 2, best)
 
 
 def chosen(records: Records) -> Records:

@@ -77,7 +77,7 @@ def _by_size(figure, axes, final: Records) -> None:
         sizes = sizes_of(final, model)
         if not sizes:
             continue
-        losses = losses_of(final, model, sizes, "better")
+        losses = losses_of(final, model, sizes, "longer")
         axes[0].errorbar(
             losses.parameters,
             losses.mean,
@@ -99,9 +99,7 @@ def _by_size(figure, axes, final: Records) -> None:
         axis.set_xticks(list(sizes.values()), list(sizes))
     axes[0].legend()
     axes[0].set_ylabel("bits per byte")
-    axes[0].set_title(
-        "held-out loss, each model in its better protocol\n(bars: standard error over seeds)"
-    )
+    axes[0].set_title("held-out loss, longer contexts\n(bars: standard error over seeds)")
     axes[1].set_ylabel("difference, bits per byte")
     axes[1].set_title(
         "differences; above 0 the first is worse\n(bars: standard error; bands: 95% of lines)"
@@ -115,7 +113,7 @@ def _difference(axis, final: Records, one: str, other: str, rng: np.random.Gener
     sizes = sizes_of(final, one, other)
     if not sizes:
         return
-    losses = [losses_of(final, x, sizes, "better") for x in (one, other)]
+    losses = [losses_of(final, x, sizes, "longer") for x in (one, other)]
     found = difference(*losses)
     colour, style = PAIR_STYLES[one, other]
     label = pair_label(one, other)
@@ -146,7 +144,9 @@ def _by_class(figure, axes, final: Records) -> None:
         counts = [of_class[x]["tokens"] for x in CLASSES]
         names = [f"{x}\n{100 * n / sum(counts):.0f}%" for x, n in zip(CLASSES, counts, strict=True)]
         axis.set_xticks(range(len(CLASSES)), names)
-        axis.set(title=f"loss by class of token, {size}", ylabel="bits per token, in windows")
+        axis.set(
+            title=f"loss by class of token, {size} parameters", ylabel="bits per token, in windows"
+        )
         axis.set_xlabel("class of token, and its share of the tokens")
         axis.legend(ncols=2)
         axis.set_ylim(top=1.25 * axis.get_ylim()[1])
@@ -210,7 +210,7 @@ def _use_of_context(figure, axes, final: Records) -> None:
     axes[3].set_xlabel("position in the document, up to")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
-    _title(figure, final, f"What is used of the context, {size}")
+    _title(figure, final, f"What is used of the context, {size} parameters")
 
 
 def _learning(figure, axes, final: Records) -> None:
@@ -236,7 +236,7 @@ def _learning(figure, axes, final: Records) -> None:
     axes[2].set_ylim(-3, 103)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6)
-    _title(figure, final, f"When copying is learned, {size} (a line for each seed)")
+    _title(figure, final, f"When copying is learned, {size} parameters (a line for each seed)")
 
 
 def _title(figure, final: Records, text: str) -> None:

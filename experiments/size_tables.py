@@ -43,7 +43,8 @@ EXTRA_PAIRS = (
     ("retnet_conv_windows", "retnet_conv"),
     ("transformer_conv_windows", "transformer_conv"),
 )
-PROTOCOLS = ("window", "better")  # the better one is chosen on validation documents
+# As in `use_of_context.nll_by_protocol`.
+PROTOCOLS = ("window", "longer")
 
 
 def tables(final: Records, records: Records) -> str:
@@ -86,11 +87,11 @@ def models_at(records: Records, size: str) -> list[str]:
 
 
 def losses_of(records: Records, model: str, sizes: Sequence[str], protocol: str) -> Losses:
-    """The losses of one model at some sizes, by "window" or "better"."""
+    """The losses of one model at some sizes, by one of PROTOCOLS."""
     bits, parameters, byte_counts = [], [], np.zeros(0)
     for size in sizes:
         each = of_runs(records, model, size)
-        bits.append(np.array([of_protocol(x, protocol)["bits"] for x in each]))
+        bits.append(np.array([x["held_out"][protocol]["bits"] for x in each]))
         parameters.append(each[0]["non_embedding"])
         byte_counts = np.array(each[0]["held_out"]["bytes"])
     deviation = _seed_deviation(records, model, protocol)
@@ -102,16 +103,11 @@ def _seed_deviation(records: Records, model: str, protocol: str) -> float:
     models = [model] if len(sizes_of(records, model)) > 2 else list(LABELS)
     return seed_deviation(
         [
-            [of_protocol(x, protocol)["bits_per_byte"] for x in of_runs(records, name, size)]
+            [x["held_out"][protocol]["bits_per_byte"] for x in of_runs(records, name, size)]
             for name in models
             for size in sizes_of(records, name)
         ]
     )
-
-
-def of_protocol(record: dict[str, Any], protocol: str) -> dict[str, Any]:
-    """What a record has of a protocol on the reported documents."""
-    return record["held_out"][record["protocol"] if protocol == "better" else protocol]
 
 
 def pair_label(one: str, other: str) -> str:
@@ -132,7 +128,7 @@ def _differences(final: Records) -> Table:
         "Differences, bits per byte (positive: the first is worse)",
         (
             *("", "size", "windows", "documents", "seeds"),
-            *("better protocol", "documents", "seeds", "in errors"),
+            *("longer contexts", "documents", "seeds", "in errors"),
         ),
         note="Errors over the held-out documents, which both read, and over seeds. The standard "
         "deviation over seeds is pooled over the sizes of a model; models of one size have that of "
@@ -160,17 +156,18 @@ def _sizes(final: Records) -> Table:
     table = Table(
         "Held-out bits per byte",
         (
-            *("", "size", "parameters", "rate", "seeds", "windows", "better protocol"),
-            *("seeds", "documents", "protocol", "skipped"),
+            *("", "size", "parameters", "rate", "seeds", "windows", "longer contexts"),
+            *("seeds", "documents", "skipped"),
         ),
-        note="Parameters without the embedding. Both models of a line of the first table read the "
-        "same documents, so their difference is much surer than each of them.",
+        note="Parameters without the embedding. Longer contexts: models whose state has a fixed "
+        "size read whole documents; models with attention to all tokens read windows that overlap "
+        "by half.",
     )
     for model in LABELS:
         sizes = sizes_of(final, model)
         if not sizes:
             continue
-        window, better = (losses_of(final, model, sizes, x) for x in PROTOCOLS)
+        window, longer = (losses_of(final, model, sizes, x) for x in PROTOCOLS)
         for i, size in enumerate(sizes):
             each = of_runs(final, model, size)
             table.add(
@@ -180,10 +177,9 @@ def _sizes(final: Records) -> Table:
                 f"{each[0]['rate']:g}",
                 str(len(each)),
                 f"{window.mean[i]:.4f}",
-                f"{better.mean[i]:.4f}",
-                plus_minus(better.seed_errors[i]),
-                plus_minus(better.document_errors[i]),
-                "/".join(sorted({x["protocol"] for x in each})),
+                f"{longer.mean[i]:.4f}",
+                plus_minus(longer.seed_errors[i]),
+                plus_minus(longer.document_errors[i]),
                 str(sum(x["skipped_steps"] for x in each)),
             )
     return table
@@ -191,7 +187,7 @@ def _sizes(final: Records) -> Table:
 
 def _lines(final: Records) -> Table:
     table = Table(
-        "Lines over log10 of the parameters, bits per byte, better protocol",
+        "Lines over log10 of the parameters, bits per byte, longer contexts",
         (
             *("", "at 1M", "std. error", "for ten times as many", "std. error"),
             *("largest residual", "0 at", "95% from", "to"),
@@ -204,11 +200,11 @@ def _lines(final: Records) -> Table:
     for model in LABELS:
         sizes = sizes_of(final, model)
         if len(sizes) > 2:
-            found = line_of(losses_of(final, model, sizes, "better"), rng)
+            found = line_of(losses_of(final, model, sizes, "longer"), rng)
             table.add(LABELS[model], *_line_cells(found))
     for one, other, sizes in pairs_and_sizes(final):
         if len(sizes) > 2:
-            each = [losses_of(final, x, sizes, "better") for x in (one, other)]
+            each = [losses_of(final, x, sizes, "longer") for x in (one, other)]
             found = line_of_difference(*each, rng)
             where = [_millions(x) for x in crossings(found, min(each[0].parameters))]
             if (one, other) not in BETWEEN:
@@ -236,16 +232,14 @@ def _millions(parameters: float) -> str:
 def _sweeps(records: Records) -> Table:
     rates = sorted({x["rate"] for x in records.values() if x["seed"] == 0})
     table = Table(
-        "Validation bits per byte by learning rate, one seed",
+        "Validation bits per byte by learning rate, in windows, one seed",
         ("", "size", *(f"{rate:g}" for rate in rates)),
         note="The best rates of two sizes give those between them.",
     )
     for model in LABELS:
         for size in sizes_of(records, model):
             bits = {
-                x["rate"]: min(x["validation"].values())
-                for x in of_runs(records, model, size)
-                if x["seed"] == 0
+                x["rate"]: x["validation"] for x in of_runs(records, model, size) if x["seed"] == 0
             }
             if len(bits) > 1:
                 cells = [f"{bits[rate]:.4f}" if rate in bits else "" for rate in rates]
@@ -309,7 +303,7 @@ def _buckets(final: Records) -> Iterator[Table]:
     for part, title in titles.items():
         models = models_at(final, size)
         table = Table(
-            f"{title}, bits per token, {size}, better protocol",
+            f"{title}, bits per token, {size}, longer contexts",
             ("tokens" if part == "distances" else "positions", *(LABELS[x] for x in models)),
             note="Mean over seeds, and the error over documents of one seed.",
         )

@@ -59,9 +59,9 @@ def is_validation(name: str) -> bool:
 def measure(config: Config, budget: str) -> Callable[[TrainResult], dict[str, Any]]:
     """The function that measures a trained model, for its record.
 
-    The record has: validation, the bits per byte of each protocol; protocol, the better one there;
-    held_out, the bits per byte and the bits of each reported document, by protocol; and classes,
-    distances, positions and recall.
+    The record has: validation, the bits per byte of validation documents in windows; held_out, the
+    bits per byte and the bits of each reported document, by protocol; and classes, distances,
+    positions and recall.
     """
     length = config.data.sequence_length
 
@@ -69,25 +69,23 @@ def measure(config: Config, budget: str) -> Callable[[TrainResult], dict[str, An
         began = time.monotonic()
         store = open_store(config.data.store)
         chosen = chosen_documents(store, is_validation, budget)
-        nll = nll_by_protocol(result.model, _documents(store, chosen), length)
-        found = _bits_per_byte(nll, store.held_out.byte_counts[chosen])
-        record: dict[str, Any] = {
-            "validation": found,
-            "protocol": min(found, key=found.__getitem__),
-        }
-        filler = np.concatenate([x[1:] for x in _documents(store, chosen)])
+        documents, byte_counts = _documents(store, chosen), store.held_out.byte_counts[chosen]
+        nll = window_nll(result.model, documents, window_length=length, batch_size=32)
+        record: dict[str, Any] = {"validation": bits_record(nll, byte_counts)["bits_per_byte"]}
+        filler = np.concatenate([x[1:] for x in documents])
 
         chosen = chosen_documents(store, is_reported, budget)
         documents, byte_counts = _documents(store, chosen), store.held_out.byte_counts[chosen]
-        nll = nll_by_protocol(result.model, documents, length)
+        window, longer = nll_by_protocol(result.model, documents, length)
         record["held_out"] = {
             "bytes": byte_counts.tolist(),
-            **{protocol: bits_record(found, byte_counts) for protocol, found in nll.items()},
+            "window": bits_record(window, byte_counts),
+            "longer": bits_record(longer, byte_counts),
         }
-        common, better = common_pairs(config.data.store), nll[record["protocol"]]
-        record["classes"] = loss_by_class(documents, nll["window"], common)
-        record["distances"] = loss_by_distance(documents, better, common)
-        record["positions"] = _positions(better)
+        common = common_pairs(config.data.store)
+        record["classes"] = loss_by_class(documents, window, common)
+        record["distances"] = loss_by_distance(documents, longer, common)
+        record["positions"] = _positions(longer)
         record["recall"] = _recall(result.model, store, filler, budget)
         return record | {"measuring_seconds": round(time.monotonic() - began, 1)}
 
@@ -96,17 +94,17 @@ def measure(config: Config, budget: str) -> Callable[[TrainResult], dict[str, An
 
 def nll_by_protocol(
     model: LanguageModel, documents: Sequence[np.ndarray], length: int
-) -> dict[str, Nll]:
-    """The -log p in windows, and by the protocol that shows a model more of a document.
+) -> tuple[Nll, Nll]:
+    """The -log p in windows, and with more of each document before its tokens ("longer").
 
-    That is "stateful" for a model whose state has a fixed size. A model with attention to all
-    tokens fails beyond the windows that it was trained on. It reads windows that overlap by half
-    ("sliding"), so that every token after the first window has at least half of one before it.
+    A model whose state has a fixed size reads documents from their beginning. A model with
+    attention to all tokens fails beyond the windows that it was trained on. It reads windows that
+    overlap by half, so that every token after the first window has at least half of one before it.
     """
     read = functools.partial(window_nll, model, documents, window_length=length, batch_size=32)
     if has_fixed_state(model.config):
-        return {"window": read(), "stateful": stateful_nll(model, documents, batch_size=16)}
-    return {"window": read(), "sliding": read(stride=length // 2)}
+        return read(), stateful_nll(model, documents, batch_size=16)
+    return read(), read(stride=length // 2)
 
 
 def has_fixed_state(config: ModelConfig) -> bool:
@@ -207,10 +205,6 @@ def while_training(config: Config, every: int) -> Evaluator:
 
 def _documents(store: TokenStore, chosen: Sequence[int]) -> list[np.ndarray]:
     return [store.held_out.document(i) for i in chosen]
-
-
-def _bits_per_byte(nll: Mapping[str, Nll], byte_counts: np.ndarray) -> dict[str, float]:
-    return {name: bits_record(found, byte_counts)["bits_per_byte"] for name, found in nll.items()}
 
 
 def _positions(nll: Nll) -> list[dict[str, Any]]:

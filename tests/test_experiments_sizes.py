@@ -162,34 +162,36 @@ def test_all_read_equal_tokens():
         assert config.train.steps == by_size.STEPS
 
 
-def swept(best):
-    """Records of sweeps with the best rate of each size."""
-    return {
-        f"retnet_{size}_rate{rate:g}_seed0": {"validation": {"window": abs(rate - best[size])}}
-        for size in best
-        for rate in by_size.RATES
-    }
+def swept(smallest, largest):
+    """Records of the sweeps of a model, with the best rate of each size."""
+    records = {}
+    for size, best in (("0.1M", smallest), ("2M", largest)):
+        for rate in by_size.swept_rates("retnet", size, records):
+            records[f"retnet_{size}_rate{rate:g}_seed0"] = {"validation": abs(rate - best)}
+    return records
 
 
 def test_learning_rates_between_two_sweeps():
-    records = swept({"0.1M": 0.08, "2M": 0.02})
+    records = swept(0.08, 0.04)
+    assert len(records) == 3 + 2
     rates = [by_size.learning_rate("retnet", size, records) for size in by_size.SIZES]
-    assert rates[0] == 0.08 > rates[1] > rates[2] > rates[3] == 0.02
+    assert rates[0] == 0.08 > rates[1] > rates[2] > rates[3] == 0.04
     n = [by_size.non_embedding(by_size.model_of("retnet", x)) for x in by_size.SIZES.values()]
-    slope = math.log(0.02 / 0.08) / math.log(n[3] / n[0])
+    slope = math.log(0.04 / 0.08) / math.log(n[3] / n[0])
     assert rates[1] == pytest.approx(0.08 * (n[1] / n[0]) ** slope, rel=0.01)
-    del records["retnet_2M_rate0.02_seed0"]
+    del records["retnet_2M_rate0.04_seed0"]
     assert by_size.learning_rate("retnet", "0.1M", records) == 0.08
     assert by_size.learning_rate("retnet", "1M", records) is None
 
 
 def test_the_run_of_the_best_rate_is_the_first_seed():
     first = [run.name for run in by_size.runs("2cores", {})]
-    assert len(first) == 24
-    names = [run.name for run in by_size.runs("2cores", swept({"0.1M": 0.04, "2M": 0.04}))]
-    assert names[:24] == first
-    assert len(set(names)) == len(names) == 24 + (3 - 1) + 3 + 2 + (2 - 1) + 2  # and retnet_paper
-    assert "retnet_0.1M_rate0.04_seed2" in names
+    assert len(first) == 4 * 3
+    names = [run.name for run in by_size.runs("2cores", swept(0.04, 0.02))]
+    assert names[:12] == first
+    # Two rates at the largest size, and the other seeds; the last two are of the paper's RetNet.
+    assert len(set(names)) == len(names) == 12 + 2 + (3 - 1) + 3 + 2 + (2 - 1) + 2
+    assert {"retnet_0.1M_rate0.04_seed2", "retnet_2M_rate0.02_seed1"} < set(names)
 
 
 def invented_record(model, size, parameters, seed, bits):
@@ -197,9 +199,9 @@ def invented_record(model, size, parameters, seed, bits):
     protocol = {"bits_per_byte": sum(bits) / 400, "bits": bits}
     return {
         **{"name": f"{model}_{size}_{seed}", "model": model, "size": size, "seed": seed},
-        **{"rate": 0.04, "non_embedding": parameters, "skipped_steps": 0, "protocol": "window"},
-        **{"training_seconds": 1.0, "measuring_seconds": 1.0, "validation": {"window": 1.0}},
-        "held_out": {"bytes": byte_counts, "window": protocol},
+        **{"rate": 0.04, "non_embedding": parameters, "skipped_steps": 0},
+        **{"training_seconds": 1.0, "measuring_seconds": 1.0, "validation": 1.0},
+        "held_out": {"bytes": byte_counts, "window": protocol, "longer": protocol},
         "classes": {x: {"tokens": 10, "bits": [y / 4 for y in bits]} for x in CLASSES},
         **{"distances": [], "positions": [], "recall": []},
     }
