@@ -29,7 +29,6 @@ STYLES = {  # colour, line, marker
     "transformer_conv": ("#c4451c", "-", "s"),
     "hybrid_full": ("#2a8f4d", "-", "^"),
     "hybrid_window": ("#8fce9f", "-", "v"),
-    "retnet_paper": ("#888888", ":", "o"),
     "retnet_conv_windows": ("#1f5fa8", ":", "D"),
     "transformer_conv_windows": ("#c4451c", ":", "D"),
 }

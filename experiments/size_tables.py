@@ -26,7 +26,6 @@ LABELS = {
     "transformer_conv": "Transformer, conv.",
     "hybrid_full": "hybrid, full attention",
     "hybrid_window": "hybrid, window of 64",
-    "retnet_paper": "RetNet of the paper",
     "retnet_conv_windows": "RetNet, conv., own windows",
     "transformer_conv_windows": "Transformer, conv., own windows",
 }
@@ -38,7 +37,6 @@ EXTRA_PAIRS = (
     ("hybrid_window", "transformer_conv"),
     ("hybrid_full", "retnet_conv"),
     ("hybrid_window", "retnet_conv"),
-    ("retnet_paper", "retnet"),
     ("retnet_conv_windows", "transformer_conv_windows"),
     ("retnet_conv_windows", "retnet_conv"),
     ("transformer_conv_windows", "transformer_conv"),

@@ -37,7 +37,7 @@ from retnet_jax.training.loop import Evaluator, TrainResult
 CONTEXT = 256  # the classes of tokens are those in windows of this length, for all models
 SHORTEST = 16  # positions, or tokens of distance, in the first bucket; each later one is as long as
 # all before it together
-DISTANCES = (16, 32, 64, 128, 256, 512, 1024)  # of the synthetic probes
+DISTANCES = (16, 64, 128, 256, 512)  # of the synthetic probes
 TRIALS = 64
 # Of the evaluator during training: the first tokens of some validation documents, and a probe.
 WATCHED_DOCUMENTS, WATCHED_TOKENS = 16, 1024
