@@ -48,7 +48,7 @@ def document_bits(
     nll = {"window": window_nll(model, documents, window_length=window_length, batch_size=32)}
     if model.config.mixer == "retention":
         nll["stateful"] = stateful_nll(model, documents, batch_size=16)
-    return {protocol: _record(found, byte_counts) for protocol, found in nll.items()}
+    return {protocol: bits_record(found, byte_counts) for protocol, found in nll.items()}
 
 
 def beginnings(
@@ -69,7 +69,13 @@ def bytes_of(store: TokenStore, tokens: np.ndarray) -> int:
     return len(store.tokenizer.decode(tokens.tolist()).encode())
 
 
-def _record(nll: Sequence[np.ndarray], byte_counts: np.ndarray) -> dict[str, Any]:
+def bits_record(nll: Sequence[np.ndarray], byte_counts: np.ndarray) -> dict[str, Any]:
+    """The record of one protocol, as `document_bits` returns it.
+
+    Args:
+      nll: -log p of each document's tokens, in nats.
+      byte_counts: Bytes of each document.
+    """
     bits = sums(nll) / math.log(2)
     return {
         "bits_per_byte": float(bits.sum() / byte_counts.sum()),

@@ -17,7 +17,7 @@ from retnet_jax.config import Config
 from retnet_jax.config_json import flatten
 from retnet_jax.files import atomic, lock
 from retnet_jax.programs.host_memory import keep_freed_memory
-from retnet_jax.training.loop import TrainResult, train
+from retnet_jax.training.loop import HELD_OUT_LOSS, Evaluator, TrainResult, train
 
 RESULTS = Path(__file__).parent / "results"
 WORKDIRS = Path("runs/experiments")
@@ -35,12 +35,14 @@ class Run:
       config: What to train.
       about: What tells this run apart, for tables; added to the record.
       measure: Numbers of the trained model, for the record.
+      evaluators: Evaluators during training; their values are added to the record.
     """
 
     name: str
     config: Config
     about: dict[str, Any]
     measure: Callable[[TrainResult], dict[str, Any]]
+    evaluators: Sequence[Evaluator] = ()
 
 
 @dataclass(frozen=True)
@@ -128,11 +130,12 @@ def _measured(run: Measurement) -> dict[str, Any]:
 
 def _trained(run: Run, workdir: Path) -> dict[str, Any]:
     """Trains and measures a run; returns what it adds to its record."""
-    result = train(run.config, workdir)
+    result = train(run.config, workdir, evaluators=run.evaluators)
     if result.status == "stopped":
         sys.exit(f"stopped; the same command resumes {run.name}")
     log = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     steps = [x for x in log if "gradient_norm" in x]
+    evaluations = [x for x in log if x.get("evaluator", HELD_OUT_LOSS) != HELD_OUT_LOSS]
     config = run.config
     defaults, values = flatten(Config()), flatten(config)
     return {
@@ -142,6 +145,7 @@ def _trained(run: Run, workdir: Path) -> dict[str, Any]:
         "training_seconds": steps[-1]["training_seconds"],
         "skipped_steps": sum(x["skipped_steps"] for x in steps),
         **run.measure(result),
+        **({"evaluations": evaluations} if evaluations else {}),
         "machine": _machine(),
         "options": {name: x for name, x in values.items() if x != defaults[name]},
     }

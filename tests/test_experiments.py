@@ -21,6 +21,7 @@ from retnet_jax.errors import ConfigError
 from retnet_jax.evaluation.perplexity import stateful_nll
 from retnet_jax.evaluation.statistics import sums
 from retnet_jax.files import lock
+from retnet_jax.training.loop import Evaluator
 
 
 @pytest.fixture
@@ -43,12 +44,14 @@ def test_a_run_is_made_once_and_recorded_when_it_ends(places):
         trained.append(len(result.metrics))
         return {"answer": 42}
 
+    watch = Evaluator("watch", STEPS // 2, lambda model: {"layers": model.config.n_layers})
+
     def all_runs(budget, records):
         known.append(list(records))
-        return [Run("first", config, {"number": 1}, measure)]
+        return [Run("first", config, {"number": 1}, measure, [watch])]
 
     with pytest.raises(RuntimeError):
-        make_missing("some", "small", lambda *_: [Run("first", config, {}, fails)])
+        make_missing("some", "small", lambda *_: [Run("first", config, {}, fails, [watch])])
     assert read_records("some", "small") == {}
     records = make_missing("some", "small", all_runs)
     assert trained[0] > STEPS  # records of steps and evaluations
@@ -58,6 +61,8 @@ def test_a_run_is_made_once_and_recorded_when_it_ends(places):
     assert (record["number"], record["answer"]) == (1, 42)
     assert (record["tokens"], record["skipped_steps"]) == (STEPS * 8 * 16, 0)
     assert (record["status"], record["options"]["model.d_model"]) == ("finished", 16)
+    about = {"evaluator": "watch", "layers": 1}
+    assert record["evaluations"] == [{"step": step} | about for step in (STEPS // 2, STEPS)]
     assert list((places / "workdirs" / "some_small").iterdir()) == []
     assert make_missing("some", "small", all_runs) == records == read_records("some", "small")
     assert len(trained) == 2

@@ -1,0 +1,385 @@
+"""The tables of `experiments/perplexity_by_size.py`, as Markdown."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.runs import Records
+from experiments.size_fits import (
+    Losses,
+    crossings,
+    difference,
+    line_of,
+    line_of_difference,
+    seed_deviation,
+)
+from experiments.token_classes import CLASSES
+from retnet_jax.evaluation.statistics import ratio_standard_error
+from retnet_jax.evaluation.tables import Table, plus_minus
+
+LABELS = {
+    "retnet": "RetNet",
+    "retnet_conv": "RetNet, conv.",
+    "transformer": "Transformer",
+    "transformer_conv": "Transformer, conv.",
+    "hybrid_full": "hybrid, full attention",
+    "hybrid_window": "hybrid, window of 64",
+    "retnet_conv_windows": "RetNet, conv., own windows",
+    "transformer_conv_windows": "Transformer, conv., own windows",
+}
+BETWEEN = (("retnet", "transformer"), ("retnet_conv", "transformer_conv"))
+# One minus the other, at all sizes.
+PAIRS = (*BETWEEN, ("retnet_conv", "retnet"), ("transformer_conv", "transformer"))
+EXTRA_PAIRS = (
+    ("hybrid_full", "transformer_conv"),
+    ("hybrid_window", "transformer_conv"),
+    ("hybrid_full", "retnet_conv"),
+    ("hybrid_window", "retnet_conv"),
+    ("retnet_conv_windows", "transformer_conv_windows"),
+    ("retnet_conv_windows", "retnet_conv"),
+    ("transformer_conv_windows", "transformer_conv"),
+)
+# As in `use_of_context.nll_by_protocol`.
+PROTOCOLS = ("window", "longer")
+
+
+def tables(final: Records, records: Records) -> str:
+    """All tables; the ones that nothing is known for yet are left out.
+
+    Args:
+      final: The records of the chosen learning rates.
+      records: All records, with those of the sweeps.
+    """
+    found = [
+        _differences(final),
+        _sizes(final),
+        _lines(final),
+        _sweeps(records),
+        _class_gaps(final),
+        _classes(final),
+        *(_buckets(final) if final else ()),
+        *_recall(final),
+        _time(records),
+    ]
+    return "\n\n".join(table.markdown for table in found if table.rows)
+
+
+def of_runs(records: Records, model: str, size: str) -> list[dict[str, Any]]:
+    """The records of one model at one size, by seed."""
+    found = [x for x in records.values() if (x["model"], x["size"]) == (model, size)]
+    return sorted(found, key=lambda x: x["seed"])
+
+
+def sizes_of(records: Records, *models: str) -> list[str]:
+    """The sizes at which all of some models have runs, the smallest first."""
+    sizes = {x["size"]: x["non_embedding"] for x in records.values()}
+    found = sorted(sizes, key=sizes.__getitem__)
+    return [size for size in found if all(of_runs(records, x, size) for x in models)]
+
+
+def models_at(records: Records, size: str) -> list[str]:
+    """The models that have runs at one size."""
+    return [model for model in LABELS if of_runs(records, model, size)]
+
+
+def losses_of(records: Records, model: str, sizes: Sequence[str], protocol: str) -> Losses:
+    """The losses of one model at some sizes, by one of PROTOCOLS."""
+    bits, parameters, byte_counts = [], [], np.zeros(0)
+    for size in sizes:
+        each = of_runs(records, model, size)
+        bits.append(np.array([x["held_out"][protocol]["bits"] for x in each]))
+        parameters.append(each[0]["non_embedding"])
+        byte_counts = np.array(each[0]["held_out"]["bytes"])
+    deviation = _seed_deviation(records, model, protocol)
+    return Losses(np.array(parameters), bits, byte_counts, deviation)
+
+
+def _seed_deviation(records: Records, model: str, protocol: str) -> float:
+    """Pooled over the sizes of a model, or over all models for one that has few runs."""
+    models = [model] if len(sizes_of(records, model)) > 2 else list(LABELS)
+    return seed_deviation(
+        [
+            [x["held_out"][protocol]["bits_per_byte"] for x in of_runs(records, name, size)]
+            for name in models
+            for size in sizes_of(records, name)
+        ]
+    )
+
+
+def pair_label(one: str, other: str) -> str:
+    """The name of a difference."""
+    return f"{LABELS[one]} minus {LABELS[other]}"
+
+
+def pairs_and_sizes(records: Records) -> Iterator[tuple[str, str, list[str]]]:
+    """The pairs of models that are compared, with the sizes at which both have runs."""
+    for one, other in (*PAIRS, *EXTRA_PAIRS):
+        sizes = sizes_of(records, one, other)
+        if sizes:
+            yield one, other, sizes
+
+
+def _differences(final: Records) -> Table:
+    table = Table(
+        "Differences, bits per byte (positive: the first is worse)",
+        (
+            *("", "size", "windows", "documents", "seeds"),
+            *("longer contexts", "documents", "seeds", "in errors"),
+        ),
+        note="Errors over the held-out documents, which both read, and over seeds. The standard "
+        "deviation over seeds is pooled over the sizes of a model; models of one size have that of "
+        "all models.",
+    )
+    for one, other, sizes in pairs_and_sizes(final):
+        found = [
+            difference(
+                losses_of(final, one, sizes, protocol), losses_of(final, other, sizes, protocol)
+            )
+            for protocol in PROTOCOLS
+        ]
+        for i, size in enumerate(sizes):
+            cells = [size]
+            for x in found:
+                cells += [f"{x.mean[i]:+.4f}", plus_minus(x.document_errors[i])]
+                cells += [plus_minus(x.seed_errors[i])]
+            in_errors = found[1].mean[i] / found[1].errors[i]
+            cells.append("-" if math.isnan(in_errors) else f"{in_errors:+.1f}")
+            table.add(pair_label(one, other), *cells)
+    return table
+
+
+def _sizes(final: Records) -> Table:
+    table = Table(
+        "Held-out bits per byte",
+        (
+            *("", "size", "parameters", "rate", "seeds", "windows", "longer contexts"),
+            *("seeds", "documents", "skipped"),
+        ),
+        note="Parameters without the embedding. Longer contexts: models whose state has a fixed "
+        "size read whole documents; models with attention to all tokens read windows that overlap "
+        "by half.",
+    )
+    for model in LABELS:
+        sizes = sizes_of(final, model)
+        if not sizes:
+            continue
+        window, longer = (losses_of(final, model, sizes, x) for x in PROTOCOLS)
+        for i, size in enumerate(sizes):
+            each = of_runs(final, model, size)
+            table.add(
+                LABELS[model],
+                size,
+                f"{each[0]['non_embedding']:,}",
+                f"{each[0]['rate']:g}",
+                str(len(each)),
+                f"{window.mean[i]:.4f}",
+                f"{longer.mean[i]:.4f}",
+                plus_minus(longer.seed_errors[i]),
+                plus_minus(longer.document_errors[i]),
+                str(sum(x["skipped_steps"] for x in each)),
+            )
+    return table
+
+
+def _lines(final: Records) -> Table:
+    table = Table(
+        "Lines over log10 of the parameters, bits per byte, longer contexts",
+        (
+            *("", "at 1M", "std. error", "for ten times as many", "std. error"),
+            *("largest residual", "0 at", "95% from", "to"),
+        ),
+        note="For RetNet minus Transformer: the parameters at which the line is 0, above the "
+        "smallest size, and the interval of draws; ∞: nowhere. What lies outside the sizes that "
+        "were run is an extrapolation of a straight line.",
+    )
+    rng = np.random.default_rng(0)
+    for model in LABELS:
+        sizes = sizes_of(final, model)
+        if len(sizes) > 2:
+            found = line_of(losses_of(final, model, sizes, "longer"), rng)
+            table.add(LABELS[model], *_line_cells(found))
+    for one, other, sizes in pairs_and_sizes(final):
+        if len(sizes) > 2:
+            each = [losses_of(final, x, sizes, "longer") for x in (one, other)]
+            found = line_of_difference(*each, rng)
+            where = [_millions(x) for x in crossings(found, min(each[0].parameters))]
+            if (one, other) not in BETWEEN:
+                where = []
+            table.add(pair_label(one, other), *_line_cells(found), *where)
+    return table
+
+
+def _line_cells(found) -> list[str]:
+    return [
+        f"{found.level:+.4f}",
+        plus_minus(found.level_error),
+        f"{found.slope:+.4f}",
+        plus_minus(found.slope_error),
+        f"{found.residual:.4f}",
+    ]
+
+
+def _millions(parameters: float) -> str:
+    if parameters > 1e12:
+        return "∞" if math.isinf(parameters) else "> 10^12"
+    return f"{parameters / 1e6:,.2g}M" if parameters < 1e8 else f"{parameters / 1e6:,.0f}M"
+
+
+def _sweeps(records: Records) -> Table:
+    rates = sorted({x["rate"] for x in records.values() if x["seed"] == 0})
+    table = Table(
+        "Validation bits per byte by learning rate, in windows, one seed",
+        ("", "size", *(f"{rate:g}" for rate in rates)),
+        note="The best rates of two sizes give those between them.",
+    )
+    for model in LABELS:
+        for size in sizes_of(records, model):
+            bits = {
+                x["rate"]: x["validation"] for x in of_runs(records, model, size) if x["seed"] == 0
+            }
+            if len(bits) > 1:
+                cells = [f"{bits[rate]:.4f}" if rate in bits else "" for rate in rates]
+                table.add(LABELS[model], size, *cells)
+    return table
+
+
+def class_bits(records: Records, model: str, size: str, name: str) -> np.ndarray:
+    """The bits of one class of tokens in each document, in windows, the mean over seeds."""
+    each = [x["classes"][name]["bits"] for x in of_runs(records, model, size)]
+    return np.array(each).mean(0)
+
+
+def _class_gaps(final: Records) -> Table:
+    table = Table(
+        "Where the difference lies: its parts by class of token, bits per byte, in windows",
+        ("", "size", *CLASSES, "all"),
+        note="The parts of a row add up to its last number. Errors over documents.",
+    )
+    for one, other, sizes in pairs_and_sizes(final):
+        for size in sizes:
+            byte_counts = np.array(of_runs(final, one, size)[0]["held_out"]["bytes"])
+            cells, total = [], 0.0
+            for name in CLASSES:
+                bits = class_bits(final, one, size, name) - class_bits(final, other, size, name)
+                part = bits.sum() / byte_counts.sum()
+                total += part
+                cells.append(f"{part:+.4f} {plus_minus(ratio_standard_error(bits, byte_counts))}")
+            table.add(pair_label(one, other), size, *cells, f"{total:+.4f}")
+    return table
+
+
+def _classes(final: Records) -> Table:
+    table = Table(
+        "Loss by class of token in windows, bits per token, mean over seeds",
+        ("", "size", *CLASSES),
+    )
+    for model in LABELS:
+        for size in sizes_of(final, model):
+            of_class = of_runs(final, model, size)[0]["classes"]
+            losses = [
+                class_bits(final, model, size, name).sum() / of_class[name]["tokens"]
+                for name in CLASSES
+                if of_class[name]["tokens"]
+            ]
+            table.add(LABELS[model], size, *(f"{x:.3f}" for x in losses))
+    some = next(iter(final.values()), None)
+    if some is not None:
+        counts = [some["classes"][name]["tokens"] for name in CLASSES]
+        table.add("share of the tokens", "", *(f"{100 * x / sum(counts):.1f}%" for x in counts))
+    return table
+
+
+def _buckets(final: Records) -> Iterator[Table]:
+    """Tables of loss by distance and by position at the size with most models."""
+    size = fullest_size(final)
+    titles = {
+        "distances": "Loss on rare pairs by distance to their last occurrence in the document",
+        "positions": "Loss by position in the document",
+    }
+    for part, title in titles.items():
+        models = models_at(final, size)
+        table = Table(
+            f"{title}, bits per token, {size}, longer contexts",
+            ("tokens" if part == "distances" else "positions", *(LABELS[x] for x in models)),
+            note="Mean over seeds, and the error over documents of one seed.",
+        )
+        each = {model: bucket_means(final, model, size, part) for model in models}
+        for first, last in sorted({bucket for found in each.values() for bucket in found}):
+            cells = []
+            for model in models:
+                mean, error = each[model].get((first, last), (math.nan, math.nan))
+                cells.append(f"{mean:.2f} {plus_minus(error, 2)}" if not math.isnan(mean) else "")
+            table.add(f"{first:,} to {last:,}", *cells)
+        yield table
+
+
+def bucket_means(
+    records: Records, model: str, size: str, part: str
+) -> dict[tuple[int, int], tuple[float, float]]:
+    """Bits per token of each bucket: the mean over seeds, and the error over documents of one."""
+    runs = of_runs(records, model, size)
+    found = {}
+    for number, bucket in enumerate(runs[0][part]):
+        mean = float(np.mean([x[part][number]["bits_per_token"] for x in runs]))
+        found[bucket["first"], bucket["last"]] = mean, bucket["standard_error"]
+    return found
+
+
+def fullest_size(records: Records) -> str:
+    """The size at which most models have runs, the largest of these."""
+    sizes = sizes_of(records)
+    return max(sizes, key=lambda size: (len(models_at(records, size)), sizes.index(size)))
+
+
+def recall_means(
+    records: Records, model: str, size: str, probe: str
+) -> dict[int, tuple[float, float]]:
+    """The accuracy by distance, over all trials of all seeds, and its standard error."""
+    each: dict[int, list[float]] = {}
+    trials: dict[int, list[float]] = {}
+    for record in of_runs(records, model, size):
+        for x in record["recall"]:
+            if x["probe"] == probe:
+                each.setdefault(x["distance"], []).append(x["accuracy"])
+                trials.setdefault(x["distance"], []).append(x["standard_error"])
+    return {
+        distance: (float(np.mean(found)), math.hypot(*trials[distance]) / len(found))
+        for distance, found in each.items()
+    }
+
+
+def _recall(final: Records) -> Iterator[Table]:
+    distances = sorted({x["distance"] for record in final.values() for x in record["recall"]})
+    for probe, chance in (("associative", "1 in 8 by chance"), ("copying", "8 tokens, all right")):
+        table = Table(
+            f"Synthetic probe: {probe}, % correct by distance in tokens ({chance})",
+            ("", "size", *map(str, distances)),
+        )
+        for model in LABELS:
+            for size in sizes_of(final, model):
+                found = recall_means(final, model, size, probe)
+                cells = [f"{100 * a:.0f} {plus_minus(100 * e, 0)}" for a, e in found.values()]
+                table.add(LABELS[model], size, *cells)
+        yield table
+
+
+def _time(records: Records) -> Table:
+    table = Table(
+        "Time on one core",
+        ("size", "runs", "training, s a run", "measuring, s a run", "all runs, hours"),
+        note="All runs, with those of the sweeps. The machine's other core had runs too.",
+    )
+    for size in sizes_of(records):
+        runs = [x for x in records.values() if x["size"] == size]
+        training = [x["training_seconds"] for x in runs]
+        measuring = [x["measuring_seconds"] for x in runs]
+        table.add(
+            size,
+            str(len(runs)),
+            f"{np.mean(training):.0f}",
+            f"{np.mean(measuring):.0f}",
+            f"{(sum(training) + sum(measuring)) / 3600:.2f}",
+        )
+    return table
