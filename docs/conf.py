@@ -49,7 +49,12 @@ def setup(app):
 
 
 COPIES = DOCS / "elsewhere"  # ignored by git
-PAGES = ("CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/results/accelerator_h100.md")
+PAGES = (
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "benchmarks/results/accelerator_h100.md",
+    "notebooks/pretrained_model/README.md",
+)
 _LINK = re.compile(r"\[([^\]]+)\]\(([\w./-]+)(#[\w-]+)?\)")
 
 
