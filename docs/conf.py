@@ -53,6 +53,7 @@ PAGES = (
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "benchmarks/results/accelerator_h100.md",
+    "benchmarks/results/accelerator_h200.md",
     "notebooks/pretrained_model/README.md",
 )
 _LINK = re.compile(r"\[([^\]]+)\]\(([\w./-]+)(#[\w-]+)?\)")
