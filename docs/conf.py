@@ -49,7 +49,13 @@ def setup(app):
 
 
 COPIES = DOCS / "elsewhere"  # ignored by git
-PAGES = ("CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/results/accelerator_h100.md")
+PAGES = (
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "benchmarks/results/accelerator_h100.md",
+    "benchmarks/results/accelerator_h200.md",
+    "notebooks/pretrained_model/README.md",
+)
 _LINK = re.compile(r"\[([^\]]+)\]\(([\w./-]+)(#[\w-]+)?\)")
 
 

@@ -18,6 +18,7 @@ _HOME = {
     "TrainConfig": "retnet_jax.config",
     "Transformer": "retnet_jax.model",
     "Writer": "retnet_jax.generation",
+    "convert": "retnet_jax.interop",
     "evaluate": "retnet_jax.evaluation.run",
     "for_decoding": "retnet_jax.model",
     "generate": "retnet_jax.generation.decode",

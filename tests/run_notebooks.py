@@ -1,5 +1,7 @@
 """Executes the notebooks, each in a new kernel and a temporary directory, and prints the seconds.
 
+The directories beside the notebooks, such as pretrained_model/, are copied there.
+
     python tests/run_notebooks.py                  # fails on an error or a traceback
     python tests/run_notebooks.py --write train    # saves the new outputs in notebooks/train.ipynb
 
@@ -8,6 +10,7 @@ Needs the extra `notebooks`.
 
 import argparse
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -51,6 +54,8 @@ def execute(path: Path) -> tuple[nbformat.NotebookNode, str]:
     """The executed notebook, and what went wrong, or "" if nothing did."""
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as directory:
+        for beside in path.parent.glob("[!.]*/"):
+            shutil.copytree(beside, Path(directory) / beside.name)
         client = NotebookClient(
             notebook,
             timeout=LONGEST_CELL,

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 
 import retnet_jax
+from retnet_jax import interop
+from retnet_jax.config_json import read_config
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 LARGEST = 400_000  # bytes
+LARGEST_MODEL = 2_000_000  # bytes of the files in its directory
 # On a machine. Others, such as /usr/bin/env, may stand in Python that the model writes.
 PATH = re.compile(r"/(home|root|tmp|work|Users)/\w|[A-Z]:\\Users|\.venv|site-packages")
 TEXT = ("text/plain", "text/markdown", "text/html")
@@ -40,8 +43,8 @@ def names_used(path):
                 yield f"retnet_jax.{node.attr}"
 
 
-def test_there_are_two():
-    assert [path.stem for path in NOTEBOOKS] == ["retention", "train"]
+def test_there_are_three():
+    assert [path.stem for path in NOTEBOOKS] == ["pretrained", "retention", "train"]
 
 
 @every_notebook
@@ -89,3 +92,17 @@ def test_links_lead_to_files(path):
             text = "".join(cell["source"])
             for link in re.findall(r"\]\(([\w./]+)\)", text) + re.findall(r"`(\w+/[\w./]+)`", text):
                 assert (path.parent / link).exists() or (path.parent.parent / link).exists(), link
+
+
+def test_the_model_beside_them_is_small_and_says_what_it_is():
+    directory = NOTEBOOKS[0].parent / "pretrained_model"
+    assert sum(path.stat().st_size for path in directory.iterdir()) < LARGEST_MODEL
+    card = (directory / "README.md").read_text()
+    config = read_config(directory / "training_config.json")
+    assert config.data.source == "stdlib"
+    assert f"{config.model.parameter_count():,} parameters" in card
+    for heading in ("How it was made", "Held-out results", "What it is not good for"):
+        assert f"\n## {heading}\n" in card
+    found = interop.open_source(directory)
+    assert found.layout is interop.fla.LAYOUT
+    assert found.description.model.parameter_count() == config.model.parameter_count()
