@@ -189,7 +189,8 @@ def learning_rate(name: str, size: str, records: Records) -> float | None:
         return None
     at = [math.log(non_embedding(model_of(name, SIZES[x]))) for x in (size, *SWEPT)]
     rate = np.exp(np.interp(at[0], at[1:], np.log(np.array(best, float))))
-    return float(f"{rate:.3g}")
+    # Runs are named by it, so a small change of a model's size must not change it.
+    return float(f"{rate:.2g}")
 
 
 def best_rate(name: str, size: str, records: Records) -> float | None:
