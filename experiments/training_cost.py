@@ -162,15 +162,25 @@ def peak_of_steps(architecture: str, length: int, tokens: int) -> int:
 
 def report(budget: str, records: Records) -> str:
     """The tables as Markdown; draws the figure."""
-    compiled = [x for x in records.values() if x["kind"] == "compiled"]
-    measured = sorted(
-        (x for x in records.values() if x["kind"] == "measured"), key=lambda x: x["length"]
-    )
-    training_cost_figure.draw(budget, compiled, measured, PAPER)
-    tables = [_memory_table(compiled), _step_table(measured)]
+    training_cost_figure.draw(budget, _compiled_records(records), _measured_records(records), PAPER)
+    return tables(budget, records)
+
+
+def tables(budget: str, records: Records) -> str:
+    """The tables as Markdown."""
+    found = [_memory_table(_compiled_records(records)), _step_table(_measured_records(records))]
     if budget != "small":
-        tables.append(_h200_table())
-    return "\n\n".join(table.markdown for table in tables)
+        found.append(_h200_table())
+    return "\n\n".join(table.markdown for table in found)
+
+
+def _compiled_records(records: Records) -> list[dict[str, Any]]:
+    return [record for record in records.values() if record["kind"] == "compiled"]
+
+
+def _measured_records(records: Records) -> list[dict[str, Any]]:
+    found = [record for record in records.values() if record["kind"] == "measured"]
+    return sorted(found, key=lambda record: record["length"])
 
 
 def _memory_table(compiled: Sequence[dict[str, Any]]) -> Table:
