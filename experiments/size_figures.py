@@ -1,10 +1,9 @@
 """The figures of `experiments/perplexity_by_size.py`."""
 
-from pathlib import Path
-
 import numpy as np
 
-from experiments.runs import WORKDIRS, Records
+from experiments import figures
+from experiments.runs import Records
 from experiments.size_fits import difference, line_of, line_of_difference
 from experiments.size_tables import (
     LABELS,
@@ -21,7 +20,6 @@ from experiments.size_tables import (
 )
 from experiments.token_classes import CLASSES, RARE_AT_MOST
 
-FIGURES = Path(__file__).parent.parent / "docs/figures"
 STYLES = {  # colour, line, marker
     "retnet": ("#7fb2e5", "--", "o"),
     "retnet_conv": ("#1f5fa8", "-", "o"),
@@ -45,26 +43,19 @@ DRAWN = tuple(LABELS)[:6]
 
 def draw(budget: str, final: Records) -> None:
     """Draws all figures; those of a small budget are not among the documents'."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 10, "font.family": "DejaVu Sans", "axes.grid": True})
+    plt = figures.start()
+    plt.rcParams.update({"font.family": "DejaVu Sans", "axes.grid": True})
     plt.rcParams.update({"grid.color": "0.9", "axes.axisbelow": True, "legend.fontsize": 8})
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
-    directory = FIGURES if budget != "small" else WORKDIRS / "figures"
-    directory.mkdir(parents=True, exist_ok=True)
-    figures = {
+    drawn = {
         "loss_by_size": (_by_size, (11, 4.6), (1, 2)),
         "loss_by_class": (_by_class, (11, 7.4), (2, 2)),
         "use_of_context": (_use_of_context, (11, 8), (2, 2)),
         "learning_to_copy": (_learning, (12, 4.4), (1, 3)),
     }
-    for name, (function, size, panels) in figures.items():
+    for name, (function, size, panels) in drawn.items():
         figure, axes = plt.subplots(*panels, figsize=size, layout="constrained", squeeze=False)
         function(figure, axes.ravel(), final)
-        figure.savefig(directory / f"{name}.png", dpi=110, pil_kwargs={"optimize": True})
+        figures.save(figure, name, budget)
         plt.close(figure)
 
 
