@@ -19,7 +19,7 @@ WINDOW, EVERY = 1024, 4  # of the hybrid: every fourth layer is attention to 102
 
 
 def decoding_config(size: str, architecture: str) -> ModelConfig:
-    """The model of a size and an architecture; all of a size have about as many parameters."""
+    """The model of a size and an architecture; all of a size have about equal parameters."""
     retnet = dataclasses.replace(
         _paper_sizes(size),
         short_conv=4,

@@ -2,8 +2,8 @@
 
 The same last 128 tokens are scored after contexts of 128 to 8,192 tokens, in 44 pieces of 8,192
 tokens of the 26 held-out documents that are longer. The loss by position in these documents, up to
-47,000 tokens, says how long a carried state goes on to help. Models of the quickstart's size, each
-with two seeds and the quickstart's 1,300 steps of 2,048 tokens of the standard library:
+47,000 tokens, says how long a carried state still helps. Models of the quickstart's size, each
+with two seeds and the quickstart's 1,500 steps of 2,048 tokens of the standard library:
 
     retnet_256, retnet_1024             RetNets trained in windows of 256 and 1,024 tokens
     retnet_256_in_order                 each row of the batch reads the windows of a text in order
@@ -11,9 +11,9 @@ with two seeds and the quickstart's 1,300 steps of 2,048 tokens of the standard 
     transformer_256, transformer_1024   Transformers with rotation, which no context beyond their
                                         windows was seen with
 
-A carried state needs windows in order, which alone makes batches less diverse. So in_order is the
-control of carried. All have the quickstart's rates, which were chosen with windows of 128 tokens
-for the RetNet. The paper's numbers are perplexities at 200M parameters.
+A carried state needs windows in order, which by itself makes batches less diverse. So in_order is
+the control of carried. All have the quickstart's rates, which were chosen with windows of 128
+tokens for the RetNet. The paper's numbers are perplexities at 200M parameters.
 
     python -m experiments.long_context                  12 runs of 8 to 10 minutes on one core
     python -m experiments.long_context --budget=small   two runs of a few steps, as a test

@@ -137,7 +137,7 @@ def config_of(name: str, size: str, seed: int, rate: float) -> Config:
 
 
 def model_of(name: str, size: Size) -> ModelConfig:
-    """A model with as many parameters as the RetNet with short convolutions of this size."""
+    """A model with the parameters, in number, of this size's RetNet with short convolutions."""
     d, heads = size.d_model, size.attention_heads
     retnet = dataclasses.replace(
         get_config().model, d_model=d, key_dim=4 * d, n_layers=size.n_layers

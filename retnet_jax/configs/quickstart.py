@@ -46,7 +46,7 @@ def get_config(architecture: str = "retnet") -> Config:
             twin,
             key_dim=256,
             value_dim=256,
-            ffn_dim=640,  # as many parameters as the RetNet
+            ffn_dim=640,  # for the RetNet's number of parameters
             short_conv=4,
             qk_norm=True,
             init="zero_outputs",
