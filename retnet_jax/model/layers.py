@@ -121,8 +121,13 @@ def convolve(
 
 
 def along(x: Float[Array, "... d"], parameter: nnx.Param) -> Float[Array, "... d"]:
-    """A parameter [d] as [1 ... 1 d], with the number of dimensions of x."""
-    return jnp.expand_dims(parameter[...], tuple(range(x.ndim - 1)))
+    """A parameter [d], broadcast to the shape of x.
+
+    From [1 ... 1 d] it would broadcast later, and the gradient of a batch of one row would be summed
+    over the tokens only: XLA on CPU takes 3.4 ms for 2048 x 256 numbers, where the sum over rows and
+    tokens takes 0.2.
+    """
+    return jnp.broadcast_to(parameter[...], x.shape)
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], deviation: float) -> Float[Array, "..."]:
