@@ -12,7 +12,6 @@ would take three times the bytes.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from retnet_jax.errors import ConfigError
@@ -22,9 +21,11 @@ from retnet_jax.model.lm import LanguageModel, State
 from retnet_jax.model.mixer import map_matrix
 from retnet_jax.model.multi_scale_retention import MultiScaleRetention
 from retnet_jax.ops.dropout import LayerKeys
+from retnet_jax.ops.embedding import look_up_stored
 from retnet_jax.ops.rounding import round_at_random
+from retnet_jax.ops.stored_product import stored_product
 from retnet_jax.own_objects import is_own
-from retnet_jax.shapes import Array, Float, RetentionMatrix
+from retnet_jax.shapes import Array, Float, Int, RetentionMatrix
 
 STATE_DTYPES = ("float32", "bfloat16")
 
@@ -85,31 +86,12 @@ class Rows(nnx.Module):
 
     def wide(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
         """The product without the bias, in float32."""
-        y = _product(x, self.weight[...])
+        y = stored_product(x, self.weight[...])
         return y * self.scale[...] if self.has_scale else y
 
     def matrix(self) -> Float[Array, "o i"]:
         """The weights in float32."""
         return self.weight[...].astype(jnp.float32) * self.scale[...][:, None]
-
-
-def _product(x: Float[Array, "... i"], weight: Array) -> Float[Array, "... o"]:
-    """The product x W^T in float32, for weights [o i]."""
-    wide = np.promote_types(np.float32, x.dtype)
-
-    def matrix_product(x, weight):
-        dimensions = (((x.ndim - 1,), (1,)), ((), ()))
-        weight = weight.astype(x.dtype)
-        return jax.lax.dot_general(x, weight, dimensions, preferred_element_type=wide)
-
-    def sums(x, weight):
-        return (x.astype(wide)[..., None, :] * weight.astype(wide)).sum(-1)
-
-    if x.size > x.shape[-1]:
-        return matrix_product(x, weight)
-    # For a single vector XLA on GPUs may first write bfloat16 weights to memory in float32 (it does
-    # where they are large); sums read them as they are.
-    return jax.lax.platform_dependent(x, weight, cuda=sums, rocm=sums, default=matrix_product)
 
 
 class DecodingModel(LanguageModel):
@@ -166,10 +148,13 @@ class DecodingModel(LanguageModel):
 
         return map_matrix(stored, layer_state) if _retains(self.layers[number]) else layer_state
 
+    def _embedding_rows(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        return look_up_stored(self.embedding[...], tokens)
+
     def logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t w"]:
         if self.int8_head:
             return self.head.wide(hidden)
-        return _product(hidden, self.head_matrix())
+        return stored_product(hidden, self.head_matrix())
 
     def head_matrix(self) -> Float[Array, "w d"]:
         return self.head.matrix() if self.int8_head else super().head_matrix()

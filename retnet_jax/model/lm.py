@@ -223,10 +223,13 @@ class LanguageModel(nnx.Module):
 
     def _embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         config = self.config
-        x = look_up(self.embedding[...], tokens, config.dtype)
+        x = self._embedding_rows(tokens)
         if config.embedding_scale:
             x = x * config.d_model**0.5
         return constrain(self.embedding_norm(x) if config.embedding_norm else x, "btd")
+
+    def _embedding_rows(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        return look_up(self.embedding[...], tokens, self.config.dtype)
 
     def logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t w"]:
         """The output head: float32 logits of the normed activations."""

@@ -26,6 +26,17 @@ def look_up(
     return _look_up(table, tokens, dtype)
 
 
+def look_up_stored(table: Float[Array, "w d"], tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+    """Rows of a table as it is, without a gradient.
+
+    On one device bfloat16 rows are gathered as integers: XLA on CPU would convert the whole table.
+    """
+    if many_devices() or table.dtype != jnp.bfloat16:
+        return look_up(table, tokens, str(table.dtype))
+    integers = jax.lax.bitcast_convert_type(table, jnp.uint16)[tokens]
+    return jax.lax.bitcast_convert_type(integers, jnp.bfloat16)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _look_up(table, tokens, dtype):
     return _forward(table, tokens, dtype)[0]
