@@ -10,8 +10,9 @@ Each call decodes `--tokens` tokens greedily from a state of random numbers with
 has at the position; models whose cache is larger than --most_gigabytes are left out. PyTorch runs
 torchscale's recurrent form, and a Transformer with a cache that is allocated once and
 `scaled_dot_product_attention`. "Of copy" is the share of the measured copy bandwidth with which the
-weights and the state are read, and the state of a RetNet written. All calls of a batch and a
-position take turns. Prints tables and writes benchmarks/results/decoding_against_torch.json.
+weights and the state are read, and the state of a RetNet written. All calls of an architecture at a
+batch and a position take turns. Prints tables and writes
+benchmarks/results/decoding_against_torch.json.
 """
 
 import os
@@ -101,17 +102,15 @@ def state_gigabytes(architecture: str, rows: int, position: int) -> float:
     return 4 * rows * LAYERS.value * of_layer / 1e9
 
 
-def measure(rows: int, position: int, bandwidth: float) -> list[dict[str, Any]]:
-    """A record of each model at one batch and position."""
+def measure(architecture: str, rows: int, position: int, bandwidth: float) -> list[dict[str, Any]]:
+    """A record of each model of an architecture at one batch and position."""
+    if state_gigabytes(architecture, rows, position) > MOST.value:
+        return []
     calls: dict[str, Callable[[], Any]] = {}
-    for architecture in ("retnet", "transformer"):
-        if state_gigabytes(architecture, rows, position) > MOST.value:
-            continue
-        for precision in PRECISIONS:
-            name = f"ours {architecture} {precision}"
-            calls[name] = ours(architecture, precision, rows, position)
-        for dtype in PRECISIONS[:2]:
-            calls[f"torch {architecture} {dtype}"] = in_torch(architecture, dtype, rows, position)
+    for precision in PRECISIONS:
+        calls[f"ours {architecture} {precision}"] = ours(architecture, precision, rows, position)
+    for dtype in PRECISIONS[:2]:
+        calls[f"torch {architecture} {dtype}"] = in_torch(architecture, dtype, rows, position)
     seconds = interleaved_seconds(calls, ROUNDS.value)
     found = []
     for name, call in calls.items():
@@ -121,7 +120,10 @@ def measure(rows: int, position: int, bandwidth: float) -> list[dict[str, Any]]:
             record["of copy"] = moved_bytes(call, name) / token / bandwidth
         found.append(record)
         share = f"{record['of copy']:.2f}" if "of copy" in record else ""
-        print(f"{rows:>4}{position:>8}  {name:<30}{record['tokens/s']:>10.1f} tokens/s{share:>7}")
+        print(
+            f"{rows:>4}{position:>8}  {name:<30}{record['tokens/s']:>10.1f} tokens/s{share:>7}",
+            flush=True,
+        )
     return found
 
 
@@ -133,11 +135,12 @@ def main(_) -> None:
     records = []
     for rows in map(int, BATCHES.value):
         for position in map(int, POSITIONS.value):
-            records += measure(rows, position, bandwidth)
-            path = write_results(
-                "decoding_against_torch",
-                {"torch": torch.__version__, "copy_bandwidth": bandwidth, "records": records},
-            )
+            for architecture in ("retnet", "transformer"):
+                records += measure(architecture, rows, position, bandwidth)
+                path = write_results(
+                    "decoding_against_torch",
+                    {"torch": torch.__version__, "copy_bandwidth": bandwidth, "records": records},
+                )
     print(f"written to {path}")
 
 

@@ -45,7 +45,9 @@ def moved(device, size: str, batch_size: int, weights: str | None, state_dtype: 
     """MiB of memory traffic per token."""
     config = importlib.import_module(f"retnet_jax.configs.retnet_{size}").get_config().model
     config = dataclasses.replace(config, dtype="bfloat16")
-    arguments = abstract_decoding(config, batch_size, weights=weights, state_dtype=state_dtype)
+    arguments = abstract_decoding(
+        device, config, batch_size, weights=weights, state_dtype=state_dtype
+    )
     found = compiled_decoding(device, arguments)
     return {
         "moved": found.moved_bytes / MIB,

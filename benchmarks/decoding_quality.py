@@ -97,7 +97,7 @@ class _ToTheNearest(DecodingModel):
     """A model that rounds its bfloat16 state to the nearest instead of stochastically."""
 
     def _stored(self, layer_state, position, number):
-        return layer_state.swapaxes(-1, -2).astype(jnp.bfloat16)
+        return self._turned(layer_state).astype(jnp.bfloat16)
 
 
 def to_the_nearest(model: LanguageModel) -> LanguageModel:

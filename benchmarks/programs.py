@@ -16,11 +16,11 @@ from flax import nnx
 
 from retnet_jax.aot.hlo import memory_of, peak_bytes
 from retnet_jax.aot.traffic import memory_traffic
-from retnet_jax.config import Config, ModelConfig
+from retnet_jax.config import Config, MeshConfig, ModelConfig
 from retnet_jax.data import Batch
 from retnet_jax.generation.decode import Progress, decode, row_keys
 from retnet_jax.model import LanguageModel, build_model, for_decoding
-from retnet_jax.parallel.mesh import Device
+from retnet_jax.parallel.mesh import Device, make_mesh
 from retnet_jax.training.step import state_of, train_step
 
 _COMPILED_TOKENS = 16  # decoded in the loop of `compiled_decoding`
@@ -166,15 +166,17 @@ class AbstractDecoding(NamedTuple):
 
 
 def abstract_decoding(
+    device: Device,
     config: ModelConfig,
     rows: int,
     capacity: int = 1,
     weights: str | None = None,
     state_dtype: str | None = None,
 ) -> AbstractDecoding:
-    """The arguments of decoding.
+    """The arguments of decoding on a device, which need not exist.
 
     Args:
+      device: Where it runs.
       config: Architecture of the model.
       rows: Number of rows.
       capacity: Slots of a Transformer's cache, all of which a token reads.
@@ -188,7 +190,8 @@ def abstract_decoding(
         progress = _random_progress(model, rows, capacity, 0)
         return AbstractDecoding(model, progress, row_keys(0, rows))
 
-    return jax.eval_shape(build)
+    with jax.set_mesh(make_mesh(MeshConfig(), [device])):
+        return jax.eval_shape(build)
 
 
 class CompiledDecoding(NamedTuple):
@@ -201,12 +204,14 @@ class CompiledDecoding(NamedTuple):
 
 def compiled_decoding(device: Device, arguments: AbstractDecoding) -> CompiledDecoding:
     """Compiles decoding for a device, such as those of `retnet_jax/aot/topologies.py`."""
-    place = jax.sharding.SingleDeviceSharding(device)
+    mesh = make_mesh(MeshConfig(), [device])
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     placed = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments
     )
     begin = time.perf_counter()
-    program = decode.lower(*placed, length=_COMPILED_TOKENS).compile()
+    with jax.set_mesh(mesh):  # by which the model knows its platform
+        program = decode.lower(*placed, length=_COMPILED_TOKENS).compile()
     seconds = time.perf_counter() - begin
     moved = sum(traffic.bytes for traffic in memory_traffic(program.as_text() or ""))
     return CompiledDecoding(moved / _COMPILED_TOKENS, peak_bytes(memory_of(program)), seconds)

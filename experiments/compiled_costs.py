@@ -140,7 +140,7 @@ def decoding_bytes(
             found.append(found[0] | {"length": length})
             continue
         arguments = abstract_decoding(
-            config, rows, length, state_dtype=state_dtype(config, "bfloat16")
+            place, config, rows, length, state_dtype=state_dtype(config, "bfloat16")
         )
         record: dict[str, Any] = {
             "length": length,

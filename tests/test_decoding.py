@@ -9,15 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from test_aot import tpus
 from tolerances import assert_close
 
 from retnet_jax import ModelConfig, RetNet, Transformer, for_decoding, interop
 from retnet_jax.aot.traffic import memory_traffic
+from retnet_jax.config import MeshConfig
 from retnet_jax.errors import ConfigError
 from retnet_jax.generation.decode import Progress, Stream, complete, decode, prefill, row_keys
 from retnet_jax.ops.rounding import round_at_random
+from retnet_jax.parallel.mesh import make_mesh
 
 __all__ = ["tpus"]  # a fixture
 
@@ -167,11 +169,13 @@ def compiled(device, batch_size, weights=None, state_dtype=None, length=8):
         logits = jnp.zeros((batch_size, config.vocab_size))
         return model, Progress(logits, state, jnp.zeros(batch_size, bool)), row_keys(0, batch_size)
 
-    place = SingleDeviceSharding(device)
-    arguments = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), jax.eval_shape(build)
-    )
-    program = decode.lower(*arguments, length=length).compile()
+    mesh = make_mesh(MeshConfig(), [device])
+    place = NamedSharding(mesh, PartitionSpec())
+    with jax.set_mesh(mesh):
+        arguments = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), jax.eval_shape(build)
+        )
+        program = decode.lower(*arguments, length=length).compile()
     model, progress, _ = arguments
 
     def size(tree):

@@ -11,6 +11,7 @@ import numpy as np
 import programs
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file
 from tolerances import assert_close
 
 from retnet_jax import ModelConfig, RetNet, Transformer, for_decoding, generate
@@ -173,6 +174,22 @@ def test_continuing_a_saved_state_equals_generating_at_once(kind, sampler, tmp_p
     assert first.continuations[0].text + rest.text == whole.text
     log_p = first.continuations[0].log_probabilities + rest.log_probabilities
     assert_close(np.array(log_p), np.array(whole.log_probabilities))
+
+
+def test_a_saved_state_is_the_same_in_models_that_store_keys_last_or_first(tmp_path):
+    files = {}
+    for keys_last in (False, True):
+        model = jax.tree.map(lambda x: x, build(RetNet))  # which others use too
+        model.keys_last = keys_last
+        reading = written(model, BYTES, ["Grüße, "], 0).reading
+        save_reading(tmp_path / str(keys_last), reading, model, BYTES)
+        files[keys_last] = load_file(tmp_path / str(keys_last))
+        for path in tmp_path.iterdir():  # those that the other has saved too
+            after = load_reading(path, model, BYTES)
+            assert_close(after.progress, reading.progress)
+    assert files[False].keys() == files[True].keys()
+    for name, x in files[False].items():
+        assert (x == files[True][name]).all(), name
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -18,9 +18,9 @@ from retnet_jax.data import Tokenizer
 from retnet_jax.errors import CheckpointError, brief
 from retnet_jax.files import atomic
 from retnet_jax.files.paths import local
-from retnet_jax.generation.decode import empty_progress
+from retnet_jax.generation.decode import Progress, empty_progress
 from retnet_jax.generation.texts import Reading
-from retnet_jax.model import LanguageModel
+from retnet_jax.model import DecodingModel, LanguageModel
 from retnet_jax.model.parameters import why_not_finite
 from retnet_jax.trees import named_leaves, with_leaves
 
@@ -43,7 +43,8 @@ def save_reading(
     path = local(path)
     if path.exists():
         raise CheckpointError(f"{path} exists already: name another file, or delete it")
-    arrays = {name: np.asarray(x) for name, x in named_leaves(reading.progress).items()}
+    progress = _portable(model, reading.progress)
+    arrays = {name: np.asarray(x) for name, x in named_leaves(progress).items()}
     for name, x in arrays.items():
         if not np.isfinite(x.astype(np.float32)).all():
             raise CheckpointError(
@@ -117,9 +118,16 @@ def load_reading(path: str | Path, model: LanguageModel, tokenizer: Tokenizer) -
                 f"{written_with[name][:12]}, here {of[:12]}): read the text again"
             )
     rows, capacity = len(last_ids), _capacity(arrays)
-    shape = jax.eval_shape(lambda: empty_progress(model, rows, capacity))
+    shape = jax.eval_shape(lambda: _portable(model, empty_progress(model, rows, capacity)))
     leaves = {name: jnp.asarray(array) for name, array in arrays.items()}
-    return Reading(with_leaves(shape, leaves), last_ids)
+    return Reading(_portable(model, with_leaves(shape, leaves)), last_ids)
+
+
+def _portable(model: LanguageModel, progress: Progress) -> Progress:
+    """A progress with its state as files have it, on every device; or one of a file as ours."""
+    if not isinstance(model, DecodingModel):
+        return progress
+    return progress._replace(state=model.portable(progress.state))
 
 
 def fingerprint_of_model(model: LanguageModel) -> str:

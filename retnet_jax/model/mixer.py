@@ -47,7 +47,7 @@ class RetentionState(NamedTuple):
     """The state of a RetNet: it has the same size after ten tokens as after a million."""
 
     # S of all layers [n b h k v], or a `ConvolvedState`; None: nothing was read; a tuple of the
-    # layers' states, with S as [b h v k]: of a model for decoding
+    # layers' states, with S as `DecodingModel` stores it: of a model for decoding
     layers: Float[Array, "n b h k v"] | ConvolvedState | tuple[LayerState, ...] | None
     position: Int[Array, " b"]  # position of the next token in its document
 

@@ -229,6 +229,9 @@ def _attend_row_by_row(q, k, v, cached_k, cached_v, seen, seen_new, used):
         # Each key head's queries, [g (r t) k] with r = h/g query heads.
         q = q.reshape(t, groups, h // groups, width).transpose(1, 2, 0, 3)
         q = q.reshape(groups, -1, width)
+        if q.shape[1] == 1 and q.dtype == jnp.bfloat16:
+            # XLA converts a bfloat16 matrix for one vector, and not for two equal ones.
+            q = jnp.broadcast_to(q, (groups, 2, width))
 
         def masked(scores, seen):  # [g (r t) s], [t s]
             seen = jnp.tile(seen, (h // groups, 1))
@@ -254,7 +257,7 @@ def _attend_row_by_row(q, k, v, cached_k, cached_v, seen, seen_new, used):
 
         sums = top, p.sum(-1), product("gqs,sgk->gqk", p.astype(v.dtype), v)
         _, total, y = jax.lax.fori_loop(0, -(-used // chunk), add_chunk, sums)
-        y = (y / total[..., None]).astype(v.dtype)  # [g (r t) k]
+        y = (y / total[..., None]).astype(v.dtype)[:, : t * h // groups]  # [g (r t) k]
         y = y.reshape(groups, h // groups, t, width)
         return y.transpose(2, 0, 1, 3).reshape(t, h, width)
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from retnet_jax.shapes import Array, Float, Int
 
 
-def round_at_random(x: Float[Array, "b h v k"], seed: Int[Array, " b"]) -> Array:
+def round_at_random(x: Float[Array, "b h _ _"], seed: Int[Array, " b"]) -> Array:
     """Rounds to bfloat16, up or down at random with mean x (stochastic rounding).
 
     With rounding to nearest a state would not decay: S - S/512 is S again in bfloat16. Through
