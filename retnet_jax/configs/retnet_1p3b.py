@@ -4,8 +4,12 @@
     python train.py --config=configs/retnet_1p3b.py:transformer --workdir=runs/transformer_1p3b
     python train.py --config=configs/retnet_1p3b.py:paper --workdir=runs/paper_1p3b
 
-100B tokens, 4M in each step. Put JSON lines into data/corpus/ or set --config.data.path. Not run
-yet.
+100B tokens, 4M in each step. The corpus is JSON lines in data/corpus/, or --config.data.path; one
+like the paper's is downloaded there by
+
+    python tools/prepare_corpus.py paper --config=retnet_1p3b
+
+Not run yet.
 """
 
 from retnet_jax.config import Config, TrainConfig

@@ -5,7 +5,12 @@
     python train.py --config=configs/retnet_200m.py:paper --workdir=runs/paper_200m
 
 5B tokens as in its Tables 5 and 6; the learning rate and 0.5M tokens in each step are our choice.
-Put JSON lines into data/corpus/ or set --config.data.path. Not run yet.
+The corpus is JSON lines in data/corpus/, or --config.data.path; one like the paper's is downloaded
+there by
+
+    python tools/prepare_corpus.py paper --config=retnet_200m
+
+Not run yet.
 """
 
 from retnet_jax.config import Config, TrainConfig
