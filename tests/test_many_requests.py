@@ -273,13 +273,14 @@ def test_rounding_does_not_depend_on_the_row():
     assert (rounded[0] != rounded[1]).any()
 
 
-@pytest.mark.parametrize(("tokens", "slots"), [(1, 300), (5, 700)])
-def test_attention_to_used_slots_is_attention_to_all(tokens, slots):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("tokens", "slots", "heads"), [(1, 300, 6), (1, 300, 2), (5, 700, 6)])
+def test_attention_to_used_slots_is_attention_to_all(tokens, slots, heads, dtype):
     rng = np.random.default_rng(0)
     q, k, v, cached_k, cached_v = (
-        rng.normal(size=shape).astype(np.float32)
+        rng.normal(size=shape).astype(jnp.dtype(dtype))
         for shape in (
-            (4, tokens, 6, 8),
+            (4, tokens, heads, 8),
             *((4, tokens, 2, 8) for _ in "kv"),
             *((4, 2, 8, slots) for _ in "kv"),
         )
@@ -300,7 +301,7 @@ def test_attention_to_used_slots_is_attention_to_all(tokens, slots):
         return attend_to_used_slots(*inputs[:5], **more)
 
     found = by_rows(*inputs, used)
-    assert_close(found, attended(*inputs))
+    assert_close(found, attended(*inputs), dtype)
     # Bit for bit the same with other rows beside it.
     order = np.array([2, 0, 0, 1])
     again = by_rows(*(x[order] for x in inputs), used[order])

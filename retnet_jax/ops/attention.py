@@ -223,6 +223,11 @@ def _attend_row_by_row(q, k, v, cached_k, cached_v, seen, seen_new, used):
     chunk = min(chunk_of_slots(t), slots)
     wide = np.promote_types(np.float32, q.dtype)
     product = partial(jnp.einsum, preferred_element_type=wide)
+    cached = cached_k, cached_v
+    as_stored = lambda x: x  # noqa: E731
+    if q.dtype == jnp.bfloat16:  # XLA converts all of a bfloat16 cache to take a slice of it
+        cached = [jax.lax.bitcast_convert_type(x, jnp.uint16) for x in cached]
+        as_stored = partial(jax.lax.bitcast_convert_type, new_dtype=jnp.bfloat16)
 
     def of_row(inputs):
         row, q, k, v, seen_new, used = inputs
@@ -246,7 +251,7 @@ def _attend_row_by_row(q, k, v, cached_k, cached_v, seen, seen_new, used):
             first = number * chunk
             start = jnp.minimum(first, slots - chunk)
             part = (row, 0, 0, start), (1, groups, width, chunk)
-            keys, values = (jax.lax.dynamic_slice(x, *part)[0] for x in (cached_k, cached_v))
+            keys, values = (as_stored(jax.lax.dynamic_slice(x, *part)[0]) for x in cached)
             sees = jax.lax.dynamic_slice(seen, (row, 0, 0, start), (1, 1, t, chunk))[0, 0]
             sees &= start + jnp.arange(chunk) >= first
             scores = masked(product("gqk,gks->gqs", q, keys), sees)
