@@ -8,8 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import programs
@@ -337,3 +339,29 @@ def test_the_environment_of_slurm_and_mpi(monkeypatch):
     with pytest.raises(ConfigError, match=r"SLURM_NTASKS=4 .* srun did not start it .*--num_proc"):
         processes.connect(None, None, None)
     processes.connect(None, 1, None)  # a single process in spite of SLURM_NTASKS
+
+
+@pytest.mark.parametrize(("hosts", "several"), [(b"10.0.0.1,10.0.0.2", True), (b"10.0.0.1", False)])
+def test_the_hosts_of_a_tpu_slice_are_in_the_metadata(hosts, several, monkeypatch):
+    class Metadata(BaseHTTPRequestHandler):
+        def do_GET(self):
+            known = self.path.endswith("/instance/attributes/worker-network-endpoints")
+            known &= self.headers["Metadata-Flavor"] == "Google"
+            self.send_response(200 if known else 404)
+            self.end_headers()
+            self.wfile.write(hosts if known else b"")
+
+        def log_message(self, *_):
+            pass
+
+    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JAX_COORDINATOR_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    with HTTPServer(("127.0.0.1", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # as jax does without a TPU
+        assert not processes._in_cluster()
+        monkeypatch.delenv("TPU_SKIP_MDS_QUERY")
+        assert processes._in_cluster() == several
+        server.shutdown()
+    assert not processes._in_cluster()  # nobody answers any more

@@ -214,17 +214,25 @@ def test_a_damaged_checkpoint_is_renamed_and_the_previous_one_is_used(
     assert train(config, tmp_path / "run").status == "finished"
     said = capfd.readouterr().err
     assert f"checkpoint {newest} is damaged: model/" in said
-    assert "it is renamed, and the previous checkpoint is used" in said
+    assert "it is renamed, and an older checkpoint is used" in said
     assert "steps 8 to 10" in said
     assert_same_losses(tmp_path / "run", uninterrupted)
     assert len(list(newest.parent.glob(f"{STEPS}.damaged-*"))) == 1
 
 
-def test_no_checkpoint_left_is_an_error(config, uninterrupted, tmp_path):
+def test_no_checkpoint_left_is_an_error_as_often_as_it_is_tried(config, uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path / "run")
-    for directory in (tmp_path / "run" / "checkpoints").iterdir():
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for directory in checkpoints.iterdir():
         (directory / "model" / "_METADATA").unlink()
-    with pytest.raises(CheckpointError, match=r"(?s)8 is damaged.*there is no other checkpoint"):
+    names = sorted(path.name for path in checkpoints.iterdir())
+    for _ in range(2):  # the second does not begin the run anew
+        with pytest.raises(CheckpointError, match=r"(?s)8 is damaged.*there is no other checkp"):
+            train(config, tmp_path / "run")
+    assert sorted(path.name for path in checkpoints.iterdir()) == names
+    for path in checkpoints.iterdir():  # as runs did when all checkpoints were damaged
+        path.rename(path.with_name(f"{path.name}.damaged-1"))
+    with pytest.raises(CheckpointError, match=r"8\.damaged-1 was found damaged before"):
         train(config, tmp_path / "run")
 
 

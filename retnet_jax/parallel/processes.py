@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -103,11 +104,33 @@ def _in_cluster() -> bool:
             "program with srun, or as a single process with --num_processes=1"
         )
     several = slurm or _number("OMPI_COMM_WORLD_SIZE") > 1
-    several |= "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    return several or any(
-        os.environ.get(name)
-        for name in ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS")
+    several |= any("," in os.environ.get(name, "") for name in _TPU_HOSTS)
+    several |= any(os.environ.get(name) for name in _COORDINATORS)
+    return several or _is_of_tpu_slice()
+
+
+# Variables of a TPU slice on GKE, and those that name a coordinator.
+_TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
+_COORDINATORS = ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS")
+
+
+def _is_of_tpu_slice() -> bool:
+    """Whether Google's metadata name several hosts of this TPU slice, as on VMs made with gcloud.
+
+    jax asks them for the numbers and addresses of the hosts.
+    """
+    if "TPU_SKIP_MDS_QUERY" in os.environ:  # jax sets it when it is imported without a TPU
+        return False
+    address = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
+    request = urllib.request.Request(
+        f"http://{address}/computeMetadata/v1/instance/attributes/worker-network-endpoints",
+        headers={"Metadata-Flavor": "Google"},
     )
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return b"," in answer.read()
+    except OSError:  # TPUs elsewhere
+        return False
 
 
 def _number(variable: str) -> int:

@@ -171,6 +171,10 @@ class Checkpoints:
         path = self._directory / str(step)
         processes.once(lambda: path.rename(path.with_name(f"{step}.damaged-{time.time_ns()}")))
 
+    def set_aside_before(self) -> list[epath.Path]:
+        """The checkpoints that `set_aside` has renamed."""
+        return [path for path in entries(self._directory) if ".damaged-" in path.name]
+
     def _check_room(self, needed: int) -> None:
         if is_remote(self._directory):
             return

@@ -43,13 +43,18 @@ def start_or_restore(
     """
     shardings = jax.tree.map(lambda x: x.sharding, state_shape)
     problems: list[str] = []
+    damaged: list[int] = []
     for step in checkpoints.steps():
         try:
             items, found = checkpoints.restore(step, items_of(state_shape))
         except DamagedCheckpointError as error:
-            problems.append(f"{error}; it is renamed, and the previous checkpoint is used")
-            checkpoints.set_aside(step)
+            problems.append(f"{error}")
+            damaged.append(step)
             continue
+        # Only now: with all renamed, the same command would begin the run anew.
+        for each in damaged:
+            checkpoints.set_aside(each)
+        problems = [f"{each}; it is renamed, and an older checkpoint is used" for each in problems]
         if found.get("format", 1) < checkpoint_files.FORMAT:
             problems.append(
                 f"checkpoint {step} was written without digests: damage to its numbers cannot be "
@@ -60,8 +65,15 @@ def start_or_restore(
         progress = RunProgress(**{name: found[name] for name in RunProgress._fields})
         count = jax.device_put(np.int32(step), shardings.step)
         return TrainState(step=count, **items), progress, problems
+    problems += [
+        f"checkpoint {path} was found damaged before" for path in checkpoints.set_aside_before()
+    ]
     if problems:
-        raise CheckpointError("\n".join([*problems, "there is no other checkpoint"]))
+        advice = (
+            "there is no other checkpoint: copy an intact one to its place, or train in another "
+            "workdir"
+        )
+        raise CheckpointError("\n".join([*problems, advice]))
     progress = RunProgress(run_began=time.time())
     if config.init_from:
         model, _ = load_checkpoint(config.init_from, mesh, **run_options(config.model))
