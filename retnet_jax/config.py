@@ -108,8 +108,8 @@ class DataConfig:
     tokenizer: str = option(
         "bpe",
         "'byte'; 'bpe', a byte-level BPE trained on the training documents; or a directory, or a "
-        "name on the Hugging Face hub, with a tokenizer.json (Hugging Face) or tokenizer.model "
-        "(SentencePiece)",
+        "name on the Hugging Face hub, with a tokenizer.json, or vocab.json and merges.txt "
+        "(Hugging Face), tokenizer.model (SentencePiece) or cl100k_base.tiktoken",
         in_store=True,
     )
     store: str = option("data/stdlib", "Directory of the token store; built if it does not exist")

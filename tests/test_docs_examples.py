@@ -1,7 +1,7 @@
 """The examples of README.md and docs/ run as a reader types them, in order within a page.
 
 `make test-docs` runs them, and `-k training` those of one page. Each page has a copy of the
-repository in which the quickstart has 40 steps instead of 1,300, and holds out a fifth of the usual
+repository in which the quickstart has 40 steps instead of 1,500, and holds out a fifth of the usual
 documents. Beside it is what the pages suppose to be there: texts, trained runs, and a checkpoint of
 fla. A Python example is a process of its own.
 
