@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 from test_aot import tpus
 from test_train_step import CONFIG
 from tolerances import assert_close
@@ -87,29 +88,42 @@ def test_splash_attention_is_attention(rows, window, key_heads):
 
 
 @pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("before", [0, 40])
-def test_parts_of_the_queries_on_a_cpu_change_nothing(before, documents, monkeypatch):
+@pytest.mark.parametrize(("before", "t", "dtype"), [(0, 542, "float32"), (40, 700, "bfloat16")])
+def test_attention_in_blocks_on_a_cpu_is_attention(before, t, documents, dtype, monkeypatch):
     """With `before` keys in front of the first query."""
-    t = 2 * attention.QUERIES + 30
-    s = before + t
-    mask = None
+    s, mask = before + t, None
     if documents:
         ids = jnp.arange(s) // 300
         mask = ((ids[before:, None] == ids) & np.tri(t, s, before, dtype=bool))[None, None]
-    shapes = [(1, t, 2, 8), (1, s, 1, 8), (1, s, 1, 8)]
-    arrays = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
+    shapes = [(1, t, 4, 8), (1, s, 2, 8), (1, s, 2, 8)]
+    arrays = [jax.random.normal(jax.random.key(i), x, dtype) for i, x in enumerate(shapes)]
 
     def outputs_and_gradients(*arrays):
         y, pullback = jax.vjp(partial(attend_to_all, mask=mask), *arrays)
-        return y, pullback(jnp.sin(jnp.arange(y.size)).reshape(y.shape))
+        return y, pullback(jnp.sin(jnp.arange(y.size)).reshape(y.shape).astype(dtype))
 
-    products = str(jax.make_jaxpr(partial(attend_to_all, mask=mask))(*arrays)).count("dot_general")
-    assert products == 2 * 3
+    # Scores of a block of queries and all keys are never computed.
+    largest = max(x.aval.size for x in scores_of(jax.make_jaxpr(outputs_and_gradients)(*arrays)))
+    assert largest == 4 * 256 * 256
     found = jax.jit(outputs_and_gradients)(*arrays)
     if mask is None:
         mask = np.tri(t, s, before, dtype=bool)[None, None]
-    monkeypatch.setattr(attention, "QUERIES", t)
-    assert_close(found, jax.jit(outputs_and_gradients)(*arrays))
+    monkeypatch.setattr(attention, "LEAST_IN_BLOCKS", t + 1)
+    assert_close(found, jax.jit(outputs_and_gradients)(*arrays), dtype)
+
+
+def scores_of(jaxpr):
+    """The results of all `exp` in a program."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "exp":
+            yield from equation.outvars
+        for inner in jaxprs_in_params(equation.params):
+            yield from scores_of(inner)
+
+
+def test_flops_of_attention_in_blocks_are_those_of_the_blocks_that_are_seen():
+    x = jax.ShapeDtypeStruct((1, 1024, 1, 8), jnp.float32)  # four blocks, ten pairs
+    assert flops_of(lambda *qkv: attend_to_all(*qkv, None), x, x, x) == 10 * 2 * 2 * 256 * 256 * 8
 
 
 def test_flops_of_splash_attention_are_counted():

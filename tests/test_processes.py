@@ -341,27 +341,45 @@ def test_the_environment_of_slurm_and_mpi(monkeypatch):
     processes.connect(None, 1, None)  # a single process in spite of SLURM_NTASKS
 
 
-@pytest.mark.parametrize(("hosts", "several"), [(b"10.0.0.1,10.0.0.2", True), (b"10.0.0.1", False)])
-def test_the_hosts_of_a_tpu_slice_are_in_the_metadata(hosts, several, monkeypatch):
+SLICES = "ACCELERATOR_TYPE: 'v5p-8'\nMEGASCALE_NUM_SLICES: '2'\n"
+
+
+@pytest.mark.parametrize(
+    ("attributes", "several"),
+    [
+        ({"worker-network-endpoints": "10.0.0.1,10.0.0.2"}, True),
+        ({"worker-network-endpoints": "10.0.0.1", "tpu-env": "ACCELERATOR_TYPE: 'v5p-8'"}, False),
+        ({"worker-network-endpoints": "10.0.0.1", "tpu-env": SLICES}, True),
+    ],
+)
+def test_the_hosts_of_a_tpu_slice_are_in_the_metadata(attributes, several, monkeypatch):
+    errors = [503]  # once
+
     class Metadata(BaseHTTPRequestHandler):
         def do_GET(self):
-            known = self.path.endswith("/instance/attributes/worker-network-endpoints")
-            known &= self.headers["Metadata-Flavor"] == "Google"
-            self.send_response(200 if known else 404)
+            name = self.path.partition("/computeMetadata/v1/instance/attributes/")[2]
+            known = name in attributes and self.headers["Metadata-Flavor"] == "Google"
+            status = errors.pop() if errors else 200 if known else 404
+            self.send_response(status)
             self.end_headers()
-            self.wfile.write(hosts if known else b"")
+            self.wfile.write(attributes[name].encode() if status == 200 else b"")
 
         def log_message(self, *_):
             pass
 
-    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JAX_COORDINATOR_ADDRESS"):
+    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", *_VARIABLES):
         monkeypatch.delenv(name, raising=False)
     with HTTPServer(("127.0.0.1", 0), Metadata) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{server.server_port}")
         monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # as jax does without a TPU
         assert not processes._in_cluster()
+        assert errors
         monkeypatch.delenv("TPU_SKIP_MDS_QUERY")
         assert processes._in_cluster() == several
+        assert not errors
         server.shutdown()
     assert not processes._in_cluster()  # nobody answers any more
+
+
+_VARIABLES = (*processes._TPU_HOSTS, *processes._COORDINATORS)

@@ -53,14 +53,14 @@ def test_an_int8_product_is_not_finite_where_its_input_is_not(value):
     assert not np.isfinite(found[1]).any()
 
 
-@pytest.mark.parametrize("scale", [0, 1e-42, 1e-38, 3e38])
+@pytest.mark.parametrize("scale", [0, 1e-35, 3e38])
 def test_an_int8_product_of_the_least_and_the_largest_numbers(scale):
     x, weight = operands((1, 1, 96), "int8")
     x = (np.sign(x) * scale).astype(np.float32)
     weight = np.sign(weight) * (np.arange(96) == 7)  # one number of each row: no sum overflows
     expected = x.astype(np.float64) @ weight.astype(np.float64).T
     found = np.asarray(product(x, weight), np.float64)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-38)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
@@ -76,3 +76,23 @@ def test_bfloat16_rows_are_looked_up_without_converting_the_table():
     rows = jax.jit(look_up_stored)
     assert (np.asarray(rows(table, tokens)) == table[tokens]).all()
     assert "f32[160,96]" not in rows.lower(table, tokens).compile().as_text()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_no_vectors_have_no_products(dtype):
+    x, weight = operands((1, 1, 96), jnp.dtype(dtype))
+    assert product(x[:0], weight).shape == (0, 1, 24)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_the_gradient_is_that_of_a_matrix_product(dtype):
+    x, weight = operands((1, 1, 96), jnp.dtype(dtype))
+    gradient = jax.jit(jax.grad(lambda x, weight: stored_product(x, weight).sum()))(x, weight)
+    assert_close(gradient[0, 0], weight.astype(np.float64).sum(0), x.dtype)
+
+
+def test_the_gradient_of_a_bfloat16_table_is_of_the_rows_that_were_looked_up():
+    _, table = operands((1, 1, 4), jnp.dtype("bfloat16"), outputs=5)
+    tokens = np.array([[3, 1, 3]])
+    gradient = jax.jit(jax.grad(lambda x, y: look_up_stored(x, y).sum()))(table, tokens)
+    assert gradient.astype(np.float32)[:, 0].tolist() == [0, 1, 0, 2, 0]

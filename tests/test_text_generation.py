@@ -233,10 +233,13 @@ def test_unusable_saved_states_are_refused(tmp_path):
     other = nnx.clone(model)
     other.embedding = nnx.Param(2 * model.embedding[...])
     half = for_decoding(RetNet(CONFIG, rngs=nnx.Rngs(2)), state_dtype="bfloat16")
+    smaller_state = nnx.clone(model)
+    smaller_state.state_dtype = "bfloat16"
     bpe = train_bpe(["abcabd" * 9], 259)
     for refused, message in (
         (lambda: load_reading(path, other, BYTES), "saved with another model"),
         (lambda: load_reading(path, half, BYTES), "saved with another model"),
+        (lambda: load_reading(path, smaller_state, BYTES), r"0 is float32 \[.* here bfloat16 \["),
         (lambda: load_reading(path, model, bpe), "saved with another tokenizer"),
         (lambda: load_reading(tmp_path / "none", model, BYTES), "does not exist"),
     ):

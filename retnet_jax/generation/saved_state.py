@@ -119,6 +119,15 @@ def load_reading(path: str | Path, model: LanguageModel, tokenizer: Tokenizer) -
             )
     rows, capacity = len(last_ids), _capacity(arrays)
     shape = jax.eval_shape(lambda: _portable(model, empty_progress(model, rows, capacity)))
+    for name, expected in named_leaves(shape).items():
+        found = arrays.get(name)
+        if found is None or (found.shape, found.dtype) != (expected.shape, expected.dtype):
+            kind = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
+            raise CheckpointError(
+                f"{path} was saved with other options: {name} is {kind} and here "
+                f"{expected.dtype} {list(expected.shape)}; give the dtype and state_dtype that it "
+                "was saved with"
+            )
     leaves = {name: jnp.asarray(array) for name, array in arrays.items()}
     return Reading(_portable(model, with_leaves(shape, leaves)), last_ids)
 

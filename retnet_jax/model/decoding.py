@@ -4,11 +4,11 @@
     model = for_decoding(model, weights="int8", state_dtype="bfloat16")
 
 It computes the same function with the same Blocks and forms; only the storage differs. Weights are
-in the activations' dtype or in int8, with the weights of one output next to each other, and on
-accelerators the keys of a state. Each layer
-has its own arrays, which XLA can read and update in place: slices of stacked layers it would copy
-first, and products with columns of weights it would write to memory and add later. On a GPU that
-would take three times the bytes.
+in the activations' dtype or in int8, with the weights of one output next to each other. On
+accelerators the keys of a state are next to each other too. Each layer has its own arrays, which
+XLA can read and update in place: slices of stacked layers it would copy first, and products with
+columns of weights it would write to memory and add later. On a GPU that would take three times the
+bytes.
 """
 
 import jax

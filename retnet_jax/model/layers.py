@@ -121,12 +121,31 @@ def convolve(
 
 
 def along(x: Float[Array, "... d"], parameter: nnx.Param) -> Float[Array, "... d"]:
-    """A parameter [d], broadcast to the shape of x.
-
-    From [1 ... 1 d] the gradient of a batch of one row would be summed over the tokens only: XLA on
-    CPU takes 3.4 ms for 2048 x 256 numbers, where the sum over rows and tokens takes 0.2.
-    """
+    """A parameter [d], broadcast to the shape of x, to be added to it."""
     return jnp.broadcast_to(parameter[...], x.shape)
+
+
+@jax.custom_vjp
+def scaled(x: Float[Array, "... d"], scale: Float[Array, " d"]) -> Float[Array, "... d"]:
+    """The product of x and a scale. Its gradient keeps no more than these two.
+
+    By autodiff the scale's gradient of a batch of one row would be summed over the tokens only: XLA
+    on CPU takes 3.4 ms for 2048 x 256 numbers, where the sum over rows and tokens takes 0.2.
+    """
+    return x * scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+
+
+def _scaled_forward(x, scale):
+    return scaled(x, scale), (x, scale)
+
+
+def _scaled_backward(operands, d_y):
+    x, scale = operands
+    d_scale = (d_y * x).sum(tuple(range(x.ndim - 1)))
+    return scaled(d_y, scale).astype(x.dtype), d_scale.astype(scale.dtype)
+
+
+scaled.defvjp(_scaled_forward, _scaled_backward)
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], deviation: float) -> Float[Array, "..."]:
@@ -142,7 +161,7 @@ class RMSNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        return (normalize(x, "rms", self.epsilon) * along(x, self.scale)).astype(x.dtype)
+        return scaled(normalize(x, "rms", self.epsilon), self.scale[...]).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -155,7 +174,7 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
         x32 = normalize(x, "layer", self.epsilon)
-        return (x32 * along(x, self.scale) + along(x, self.bias)).astype(x.dtype)
+        return (scaled(x32, self.scale[...]) + along(x, self.bias)).astype(x.dtype)
 
 
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}

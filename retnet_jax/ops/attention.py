@@ -13,12 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from retnet_jax.ops.blockwise_attention import attend_in_blocks
 from retnet_jax.parallel.mesh import backend
 from retnet_jax.shapes import Array, Bool, Float, Int
 
-# Queries in a part on a CPU: smaller parts have slower matrix products, more parts longer programs.
-QUERIES = 256
-MOST_PARTS = 16
+LEAST_IN_BLOCKS = 512  # tokens of a row; on a CPU shorter ones are faster at once
 
 
 def attend_to_all(
@@ -29,8 +28,7 @@ def attend_to_all(
 ) -> Float[Array, "b t h k"]:
     """Attention to the rows' own tokens, of which the last is that of the last query.
 
-    On an accelerator all scores are computed at once. On a CPU queries are cut into parts, which
-    leave out the keys after their last query: up to half of the products and of the memory.
+    On an accelerator all scores are computed at once, on a CPU those of long rows block by block.
 
     Args:
       q: Queries, scaled by k^-1/2.
@@ -39,22 +37,13 @@ def attend_to_all(
       mask: Whether a query sees a key, which is False for all keys after it; None: it sees its own
         and all before it.
     """
-    t, s = q.shape[1], k.shape[1]
+    t = q.shape[1]
     if q.dtype == jnp.float64:
         y = _attend_in_float64(q, k, v, mask)
-    elif backend() != "cpu" or t < 2 * QUERIES:
+    elif backend() != "cpu" or t < LEAST_IN_BLOCKS:
         y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None, scale=1.0)
     else:
-        if mask is None:
-            mask = jnp.tri(t, s, s - t, dtype=bool)[None, None]
-        parts, size = [], max(QUERIES, -(-t // MOST_PARTS))
-        for start in range(0, t, size):
-            here = slice(start, min(start + size, t))
-            seen = slice(0, s - t + here.stop)
-            part = q[:, here], k[:, seen], v[:, seen]
-            part_mask = mask[:, :, here, seen]
-            parts.append(jax.nn.dot_product_attention(*part, mask=part_mask, scale=1.0))
-        y = jnp.concatenate(parts, axis=1)
+        y = attend_in_blocks(q, k, v, mask)
     return checkpoint_name(y, "retention")
 
 

@@ -27,14 +27,31 @@ def look_up(
 
 
 def look_up_stored(table: Float[Array, "w d"], tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-    """Rows of a table as it is, without a gradient.
+    """Rows of a table, in its dtype.
 
     On one device bfloat16 rows are gathered as integers: XLA on CPU would convert the whole table.
     """
     if many_devices() or table.dtype != jnp.bfloat16:
         return look_up(table, tokens, str(table.dtype))
+    return _bfloat16_rows(table, tokens)
+
+
+@jax.custom_vjp
+def _bfloat16_rows(table, tokens):
     integers = jax.lax.bitcast_convert_type(table, jnp.uint16)[tokens]
     return jax.lax.bitcast_convert_type(integers, jnp.bfloat16)
+
+
+def _bfloat16_rows_forward(table, tokens):
+    return _bfloat16_rows(table, tokens), (table, tokens)
+
+
+def _bfloat16_rows_backward(operands, d_rows):
+    table, tokens = operands
+    return *jax.vjp(lambda table: table[tokens], table)[1](d_rows), None
+
+
+_bfloat16_rows.defvjp(_bfloat16_rows_forward, _bfloat16_rows_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -31,23 +31,43 @@ def stored_product(
       x: Activations.
       weight: Weights in the dtype of x, or int8; each row has the weights of one output.
     """
+    return _stored_product(x, weight)
+
+
+@jax.custom_vjp
+def _stored_product(x, weight):
     vectors, wide = x.size // x.shape[-1], np.promote_types(np.float32, x.dtype)
-    general = partial(_matrix_product, wide=wide)
-    on_cpu = general
+    on_cpu = on_gpu = _matrix_product
     if weight.dtype == jnp.int8 and wide == np.float32 and vectors <= _MOST_DIGIT_VECTORS:
         on_cpu = partial(_flattened, _digits_product)
-    elif weight.dtype == jnp.bfloat16:
+    elif weight.dtype == x.dtype == jnp.bfloat16:
         on_cpu = partial(_flattened, _bfloat16_product)
-    on_gpu = partial(_sums, wide=wide) if vectors == 1 else general
-    if on_cpu is general and on_gpu is general:
-        return general(x, weight)
+    if vectors == 1:
+        on_gpu = _sums
+    if on_cpu is on_gpu:
+        return _matrix_product(x, weight)
     return jax.lax.platform_dependent(
-        x, weight, cpu=on_cpu, cuda=on_gpu, rocm=on_gpu, default=general
+        x, weight, cpu=on_cpu, cuda=on_gpu, rocm=on_gpu, default=_matrix_product
     )
 
 
-def _matrix_product(x, weight, wide):
-    return _rows_product(x, weight.astype(x.dtype), wide)
+def _forward(x, weight):
+    return _stored_product(x, weight), (x, weight)
+
+
+def _backward(operands, d_y):
+    """The gradient of `_matrix_product`: digits, rounded, have none."""
+    x, weight = operands
+    if weight.dtype == jnp.int8:
+        return *jax.vjp(lambda x: _matrix_product(x, weight), x)[1](d_y), None
+    return jax.vjp(_matrix_product, x, weight)[1](d_y)
+
+
+_stored_product.defvjp(_forward, _backward)
+
+
+def _matrix_product(x, weight):
+    return _rows_product(x, weight.astype(x.dtype), np.promote_types(np.float32, x.dtype))
 
 
 def _rows_product(x, weight, result):
@@ -56,23 +76,25 @@ def _rows_product(x, weight, result):
     return jax.lax.dot_general(x, weight, dimensions, preferred_element_type=result)
 
 
-def _sums(x, weight, wide):
+def _sums(x, weight):
     """For a single vector XLA on GPUs may first write bfloat16 weights to memory in float32.
 
     It does where they are large; sums read them as they are.
     """
+    wide = np.promote_types(np.float32, x.dtype)
     return (x.astype(wide)[..., None, :] * weight.astype(wide)).sum(-1)
 
 
 def _flattened(product, x, weight):
     """`product` of x as [n i]: for more axes XLA on CPU writes the weight transposed to memory."""
-    return product(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], -1)
+    flat = x.reshape(x.size // x.shape[-1], x.shape[-1])
+    return product(flat, weight).reshape(*x.shape[:-1], len(weight))
 
 
 def _bfloat16_product(x, weight):
     """XLA on CPU converts a bfloat16 weight for one vector, and not for two equal ones."""
     rows = jnp.broadcast_to(x, (2, x.shape[1])) if len(x) == 1 else x
-    products = _rows_product(rows.astype(weight.dtype), weight, jnp.float32)
+    products = _rows_product(rows, weight, jnp.float32)
     return jax.lax.optimization_barrier(products)[: len(x)]
 
 
@@ -80,12 +102,12 @@ def _digits_product(x, weight):
     """The product with int8 weights by sums of integers, which need no converted weights.
 
     Each vector is written as its largest magnitude times digits in base 254, themselves int8. Three
-    digits are as precise as float32: they leave out less than 2**-24 of the largest magnitude. A
-    vector that is not finite has a product that is not.
+    digits are within 2**-23 of the largest magnitude, so small numbers beside an outlier keep fewer
+    bits than in float32. A vector that is not finite has a product that is not.
     """
     x = x.astype(jnp.float32)
     largest = jnp.abs(x).max(-1, keepdims=True)
-    unit = jnp.maximum(largest, jnp.finfo(jnp.float32).tiny) / 127
+    unit = jnp.maximum(largest / 127, jnp.finfo(jnp.float32).tiny)
     rest, digits = x / unit, []
     for _ in range(_DIGITS):
         digit = jnp.round(rest)

@@ -6,6 +6,7 @@ command then resumes from the newest checkpoint, with any number of processes.
 """
 
 import contextlib
+import http.client
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -74,7 +76,8 @@ def connect(
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
             f"the processes of this run did not connect within {seconds} s, with the coordinator "
-            f"{coordinator or 'of the cluster'}: {brief(error, 300)}"
+            f"{coordinator or 'of the cluster'}: {brief(error, 300)}. A single process is started "
+            "with --num_processes=1"
         ) from error
     _check_devices()
 
@@ -115,22 +118,36 @@ _COORDINATORS = ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS")
 
 
 def _is_of_tpu_slice() -> bool:
-    """Whether Google's metadata name several hosts of this TPU slice, as on VMs made with gcloud.
+    """Whether Google's metadata name several hosts of this TPU slice, or several slices.
 
-    jax asks them for the numbers and addresses of the hosts.
+    So it is on VMs made with gcloud. jax asks them for the numbers and addresses of the hosts.
     """
     if "TPU_SKIP_MDS_QUERY" in os.environ:  # jax sets it when it is imported without a TPU
         return False
+    slices = re.search(r"MEGASCALE_NUM_SLICES\W+(\d+)", _metadata("tpu-env"))
+    several_slices = slices is not None and int(slices[1]) > 1
+    return several_slices or "," in _metadata("worker-network-endpoints")
+
+
+def _metadata(name: str) -> str:
+    """An attribute of this virtual machine on Google Cloud; "" if there is none, or elsewhere."""
     address = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
     request = urllib.request.Request(
-        f"http://{address}/computeMetadata/v1/instance/attributes/worker-network-endpoints",
+        f"http://{address}/computeMetadata/v1/instance/attributes/{name}",
         headers={"Metadata-Flavor": "Google"},
     )
-    try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            return b"," in answer.read()
-    except OSError:  # TPUs elsewhere
-        return False
+    without_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    for wait in (0.5, 1, 2, 4, None):
+        try:
+            with without_proxy.open(request, timeout=10) as answer:
+                return answer.read().decode()
+        except urllib.error.HTTPError as error:
+            if error.code < 500 or wait is None:  # not set; or, after 7.5 s, not to be had
+                return ""
+            time.sleep(wait)
+        except (OSError, http.client.HTTPException, ValueError):  # not on Google Cloud
+            break
+    return ""
 
 
 def _number(variable: str) -> int:

@@ -48,7 +48,7 @@ def start_or_restore(
         try:
             items, found = checkpoints.restore(step, items_of(state_shape))
         except DamagedCheckpointError as error:
-            problems.append(f"{error}")
+            problems.append(str(error))
             damaged.append(step)
             continue
         # Only now: with all renamed, the same command would begin the run anew.
