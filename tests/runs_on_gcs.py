@@ -82,7 +82,9 @@ def main(directory):
     for name, model in (("gs", RUN), ("here", config)):
         run("eval.py", model, f"--output={directory}/{name}.json")
     results = [json.loads((directory / f"{name}.json").read_text()) for name in ("gs", "here")]
-    assert results[0]["perplexity"] == results[1]["perplexity"]
+    assert results[0]["protocols"]
+    for name in ("protocols", "positions"):
+        assert results[0][name] == results[1][name], name
     texts = [
         run("generate.py", x, "The", "--max_tokens=8", "--temperature=0") for x in (RUN, config)
     ]

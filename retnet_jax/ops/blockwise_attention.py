@@ -147,15 +147,17 @@ class _Blocks(NamedTuple):
             mask = jnp.pad(mask[:, 0], ((0, 0), *behind))
 
         def with_all(carried, pair):
-            return add_keys(carried, *pair, lambda scores: scores), None
+            i, j = pair
+            return add_keys(carried, i, j, lambda scores: scores), None
 
         def with_some(carried, pair):
-            seen = self._seen(*pair, mask)
-            return add_keys(carried, *pair, lambda x: jnp.where(seen, x, _HIDDEN)), None
+            i, j = pair
+            seen = self._seen(i, j, mask)
+            return add_keys(carried, i, j, lambda scores: jnp.where(seen, scores, _HIDDEN)), None
 
         pairs = list(self._pairs())
-        seen_by_all = [pair for *pair, all_seen in pairs if all_seen and mask is None]
-        others = [pair for *pair, all_seen in pairs if not all_seen or mask is not None]
+        seen_by_all = [(i, j) for i, j, all_seen in pairs if all_seen and mask is None]
+        others = [(i, j) for i, j, all_seen in pairs if not all_seen or mask is not None]
         for step, of_step in ((with_all, seen_by_all), (with_some, others)):
             if of_step:
                 start, _ = jax.lax.scan(step, start, jnp.array(of_step, jnp.int32))
