@@ -282,7 +282,7 @@ def draw(budget: str, records: Records) -> None:
             above = [row - _APART for row in paper]
             axis.plot(list(paper.values()), above, "kD", ms=5, label=label)
         axis.axvline(0, color="black", linewidth=0.8)
-        axis.set_xlim(-0.1, BEYOND)
+        axis.set_xlim(-BEYOND, BEYOND)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("loss minus that of the base, nats per token (right: worse)")
         axis.grid(axis="x", alpha=0.3)
@@ -309,9 +309,11 @@ def _series(axis, found: dict[int, Estimate | None], number: int, label: str) ->
         if value is None:
             continue
         name, label = label, ""
-        if value.mean > BEYOND:
-            text = f"{value.mean:+.2f} \u2192"
-            axis.text(BEYOND, row + place, text, color=colour, ha="right", va="center", fontsize=8)
+        if abs(value.mean) > BEYOND:
+            right = value.mean > 0
+            text = f"{value.mean:+.2f} \u2192" if right else f"\u2190 {value.mean:+.2f}"
+            edge, side = (BEYOND, "right") if right else (-BEYOND, "left")
+            axis.text(edge, row + place, text, color=colour, ha=side, va="center", fontsize=8)
             axis.plot([], [], figures.MARKERS[number], color=colour, label=name)
             continue
         axis.errorbar(
