@@ -356,6 +356,7 @@ def test_generation_equals_recomputing_the_whole_text(name, models):
         assert chosen.tolist() == each.tokens
 
 
+@pytest.mark.slow
 def test_int8_weights_and_a_bfloat16_state(models):
     model = models["hybrid"]
 
@@ -378,6 +379,7 @@ def test_int8_weights_and_a_bfloat16_state(models):
     assert 0 < error.mean() < 2e-2 * np.abs(expected).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.compiles(80, reason="a hybrid's state has many shapes, each copied by itself")
 def test_a_saved_state_is_continued(tmp_path):
     config = dataclasses.replace(CONFIGS["both"], vocab_size=BYTES.vocab_size)

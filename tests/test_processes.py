@@ -168,6 +168,7 @@ def test_several_processes_evaluate_like_one(uninterrupted, tmp_path):
     assert one["tasks"] == two["tasks"]
 
 
+@pytest.mark.slow
 def test_processes_with_different_configs_are_refused(config_file, tmp_path):
     group = Group(
         "train.py",
@@ -239,6 +240,7 @@ def test_messages_of_xla_about_other_processes_are_recognised(message, others):
     assert processes.is_about_others(message) == others
 
 
+@pytest.mark.slow
 def test_processes_with_different_numbers_of_devices_are_refused(config_file, tmp_path):
     group = Group(
         "train.py", 2, f"--config={config_file}", f"--workdir={tmp_path}/run", devices=[4, 2]
