@@ -43,8 +43,8 @@ def names_used(path):
                 yield f"retnet_jax.{node.attr}"
 
 
-def test_there_are_three():
-    assert [path.stem for path in NOTEBOOKS] == ["pretrained", "retention", "train"]
+def test_there_are_four():
+    assert [path.stem for path in NOTEBOOKS] == ["pretrained", "results", "retention", "train"]
 
 
 @every_notebook
