@@ -17,6 +17,7 @@ import numpy as np
 from retnet_jax.shapes import Array, Bool, Float
 
 
+@jax.custom_vjp
 def attend_in_blocks(
     q: Float[Array, "b t h k"],
     k: Float[Array, "b s g k"],
@@ -32,11 +33,6 @@ def attend_in_blocks(
       mask: Whether a query sees a key, which is False for all keys after it; None: it sees its own
         and all before it. A query that sees nothing has some finite output.
     """
-    return _attend(q, k, v, mask)
-
-
-@jax.custom_vjp
-def _attend(q, k, v, mask):
     return _forward(q, k, v, mask)[0]
 
 
@@ -83,14 +79,14 @@ def _backward(residuals, d_y):
     return blocks.as_rows(d_q).astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
 
 
-_attend.defvjp(_forward, _backward)
+attend_in_blocks.defvjp(_forward, _backward)
 
 _HIDDEN = 0.7 * float(np.finfo(np.float32).min)  # score of a key that is not seen
 _product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 class _Blocks(NamedTuple):
-    """How rows are cut into blocks of `size` queries, and of as many keys.
+    """How rows are cut into blocks of `size` queries and blocks of `size` keys.
 
     Each key head has its r = h/g query heads beside it: blocks of queries are [n b g (r l) k] for l
     queries, those of keys [m b g l k].

@@ -22,6 +22,7 @@ _DIGITS = 3
 _BASE = 254
 
 
+@jax.custom_vjp
 def stored_product(
     x: Float[Array, "... i"], weight: Float[Array, "o i"] | Int[Array, "o i"]
 ) -> Float[Array, "... o"]:
@@ -31,11 +32,6 @@ def stored_product(
       x: Activations.
       weight: Weights in the dtype of x, or int8; each row has the weights of one output.
     """
-    return _stored_product(x, weight)
-
-
-@jax.custom_vjp
-def _stored_product(x, weight):
     vectors, wide = x.size // x.shape[-1], np.promote_types(np.float32, x.dtype)
     on_cpu = on_gpu = _matrix_product
     if weight.dtype == jnp.int8 and wide == np.float32 and vectors <= _MOST_DIGIT_VECTORS:
@@ -52,7 +48,7 @@ def _stored_product(x, weight):
 
 
 def _forward(x, weight):
-    return _stored_product(x, weight), (x, weight)
+    return stored_product(x, weight), (x, weight)
 
 
 def _backward(operands, d_y):
@@ -63,7 +59,7 @@ def _backward(operands, d_y):
     return jax.vjp(_matrix_product, x, weight)[1](d_y)
 
 
-_stored_product.defvjp(_forward, _backward)
+stored_product.defvjp(_forward, _backward)
 
 
 def _matrix_product(x, weight):

@@ -142,8 +142,13 @@ def _metadata(name: str) -> str:
             with without_proxy.open(request, timeout=10) as answer:
                 return answer.read().decode()
         except urllib.error.HTTPError as error:
-            if error.code < 500 or wait is None:  # not set; or, after 7.5 s, not to be had
+            if error.code < 500:  # not set
                 return ""
+            if wait is None:
+                raise ConfigError(
+                    f"Google's metadata at {address} answer {error.code}, so the hosts of this TPU "
+                    "slice are not known: start again, or a single process with --num_processes=1"
+                ) from error
             time.sleep(wait)
         except (OSError, http.client.HTTPException, ValueError):  # not on Google Cloud
             break
