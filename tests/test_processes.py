@@ -384,4 +384,22 @@ def test_the_hosts_of_a_tpu_slice_are_in_the_metadata(attributes, several, monke
     assert not processes._in_cluster()  # nobody answers any more
 
 
+def test_metadata_that_cannot_be_had_are_an_error(monkeypatch):
+    class Failing(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(503)
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setattr(processes.time, "sleep", lambda seconds: None)
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
+    with HTTPServer(("127.0.0.1", 0), Failing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{server.server_port}")
+        with pytest.raises(ConfigError, match="answer 503.*--num_processes=1"):
+            processes._is_of_tpu_slice()
+        server.shutdown()
+
+
 _VARIABLES = (*processes._TPU_HOSTS, *processes._COORDINATORS)
