@@ -397,7 +397,7 @@ def test_metadata_that_cannot_be_had_are_an_error(monkeypatch):
     with HTTPServer(("127.0.0.1", 0), Failing) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{server.server_port}")
-        with pytest.raises(ConfigError, match="answer 503.*--num_processes=1"):
+        with pytest.raises(ConfigError, match=r"answer 503.*--num_processes=1"):
             processes._is_of_tpu_slice()
         server.shutdown()
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from retnet_jax.shapes import Array, Float, Int
 
-# Up to so many vectors XLA on CPU multiplies int8 weights faster as integers. Measured with a
+# The most vectors for which XLA on CPU multiplies int8 weights as integers. Measured with a
 # weight of 4096 x 1024, times that of converting to float32 and multiplying: 0.1 for one vector,
 # 0.25 for 8, 0.4 for 16, 0.9 for 64 (2 cores of an AMD EPYC, jax 0.10.2, 2026-11-26).
 _MOST_DIGIT_VECTORS = 32
