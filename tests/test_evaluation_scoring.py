@@ -1,5 +1,8 @@
 """Scores of continuations equal those of plain loops, and shared prefixes are read once."""
 
+import dataclasses
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +14,10 @@ from hypothesis import strategies as st
 from retnet_jax import ModelConfig, RetNet, Transformer
 from retnet_jax.config import MeshConfig
 from retnet_jax.errors import CheckpointError, ConfigError
-from retnet_jax.evaluation.prefix_trie import LONGEST_NODE, PrefixTrie, Request
+from retnet_jax.evaluation import rows_of_branches
+from retnet_jax.evaluation.prefix_trie import LONGEST_NODE, PrefixTrie, Request, nodes_from
+from retnet_jax.evaluation.reading_order import LENGTH_STEP, MOST_LENGTHS, Lengths
+from retnet_jax.evaluation.rows_of_branches import with_branches
 from retnet_jax.evaluation.scoring import score, score_trie
 from retnet_jax.parallel.mesh import make_mesh
 from retnet_jax.parallel.sharding import with_shardings
@@ -23,10 +29,12 @@ KINDS = (RetNet, Transformer)
 MOST = [RetNet, pytest.param(Transformer, marks=pytest.mark.slow)]
 
 
-def build(kind):
+def build(kind, **options):
+    config = dataclasses.replace(CONFIG, **options)
+
     @jax.jit
     def made():
-        model = kind(CONFIG, rngs=nnx.Rngs(0))
+        model = kind(config, rngs=nnx.Rngs(0))
         # Larger parameters; otherwise the predictions of an untrained model are close to uniform.
         model.embedding = nnx.Param(model.embedding[...] * 50)
         model.head = nnx.Param(model.head[...] * 50)
@@ -115,6 +123,26 @@ def test_prompt_and_questions_are_read_once():
     assert sum(read) == PrefixTrie(requests).tokens <= prompts + questions + continuations
 
 
+def with_least_padding(lengths, most, step):
+    """The smallest sum of padded lengths, by trying all choices of sizes."""
+    sizes = sorted({-(-x // step) * step for x in lengths})
+    choices = itertools.combinations(sizes[:-1], min(most, len(sizes)) - 1)
+    totals = (
+        sum(min(x for x in (*chosen, sizes[-1]) if x >= length) for length in lengths)
+        for chosen in choices
+    )
+    return min(totals)
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=30), st.integers(1, 4))
+def test_lengths_have_the_least_padding(lengths, most):
+    found = Lengths(lengths, most)
+    padded = [found.padded(x) for x in lengths]
+    assert len(set(padded)) <= most
+    assert all(x >= length for x, length in zip(padded, lengths, strict=True))
+    assert sum(padded) == with_least_padding(lengths, most, LENGTH_STEP)
+
+
 @given(st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=12), min_size=1, max_size=20))
 def test_a_trie_has_each_prefix_once_and_queries_every_token(rows):
     requests = [Request(row[:1], row[1:]) for row in rows]
@@ -127,13 +155,36 @@ def test_a_trie_has_each_prefix_once_and_queries_every_token(rows):
         while above is not None:
             path, above = [*above.tokens, *path], above.parent
         start = len(path) - len(node.tokens)
-        for request, first, last in node.asked:
-            for query in [*range(first, node.inner), last]:
+        for request, first, stop, last in node.asked:
+            for query in [*range(first, stop), last]:
                 offset, target = node.queries[query]
                 assert path[: start + offset + 1] == rows[request][: start + offset + 1]
                 asked[request][start + offset + 1] = target
     # Each token of a continuation is queried once, after the tokens before it.
     assert asked == [dict(enumerate(row[1:], start=1)) for row in rows]
+
+
+OPTIONS = [{}, {"short_conv": 3}, {"window": 7}, {"short_conv": 4, "window": 9, "n_kv_heads": 1}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_rows_of_branches_give_the_scores_of_separate_requests(options, monkeypatch):
+    """Of a Transformer; with rows so short that some continue a state and some do not."""
+    monkeypatch.setattr(rows_of_branches, "LONGEST_ROW", 40)
+    monkeypatch.setattr(rows_of_branches, "FULL_ROW", 16)
+    monkeypatch.setattr(rows_of_branches, "SHORT_PATH", 4)
+    model, rng = build(Transformer, **options), np.random.default_rng(8)
+    requests = requests_of_a_task(rng, questions=5, prompt=50)
+    requests += requests_of_a_task(rng, questions=4, prompt=1)
+    requests += [Request([3, 1], [2]), Request([3, 1, 2], [9, 9]), Request([0], [5])]
+    trie = PrefixTrie(requests)
+    rows = [node for node in nodes_from(with_branches(trie)) if node.branches is not None]
+    assert {node.parent is None for node in rows} == {True, False}
+    assert max(node.repeated for node in rows) > 0
+    read = []
+    found = score_trie(model, trie, batch_size=4, progress=read.append)
+    assert_same(found, by_definition(model, requests))
+    assert sum(read) == trie.tokens
 
 
 @pytest.mark.parametrize("kind", MOST)
@@ -171,6 +222,7 @@ def test_scores_on_a_mesh_are_the_same(kind):
 
 
 @pytest.mark.slow
+@pytest.mark.compiles(60, reason="batches of 12 lengths, with several numbers of rows and queries")
 def test_the_number_of_states_does_not_grow_with_the_requests():
     """Only the states of a few batches are kept, not those of all questions."""
     from retnet_jax.evaluation import scoring
@@ -188,7 +240,7 @@ def test_the_number_of_states_does_not_grow_with_the_requests():
         patch.setattr(scoring, "_Pool", Pool)
         found = score(MODELS[RetNet], requests, batch_size=8)
     assert len(found) == 600
-    assert max(sizes) <= 8 * 8
+    assert max(sizes) < MOST_LENGTHS * 8
 
 
 def constant_model(log_p):
@@ -243,7 +295,11 @@ def test_no_requests_give_no_scores():
 def test_a_model_with_infinity_raises_instead_of_scoring(kind):
     model = jax.tree.map(lambda x: x, MODELS[kind])
     model.embedding = nnx.Param(model.embedding[...].at[7].set(jnp.inf))
-    message = r"1 of 2 requests \(first: request 1\): 16 of the 384 .* embedding"
+    # Branches of one row share it, so both of them fail.
+    few = r"2 of 2 requests \(first: request 0\)"
+    if kind is RetNet:
+        few = r"1 of 2 requests \(first: request 1\)"
+    message = rf"{few}: 16 of the 384 .* embedding"
     with pytest.raises(CheckpointError, match=message):
         score(model, [([0, 3], [4, 5]), ([0, 7], [4, 5])])
 

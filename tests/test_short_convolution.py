@@ -13,7 +13,7 @@ from test_sequence_parallel import MESHES, collectives, mesh_of
 from tolerances import assert_close
 
 from retnet_jax.ops.retention import split_documents
-from retnet_jax.ops.short_convolution import short_convolution
+from retnet_jax.ops.short_convolution import convolution_of_branches, short_convolution
 
 B, T, C, W = 2, 9, 6, 4
 PADDING = np.array(
@@ -67,6 +67,27 @@ def definition(u, weight, state, segments, d_y, d_after):
                 after[row, j] = inputs[row, place]
                 d_inputs[row, place] += d_after[row, j]
     return (y, after), (d_inputs[:, size:], d_weight, d_inputs[:, :size])
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_branches_are_convolved_along_their_paths(with_state, dtype):
+    #   0 - 1 - 2      two trees: 2, 3 and 4 - 5 - 6 continue 1; 7 - 8 is a tree of its own
+    previous = np.array([-1, 0, 1, 1, 1, 4, 5, -1, 7])
+    paths = ([0, 1, 2], [0, 1, 3], [0, 1, 4, 5, 6], [7, 8])
+    u, weight, state, *_ = arrays(dtype=dtype)
+    before = state if with_state else None
+
+    @jax.jit
+    def branches_and_paths(u, weight, before):
+        of_row = jnp.broadcast_to(previous, (B, len(previous)))
+        of_paths = [short_convolution(u[:, np.array(path)], weight, before)[0] for path in paths]
+        return convolution_of_branches(u, weight, of_row, before), of_paths
+
+    found, of_paths = jax.device_get(branches_and_paths(u, weight, before))
+    assert found.dtype == dtype
+    for path, expected in zip(paths, of_paths, strict=True):
+        assert_close(found[:, path], expected, np.dtype(dtype).name)
 
 
 def results(u, weight, state, segments, d_y, d_after):

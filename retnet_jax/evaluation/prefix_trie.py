@@ -22,11 +22,20 @@ class Request(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """The queries of a node that a request needs: the inner ones from `first` on, and `last`."""
+    """The queries of a node that a request needs: those from `first` to `stop`, and `last`."""
 
     request: int  # index of the request in the given order
     first: int  # index in the node's queries
+    stop: int  # index in the node's queries
     last: int  # index in the node's queries
+
+
+class BranchesOfRow(NamedTuple):
+    """Which tokens of a row continue which, as a row of `model.places.Branches`."""
+
+    previous: np.ndarray  # [n]
+    place: np.ndarray  # [n]
+    until: np.ndarray  # [n]
 
 
 @dataclass(eq=False)
@@ -38,18 +47,21 @@ class Node:
       tokens: Token ids, int32 [n].
       children: Nodes that continue this one.
       queries: Probabilities to compute, as pairs of an offset in `tokens` and the next token id.
-        First the `inner` queries, whose next token is in this node, in order; then those after the
-        last token, one for each different next token.
-      inner: Number of inner queries.
+        First those whose next token is in this node, in order; then those after the last token, one
+        for each different next token.
       asked: The queries that each request needs.
+      branches: None: each token continues the one before it. A row of branches holds a part of a
+        trie (`rows_of_branches.py`); it has no children, and its queries are in no order.
+      repeated: Number of the first tokens that were counted in another node already.
     """
 
     parent: "Node | None"
     tokens: np.ndarray
     children: list["Node"] = field(default_factory=list)
     queries: list[tuple[int, int]] = field(default_factory=list)
-    inner: int = 0
     asked: list[Asked] = field(default_factory=list)
+    branches: BranchesOfRow | None = None
+    repeated: int = 0
 
     def __post_init__(self):
         self.level = 0
@@ -111,11 +123,16 @@ class PrefixTrie:
 
     def nodes(self) -> Iterator[Node]:
         """All nodes, parents before their children."""
-        pending = list(self.roots)
-        while pending:
-            node = pending.pop()
-            yield node
-            pending += node.children
+        return nodes_from(self.roots)
+
+
+def nodes_from(roots: Sequence[Node]) -> Iterator[Node]:
+    """The given nodes and all below them, parents before their children."""
+    pending = list(roots)
+    while pending:
+        node = pending.pop()
+        yield node
+        pending += node.children
 
 
 class _Row(NamedTuple):
@@ -171,7 +188,6 @@ def _ask(node: Node, start: int, rows: Sequence[_Row]) -> None:
         return
     begin = max(0, min(row.scored_from for row in rows) - start)
     inner = range(begin, len(node.tokens) - 1)
-    node.inner = len(inner)
     node.queries = [(offset, int(node.tokens[offset + 1])) for offset in inner]
     place = {}
     for row in rows:
@@ -180,4 +196,4 @@ def _ask(node: Node, start: int, rows: Sequence[_Row]) -> None:
             place[target] = len(node.queries)
             node.queries.append((len(node.tokens) - 1, target))
         first = max(0, row.scored_from - start) - begin
-        node.asked.append(Asked(row.number, first, place[target]))
+        node.asked.append(Asked(row.number, first, len(inner), place[target]))

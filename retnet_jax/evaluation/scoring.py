@@ -3,16 +3,14 @@
     score(model, [(context_ids, continuation_ids), ...])  ->  [(log-likelihood, is_greedy), ...]
 
 The tokens of the requests form a trie (`prefix_trie.py`). Its nodes are read in chunkwise form, in
-batches, each from the state after its parent. A RetNet's state is one array, so a prompt is read
-once for all questions, and a question once for all its answers. A Transformer does the same with
-its cache. The state after a node is kept in a slot of a pool until all children have been read.
+batches (`reading_order.py`), each from the state after its parent. A RetNet's state is one array,
+so a prompt is read once for all questions, and a question once for all its answers. The state after
+a node is kept in a slot of a pool until all children have been read. A Transformer does the same
+with its cache; but what fits into a row is read as a row of branches (`rows_of_branches.py`).
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from heapq import heappop, heappush
-from itertools import count
 from typing import Any, NamedTuple
 
 import jax
@@ -20,18 +18,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from retnet_jax.errors import CheckpointError, ConfigError
-from retnet_jax.evaluation.prefix_trie import LONGEST_NODE, Node, PrefixTrie, Request
-from retnet_jax.model import LanguageModel, State
+from retnet_jax.evaluation.prefix_trie import Node, PrefixTrie, Request, nodes_from
+from retnet_jax.evaluation.reading_order import Schedule
+from retnet_jax.evaluation.rows_of_branches import with_branches
+from retnet_jax.model import LanguageModel, State, Transformer
 from retnet_jax.model.parameters import why_not_finite
+from retnet_jax.model.places import Branches
 from retnet_jax.ops.cross_entropy import logits_at_once
 from retnet_jax.parallel.sharding import constrain
 from retnet_jax.shapes import Array, Bool, Float, Int, power_of_two
 
-# To compile few shapes, tokens and queries of nodes are padded to these sizes (larger numbers of
-# queries to powers of two, see `_padded`), and batches to powers of two. With questions of 50 to
-# 120 tokens, a fifth of the tokens read is padding; with only powers of two it would be half.
-_SIZES = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, LONGEST_NODE)
-_FEWEST_QUERIES = 8
+# Numbers of queries are padded to these sizes, larger ones to powers of two.
+_QUERIES = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
 
 class Answers(NamedTuple):
@@ -102,16 +100,18 @@ def score_trie(
     def collect(batch: list[Node], answers: Answers) -> None:
         log_p, greedy = (np.asarray(x) for x in answers)
         for row, node in enumerate(batch):
-            for request, first, last in node.asked:
-                log_likelihood[request] += log_p[row, first : node.inner].sum(dtype=np.float64)
+            for request, first, stop, last in node.asked:
+                log_likelihood[request] += log_p[row, first:stop].sum(dtype=np.float64)
                 log_likelihood[request] += log_p[row, last]
-                is_greedy[request] &= greedy[row, first : node.inner].all() & greedy[row, last]
-        progress(sum(len(node.tokens) for node in batch))
+                is_greedy[request] &= greedy[row, first:stop].all() & greedy[row, last]
+        progress(sum(len(node.tokens) - node.repeated for node in batch))
 
-    pool = _Pool(model, batch_size, _capacity(trie))
+    roots = with_branches(trie) if isinstance(model, Transformer) else trie.roots
+    schedule = Schedule(roots, batch_size)
+    pool = _Pool(model, schedule, batch_size, _capacity(roots, schedule))
     # The results of a batch are fetched while the next batch is computed.
     waiting = None
-    for batch in _schedule(trie, batch_size):
+    for batch in schedule:
         answers = pool.read(batch)
         if waiting is not None:
             collect(*waiting)
@@ -132,40 +132,13 @@ def score_trie(
 def _check_ids(trie: PrefixTrie, vocab_size: int) -> None:
     for node in trie.nodes():
         ids = [*node.tokens[[node.tokens.argmin(), node.tokens.argmax()]].tolist()]
-        ids += [target for _, target in node.queries[node.inner :]]
+        ids += [target for _, target in node.queries]
         for token in ids:
             if not 0 <= token < vocab_size:
                 raise ConfigError(
                     f"a request has the token id {token}, but the model knows ids from 0 to "
                     f"{vocab_size - 1}; does the tokenizer belong to another model?"
                 )
-
-
-def _schedule(trie: PrefixTrie, batch_size: int) -> Iterator[list[Node]]:
-    """Yields all nodes in batches of similar length, parents before their children.
-
-    Full batches come first, and among them the one with the deepest node, which frees states. If no
-    batch is full, the deepest waiting nodes are read, which may add children. Thus fewer nodes than
-    a batch wait for each length, and their states are those of a few batches.
-    """
-    ready, order = defaultdict(list), count()
-
-    def add(node):
-        heappush(ready[_padded(len(node.tokens))], (-node.level, next(order), node))
-
-    for node in trie.roots:
-        add(node)
-    while waiting := [length for length, heap in ready.items() if heap]:
-        length = max(waiting, key=lambda x: (len(ready[x]) >= batch_size, -ready[x][0][0], x))
-        batch = [heappop(ready[length])[-1] for _ in range(min(batch_size, len(ready[length])))]
-        # Shorter nodes fill the rows that would otherwise be padding.
-        for shorter in sorted((x for x in waiting if x < length), reverse=True):
-            while ready[shorter] and len(batch) < _rows(len(batch), batch_size):
-                batch.append(heappop(ready[shorter])[-1])
-        yield batch
-        for node in batch:
-            for child in node.children:
-                add(child)
 
 
 class _Slots:
@@ -223,53 +196,74 @@ class _Slots:
 class _Pool:
     """The states of nodes with unread children, each a row of one batched state."""
 
-    def __init__(self, model: LanguageModel, batch_size: int, capacity: int):
+    def __init__(self, model: LanguageModel, schedule: Schedule, batch_size: int, capacity: int):
         self._model = model
-        self._batch_size = batch_size
+        self._schedule = schedule
         self._capacity = capacity  # of a Transformer's cache
         self.slots = _Slots(2 * batch_size)
-        self._state: Any = model.init_state(len(self.slots), capacity)  # one kind of `State`
+        self._state: Any = None  # one kind of `State`
 
     def read(self, batch: Sequence[Node]) -> Answers:
         """Reads nodes, and answers their queries."""
-        rows = _rows(len(batch), self._batch_size)
-        length = _padded(max(len(node.tokens) for node in batch))
+        length = max(self._schedule.padded(node) for node in batch)
+        rows = self._schedule.rows(len(batch), length)
         asked = max(len(node.queries) for node in batch)
-        asked = _FEWEST_QUERIES if asked <= _FEWEST_QUERIES else _padded(asked)
+        asked = next((x for x in _QUERIES if x >= asked), power_of_two(asked))
         tokens = np.zeros((rows, length), np.int32)
-        counts = np.zeros(rows, np.int32)
         queries = np.zeros((rows, asked, 2), np.int32)
         for row, node in enumerate(batch):
             tokens[row, : len(node.tokens)] = node.tokens
-            counts[row] = len(node.tokens)
             queries[row, : len(node.queries)] = np.reshape(node.queries, (-1, 2))
-        sources, targets = self._places(batch, length)
-        rest = rows - len(batch)
+        if batch[0].branches is not None:
+            return self._read_branches(batch, tokens, queries)
+        counts = np.zeros(rows, np.int32)
+        counts[: len(batch)] = [len(node.tokens) for node in batch]
+        sources = self._sources(batch, rows)
+        targets = self._targets(batch, sources, length)
         self._state, answers = _read(
-            self._model,
-            self._state,
-            np.array(sources + [_Slots.START] * rest),
-            np.array(targets + [_Slots.UNUSED] * rest) if set(targets) != {_Slots.UNUSED} else None,
-            tokens,
-            counts,
-            queries,
+            self._model, self._state, sources, targets, tokens, counts, queries
         )
         return answers
 
-    def _places(self, batch: Sequence[Node], length: int) -> tuple[list[int], list[int]]:
-        """The slots from which nodes are read, and the slots of the states after them."""
-        sources = [self.slots.before(node) for node in batch]
+    def _read_branches(self, batch: Sequence[Node], tokens, queries) -> Answers:
+        branches = Branches(*(np.zeros_like(tokens) for _ in Branches._fields))
+        for row, node in enumerate(batch):
+            assert node.branches is not None
+            for padded, array in zip(branches, node.branches, strict=True):
+                padded[row, : len(array)] = array
+        state = sources = None
+        if batch[0].parent is not None:
+            sources = self._sources(batch, len(tokens))
+            state = self._state
+        return _read_branches(self._model, state, sources, tokens, branches, queries)
+
+    def _sources(self, batch: Sequence[Node], rows: int) -> np.ndarray:
+        """The slots from which nodes are read; those of read parents become free."""
+        if self._state is None:
+            self._state = self._model.init_state(len(self.slots), self._capacity)
+        sources = np.full(rows, _Slots.START)
+        sources[: len(batch)] = [self.slots.before(node) for node in batch]
         for node in batch:
             self.slots.has_read(node)
+        return sources
+
+    def _targets(
+        self, batch: Sequence[Node], sources: np.ndarray, length: int
+    ) -> np.ndarray | None:
+        """The slots of the states after nodes; None if no state is read again."""
         after = max(self.slots.used[source] for source in sources) + length
         if after > self._capacity:
             self._capacity = power_of_two(after)
             self._state = self._state.with_capacity(self._capacity)
-        return sources, [self._target(node, after) for node in batch]
+        if not any(node.children for node in batch):
+            return None
+        targets = np.full(len(sources), _Slots.UNUSED)
+        for row, node in enumerate(batch):
+            if node.children:
+                targets[row] = self._target(node, after)
+        return targets
 
     def _target(self, node: Node, used: int) -> int:
-        if not node.children:
-            return _Slots.UNUSED
         if not self.slots.free:
             count = len(self.slots)
             more = self._model.init_state(2 * count, self._capacity)
@@ -296,14 +290,35 @@ def _read(
     hidden, state = model.hidden(constrain(tokens, "bt"), pool.take(sources), segment_ids)
     if targets is not None:
         pool = pool.put(targets, state)
-    offsets, ids = queries[..., 0], queries[..., 1]  # [b s]
-    asked = jnp.take_along_axis(hidden, offsets[..., None], axis=1)  # [b s d]
-    answers = _answers(model, asked, ids)
-    # Replicated, so that every process can read them.
-    return pool, jax.tree.map(lambda x: constrain(x, "  "), answers)
+    return pool, _answers(model, hidden, queries)
+
+
+@jax.jit
+def _read_branches(
+    model: Transformer,
+    pool: Any,
+    sources: Int[Array, " b"] | None,
+    tokens: Int[Array, "b t"],
+    branches: Branches,
+    queries: Int[Array, "b s 2"],
+) -> Answers:
+    """Reads rows of branches, from the states in slots `sources` or from the first token."""
+    before = None if sources is None else pool.take(sources)
+    branches = jax.tree.map(lambda x: constrain(x, "bt"), branches)
+    hidden = model.hidden_of_branches(constrain(tokens, "bt"), branches, before)
+    return _answers(model, hidden, queries)
 
 
 def _answers(
+    model: LanguageModel, hidden: Float[Array, "b t d"], queries: Int[Array, "b s 2"]
+) -> Answers:
+    """The answers to queries, replicated so that every process can read them."""
+    offsets, ids = queries[..., 0], queries[..., 1]  # [b s]
+    asked = jnp.take_along_axis(hidden, offsets[..., None], axis=1)  # [b s d]
+    return jax.tree.map(lambda x: constrain(x, "  "), _probabilities(model, asked, ids))
+
+
+def _probabilities(
     model: LanguageModel, hidden: Float[Array, "b s d"], ids: Int[Array, "b s"]
 ) -> Answers:
     """The log p of ids, and whether each is the argmax; logits are computed in parts."""
@@ -328,19 +343,11 @@ def _answers(
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(b, s), jax.lax.map(of_part, parts))
 
 
-def _capacity(trie: PrefixTrie) -> int:
-    """Capacity of a cache for the longest path through a trie, with padded nodes."""
+def _capacity(roots: Sequence[Node], schedule: Schedule) -> int:
+    """Capacity of a cache for the longest path of padded nodes; rows of branches are not stored."""
     end, longest = {}, 1
-    for node in trie.nodes():
-        end[node] = end.get(node.parent, 0) + _padded(len(node.tokens))
-        longest = max(longest, end[node])
+    for node in nodes_from(roots):
+        if node.branches is None:
+            end[node] = end.get(node.parent, 0) + schedule.padded(node)
+            longest = max(longest, end[node])
     return -(-longest // 128) * 128
-
-
-def _padded(size: int) -> int:
-    return next((x for x in _SIZES if x >= size), power_of_two(size))
-
-
-def _rows(nodes: int, batch_size: int) -> int:
-    """Number of rows of a batch with `nodes` nodes: a power of two, at most `batch_size`."""
-    return min(batch_size, power_of_two(nodes))

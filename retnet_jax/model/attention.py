@@ -33,12 +33,15 @@ from retnet_jax.model.kv_cache import (
 from retnet_jax.model.layers import Linear, RMSNorm, ShortConvolution, convolve, split_heads
 from retnet_jax.model.mixer import Mixer
 from retnet_jax.model.places import (
+    Branches,
     Places,
     Slots,
     find_places,
     find_slots,
+    places_of_branches,
     seen_slots,
     seen_tokens,
+    unchanged_slots,
     window_slots,
 )
 from retnet_jax.ops import flash_attention
@@ -128,7 +131,8 @@ class AttentionContext(NamedTuple):
     """Arrays that all layers with the same settings share, and what writes their caches."""
 
     turn: Rotation
-    documents: SplitDocuments | None  # for convolutions; None: each row is one document
+    # For convolutions; None: each row is one document.
+    documents: SplitDocuments | Branches | None
     attend: Callable  # (q, k, v, cache) -> y, named "retention" for jax.checkpoint
     write: Callable  # (cache, new keys and values) -> cache
     state: Callable  # (new keys and values of each layer) -> the state after the batch
@@ -194,9 +198,16 @@ class Attention(Mixer):
             if isinstance(state, ConvolvedCache):
                 cache, before = state.cache, state[1:]
             convolutions = (self.q_conv, self.k_conv, self.v_conv)
-            (q, k, v), last = convolve(
-                convolutions, (q, k, v), before, context.documents, settings.heads
-            )
+            inputs, documents = (q, k, v), context.documents
+            if isinstance(documents, Branches):
+                q, k, v = (
+                    convolution.of_branches(u, last_inputs, documents)
+                    for convolution, u, last_inputs in zip(
+                        convolutions, inputs, before, strict=True
+                    )
+                )
+            else:
+                (q, k, v), last = convolve(convolutions, inputs, before, documents, settings.heads)
         q = split_heads(q, settings.n_heads)  # [b t h k]
         k, v = (split_heads(y, settings.n_kv_heads) for y in (k, v))  # [b t g k]
         if settings.qk_norm:
@@ -261,6 +272,24 @@ class Attention(Mixer):
             return KVCache(layers, slots.visible, slots.length, places.after)
 
         return context._replace(state=after), state.layers
+
+    @staticmethod
+    def prepare_branches(
+        config: ModelConfig, state: KVCache | WindowCache | None, branches: Branches
+    ) -> tuple[AttentionContext, Any]:
+        """As `prepare`, for rows of branches. They cannot be written into a cache."""
+        settings = AttentionSettings.of_transformer(config)
+        fresh = state is None
+        if state is None:
+            state = Attention.init_state(config, *branches.place.shape)._replace(layers=None)
+        places = places_of_branches(state.position, branches, fresh)
+        slots = None
+        if isinstance(state, KVCache):
+            slots = unchanged_slots(state.visible, state.length)
+        separate = state.layers is not None and not is_stacked(state.layers)
+        check_last_inputs(settings.short_conv, state.layers)
+        context = attention_context(settings, config, places, slots, separate)
+        return context._replace(documents=branches), state.layers
 
 
 def attention_context(
@@ -338,6 +367,9 @@ def _write_window(
 def _attend_to_batch(settings: AttentionSettings, dtype: str, places: Places) -> Callable:
     """Attention where nothing was read before: in a kernel, in a window, or with all scores."""
     t = places.place.shape[1]
+    if places.until is not None:
+        mask = seen_tokens(places, settings.window)
+        return lambda q, k, v, cache: attend_to_all(q, k, v, mask)
     window = _limit(settings, t)
     document = None if places.one_document else places.key_document
     kernel = flash_attention.best(_queries(settings, dtype, places.place.shape), document is None)

@@ -13,10 +13,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from retnet_jax.config import ModelConfig
+from retnet_jax.model.places import Branches
 from retnet_jax.ops.dropout import dropout
 from retnet_jax.ops.linear import matrix_product
 from retnet_jax.ops.retention import SplitDocuments
-from retnet_jax.ops.short_convolution import short_convolution
+from retnet_jax.ops.short_convolution import convolution_of_branches, short_convolution
 from retnet_jax.shapes import Activations, Array, Float, RandomKeys
 
 
@@ -95,6 +96,13 @@ class ShortConvolution(nnx.Module):
         before = None if last is None else last.reshape(*last.shape[:2], -1)  # [b last (h k)]
         y, after = short_convolution(u, self.weight[...], before, documents)
         return y, split_heads(after, n_heads)
+
+    def of_branches(
+        self, u: Float[Array, "b t _"], last: Float[Array, "b last h _"] | None, branches: Branches
+    ) -> Float[Array, "b t _"]:
+        """The convolution of rows of branches; `last` as in a call."""
+        before = None if last is None else last.reshape(*last.shape[:2], -1)  # [b last (h k)]
+        return convolution_of_branches(u, self.weight[...], branches.previous, before)
 
 
 def convolve(

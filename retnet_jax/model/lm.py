@@ -28,6 +28,7 @@ from retnet_jax.model.kv_cache import KVCache, WindowCache, is_stacked
 from retnet_jax.model.layers import NORMS, FeedForward, normal
 from retnet_jax.model.mixer import Mixer, RetentionState
 from retnet_jax.model.multi_scale_retention import MultiScaleRetention
+from retnet_jax.model.places import Branches
 from retnet_jax.model.remat import remat_policy
 from retnet_jax.ops.dropout import LayerKeys, dropout, place_keys
 from retnet_jax.ops.embedding import look_up
@@ -162,18 +163,24 @@ class LanguageModel(nnx.Module):
         dropout_keys: RandomKeys | None = None,
     ) -> tuple[Float[Array, "b t d"], State]:
         """Like a call, without the output head: the normed activations that it is applied to."""
-        config = self.config
         _check_input(tokens, segment_ids, dropout_keys)
-        rows, length = tokens.shape
         if state is not None:
-            check_state(self, state, rows)
-        context, layers = self.mixer_type.prepare(config, state, (rows, length), segment_ids)
+            check_state(self, state, len(tokens))
+        context, layers = self.mixer_type.prepare(self.config, state, tokens.shape, segment_ids)
+        x, layers = self._hidden(tokens, context, layers, form, dropout_keys)
+        return x, context.state(layers)
+
+    def _hidden(
+        self, tokens, context, layers, form: str, dropout_keys: RandomKeys | None
+    ) -> tuple[Float[Array, "b t d"], Any]:
+        """The normed activations, and what each layer gives for the state after the tokens."""
+        config = self.config
         embedding_keys, keys = place_keys(dropout_keys, config.n_layers)
         x = dropout(self._embed(tokens), embedding_keys, config.dropout, "btd")
         x, layers = self._run_layers(x, layers, context, form, keys)
         if not config.post_norm:
             x = self.final_norm(x)
-        return x, context.state(layers)
+        return x, layers
 
     def _run_layers(self, x: Activations, states, context, form: str, keys: LayerKeys):
         """The activations after all layers, and the state of each layer after the tokens."""
@@ -278,6 +285,31 @@ class Transformer(LanguageModel):
 
     mixer = "attention"
     mixer_type = Attention
+
+    def hidden_of_branches(
+        self,
+        tokens: Int[Array, "b t"],
+        branches: Branches,
+        state: KVCache | WindowCache | None = None,
+    ) -> Float[Array, "b t d"]:
+        """As `hidden`, for rows that each hold several continuations of one text.
+
+        What the continuations share is in the row once, and `state` is read once for all of them.
+        There is no state after them.
+
+        Args:
+          tokens: Token ids, int32.
+          branches: Which tokens continue which.
+          state: State that all branches of a row continue; None: nothing was read before.
+
+        Raises:
+          ValueError: as `hidden`.
+        """
+        _check_input(tokens, branches.until, None)
+        if state is not None:
+            check_state(self, state, len(tokens))
+        context, layers = Attention.prepare_branches(self.config, state, branches)
+        return self._hidden(tokens, context, layers, "chunkwise", None)[0]
 
 
 class OwnMixerModel(LanguageModel):

@@ -9,6 +9,18 @@ from retnet_jax.ops.retention import number_documents, positions
 from retnet_jax.shapes import Array, Bool, Int, SegmentIds
 
 
+class Branches(NamedTuple):
+    """Rows that hold a tree of tokens each, in depth-first order.
+
+    A token's document is the path to it: the tokens before it of which it is a continuation. All
+    continuations of a token follow it directly, so where they end says which tokens see it.
+    """
+
+    previous: Int[Array, "b t"]  # index of the token before it; -1: it is before the row
+    place: Int[Array, "b t"]  # number of tokens of the row on the path before it
+    until: Int[Array, "b t"]  # index after the last continuation; 0 for padding
+
+
 class Places(NamedTuple):
     """Where the tokens of a batch stand in their documents, and the slots for them in a cache."""
 
@@ -19,6 +31,7 @@ class Places(NamedTuple):
     after: Int[Array, " b"]  # position of the token after the batch
     one_document: bool  # each row is one document, without padding
     fresh: bool  # nothing was read before
+    until: Int[Array, "b t"] | None = None  # as in `Branches`; None: there are no branches
 
 
 class Slots(NamedTuple):
@@ -55,6 +68,21 @@ def find_places(
     )
 
 
+def places_of_branches(position: Int[Array, " b"], branches: Branches, fresh: bool) -> Places:
+    """The places of rows of branches, all of which continue the rows' documents."""
+    padding = branches.until == 0
+    return Places(
+        place=position[:, None] + branches.place,
+        document=jnp.zeros_like(branches.place),
+        key_document=jnp.where(padding, -1, 0),
+        before=position,
+        after=position,
+        one_document=False,
+        fresh=fresh,
+        until=branches.until,
+    )
+
+
 def find_slots(visible: Bool[Array, "b s"], length: Int[Array, " b"], places: Places) -> Slots:
     """The slots of a `KVCache` with `visible` and `length`, before and after a batch."""
     start, t = length.max(), places.place.shape[1]
@@ -71,6 +99,18 @@ def find_slots(visible: Bool[Array, "b s"], length: Int[Array, " b"], places: Pl
     )
 
 
+def unchanged_slots(visible: Bool[Array, "b s"], length: Int[Array, " b"]) -> Slots:
+    """The slots of a `KVCache` that is read and not written."""
+    return Slots(
+        start=length.max(),
+        slot_document=jnp.where(visible, jnp.int32(0), -1),
+        visible_before=visible,
+        visible=visible,
+        length=length,
+        overflows=jnp.array(False),
+    )
+
+
 def window_slots(places: Places, window: int) -> Int[Array, "b t"]:
     """The slot of each token that the window after the batch holds; `window` for the others."""
     kept = places.key_document == places.document[:, -1:]
@@ -79,11 +119,16 @@ def window_slots(places: Places, window: int) -> Int[Array, "b t"]:
 
 
 def seen_tokens(places: Places, window: int | None) -> Bool[Array, "b 1 t t"]:
-    """Whether each token of a batch sees another one: its document up to itself, in the window."""
+    """Whether each token of a batch sees another one: its document up to itself, in the window.
+
+    Of branches, it sees those that it continues.
+    """
     t = jnp.arange(places.place.shape[1])
     seen = (t[None] <= t[:, None])[None] & (
         places.key_document[:, None, :] == places.document[:, :, None]
     )
+    if places.until is not None:
+        seen &= t[None, :, None] < places.until[:, None, :]
     if window is not None:
         seen &= places.place[:, :, None] - places.place[:, None, :] < window
     return seen[:, None]

@@ -70,6 +70,35 @@ def short_convolution(
     return y, after.astype(state_dtype)
 
 
+def convolution_of_branches(
+    u: Float[Array, "b t c"],
+    weight: Float[Array, "c w"],
+    previous: Int[Array, "b t"],
+    state: LastInputs | None = None,
+) -> Float[Array, "b t c"]:
+    """As `short_convolution`, where several tokens may continue the same one.
+
+    Args:
+      u: As in `short_convolution`.
+      weight: As in `short_convolution`.
+      previous: Index in the row of the token before each token; -1: it is the state's last.
+      state: As in `short_convolution`.
+    """
+    size, wide = weight.shape[1] - 1, np.promote_types(np.float32, u.dtype)
+    if state is None:
+        state = jnp.zeros((u.shape[0], size, u.shape[2]), u.dtype)
+    inputs = jnp.concatenate([state.astype(u.dtype), u], axis=1)
+    # The index in `inputs` of each input, and of the one before each input.
+    index = jnp.broadcast_to(jnp.arange(size, size + u.shape[1]), previous.shape)
+    first = jnp.broadcast_to(jnp.arange(-1, size - 1), (u.shape[0], size))
+    before = jnp.concatenate([first, size + previous], axis=1)
+    windows = []
+    for _ in range(size + 1):
+        windows.append(_take(inputs, index).astype(wide))
+        index = _take(before, index)
+    return jax.nn.silu(_total(windows[::-1], weight)).astype(u.dtype)
+
+
 def _whole_rows(u, weight, state, split: SplitDocuments | None):
     documents = None if split is None else split.documents
     return _convolve(u, weight, state, documents), _state_after(u, weight, state, documents)

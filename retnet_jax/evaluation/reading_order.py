@@ -1,0 +1,125 @@
+"""In which batches the nodes of a trie are read, and to which sizes they are padded."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from heapq import heappop, heappush
+from itertools import count
+
+import numpy as np
+
+from retnet_jax.evaluation.prefix_trie import LONGEST_NODE, Node, nodes_from
+from retnet_jax.shapes import power_of_two
+
+# Each length of batches is a program, which takes a second to compile. With 12 lengths a tenth of
+# the tokens read is padding. Fewer nodes than fill a batch of each length have fewer lengths.
+MOST_LENGTHS = 12
+FEW_LENGTHS = 4
+LENGTH_STEP = 4
+
+
+class Lengths:
+    """The lengths to which nodes are padded: those with the least padding in total.
+
+    Args:
+      lengths: Number of tokens of each node.
+      most: Largest number of different lengths.
+    """
+
+    def __init__(self, lengths: Iterable[int], most: int):
+        found = np.fromiter((-(-x // LENGTH_STEP) for x in lengths), np.int64)
+        values, counts = np.unique(found, return_counts=True)
+        self._sizes = [LENGTH_STEP * int(x) for x in values[_best_ends(values, counts, most)]]
+
+    def padded(self, length: int) -> int:
+        """The length to which a node is padded."""
+        return next(x for x in self._sizes if x >= length)
+
+
+def _best_ends(values: np.ndarray, counts: np.ndarray, most: int) -> list[int]:
+    """Divides sorted values into at most `most` runs with the least padding to their ends.
+
+    Returns the index of the last value of each run.
+    """
+    n = len(values)
+    nodes = np.concatenate([[0], np.cumsum(counts)])
+    # cost[i] is the number of padded tokens of the first i values; one more run in each round.
+    cost, chosen = np.where(np.arange(n + 1) > 0, np.inf, 0.0), []
+    for _ in range(min(n, most)):
+        # From i values on, up to j: [i j].
+        through = cost[:-1, None] + values[None, :] * (nodes[None, 1:] - nodes[:-1, None])
+        through[np.tril_indices(n, -1)] = np.inf
+        chosen.append(through.argmin(0))
+        cost = np.concatenate([[0.0], through.min(0)])
+    ends, end = [], n
+    for begins in reversed(chosen):
+        if end:
+            ends.append(end - 1)
+            end = int(begins[end - 1])
+    return ends[::-1]
+
+
+class Schedule:
+    """The nodes below some roots in batches of similar length, parents before their children.
+
+    Full batches come first, and among them the one with the deepest node, which frees states. If no
+    batch is full, the deepest waiting nodes are read, which may add children. Thus fewer nodes than
+    a batch wait for each length, and their states are those of a few batches.
+
+    The nodes of a batch are all rows of branches, or none is; and all begin with the first token or
+    none does, if they are rows of branches.
+    """
+
+    def __init__(self, roots: Sequence[Node], batch_size: int):
+        lengths = defaultdict(list)
+        for node in nodes_from(roots):
+            lengths[_kind(node)].append(len(node.tokens))
+        self._lengths = {}
+        for kind, found in lengths.items():
+            most = min(MOST_LENGTHS, max(FEW_LENGTHS, len(found) // batch_size))
+            self._lengths[kind] = Lengths(found, most)
+        self._roots = roots
+        self._batch_size = batch_size
+
+    def padded(self, node: Node) -> int:
+        """The length to which a node is padded, at least."""
+        return self._lengths[_kind(node)].padded(len(node.tokens))
+
+    def rows(self, nodes: int, length: int) -> int:
+        """Number of rows of a batch with `nodes` nodes of some padded length, a power of two."""
+        return min(self._most(length), power_of_two(nodes))
+
+    def _most(self, length: int) -> int:
+        """The largest number of rows: fewer, if they are rows of branches longer than nodes."""
+        return max(1, self._batch_size * min(length, LONGEST_NODE) // length)
+
+    def __iter__(self) -> Iterator[list[Node]]:
+        """Yields the batches."""
+        ready, order = defaultdict(list), count()
+
+        def add(node: Node) -> None:
+            key = _kind(node), self.padded(node)
+            heappush(ready[key], (-node.level, next(order), node))
+
+        for node in self._roots:
+            add(node)
+        while waiting := [key for key, heap in ready.items() if heap]:
+            key = max(
+                waiting, key=lambda x: (len(ready[x]) >= self._most(x[1]), -ready[x][0][0], x)
+            )
+            kind, length = key
+            most = self._most(length)
+            batch = [heappop(ready[key])[-1] for _ in range(min(most, len(ready[key])))]
+            # Shorter nodes fill the rows that would otherwise be padding.
+            for shorter in sorted((x for x in waiting if x[0] == kind and x < key), reverse=True):
+                while ready[shorter] and len(batch) < self.rows(len(batch), length):
+                    batch.append(heappop(ready[shorter])[-1])
+            yield batch
+            for node in batch:
+                for child in node.children:
+                    add(child)
+
+
+def _kind(node: Node) -> str:
+    if node.branches is None:
+        return "node"
+    return "branches from the first token" if node.parent is None else "branches"
