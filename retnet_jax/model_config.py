@@ -183,6 +183,14 @@ class ModelConfig:
         changeable=True,
         computation=True,
     )
+    scan_layers: bool = option(
+        True,
+        "Run the layers as a loop, which compiles as fast for many as for one. False: write them "
+        "out, which is faster on accelerators and takes minutes to compile. Up to 4 are always "
+        "written out",
+        changeable=True,
+        computation=True,
+    )
     chunk_size: int | None = option(
         None,
         "Tokens in a chunk of chunkwise retention; None: the fastest for platform and length",

@@ -14,6 +14,7 @@ from flax import nnx
 from tolerances import RELATIVE, assert_close
 
 from retnet_jax import ModelConfig, RetNet, Transformer, for_decoding
+from retnet_jax.attention_config import AttentionLayers
 from retnet_jax.errors import ConfigError
 from retnet_jax.ops.rotation import FLOAT_POSITIONS, rotate, rotation
 
@@ -89,6 +90,31 @@ def test_forms_of_the_model_agree_with_gradients(changes):
     expected = gradient(model, "parallel")
     assert_close(gradient(model, "chunkwise"), expected)
     assert_close(gradient(model, "recurrent"), expected)
+
+
+HYBRID = {"attention_layers": (AttentionLayers(layers=(1, 3, 5), n_heads=2),)}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("retnet", {}), ("transformer", {}), ("retnet", HYBRID)]
+)
+def test_layers_that_are_written_out_give_the_same(name, options):
+    row = jnp.asarray(tokens(2, 9))
+
+    def loss(model):
+        logits, state = model(row)
+        return sum((x.astype(jnp.float32) ** 2).sum() for x in jax.tree.leaves((logits, state)))
+
+    found = {}
+    for scan_layers in (True, False):
+        changes = {"n_layers": 6, "remat": "q,k,v,retention", "scan_layers": scan_layers} | options
+        model = make(name, **changes)
+        loops = [x for x in jax.make_jaxpr(loss)(model).eqns if x.primitive.name == "scan"]
+        assert [x.params["unroll"] == 1 for x in loops] == [scan_layers]
+        found[scan_layers] = jax.jit(jax.value_and_grad(loss))(model)
+    assert_close(found[False][0], found[True][0])
+    leaves = [jax.tree.leaves(gradient) for _, gradient in found.values()]
+    assert_close(*leaves)
 
 
 @pytest.mark.parametrize("name", MODELS)

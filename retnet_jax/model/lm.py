@@ -5,8 +5,8 @@
     logits, state = model(next_tokens, state)    # continues where it stopped
 
 Modules are plain pytrees: `jax.jit`, `jax.grad` and `jax.eval_shape` take them as they are. The
-layers are one Block with stacked parameters [n ...], run by `jax.lax.scan`; those of a hybrid are a
-list of Blocks (`hybrid.py`).
+layers are one Block with stacked parameters [n ...], run by `jax.lax.scan`, or written out with
+`scan_layers=False`; those of a hybrid are a list of Blocks (`hybrid.py`).
 """
 
 import dataclasses
@@ -32,6 +32,7 @@ from retnet_jax.model.places import Branches
 from retnet_jax.model.remat import remat_policy
 from retnet_jax.ops.dropout import LayerKeys, dropout, place_keys
 from retnet_jax.ops.embedding import look_up
+from retnet_jax.ops.stored import width_innermost
 from retnet_jax.own_objects import is_own, own_object
 from retnet_jax.parallel.sharding import constrain
 from retnet_jax.shapes import Activations, Array, Float, Int, RandomKeys
@@ -189,16 +190,15 @@ class LanguageModel(nnx.Module):
         def layer(x, of_layer):
             block, layer_state, layer_keys = of_layer
             x, layer_state = block(x, layer_state, context, form, layer_keys)
-            return constrain(x, "btd"), layer_state
+            return width_innermost(constrain(x, "btd")), layer_state
 
         if config.remat != "none":
             layer = jax.checkpoint(layer, prevent_cse=False, policy=remat_policy(config))
         if config.attention_layers:
             return self._run_periods(x, states, context, form, keys)
-        # A loop zeroes and fills a stack for each array that the backward pass needs; a few layers
-        # are faster unrolled (a 4-layer step on 2 cores: 201 ms instead of 227).
-        unroll = config.n_layers if config.n_layers <= 4 else 1
-        return jax.lax.scan(layer, x, (self.layers, states, keys), unroll=unroll)
+        return jax.lax.scan(
+            layer, x, (self.layers, states, keys), unroll=self._unroll(config.n_layers)
+        )
 
     def _run_periods(self, x: Activations, states, context, form: str, keys: LayerKeys):
         """As `_run_layers`, for a hybrid."""
@@ -206,7 +206,7 @@ class LanguageModel(nnx.Module):
 
         def layer(place, x, block, layer_state, layer_keys):
             x, layer_state = block(x, layer_state, context.of(place), form, layer_keys)
-            return constrain(x, "btd"), layer_state
+            return width_innermost(constrain(x, "btd")), layer_state
 
         if config.remat != "none":
             layer = jax.checkpoint(
@@ -224,9 +224,18 @@ class LanguageModel(nnx.Module):
 
         repeats = config.n_layers // config.layer_period
         blocks, before = tuple(self.layers), None if states is None else states.places
-        unroll = repeats if config.n_layers <= 4 else 1
-        x, after = jax.lax.scan(period, x, (blocks, before, keys.periods(repeats)), unroll=unroll)
+        each = blocks, before, keys.periods(repeats)
+        x, after = jax.lax.scan(period, x, each, unroll=self._unroll(repeats))
         return x, PeriodStates(after)
+
+    def _unroll(self, repeats: int) -> int:
+        """The number of repeats in one iteration of the loop over the layers.
+
+        A loop zeroes and fills a stack for each array that the backward pass needs, and copies it
+        out again; a few layers are faster without (a 4-layer step on 2 cores: 201 ms for 227).
+        """
+        config = self.config
+        return 1 if config.scan_layers and config.n_layers > 4 else repeats
 
     def _embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         config = self.config

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from retnet_jax.config import ModelConfig
 from retnet_jax.model.kv_cache import check_last_inputs
@@ -24,6 +23,7 @@ from retnet_jax.ops.retention import (
     split_documents,
 )
 from retnet_jax.ops.rotation import Rotation, rotate, rotation
+from retnet_jax.ops.stored import named_output
 from retnet_jax.shapes import (
     Activations,
     Array,
@@ -138,7 +138,7 @@ class MultiScaleRetention(Mixer):
         )
         # The stored activation is [b t (h v)], as matrix products take it: a TPU would copy y to
         # store [b t h v].
-        y = checkpoint_name(y.reshape(*x.shape[:2], -1), "retention").reshape(y.shape)
+        y = named_output(y.reshape(*x.shape[:2], -1)).reshape(y.shape)
         if config.score_clamp is not None:
             y = y * self._score_scale(config.score_clamp, q, k, state, context, form)[..., None]
         kind = "rms" if config.head_norm_scale else config.norm

@@ -1,0 +1,50 @@
+"""How arrays are stored between a layer's parts: hints to the compiler that change no number."""
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
+
+from retnet_jax.parallel.mesh import backend
+from retnet_jax.shapes import Activations, Array
+
+
+def width_innermost(x: Activations) -> Activations:
+    """Activations that a TPU stores as the kernels and most products take them.
+
+    XLA for TPU may store the residual stream with the positions innermost, and then copies it in
+    each layer and for each stored activation. (1.3B on v6e: 7 % of the estimated step.)
+    """
+    if backend() != "tpu":
+        return x
+    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+
+
+@jax.custom_vjp
+def named_output(y: Array) -> Array:
+    """A kernel's output as the activation "retention" for `jax.checkpoint`.
+
+    `jax.checkpoint` rounds what it stores to its own dtype, so that XLA computes it no more
+    precisely than it is stored. After elementwise work this costs nothing, but between two kernels
+    XLA for TPU makes it a pass over memory. Integers are not rounded, so bfloat16 is stored as
+    such. (1.3B on v6e: 4 % of the estimated step.)
+    """
+    return _named(y)
+
+
+def _named(y: Array) -> Array:
+    if y.dtype != jnp.bfloat16:
+        return checkpoint_name(y, "retention")
+    bits = checkpoint_name(jax.lax.bitcast_convert_type(y, jnp.uint16), "retention")
+    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
+
+
+def _named_forward(y: Array) -> tuple[Array, None]:
+    return _named(y), None
+
+
+def _named_backward(_, d_y: Array) -> tuple[Array]:
+    return (d_y,)
+
+
+named_output.defvjp(_named_forward, _named_backward)
