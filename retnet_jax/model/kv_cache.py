@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from retnet_jax.parallel.mesh import backend
 from retnet_jax.shapes import Array, Bool, Float, Int
 
 
@@ -172,6 +173,13 @@ def write_slots(cache: KeysValues, new: NewKeysValues, start: Int[Array, ""]) ->
 
     def put(old, x):  # [*n b h k s], [*n b t h k]
         x = jnp.moveaxis(x, -3, -1).astype(old.dtype)
+        if old.dtype == jnp.bfloat16 and backend() == "cpu":
+            # XLA would convert the whole cache to write a part of it.
+            old, x = (jax.lax.bitcast_convert_type(y, jnp.uint16) for y in (old, x))
+            return jax.lax.bitcast_convert_type(updated(old, x), jnp.bfloat16)
+        return updated(old, x)
+
+    def updated(old, x):
         return jax.lax.dynamic_update_slice_in_dim(old, x, start, axis=old.ndim - 1)
 
     return KeysValues(put(cache.keys, new.keys), put(cache.values, new.values))

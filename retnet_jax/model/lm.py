@@ -32,7 +32,7 @@ from retnet_jax.model.places import Branches
 from retnet_jax.model.remat import remat_policy
 from retnet_jax.ops.dropout import LayerKeys, dropout, place_keys
 from retnet_jax.ops.embedding import look_up
-from retnet_jax.ops.stored import width_innermost
+from retnet_jax.ops.storage_hints import width_innermost
 from retnet_jax.own_objects import is_own, own_object
 from retnet_jax.parallel.sharding import constrain
 from retnet_jax.shapes import Activations, Array, Float, Int, RandomKeys

@@ -23,7 +23,7 @@ from retnet_jax.ops.retention import (
     split_documents,
 )
 from retnet_jax.ops.rotation import Rotation, rotate, rotation
-from retnet_jax.ops.stored import named_output
+from retnet_jax.ops.storage_hints import named_output
 from retnet_jax.shapes import (
     Activations,
     Array,

@@ -163,15 +163,19 @@ def attend_to_cache(
     q = q.reshape(b, t, groups, h // groups, width).transpose(0, 2, 3, 1, 4)
     q = q.reshape(b, groups, -1, width)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [b g t k]
-    scores = jnp.concatenate(
-        [product(q, cached_k, ((3,), (2,))), product(q, k, ((3,), (3,)))], axis=-1
-    )  # [b g (r t) (s t)]
+    # XLA on CPUs converts a bfloat16 cache to multiply it by one vector, not by two equal ones.
+    one_vector = q.shape[2] == 1 and q.dtype == jnp.bfloat16 and backend() == "cpu"
+    vectors = jnp.broadcast_to(q, (b, groups, 2, width)) if one_vector else q
+    scores = product(vectors, cached_k, ((3,), (2,)))[:, :, : q.shape[2]]
+    scores = jnp.concatenate([scores, product(q, k, ((3,), (3,)))], axis=-1)  # [b g (r t) (s t)]
     seen = jnp.tile(jnp.concatenate([seen, seen_new], axis=-1), (1, 1, h // groups, 1))
     scores = jnp.where(seen, scores, 0.7 * jnp.finfo(wide).min)  # padding may see nothing
     p = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     s = cached_k.shape[-1]
-    # The values first: XLA on CPUs then reads them as they are stored.
-    y = product(cached_v, p[..., :s], ((3,), (3,))).swapaxes(2, 3)  # [b g (r t) k]
+    if one_vector:  # with two equal ones it would take twice as long here
+        y = (cached_v.astype(wide) * p[..., :s].astype(wide)).sum(3)[:, :, None]
+    else:  # the values first: XLA on CPUs then reads them as they are stored
+        y = product(cached_v, p[..., :s], ((3,), (3,))).swapaxes(2, 3)  # [b g (r t) k]
     y = y + product(p[..., s:], v, ((3,), (2,)))
     y = y.astype(v.dtype).reshape(b, groups, h // groups, t, width)
     return checkpoint_name(y.transpose(0, 3, 1, 2, 4).reshape(b, t, h, width), "retention")
