@@ -382,7 +382,7 @@ class Config:
         "",
         "Trained model to start from: a directory, of this project or another, or a name on the "
         "Hugging Face hub. It determines the tokenizer and all model options but dtype, remat, "
-        "chunk_size, dropout and activation_dropout",
+        "scan_layers, chunk_size, dropout and activation_dropout",
     )
 
     def check(self) -> None:

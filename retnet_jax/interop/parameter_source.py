@@ -156,6 +156,6 @@ def changed(config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
         given = ", ".join(f"{name}={value!r}" for name, value in changes.items())
         raise ConfigError(
             f"{given} needs other parameters than those of the checkpoint; dtype, remat, "
-            "chunk_size and score_clamp can be changed"
+            "scan_layers, chunk_size and score_clamp can be changed"
         )
     return new
