@@ -107,7 +107,7 @@ class Decoding:
     def __init__(self, model: LanguageModel, rows: int, capacity: int, tokens: int):
         self._model, self._rows, self._capacity = model, rows, capacity
         self._keys = row_keys(0, rows)
-        empty = jax.eval_shape(lambda: _random_progress(model, rows, capacity, 0))
+        empty = jax.eval_shape(lambda: random_progress(model, rows, capacity, 0))
         self.compiled = decode.lower(model, empty, self._keys, length=tokens).compile()
         self.weight_bytes = weight_bytes(model)
         self.state_bytes = bytes_of(empty.state.layers)
@@ -120,7 +120,7 @@ class Decoding:
     def start(self, position: int) -> "Decoding":
         """Sets all rows to a position, with random states; returns this object."""
         self._progress = None  # freed before the next is made
-        self._progress = _random_progress(self._model, self._rows, self._capacity, position)
+        self._progress = random_progress(self._model, self._rows, self._capacity, position)
         return self
 
     def __call__(self) -> jax.Array:
@@ -130,7 +130,8 @@ class Decoding:
 
 
 @partial(jax.jit, static_argnums=(1, 2))
-def _random_progress(model: LanguageModel, rows: int, capacity: int, position) -> Progress:
+def random_progress(model: LanguageModel, rows: int, capacity: int, position) -> Progress:
+    """The progress of rows at `position`, with random states, the same for all rows."""
     state: Any = jax.eval_shape(lambda: model.init_state(rows, capacity))
 
     def same_for_all_rows(x):
@@ -187,7 +188,7 @@ def abstract_decoding(
 
     def build():
         model = for_decoding(build_model(config, rngs=nnx.Rngs(0)), weights, state_dtype)
-        progress = _random_progress(model, rows, capacity, 0)
+        progress = random_progress(model, rows, capacity, 0)
         return AbstractDecoding(model, progress, row_keys(0, rows))
 
     with jax.set_mesh(make_mesh(MeshConfig(), [device])):

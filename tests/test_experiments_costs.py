@@ -6,7 +6,7 @@ import os
 import pytest
 from flax import nnx
 
-from benchmarks.programs import _random_progress, state_bytes, weight_bytes
+from benchmarks.programs import random_progress, state_bytes, weight_bytes
 from experiments import figures, inference_cost, runs, training_cost
 from experiments.compiled_costs import needed
 from experiments.cost_models import ARCHITECTURES, SIZES, decoding_config
@@ -79,7 +79,7 @@ def test_bytes_of_states_grow_with_the_length_for_a_transformer_only():
 def test_a_random_state_is_at_its_position():
     config = decoding_config("tiny", "transformer")
     model = for_decoding(build_model(config, rngs=nnx.Rngs(0)))
-    state = _random_progress(model, 2, 9, 5).state
+    state = random_progress(model, 2, 9, 5).state
     assert state.visible.sum(axis=1).tolist() == [5, 5]
     assert state.length.tolist() == state.position.tolist() == [5, 5]
 

@@ -9,7 +9,6 @@ token reads only one of its rows; with the bytes of the state they give the boun
 (`bounds.decoding_bytes`). `prefill` is timed on the host, including its work there.
 """
 
-import dataclasses
 import time
 from collections.abc import Iterator
 from functools import lru_cache, partial
@@ -17,7 +16,6 @@ from functools import lru_cache, partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from benchmarks.accelerator.cases import Case
 from benchmarks.accelerator.timing import (
@@ -29,11 +27,16 @@ from benchmarks.accelerator.timing import (
     summary,
 )
 from benchmarks.accelerator.training import tiny_config
+from benchmarks.programs import (
+    bytes_of,
+    decoding_model,
+    random_progress,
+    state_bytes,
+    weight_bytes,
+)
 from configs import retnet_1p3b, retnet_2p7b, retnet_6p7b
-from retnet_jax.config import ModelConfig
-from retnet_jax.generation.decode import Progress, decode, prefill, row_keys
-from retnet_jax.model import LanguageModel, State, build_model, for_decoding
-from retnet_jax.model.multi_scale_retention import RetentionState
+from retnet_jax.generation.decode import decode, prefill, row_keys
+from retnet_jax.model import LanguageModel
 
 CONFIGS = {
     "6.7B": retnet_6p7b.get_config,
@@ -101,7 +104,7 @@ def measure(size: str, architecture: str, batch: int, position: int) -> dict:
     # The same for all positions of a RetNet, so that they share a program.
     capacity = 0 if architecture == "retnet" else position + _TOKENS * (REPEATS + 2)
     decoder = _decoder(size, architecture, batch, capacity)
-    progress, seconds = start(model, batch, position, capacity), []
+    progress, seconds = random_progress(model, batch, capacity, position), []
     for _ in range(REPEATS + 1):
         begin = time.perf_counter()
         tokens, progress = decoder(model, progress, row_keys(0, batch))
@@ -153,9 +156,8 @@ def largest_batch(size: str, architecture: str, position: int, most: int) -> int
     if limit is None:
         return most
     model = random_model(size, architecture)
-    state = jax.eval_shape(lambda: model.init_state(1, position + _TOKENS * (REPEATS + 2)))
-    room = limit - sum(x.nbytes for x in jax.tree.leaves(model))
-    rows = room / sum(_bytes(x) for x in jax.tree.leaves(state.layers))
+    of_row = state_bytes(model, 1, position + _TOKENS * (REPEATS + 2))
+    rows = (limit - bytes_of(model)) / of_row
     return min(most, 1 << max(0, int(np.log2(max(rows, 1)))))
 
 
@@ -182,63 +184,27 @@ def random_model(size: str, architecture: str) -> LanguageModel:
     """A model with random parameters, kept until another model is asked for."""
     if (size, architecture) not in _models:
         _models.clear()  # frees the last model before the next is made
-        config = dataclasses.replace(CONFIGS[size](architecture).model, remat="none")
-        _models[size, architecture] = _drawn(config)
+        config = CONFIGS[size](architecture).model
+        state_dtype = "bfloat16" if architecture == "retnet" else None
+        _models[size, architecture] = decoding_model(config, "bfloat16", state_dtype)
     return _models[size, architecture]
-
-
-def _drawn(config: ModelConfig) -> LanguageModel:
-    """Two programs: in one, XLA would draw the numbers of a stack again for each of its layers."""
-    state_dtype = "bfloat16" if config.mixer == "retention" else None
-    model = jax.jit(lambda: build_model(config, rngs=nnx.Rngs(0)))()
-    return jax.jit(lambda model: for_decoding(model, state_dtype=state_dtype))(model)
-
-
-def start(model: LanguageModel, batch: int, position: int, capacity: int) -> Progress:
-    """The progress of rows at `position`, with random states."""
-
-    @jax.jit
-    def draw():
-        state = jax.eval_shape(lambda: model.init_state(batch, capacity))
-
-        def one_for_all_rows(x):
-            row = 0.1 * jax.random.normal(jax.random.key(1), x.shape[1:], x.dtype)
-            return jnp.broadcast_to(row, x.shape)
-
-        layers = jax.tree.map(one_for_all_rows, state.layers)
-        places = jnp.full(batch, position, jnp.int32)
-        if isinstance(state, RetentionState):
-            return state._replace(layers=layers, position=places)
-        return state._replace(
-            layers=layers,
-            visible=jnp.broadcast_to(jnp.arange(capacity) < position, (batch, capacity)),
-            length=places,
-            position=places,
-        )
-
-    logits = jax.random.normal(jax.random.key(2), (batch, model.config.vocab_size))
-    return Progress(logits, draw(), jnp.zeros(batch, bool))
 
 
 def traffic(model: LanguageModel, position: int) -> dict[str, int]:
     """Bytes of weights read in a step, and of state read and written for a row."""
-    weights = sum(x.nbytes for x in jax.tree.leaves(model))
-    if not model.config.tie_embeddings:
-        weights -= model.embedding[...].nbytes
-    state: State = jax.eval_shape(lambda: model.init_state(1, position))
-    read = sum(_bytes(x) for x in jax.tree.leaves(state.layers))
-    written = read if isinstance(state, RetentionState) else read // position
-    return {"weight_bytes": weights, "state_read_bytes": read, "state_written_bytes": written}
+    read = state_bytes(model, 1, position)
+    written = read if model.config.mixer == "retention" else read // position
+    return {
+        "weight_bytes": weight_bytes(model),
+        "state_read_bytes": read,
+        "state_written_bytes": written,
+    }
 
 
 @lru_cache(maxsize=2)
 def _decoder(size: str, architecture: str, batch: int, capacity: int) -> jax.stages.Compiled:
     model = random_model(size, architecture)
-    progress = jax.eval_shape(lambda: start(model, batch, 0, capacity))
+    progress = jax.eval_shape(lambda: random_progress(model, batch, capacity, 0))
     decoder = decode.lower(model, progress, row_keys(0, batch), length=_TOKENS).compile()
     check_memory(peak_bytes(decoder))
     return decoder
-
-
-def _bytes(x) -> int:
-    return x.dtype.itemsize * int(np.prod(x.shape))
