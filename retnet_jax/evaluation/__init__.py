@@ -12,6 +12,7 @@ statistics.py     perplexities, loss by position, standard errors, paired differ
 tasks.py          the seven tasks of the paper; task_rows.py: reads their data
 task_requests.py  task rows to requests, scores to accuracies
 prefix_trie.py    requests with shared prefixes; scoring.py: their log-likelihoods
+reading_order.py  batches of a trie's nodes; rows_of_branches.py: parts of a trie in one row
 recall_probes.py  synthetic probes of the model's memory
 harness.py        adapter for lm-evaluation-harness
 """
