@@ -16,8 +16,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from retnet_jax.ops.linear import materialized
-from retnet_jax.parallel.chips import chip
-from retnet_jax.parallel.mesh import axis_size, backend, device_kind, many_devices
+from retnet_jax.parallel.mesh import axis_size, backend, many_devices
 from retnet_jax.parallel.sharding import WORDS, activation_spec, axes_of
 from retnet_jax.shapes import Array, Float, Int
 
@@ -25,17 +24,12 @@ from retnet_jax.shapes import Array, Float, Int
 def logits_at_once() -> int:
     """The largest number of logits that a device holds at a time.
 
-    Accelerators: 2^28, 1 GiB in float32. The gradient of a head of 100,000 words is then read and
-    written once for 2,000 tokens. TPUs with less than 24 GiB, or unknown ones: half of that. CPU:
-    2^21, which stay in its caches: the loss and gradients of 2048 tokens, with d 128 and a
-    vocabulary of 4096, took 68 ms, and up to 105 ms with other sizes from 2^18 to 2^25 (2 cores,
-    float32).
+    GPUs: 2^28, 1 GiB in float32. The gradient of a head of 100,000 words is then read and written
+    once for 2,000 tokens. TPUs, which have less memory: half of that. CPU: 2^21, which stay in its
+    caches: the loss and gradients of 2048 tokens, with d 128 and a vocabulary of 4096, took 68 ms,
+    and up to 105 ms with other sizes from 2^18 to 2^25 (2 cores, float32).
     """
-    if backend() == "cpu":
-        return 2**21
-    known = chip(device_kind())
-    memory = known.memory if known is not None else 0
-    return 2**28 if backend() == "gpu" or memory >= 24 * 2**30 else 2**27
+    return {"cpu": 2**21, "gpu": 2**28}.get(backend(), 2**27)
 
 
 def cross_entropy_sum(
