@@ -36,6 +36,7 @@ class Run:
       about: What tells this run apart, for tables; added to the record.
       measure: Numbers of the trained model, for the record.
       evaluators: Evaluators during training; their values are added to the record.
+      prepare: Function that is called before training, to get its data; None: nothing is needed.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Run:
     about: dict[str, Any]
     measure: Callable[[TrainResult], dict[str, Any]]
     evaluators: Sequence[Evaluator] = ()
+    prepare: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,8 @@ def _measured(run: Measurement) -> dict[str, Any]:
 
 def _trained(run: Run, workdir: Path) -> dict[str, Any]:
     """Trains and measures a run; returns what it adds to its record."""
+    if run.prepare is not None:
+        run.prepare()
     result = train(run.config, workdir, evaluators=run.evaluators)
     if result.status == "stopped":
         sys.exit(f"stopped; the same command resumes {run.name}")
