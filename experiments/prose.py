@@ -1,78 +1,100 @@
-"""Is the difference between RetNet and Transformer on prose the one on source code?
+r"""Is the difference between RetNet and Transformer on prose the one on source code?
 
-The four models of `perplexity_by_size.py` at its two smallest sizes, with its learning rates, which
-were chosen on source code, and its number of steps: 2M tokens in windows of 256. Two seeds each,
-on the documentation of Python packages (`prose_texts.py`, 41 MB), with a tokenizer of its own.
-Nothing was chosen on these texts, so all held-out documents are reported on: the first 4,096 tokens
-of each, in windows of the training length, and by a RetNet also from the beginning. The differences
-on source code are those of `perplexity_by_size.py`.
+The four models of `perplexity_by_size.py` on the documentation of Python packages
+(`prose_texts.py`, 41 MB), with a tokenizer of its own. Reported are the first 4,096 tokens of
+held-out documents, read in windows of the training length, and by a RetNet from the beginning too.
+The differences on source code are those of `perplexity_by_size.py`.
+
+On two cores: its two smallest sizes and 2M tokens in windows of 256, with two seeds. The learning
+rates are those of `perplexity_by_size`, chosen on source code. On a GPU: 16M and 48M parameters
+without the embedding, 20M tokens in windows of 1,024, bfloat16. The best of three rates of each
+model and size is chosen by validation documents and gets a second seed.
 
     python -m experiments.prose                  16 runs of 4 to 7 minutes on one core
     python -m experiments.prose --budget=small   two runs of a few steps, on this project's docs
+    python -m experiments.prose --budget=gpu     32 runs on one GPU of 80 GB; none was made yet
 
 Two processes with one core each, `taskset -c 0` and `taskset -c 1` before the command, share the
-runs. The texts are downloaded first (110 MB), and the rates of `perplexity_by_size` must be known.
+runs. The texts are downloaded first (110 MB). Where that cannot be, the store is enough, made
+elsewhere:
+
+    python -m experiments.prose_texts
+    python tools/prepare_data.py --config=quickstart --config.data.source=text \
+        --config.data.path='data/prose/*/*.txt' --config.data.held_out=0.1 \
+        --config.data.store=data/prose_bpe8192 --config.model.vocab_size=8192
 """
 
 import dataclasses
+import math
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments import prose_texts
-from experiments.held_out import beginnings, chosen_documents, document_bits
+from experiments import perplexity_by_size, prose_texts
+from experiments.held_out import beginnings, best_bits_per_byte, chosen_documents, document_bits
 from experiments.paired import Estimate, estimate
-from experiments.perplexity_by_size import (
-    LENGTH,
-    MODELS,
-    RATES,
-    config_of,
-    learning_rate,
-    non_embedding,
-)
+from experiments.perplexity_by_size import MODELS, SIZES, Size, model_of, non_embedding
 from experiments.runs import Records, Run, main, read_records
 from experiments.size_tables import BETWEEN, LABELS, pair_label
 from retnet_jax.config import Config, DataConfig
 from retnet_jax.data import open_store
+from retnet_jax.data.split import hash_of_name
 from retnet_jax.evaluation.tables import Table
 from retnet_jax.training.loop import TrainResult
 
-BUDGETS = ("small", "2cores")
-USED = ("0.1M", "0.3M")
+BUDGETS = ("small", "gpu", "2cores")
+SIZES_OF = {
+    "small": {"0.1M": SIZES["0.1M"]},
+    "2cores": {name: SIZES[name] for name in ("0.1M", "0.3M")},
+    "gpu": {"16M": Size(384, 6, 3, seeds=2), "48M": Size(576, 8, 6, seeds=2)},
+}
 SEEDS = (0, 1)
-HELD_OUT = 0.1
+GPU_RATES = (0.01, 0.02, 0.04)
+# Shares of the documents: all that are held out, and of these the ones that are reported on.
+HELD_OUT, REPORTED = 0.1, 0.08
 LONGEST = 4096  # tokens that are read of each held-out document
 OWN_DOCS = "docs/*.md"
-# The better way of reading of each: windows for a Transformer, and a RetNet from the beginning.
-PROTOCOLS = {"window": "windows of 256 tokens", "better": "each in its better way"}
+WAYS = {"window": "in windows of the training length", "better": "each in its better way"}
 
 
 def runs(budget: str, records: Records) -> list[Run]:
     """The runs whose learning rates are known."""
     if budget == "small":
-        return [make_run(name, "0.1M", 0, RATES[1], budget) for name in MODELS[::2]]
-    swept = read_records("perplexity_by_size", budget)
-    rates = {(name, size): learning_rate(name, size, swept) for size in USED for name in MODELS}
-    return [
-        make_run(name, size, seed, rate, budget)
-        for (name, size), rate in rates.items()
-        if rate is not None
-        for seed in SEEDS
-    ]
+        return [make_run(name, "0.1M", 0, 0.04, budget) for name in MODELS[::2]]
+    found = []
+    for size in SIZES_OF[budget]:
+        for name in MODELS:
+            rate = rate_of(name, size, budget, records)
+            if budget == "gpu":
+                found += [make_run(name, size, 0, x, budget) for x in GPU_RATES]
+            if rate is not None:
+                found += [make_run(name, size, seed, rate, budget) for seed in SEEDS]
+    return list({run.name: run for run in found}.values())
+
+
+def rate_of(name: str, size: str, budget: str, records: Records) -> float | None:
+    """The learning rate of a model at a size; None: it is not known yet."""
+    if budget == "small":
+        return 0.04
+    if budget == "2cores":
+        swept = read_records("perplexity_by_size", budget)
+        return perplexity_by_size.learning_rate(name, size, swept)
+    made = [records.get(run_name(name, size, 0, rate)) for rate in GPU_RATES]
+    bits = [record["validation"] for record in made if record is not None]
+    return GPU_RATES[int(np.argmin(bits))] if len(bits) == len(GPU_RATES) else None
+
+
+def run_name(name: str, size: str, seed: int, rate: float) -> str:
+    """The name of a run."""
+    return f"{name}_{size}_rate{rate:g}_seed{seed}"
 
 
 def make_run(name: str, size: str, seed: int, rate: float, budget: str) -> Run:
     """One run of a model."""
-    config = config_of(name, size, seed, rate)
-    path, store = prose_texts.TEXTS, "data/prose_bpe4096"
-    if budget == "small":
-        path, store = OWN_DOCS, "data/own_docs_bpe4096"
-        config.train.steps = 30
-    config.data = DataConfig(
-        source="text", path=path, store=store, held_out=HELD_OUT, sequence_length=LENGTH
-    )
-    config.train = dataclasses.replace(config.train, eval_every=config.train.steps)
+    config = config_of(name, size, seed, rate, budget)
     about = {
         "model": name,
         "size": size,
@@ -80,59 +102,109 @@ def make_run(name: str, size: str, seed: int, rate: float, budget: str) -> Run:
         "rate": rate,
         "non_embedding": non_embedding(config.model),
     }
-    prepare = prose_texts.prepare if budget != "small" else None
-    return Run(f"{name}_{size}_{seed}", config, about, _measure(config, budget), prepare=prepare)
+    downloads = config.data.path == prose_texts.TEXTS and not Path(config.data.store).exists()
+    return Run(
+        run_name(name, size, seed, rate),
+        config,
+        about,
+        _measure(config, budget),
+        prepare=prose_texts.prepare if downloads else None,
+    )
 
 
-def _measure(config: Config, budget: str):
+def config_of(name: str, size: str, seed: int, rate: float, budget: str) -> Config:
+    """The config of a run."""
+    config = perplexity_by_size.config_of(name, "0.1M", seed, rate)
+    config.model = model_of(name, SIZES_OF[budget][size])
+    path, store, length = prose_texts.TEXTS, "data/prose_bpe4096", config.data.sequence_length
+    if budget == "small":
+        path, store = OWN_DOCS, "data/own_docs_bpe4096"
+        config.train.steps = 30
+    if budget == "gpu":
+        store, length = "data/prose_bpe8192", 1024
+        config.model = dataclasses.replace(config.model, vocab_size=8192, dtype="bfloat16")
+        config.train = dataclasses.replace(config.train, steps=625, batch_size=32)
+    config.data = DataConfig(
+        source="text", path=path, store=store, held_out=HELD_OUT, sequence_length=length
+    )
+    config.train = dataclasses.replace(config.train, eval_every=config.train.steps)
+    config.check()
+    return config
+
+
+def _measure(config: Config, budget: str) -> Callable[[TrainResult], dict[str, Any]]:
     def measure(result: TrainResult) -> dict[str, Any]:
-        store = open_store(config.data.store)
-        chosen = chosen_documents(store, lambda name: True, budget)
-        _, byte_counts = beginnings(store, chosen, LONGEST)
-        found = document_bits(result.model, store, chosen, LENGTH, LONGEST)
-        return {"held_out": {"bytes": byte_counts.tolist(), **found}}
+        store, length = open_store(config.data.store), config.data.sequence_length
+        reported = chosen_documents(store, lambda x: hash_of_name(x) < REPORTED, budget)
+        rest = chosen_documents(store, lambda x: hash_of_name(x) >= REPORTED, budget)
+        _, byte_counts = beginnings(store, reported, LONGEST)
+        found = document_bits(result.model, store, reported, length, LONGEST)
+        validation = None
+        if rest:
+            of_rest = document_bits(result.model, store, rest, length, LONGEST)
+            validation = best_bits_per_byte(of_rest)
+        return {"validation": validation, "held_out": {"bytes": byte_counts.tolist(), **found}}
 
     return measure
 
 
-def difference(records: Records, pair: tuple[str, str], size: str, way: str) -> Estimate | None:
-    """One model minus the other in bits per byte, over the seeds that both have; None: none."""
-    pairs = [
-        (one["held_out"], other["held_out"])
-        for seed in SEEDS
-        if (one := records.get(f"{pair[0]}_{size}_{seed}"))
-        and (other := records.get(f"{pair[1]}_{size}_{seed}"))
+def chosen(budget: str, records: Records) -> Records:
+    """The records without those of rates that were not chosen."""
+    return {
+        name: x
+        for name, x in records.items()
+        if x["rate"] == rate_of(x["model"], x["size"], budget, records)
+    }
+
+
+def difference(final: Records, pair: tuple[str, str], size: str, way: str) -> Estimate | None:
+    """One model minus the other in bits per byte, over the seeds that both have; None: none.
+
+    Args:
+      final: The records of the chosen learning rates.
+      pair: The two models.
+      size: Name of their size.
+      way: How documents are read, from `WAYS`.
+    """
+    of_pair = [
+        {
+            x["seed"]: x["held_out"]
+            for x in final.values()
+            if (x["model"], x["size"]) == (name, size)
+        }
+        for name in pair
     ]
-    if not pairs:
+    both = sorted(of_pair[0].keys() & of_pair[1].keys())
+    if not both:
         return None
-    bits = [np.subtract(_bits(one, way), _bits(other, way)) for one, other in pairs]
-    return estimate(np.array(bits), pairs[0][0]["bytes"])
+    bits = [np.subtract(*(_bits(found[seed], way) for found in of_pair)) for seed in both]
+    return estimate(np.array(bits), of_pair[0][both[0]]["bytes"])
 
 
 def _bits(held_out: dict[str, Any], way: str) -> list[float]:
-    found = [held_out[x] for x in ("window", "stateful") if x in held_out]
     if way == "window":
         return held_out["window"]["bits"]
+    found = [held_out[x] for x in ("window", "stateful") if x in held_out]
     return min(found, key=lambda x: x["bits_per_byte"])["bits"]
 
 
 def report(budget: str, records: Records) -> str:
     """The tables; there is no figure."""
-    return tables(records)
+    return tables(budget, records)
 
 
-def tables(records: Records) -> str:
-    """The losses of all runs and the differences, as Markdown."""
-    found = [_differences(records), _losses(records)]
+def tables(budget: str, records: Records) -> str:
+    """The differences, and the losses of all runs, as Markdown."""
+    found = [_differences(budget, chosen(budget, records)), _losses(records)]
     return "\n\n".join(table.markdown for table in found if table.rows)
 
 
-def _differences(records: Records) -> Table:
+def _differences(budget: str, final: Records) -> Table:
     title = "bits per byte of prose, \u00b1 over documents, \u00b1 over seeds"
-    table = Table(title, ("difference", "size", *PROTOCOLS.values()))
+    table = Table(title, ("difference", "size", *WAYS.values()))
     for pair in BETWEEN:
-        for size in USED:
-            estimates = [difference(records, pair, size, way) for way in PROTOCOLS]
+        for size in SIZES_OF[budget]:
+            estimates = [difference(final, pair, size, way) for way in WAYS]
             made = [x.text("+.4f") for x in estimates if x is not None]
             if made:
                 table.add(pair_label(*pair), size, *made)
@@ -142,18 +214,19 @@ def _differences(records: Records) -> Table:
 def _losses(records: Records) -> Table:
     table = Table(
         "held-out bits per byte of prose",
-        ("model", "size", "seed", "rate", "in windows", "state carried", "skipped"),
+        ("model", "size", "seed", "rate", "in windows", "state carried", "validation", "skipped"),
     )
     for record in records.values():
-        found = record["held_out"]
-        carried = found.get("stateful")
+        found, validation = record["held_out"], record["validation"]
+        carried = found["stateful"]["bits_per_byte"] if "stateful" in found else math.nan
         table.add(
             LABELS[record["model"]],
             record["size"],
             str(record["seed"]),
             f"{record['rate']:g}",
             f"{found['window']['bits_per_byte']:.4f}",
-            f"{carried['bits_per_byte']:.4f}" if carried else "",
+            "" if math.isnan(carried) else f"{carried:.4f}",
+            "" if validation is None else f"{validation:.4f}",
             str(record["skipped_steps"]),
         )
     return table

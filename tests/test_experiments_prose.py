@@ -9,7 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from experiments import prose, prose_texts
+from experiments import prose
+from experiments.perplexity_by_size import MODELS
 from experiments.prose_texts import Package, pages_of, prepare
 from retnet_jax.errors import ConfigError
 
@@ -105,20 +106,37 @@ def test_what_cannot_be_had_is_named(index, tmp_path, wanted, message):
         prepare((wanted,), tmp_path)
 
 
-def test_a_retnet_is_compared_in_its_better_way():
-    def record(bits, stateful=None):
-        found = {"window": {"bits": bits, "bits_per_byte": sum(bits) / 20}}
-        if stateful:
-            found["stateful"] = {"bits": stateful, "bits_per_byte": sum(stateful) / 20}
-        return {"held_out": {"bytes": [10, 10], **found}}
+def record(model, seed, bits, stateful=None):
+    found = {"window": {"bits": bits, "bits_per_byte": sum(bits) / 20}}
+    if stateful:
+        found["stateful"] = {"bits": stateful, "bits_per_byte": sum(stateful) / 20}
+    held_out = {"bytes": [10, 10], **found}
+    return {"model": model, "size": "0.1M", "seed": seed, "rate": 0.04, "held_out": held_out}
 
+
+def test_a_retnet_is_compared_in_its_better_way():
     records = {
-        "retnet_0.1M_0": record([30, 20], [25, 15]),
-        "transformer_0.1M_0": record([24, 16]),
-        "retnet_0.1M_1": record([30, 22]),  # its Transformer is missing
+        "a": record("retnet", 0, [30, 20], [25, 15]),
+        "b": record("transformer", 0, [24, 16]),
+        "c": record("retnet", 1, [30, 22]),  # its Transformer is missing
     }
+    final = prose.chosen("small", records)
     pair = ("retnet", "transformer")
-    assert prose.difference(records, pair, "0.1M", "window").mean == pytest.approx(0.5)
-    assert prose.difference(records, pair, "0.1M", "better").mean == pytest.approx(0.0)
-    assert prose.difference(records, pair, "0.3M", "window") is None
-    assert prose_texts.PACKAGES[0].file.startswith("django-")
+    assert prose.difference(final, pair, "0.1M", "window").mean == pytest.approx(0.5)
+    assert prose.difference(final, pair, "0.1M", "better").mean == pytest.approx(0.0)
+    assert prose.difference(final, pair, "0.3M", "window") is None
+
+
+def test_runs_on_a_gpu_are_of_equal_parameters_and_follow_the_sweep():
+    swept = prose.runs("gpu", {})
+    assert len(swept) == len(prose.GPU_RATES) * len(MODELS) * 2
+    for size in ("16M", "48M"):
+        found = [run.about["non_embedding"] for run in swept if run.about["size"] == size]
+        assert max(found) / min(found) < 1.01
+        assert f"{round(found[0] / 1e6)}M" == size
+    records = {run.name: run.about | {"validation": 2 - run.about["rate"]} for run in swept}
+    later = {run.name for run in prose.runs("gpu", records)} - set(records)
+    assert len(later) == len(MODELS) * 2
+    assert all("_rate0.04_seed1" in name for name in later)
+    records.pop("retnet_16M_rate0.01_seed0")
+    assert not any(run.name == "retnet_16M_rate0.04_seed1" for run in prose.runs("gpu", records))
