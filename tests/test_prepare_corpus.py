@@ -19,6 +19,7 @@ from retnet_jax.data import open_store
 from retnet_jax.data.hub_text import FILES, stream_text
 from retnet_jax.data.public_corpora import CORPORA, PublicCorpus, named_parts
 from retnet_jax.errors import CheckpointError, ConfigError
+from retnet_jax.files import lock
 from retnet_jax.programs.prepare_corpus import _number
 
 datasets = pytest.importorskip("datasets")
@@ -180,6 +181,19 @@ def test_all_of_a_corpus_is_taken_if_it_is_small(hub):
     assert "10,000,000 tokens were wanted, and the store has " in done.stdout
 
 
+def test_the_text_is_written_by_one_process_and_killed_ones_leave_nothing(hub, tmp_path):
+    corpus, directory = CORPORA["tinystories"], tmp_path / "text"
+    directory.mkdir()
+    with lock.held(directory):
+        for _ in range(2):  # the refused process leaves the lock alone
+            with pytest.raises(ConfigError, match=f"{directory} is being written by process "):
+                stream_text(corpus, directory, 2000)
+    assert hub.asked == []
+    (directory / ".00002.jsonl.zst.123.unfinished").write_bytes(b"half")  # as kill -9 leaves it
+    assert stream_text(corpus, directory, 10) >= 10
+    assert [x.name for x in directory.iterdir() if x.name.startswith(".") or x.name == "lock"] == []
+
+
 @pytest.mark.slow
 def test_a_download_is_resumed_at_the_same_commit(hub, tmp_path):
     corpus, directory = CORPORA["tinystories"], tmp_path / "text"
@@ -250,6 +264,8 @@ def test_names_that_are_wrong():
         "c4,c4": "'c4,c4' names a corpus twice",
         "": "'' is not a known corpus",
         "a/b/c": "'a/b/c' is not a known corpus",
+        "hf://a/b": "'hf://a/b' is not a known corpus: give a data set on the Hugging Face hub as",
+        "c4:fr": "such as c4:0.3; a subset is named as allenai/c4:SUBSET",
     }.items():
         with pytest.raises(ConfigError) as error:
             named_parts(text)
@@ -273,12 +289,18 @@ def test_what_is_refused(hub, monkeypatch):
     small = ("--tokens=1k", "--config=quickstart", *BYTES)
     assert refused("some/nothing", *small) == (
         f"{hub.url}/datasets/some/nothing does not exist, or is private: correct the name; for a "
-        "private model log in with `hf auth login`, or set HF_TOKEN"
+        "private data set log in with `hf auth login`, or set HF_TOKEN"
     )
     assert "datasets/roneneldan/TinyStories cannot be opened (" in refused(
         "roneneldan/TinyStories:german", *small
     )
-    assert "no field 'story'" in refused("tinystories", "--text_field=story", *small)
+    message = refused("tinystories", "--text_field=story", *small)
+    assert "TinyStories:train has no text: 200 no field 'story'; the first: " in message
+    assert message.endswith("'text'; the field with the text is given by --text_field")
+    texts = {f"data/train-{n:05}-of-00002.parquet": stories(n, 1500) for n in range(2)}
+    hub.repositories["datasets/some/long"] = {"main": texts}
+    message = refused("some/long", "--text_field=story", *small)  # only the beginning is read
+    assert "some/long:train has no text: 1000 no field 'story'; " in message
     hub.token = "secret"
     assert refused("stack", *small) == (
         f"{hub.url}/datasets/bigcode/the-stack-dedup is only for users who accepted its "
