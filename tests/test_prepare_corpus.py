@@ -20,7 +20,7 @@ from retnet_jax.data.hub_text import FILES, stream_text
 from retnet_jax.data.public_corpora import CORPORA, PublicCorpus, named_parts
 from retnet_jax.errors import CheckpointError, ConfigError
 from retnet_jax.files import lock
-from retnet_jax.programs.prepare_corpus import _number
+from retnet_jax.programs.prepare_corpus import _number, _other_shares
 
 datasets = pytest.importorskip("datasets")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -215,6 +215,24 @@ def test_a_download_is_resumed_at_the_same_commit(hub, tmp_path):
     )
 
 
+def test_text_of_other_corpora_or_in_other_shares(hub):
+    """An earlier command may have left it in the same directory."""
+    for directory in ("t/pile", "t/text/c4", "t/c4"):
+        Path(directory).mkdir(parents=True)
+        Path(directory, "corpus.json").touch()
+    assert refused("c4", "--text=t", "--tokens=1k", "--config=quickstart", *BYTES) == (
+        "t also holds text of pile, text/c4, which would be in the store: give another directory "
+        "with --text, or delete it there"
+    )
+    assert hub.asked == []
+    parts = named_parts("c4:0.1,pile:0.9")
+    assert _other_shares(parts, {"c4": 110, "pile": 900}, Path("t")) == []
+    assert _other_shares(parts, {"c4": 900, "pile": 900}, Path("t")) == [
+        "allenai/c4:en:train is 50% of the text, not 10%; if an earlier command has downloaded "
+        "more of it, delete t/c4"
+    ]
+
+
 @pytest.mark.slow
 def test_a_connection_that_breaks_for_ever(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # of the client, between its attempts
@@ -319,30 +337,30 @@ def test_the_list_of_corpora():
 
 @pytest.mark.slow
 def test_a_killed_download_is_resumed(tmp_path):
-    """As a person runs it: processes of their own, killed at any point; the same store."""
+    """As a person runs it: processes of their own, killed while they download; the same store."""
     environment = {name: x for name, x in os.environ.items() if not name.startswith("HF_")}
     root = programs.ROOT
     environment |= {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, root / "tools/prepare_corpus.py", "tinystories", "--tokens=200k"]
     command += ["--processes=1", *BYTES]
     stores = []
-    for name, kills in (("whole", ()), ("killed", (6.0, 9.0))):
+    for name, kills in (("whole", ()), ("killed", (3, 20))):
         directory = tmp_path / name
         directory.mkdir()
         with running_hub() as hub:
             files = {f"data/train-{n:05}-of-00040.parquet": stories(n) for n in range(40)}
             hub.repositories[STORIES] = {"main": files}
             environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
-            for seconds in (*kills, None):
+            for count in (*kills, None):
                 process = subprocess.Popen(
                     command, cwd=directory, env=environment, stderr=subprocess.PIPE, text=True
                 )
-                try:
-                    _, errors = process.communicate(timeout=seconds)
-                except subprocess.TimeoutExpired:
+                if count is not None:
+                    while process.poll() is None and len([*directory.rglob(FILES)]) < count:
+                        time.sleep(0.01)
                     process.send_signal(signal.SIGKILL)
-                    process.communicate()
-        assert process.returncode == 0, errors
+                _, errors = process.communicate()
+                assert process.returncode == (0 if count is None else -signal.SIGKILL), errors
         (store,) = directory.glob("data/tinystories*byte*")
         stores.append(open_store(store).fingerprint)
         unfinished = [*directory.rglob("*.unfinished")]

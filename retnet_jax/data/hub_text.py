@@ -26,8 +26,8 @@ from retnet_jax.errors import CheckpointError, ConfigError
 from retnet_jax.files import atomic, hub, lock
 
 FILES = "*.jsonl.zst"
+RECORD = "corpus.json"
 
-_RECORD = "corpus.json"
 _SPREAD = 64  # shards from which the text is taken at least, if there are so many
 _UNUSABLE = 1000  # documents at the beginning of a data set, without text, after which to stop
 
@@ -116,7 +116,7 @@ class _Download:
     """The files of a directory, and the data set that they are from."""
 
     def __init__(self, corpus: PublicCorpus, directory: Path):
-        self._directory, self._path = directory, directory / _RECORD
+        self._directory, self._path = directory, directory / RECORD
         origin = {"data set": corpus.path, **corpus.fields, **corpus.filters}
         origin = json.loads(json.dumps(origin))
         if self._path.exists():
@@ -129,7 +129,7 @@ class _Download:
                 )
         elif any(directory.glob(FILES)):
             raise ConfigError(
-                f"{directory} has text, but no {_RECORD}: give another directory with --text"
+                f"{directory} has text, but no {RECORD}: give another directory with --text"
             )
         else:
             commit = hub.dataset_commit(corpus.hub)

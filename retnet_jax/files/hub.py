@@ -297,10 +297,9 @@ def _explained(error: BaseException, name: HubName) -> ConfigError | CheckpointE
     hub, page = constants.ENDPOINT, f"{constants.ENDPOINT}/{name.repository}"
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
-    exists = os.path.isdir(name.repository)  # a name that begins with hf://
     path = f"{name.repository} is no directory in {os.getcwd()}, and "
     is_data = name.repository.startswith("datasets/")
-    if exists or is_data:
+    if name.revision or is_data or os.path.isdir(name.repository):  # it was not meant as a path
         path = ""
     if isinstance(error, errors.RevisionNotFoundError):
         return ConfigError(
