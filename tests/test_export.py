@@ -271,9 +271,12 @@ def test_private_models_are_never_uploaded_to_public_ones(fla_run, hub, monkeypa
     monkeypatch.setenv("HF_TOKEN", "secret")
     hub.repositories[NAME] = {"main": {}}
     message = refused(fla_run, "one", f"--push={NAME}", "--private")
-    assert f"{hub.url}/{NAME} exists and is public, so nothing was uploaded: make it" in message
-    assert message.endswith(f"to upload it later: hf upload {NAME} one --private")
+    assert f"{hub.url}/{NAME} exists and is public, so nothing was uploaded\none is" in message
+    assert message.endswith(f"private in its settings, and then: hf upload {NAME} one")
     assert hub.repositories[NAME] == {"main": {}}
+    hub.refuse("/commit/main", 500)
+    message = refused(fla_run, "failed", f"--push={NAME}-2", "--private")
+    assert message.endswith(f"to upload it later: hf upload {NAME}-2 failed --private")
     done = run(fla_run, "two", f"--push={NAME}-2", "--private")
     assert done.returncode == 0, done.stderr
     assert hub.private == {f"{NAME}-2"}

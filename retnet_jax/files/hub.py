@@ -157,21 +157,23 @@ def upload(directory: AnyPath, repository: str, private: bool) -> str:
     try:
         with _explained_uploads(repository):
             url = api.create_repo(repository, private=private or None, exist_ok=True)
-            if private and not api.model_info(repository).private:
-                raise ConfigError(
-                    f"{url} exists and is public, so nothing was uploaded: make it private in its "
-                    "settings, or give another name"
+            would_publish = private and not api.model_info(repository).private
+            if not would_publish:
+                api.upload_folder(
+                    repo_id=repository,
+                    folder_path=str(directory),
+                    delete_patterns=["*.safetensors", "*.safetensors.index.json"],
+                    commit_message="Upload with retnet-jax",
                 )
-            api.upload_folder(
-                repo_id=repository,
-                folder_path=str(directory),
-                delete_patterns=["*.safetensors", "*.safetensors.index.json"],
-                commit_message="Upload with retnet-jax",
-            )
     except (ConfigError, CheckpointError) as error:
         again = f"{directory} is complete; to upload it later: hf upload {repository} {directory}"
         again += " --private" if private else ""
         raise type(error)(f"{error}\n{again}") from error
+    if would_publish:
+        raise ConfigError(
+            f"{url} exists and is public, so nothing was uploaded\n{directory} is complete; make "
+            f"the model private in its settings, and then: hf upload {repository} {directory}"
+        )
     return str(url)
 
 
@@ -262,8 +264,6 @@ def _explained_uploads(repository: str) -> Iterator[None]:
 
     try:
         yield
-    except ConfigError:
-        raise
     except Exception as raised:  # of many types, also those of the client's HTTP library
         page = f"{constants.ENDPOINT}/{repository}"
         error = raised.__cause__ if type(raised) is RuntimeError and raised.__cause__ else raised
