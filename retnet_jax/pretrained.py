@@ -87,10 +87,14 @@ def read_pretrained(
         return read_workdir(directory)
     config = _read_foreign_config(directory)
     if not has_tokenizer(directory):
-        raise ConfigError(
-            f"{directory} has no tokenizer.json or tokenizer.model: copy the model's tokenizer "
-            "there"
-        )
+        name = cached_name(directory)
+        copy = "copy the model's tokenizer there"
+        if name is not None:
+            copy = (
+                f"download the model (hf download {name.repository} --local-dir DIRECTORY), copy "
+                "its tokenizer there, and give DIRECTORY"
+            )
+        raise ConfigError(f"{name or directory} has no tokenizer.json or tokenizer.model: {copy}")
     try:
         tokenizer = load_tokenizer(directory)
     except ValueError as error:
@@ -130,14 +134,16 @@ def with_initial_model(config: Config, recorded: Config | None = None) -> Config
     if recorded is not None and _is_same_model(config.init_from, recorded.init_from):
         return _begun_from(dataclasses.replace(config, init_from=recorded.init_from), recorded)
     directory = model_directory(config.init_from)
+    origin = str(directory)
     if hub_name(config.init_from) is not None:
-        config = dataclasses.replace(config, init_from=str(cached_name(directory)))
+        origin = str(cached_name(directory))
+        config = dataclasses.replace(config, init_from=origin)
     if is_run(directory):
         _check_has_model(directory)
         found = read_config(directory / "config.json")
     else:
         found = _read_foreign_config(directory)
-    tokenizer = str(directory) if has_tokenizer(directory) else config.data.tokenizer
+    tokenizer = origin if has_tokenizer(directory) else config.data.tokenizer
     return _begun_from(
         config,
         dataclasses.replace(found, data=dataclasses.replace(found.data, tokenizer=tokenizer)),

@@ -39,6 +39,7 @@ class SmallHub:
       refusals: What the next requests get instead of an answer.
       token: The token that every request needs; None: none.
       owner: Owner of the token, who may upload.
+      private: The models that were created as private ones.
     """
 
     def __init__(self, url):
@@ -48,6 +49,7 @@ class SmallHub:
         self.refusals = []
         self.token = None
         self.owner = "some-owner"
+        self.private = set()
         self.large = {}  # contents of uploaded large files by SHA-256
         self._lock = threading.Lock()  # the client asks for several files at once
 
@@ -125,7 +127,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         hub = self.server.hub
-        path = unquote(self.path.partition("?")[0])
+        quoted = self.path.partition("?")[0]
+        path = unquote(quoted)
         request = f"{self.command} {path}"
         hub.asked.append(request)
         refusal = hub.take_refusal(request)
@@ -152,7 +155,8 @@ class _Handler(BaseHTTPRequestHandler):
             _, owner, name, _, revision, file = path.removeprefix("/").split("/", 5)
             return self._resolve(f"datasets/{owner}/{name}", revision, file, breaks)
         if path.startswith("/api/models/"):
-            owner, name, *rest = path.removeprefix("/api/models/").split("/")
+            # A revision such as refs/pr/1 is quoted, so that it is one part of the path.
+            owner, name, *rest = map(unquote, quoted.removeprefix("/api/models/").split("/"))
             return self._describe(f"{owner}/{name}", rest)
         if path.count("/") < 5:
             return self._answer(404, b"{}")
@@ -222,6 +226,11 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(403, b"{}")
         exists = name in hub.repositories
         hub.repositories.setdefault(name, {"main": {}})
+        private = (
+            asked.get("private") or asked.get("visibility") == "private"
+        )  # older clients, newer
+        if private and not exists:
+            hub.private.add(name)
         return self._answer_json({"url": f"{hub.url}/{name}"}, 409 if exists else 200)
 
     def _body(self):
@@ -261,6 +270,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer_json([self._entry(files, name) for name in found])
         siblings = [{"rfilename": name} for name in files]
         about = {"id": repository, "sha": commit_of(files), "siblings": siblings}
+        about["private"] = repository in self.server.hub.private
         return self._answer(200, json.dumps(about).encode())
 
     @staticmethod

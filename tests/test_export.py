@@ -30,6 +30,7 @@ from retnet_jax.programs.export import export
 from retnet_jax.runs.checkpoint import Checkpoints
 
 pytest.importorskip("huggingface_hub", reason="pip install -e '.[hub]'")
+constants = pytest.importorskip("huggingface_hub.constants")
 
 ROOT = Path(__file__).parent.parent
 FLA = ROOT / ".venv/fla"  # torch, transformers and flash-linear-attention; made by `make test-all`
@@ -252,10 +253,33 @@ def test_uploads_that_fail_after_the_export(fla_run, hub, monkeypatch):
     )
     assert message.endswith("one is complete; to upload it later: hf upload other-owner/small one")
     assert load_pretrained(Path("one")) is not None
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert refused(fla_run, "two", f"--push={NAME}") == (
+        f"{hub.url}/{NAME} cannot be uploaded while HF_HUB_OFFLINE is set: unset it"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     hub.refuse("/commit/main", 500)
     message = refused(fla_run, "two", f"--push={NAME}")
     assert f"{hub.url}/{NAME} cannot be uploaded (the hub answered 500: " in message
-    assert message.endswith(f"to upload it later: hf upload {NAME} two")
+    assert message.endswith(
+        f"try again later\ntwo is complete; to upload it later: hf upload {NAME} two"
+    )
+
+
+@uploading
+def test_private_models_are_never_uploaded_to_public_ones(fla_run, hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    hub.repositories[NAME] = {"main": {}}
+    message = refused(fla_run, "one", f"--push={NAME}", "--private")
+    assert f"{hub.url}/{NAME} exists and is public, so nothing was uploaded\none is" in message
+    assert message.endswith(f"private in its settings, and then: hf upload {NAME} one")
+    assert hub.repositories[NAME] == {"main": {}}
+    hub.refuse("/commit/main", 500)
+    message = refused(fla_run, "failed", f"--push={NAME}-2", "--private")
+    assert message.endswith(f"to upload it later: hf upload {NAME}-2 failed --private")
+    done = run(fla_run, "two", f"--push={NAME}-2", "--private")
+    assert done.returncode == 0, done.stderr
+    assert hub.private == {f"{NAME}-2"}
 
 
 def test_exports_that_are_refused(fla_run, tmp_path, monkeypatch):

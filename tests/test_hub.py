@@ -22,6 +22,7 @@ from retnet_jax import interop, load_pretrained
 from retnet_jax.config import Config, DataConfig
 from retnet_jax.data import load_tokenizer
 from retnet_jax.data.store_options import pretrained_tokenizer, stored_options
+from retnet_jax.data.stores import open_or_build
 from retnet_jax.errors import CheckpointError, ConfigError
 from retnet_jax.evaluation.record import model_record
 from retnet_jax.evaluation.results import Results
@@ -119,6 +120,7 @@ def test_a_revision_is_a_branch_or_a_commit(hub):
     commit = commit_of(old)
     assert model_directory(MODEL, revision=commit).name == commit
     assert model_directory(f"hf://{MODEL}@{commit}").name == commit
+    assert model_directory(f"hf://{MODEL}@refs/pr/1").name == commit
     message = refusal(ConfigError, revision="v2")
     assert message == f"{hub.url}/{MODEL} has no revision v2: give a branch, a tag or a commit"
     assert "give only one of the revisions" in refusal(
@@ -137,7 +139,8 @@ def test_what_is_a_name_and_what_is_a_path(tmp_path, monkeypatch):
         assert hub_name(path) is None, path
     for path in ("gs://bucket/run", "a/..", "a--b/c", "", Path("owner/name")):
         assert hub_name(path) is None, path
-    for text in ("hf://name", "hf://datasets/a/b", "hf://a/b@"):
+    addresses = ("https://huggingface.co/owner/name", "HF://owner/name", "hf:/owner/name")
+    for text in ("hf://name", "hf://datasets/a/b", "hf://a/b@", *addresses):
         with pytest.raises(ConfigError, match="expected hf://OWNER/NAME or hf://OWNER/NAME@REV"):
             hub_name(text)
 
@@ -148,6 +151,9 @@ def test_a_local_directory_is_never_requested(hub):
         load_pretrained(MODEL)
     assert f"{MODEL} is no directory; for the model of this name" in str(error.value)
     assert str(error.value).endswith(f"on the Hugging Face hub, give hf://{MODEL}")
+    with pytest.raises(ConfigError) as error:
+        load_pretrained(f"{MODEL}@v1")
+    assert str(error.value).endswith(f"on the Hugging Face hub, give hf://{MODEL}@v1")
     interop.convert(FIXTURES / "fla/default", MODEL, "own")
     assert len(leaves(load_pretrained(MODEL))) > 0
     assert hub.asked == []
@@ -238,6 +244,26 @@ def test_a_repository_without_weights_that_can_be_read(hub):
     assert hub.downloads().count("pytorch_model-1-of-2.bin") == 0
 
 
+def test_a_repository_without_a_config_or_a_tokenizer(hub):
+    hub.repositories[MODEL] = {"main": {"model.safetensors": WEIGHTS}, "v1": files()}
+    begin = f"hf://{MODEL} has no config.json in its top directory, which must hold the model's si"
+    assert refusal(CheckpointError).startswith(begin)
+    with pytest.raises(ConfigError) as error:
+        read_pretrained(MODEL, "v1")
+    assert str(error.value) == (
+        f"hf://{MODEL}@{commit_of(files())} has no tokenizer.json or tokenizer.model: download the "
+        f"model (hf download {MODEL} --local-dir DIRECTORY), copy its tokenizer there, and give "
+        "DIRECTORY"
+    )
+
+
+def test_a_model_of_another_architecture(hub):
+    other = json.dumps(json.loads(CONFIG) | {"model_type": "gla"}).encode()
+    hub.repositories[MODEL] = {"main": files(**{"config.json": other})}
+    with pytest.raises(ConfigError, match=r"\n  model_type=.gla.: another architecture$"):
+        load_pretrained(MODEL)
+
+
 def test_pytorch_files_with_an_index_are_downloaded(hub):
     index = {"weight_map": {"a": "pytorch_model-1-of-2.bin", "b": "pytorch_model-2-of-2.bin"}}
     parts = dict.fromkeys(index["weight_map"].values(), b"x")
@@ -289,6 +315,7 @@ def test_a_run_records_the_commit_and_is_resumed_from_it(hub, with_tokenizer):
     begun = with_initial_model(Config(init_from=MODEL))
     assert begun.init_from == f"hf://{MODEL}@{commit}"
     assert begun.model.vocab_size == 330
+    assert begun.data.tokenizer == begun.init_from
     tokenizer = pretrained_tokenizer(begun.data)
     assert tokenizer.fingerprint == with_tokenizer.fingerprint
 
@@ -318,3 +345,18 @@ def test_a_store_of_a_tokenizer_on_the_hub(hub, with_tokenizer):
     expected = f"pretrained {with_tokenizer.fingerprint[:16]}"
     assert stored_options(data, 330)["data.tokenizer"] == expected
     assert "model.safetensors" not in hub.downloads()
+
+
+def test_a_store_has_the_tokenizer_of_a_hub_that_cannot_be_reached(hub, with_tokenizer, tmp_path):
+    Path("a.txt").write_text("Some words.\n" * 100)
+    data = DataConfig(
+        source="text", path="a.txt", tokenizer=MODEL, store="store", held_out_by="tail"
+    )
+    built = open_or_build(data, 330)
+    (tmp_path / "cache").rename(tmp_path / "gone")
+    hub.refuse("GET /api/models", 503)
+    assert open_or_build(data, 330).fingerprint == built.fingerprint
+    other = replace(data, store="other")
+    hub.refuse("GET /api/models", 503)
+    with pytest.raises(CheckpointError, match="cannot be downloaded, because the hub answered 503"):
+        open_or_build(other, 330)

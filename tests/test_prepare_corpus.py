@@ -19,7 +19,8 @@ from retnet_jax.data import open_store
 from retnet_jax.data.hub_text import FILES, stream_text
 from retnet_jax.data.public_corpora import CORPORA, PublicCorpus, named_parts
 from retnet_jax.errors import CheckpointError, ConfigError
-from retnet_jax.programs.prepare_corpus import _number
+from retnet_jax.files import lock
+from retnet_jax.programs.prepare_corpus import _number, _other_shares
 
 datasets = pytest.importorskip("datasets")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -180,6 +181,19 @@ def test_all_of_a_corpus_is_taken_if_it_is_small(hub):
     assert "10,000,000 tokens were wanted, and the store has " in done.stdout
 
 
+def test_the_text_is_written_by_one_process_and_killed_ones_leave_nothing(hub, tmp_path):
+    corpus, directory = CORPORA["tinystories"], tmp_path / "text"
+    directory.mkdir()
+    with lock.held(directory):
+        for _ in range(2):  # the refused process leaves the lock alone
+            with pytest.raises(ConfigError, match=f"{directory} is being written by process "):
+                stream_text(corpus, directory, 2000)
+    assert hub.asked == []
+    (directory / ".00002.jsonl.zst.123.unfinished").write_bytes(b"half")  # as kill -9 leaves it
+    assert stream_text(corpus, directory, 10) >= 10
+    assert [x.name for x in directory.iterdir() if x.name.startswith(".") or x.name == "lock"] == []
+
+
 @pytest.mark.slow
 def test_a_download_is_resumed_at_the_same_commit(hub, tmp_path):
     corpus, directory = CORPORA["tinystories"], tmp_path / "text"
@@ -199,6 +213,24 @@ def test_a_download_is_resumed_at_the_same_commit(hub, tmp_path):
         f"{directory} holds text of roneneldan/TinyStories:train, not of "
         "monology/pile-uncopyrighted:train: give another directory with --text, or delete it"
     )
+
+
+def test_text_of_other_corpora_or_in_other_shares(hub):
+    """An earlier command may have left it in the same directory."""
+    for directory in ("t/pile", "t/text/c4", "t/c4"):
+        Path(directory).mkdir(parents=True)
+        Path(directory, "corpus.json").touch()
+    assert refused("c4", "--text=t", "--tokens=1k", "--config=quickstart", *BYTES) == (
+        "t also holds text of pile, text/c4, which would be in the store: give another directory "
+        "with --text, or delete it there"
+    )
+    assert hub.asked == []
+    parts = named_parts("c4:0.1,pile:0.9")
+    assert _other_shares(parts, {"c4": 110, "pile": 900}, Path("t")) == []
+    assert _other_shares(parts, {"c4": 900, "pile": 900}, Path("t")) == [
+        "allenai/c4:en:train is 50% of the text, not 10%; if an earlier command has downloaded "
+        "more of it, delete t/c4"
+    ]
 
 
 @pytest.mark.slow
@@ -250,6 +282,8 @@ def test_names_that_are_wrong():
         "c4,c4": "'c4,c4' names a corpus twice",
         "": "'' is not a known corpus",
         "a/b/c": "'a/b/c' is not a known corpus",
+        "hf://a/b": "'hf://a/b' is not a known corpus: give a data set on the Hugging Face hub as",
+        "c4:fr": "such as c4:0.3; a subset is named as allenai/c4:SUBSET",
     }.items():
         with pytest.raises(ConfigError) as error:
             named_parts(text)
@@ -273,12 +307,18 @@ def test_what_is_refused(hub, monkeypatch):
     small = ("--tokens=1k", "--config=quickstart", *BYTES)
     assert refused("some/nothing", *small) == (
         f"{hub.url}/datasets/some/nothing does not exist, or is private: correct the name; for a "
-        "private model log in with `hf auth login`, or set HF_TOKEN"
+        "private data set log in with `hf auth login`, or set HF_TOKEN"
     )
     assert "datasets/roneneldan/TinyStories cannot be opened (" in refused(
         "roneneldan/TinyStories:german", *small
     )
-    assert "no field 'story'" in refused("tinystories", "--text_field=story", *small)
+    message = refused("tinystories", "--text_field=story", *small)
+    assert "TinyStories:train has no text: 200 no field 'story'; the first: " in message
+    assert message.endswith("'text'; the field with the text is given by --text_field")
+    texts = {f"data/train-{n:05}-of-00002.parquet": stories(n, 1500) for n in range(2)}
+    hub.repositories["datasets/some/long"] = {"main": texts}
+    message = refused("some/long", "--text_field=story", *small)  # only the beginning is read
+    assert "some/long:train has no text: 1000 no field 'story'; " in message
     hub.token = "secret"
     assert refused("stack", *small) == (
         f"{hub.url}/datasets/bigcode/the-stack-dedup is only for users who accepted its "
@@ -297,30 +337,30 @@ def test_the_list_of_corpora():
 
 @pytest.mark.slow
 def test_a_killed_download_is_resumed(tmp_path):
-    """As a person runs it: processes of their own, killed at any point; the same store."""
+    """As a person runs it: processes of their own, killed while they download; the same store."""
     environment = {name: x for name, x in os.environ.items() if not name.startswith("HF_")}
     root = programs.ROOT
     environment |= {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, root / "tools/prepare_corpus.py", "tinystories", "--tokens=200k"]
     command += ["--processes=1", *BYTES]
     stores = []
-    for name, kills in (("whole", ()), ("killed", (6.0, 9.0))):
+    for name, kills in (("whole", ()), ("killed", (3, 20))):
         directory = tmp_path / name
         directory.mkdir()
         with running_hub() as hub:
             files = {f"data/train-{n:05}-of-00040.parquet": stories(n) for n in range(40)}
             hub.repositories[STORIES] = {"main": files}
             environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
-            for seconds in (*kills, None):
+            for count in (*kills, None):
                 process = subprocess.Popen(
                     command, cwd=directory, env=environment, stderr=subprocess.PIPE, text=True
                 )
-                try:
-                    _, errors = process.communicate(timeout=seconds)
-                except subprocess.TimeoutExpired:
+                if count is not None:
+                    while process.poll() is None and len([*directory.rglob(FILES)]) < count:
+                        time.sleep(0.01)
                     process.send_signal(signal.SIGKILL)
-                    process.communicate()
-        assert process.returncode == 0, errors
+                _, errors = process.communicate()
+                assert process.returncode == (0 if count is None else -signal.SIGKILL), errors
         (store,) = directory.glob("data/tinystories*byte*")
         stores.append(open_store(store).fingerprint)
         unfinished = [*directory.rglob("*.unfinished")]

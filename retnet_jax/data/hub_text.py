@@ -26,9 +26,10 @@ from retnet_jax.errors import CheckpointError, ConfigError
 from retnet_jax.files import atomic, hub, lock
 
 FILES = "*.jsonl.zst"
+RECORD = "corpus.json"
 
-_RECORD = "corpus.json"
 _SPREAD = 64  # shards from which the text is taken at least, if there are so many
+_UNUSABLE = 1000  # documents at the beginning of a data set, without text, after which to stop
 
 
 def stream_text(
@@ -54,10 +55,19 @@ def stream_text(
         corpus = corpus._replace(fields={**corpus.fields, "text_field": text_field})
     directory.mkdir(parents=True, exist_ok=True)
     try:
-        with lock.held(directory):
+        with lock.held(directory), _without_traces(directory):
             return _Download(corpus, directory).run(most_bytes)
     except lock.HeldError as who:
         raise ConfigError(f"{directory} is being written by {who}: wait for it") from None
+
+
+@contextlib.contextmanager
+def _without_traces(directory: Path) -> Iterator[None]:
+    """Deletes the unfinished files of killed processes, and at the end the lock, which is held."""
+    for path in filter(atomic.is_unfinished, directory.iterdir()):
+        path.unlink()
+    try:
+        yield
     finally:
         (directory / lock.FILE_NAME).unlink(missing_ok=True)
 
@@ -67,7 +77,8 @@ def sample_text(corpus: PublicCorpus, characters: int, text_field: str | None = 
     if text_field is not None:
         corpus = corpus._replace(fields={**corpus.fields, "text_field": text_field})
     config = corpus.config(hub.dataset_commit(corpus.hub))
-    texts, left, skipped = [], characters, Skipped()
+    texts: list[str] = []
+    left, skipped = characters, _SkippedAtFirst(corpus.path, texts)
     with _explained(corpus):
         for piece in list_pieces(config):
             for document in read_piece(config, piece, skipped):
@@ -76,15 +87,36 @@ def sample_text(corpus: PublicCorpus, characters: int, text_field: str | None = 
                 if left <= 0:
                     return texts
     if not texts:
-        raise ConfigError(f"{corpus.path} has no text: {skipped}")
+        raise skipped.error()
     return texts
+
+
+class _SkippedAtFirst(Skipped):
+    """The skipped documents of a sample; many before the first text are an error.
+
+    A wrong --text_field would otherwise stream the whole data set before it is refused.
+    """
+
+    def __init__(self, path: str, texts: list[str]):
+        super().__init__()
+        self._path, self._texts = path, texts
+
+    def add(self, name: str, reason: str, detail: str = "") -> None:
+        super().add(name, reason, detail)
+        if not self._texts and self.count >= _UNUSABLE:
+            raise self.error()
+
+    def error(self) -> ConfigError:
+        return ConfigError(
+            f"{self._path} has no text: {self}; the field with the text is given by --text_field"
+        )
 
 
 class _Download:
     """The files of a directory, and the data set that they are from."""
 
     def __init__(self, corpus: PublicCorpus, directory: Path):
-        self._directory, self._path = directory, directory / _RECORD
+        self._directory, self._path = directory, directory / RECORD
         origin = {"data set": corpus.path, **corpus.fields, **corpus.filters}
         origin = json.loads(json.dumps(origin))
         if self._path.exists():
@@ -97,7 +129,7 @@ class _Download:
                 )
         elif any(directory.glob(FILES)):
             raise ConfigError(
-                f"{directory} has text, but no {_RECORD}: give another directory with --text"
+                f"{directory} has text, but no {RECORD}: give another directory with --text"
             )
         else:
             commit = hub.dataset_commit(corpus.hub)

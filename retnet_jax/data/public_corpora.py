@@ -146,6 +146,11 @@ def list_of_corpora() -> str:
 
 def _named(item: str) -> tuple[str, float]:
     """A name, and its share; 1 if none is given."""
+    if "://" in item:
+        raise ConfigError(
+            f"{item.strip()!r} is not a known corpus: give a data set on the Hugging Face hub as "
+            "OWNER/NAME or OWNER/NAME:SUBSET"
+        )
     name, colon, share = item.strip().rpartition(":")
     if not colon or (re.fullmatch(r"[A-Za-z][\w.-]*", share) and "/" in name):
         return item.strip(), 1.0  # the end of OWNER/NAME:SUBSET is no number
@@ -154,9 +159,10 @@ def _named(item: str) -> tuple[str, float]:
     except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
+        subset = f"; a subset is named as {CORPORA[name].hub}:SUBSET" if name in CORPORA else ""
         raise ConfigError(
             f"{item.strip()!r}: the share {share!r} is not a positive number; expected NAME:SHARE, "
-            "such as c4:0.3"
+            f"such as c4:0.3{subset}"
         )
     return name, value
 

@@ -12,7 +12,7 @@ from typing import Any
 from retnet_jax.config import TOKENIZERS, DataConfig
 from retnet_jax.config_json import OLD_NAMES, marked
 from retnet_jax.data.tokenizers import TOKENIZER_FILES, Tokenizer, has_tokenizer, load_tokenizer
-from retnet_jax.errors import ConfigError
+from retnet_jax.errors import CheckpointError, ConfigError
 from retnet_jax.files import paths as files
 from retnet_jax.files.digests import sha256_of
 from retnet_jax.files.hub import tokenizer_directory
@@ -117,9 +117,12 @@ def pretrained_tokenizer(config: DataConfig) -> Tokenizer:
 
 
 def _tokenizer_option(config: DataConfig) -> str | None:
-    """The tokenizer as recorded, a pretrained one by its contents; None if that does not exist."""
+    """The tokenizer as recorded, a pretrained one by its contents; None if it cannot be found."""
     if config.tokenizer in TOKENIZERS:
         return config.tokenizer
-    if not files.exists(tokenizer_directory(config.tokenizer)):
+    try:
+        if not files.exists(tokenizer_directory(config.tokenizer)):
+            return None
+    except CheckpointError:  # the hub cannot be reached
         return None
     return f"pretrained {pretrained_tokenizer(config).fingerprint[:16]}"

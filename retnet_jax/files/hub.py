@@ -89,11 +89,11 @@ def hub_name(model: AnyPath) -> HubName | None:
     """The name on the hub that a text stands for; None: it is a path. Nothing is requested.
 
     Raises:
-      ConfigError: if a text begins with hf:// but is not such a name.
+      ConfigError: if a text begins with hf:// but is not such a name, or is the address of a page.
     """
     if not isinstance(model, str):
         return None
-    if model.startswith(_PREFIX):
+    if re.match(r"hf:/|https?://", model, re.IGNORECASE):
         found = re.fullmatch(rf"{_PREFIX}({_REPOSITORY})(?:@(.+))?", model, re.ASCII)
         if found is None:
             raise ConfigError(f"{model}: expected hf://OWNER/NAME or hf://OWNER/NAME@REVISION")
@@ -145,10 +145,10 @@ def upload(directory: AnyPath, repository: str, private: bool) -> str:
     Args:
       directory: Local directory.
       repository: OWNER/NAME.
-      private: Whether a new model can be seen by its owner only.
+      private: Whether a new model can be seen by its owner only; an existing one must be private.
 
     Raises:
-      ConfigError: if the user may not write there.
+      ConfigError: if the user may not write there, or if `private` and the model is public.
       CheckpointError: if the upload does not succeed for another reason.
     """
     from huggingface_hub import HfApi
@@ -157,21 +157,35 @@ def upload(directory: AnyPath, repository: str, private: bool) -> str:
     try:
         with _explained_uploads(repository):
             url = api.create_repo(repository, private=private or None, exist_ok=True)
-            api.upload_folder(
-                repo_id=repository,
-                folder_path=str(directory),
-                delete_patterns=["*.safetensors", "*.safetensors.index.json"],
-                commit_message="Upload with retnet-jax",
-            )
+            would_publish = private and not api.model_info(repository).private
+            if not would_publish:
+                api.upload_folder(
+                    repo_id=repository,
+                    folder_path=str(directory),
+                    delete_patterns=["*.safetensors", "*.safetensors.index.json"],
+                    commit_message="Upload with retnet-jax",
+                )
     except (ConfigError, CheckpointError) as error:
         again = f"{directory} is complete; to upload it later: hf upload {repository} {directory}"
+        again += " --private" if private else ""
         raise type(error)(f"{error}\n{again}") from error
+    if would_publish:
+        raise ConfigError(
+            f"{url} exists and is public, so nothing was uploaded\n{directory} is complete; make "
+            f"the model private in its settings, and then: hf upload {repository} {directory}"
+        )
     return str(url)
 
 
 def _with_weights(name: HubName) -> Path:
     """The directory of a model's downloaded files: safetensors if there are any, else PyTorch's."""
     directory = _downloaded(name, [*CONFIG_AND_TOKENIZER, SAFETENSORS])
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(
+            f"{name} has no config.json in its top directory, which must hold the model's sizes: "
+            f"download it (hf download {name.repository} --local-dir DIRECTORY), add the file, "
+            "and give DIRECTORY"
+        )
     if any(directory.glob(SAFETENSORS)):
         return directory
     same_commit = name._replace(revision=directory.name)
@@ -246,7 +260,7 @@ def dataset_error(error: BaseException, name: str) -> ConfigError | CheckpointEr
 @contextlib.contextmanager
 def _explained_uploads(repository: str) -> Iterator[None]:
     """Raises the client's errors during an upload as one line that says what would help."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, errors
 
     try:
         yield
@@ -263,10 +277,14 @@ def _explained_uploads(repository: str) -> Iterator[None]:
                 f"{page} cannot be written to with this token (403): give a name whose owner you "
                 f"are, or {_LOG_IN}, with a token that may write there"
             ) from error
+        if isinstance(error, errors.OfflineModeIsEnabled):
+            raise CheckpointError(
+                f"{page} cannot be uploaded while HF_HUB_OFFLINE is set: unset it"
+            ) from error
         reason = f"the hub answered {status}" if status else type(error).__name__
+        what = "try again later" if status else "check the connection and HF_ENDPOINT"
         raise CheckpointError(
-            f"{page} cannot be uploaded ({reason}: {brief(error)}): check the connection and "
-            "HF_ENDPOINT, and try again"
+            f"{page} cannot be uploaded ({reason}: {brief(error)}): {what}"
         ) from error
 
 
@@ -279,9 +297,9 @@ def _explained(error: BaseException, name: HubName) -> ConfigError | CheckpointE
     hub, page = constants.ENDPOINT, f"{constants.ENDPOINT}/{name.repository}"
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
-    exists = os.path.isdir(name.repository)  # a name that begins with hf://
     path = f"{name.repository} is no directory in {os.getcwd()}, and "
-    if exists or name.repository.startswith("datasets/"):
+    is_data = name.repository.startswith("datasets/")
+    if name.revision or is_data or os.path.isdir(name.repository):  # it was not meant as a path
         path = ""
     if isinstance(error, errors.RevisionNotFoundError):
         return ConfigError(
@@ -294,11 +312,13 @@ def _explained(error: BaseException, name: HubName) -> ConfigError | CheckpointE
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         return ConfigError(
-            f"{path}{page} does not exist, or is private: correct the name; for a private model "
-            f"{_LOG_IN}"
+            f"{path}{page} does not exist, or is private: correct the name; for a private "
+            f"{'data set' if is_data else 'model'} {_LOG_IN}"
         )
     if status in (401, 403):
         return ConfigError(f"{page} cannot be read ({status}): {_LOG_IN}")
+    if isinstance(error, errors.OfflineModeIsEnabled) and is_data:
+        return CheckpointError(f"{page} cannot be downloaded while HF_HUB_OFFLINE is set: unset it")
     if isinstance(error, errors.OfflineModeIsEnabled):
         return CheckpointError(
             f"{path}{name} is not (completely) in the cache {constants.HF_HUB_CACHE}: unset "

@@ -31,11 +31,17 @@ def place(path: AnyPath) -> epath.Path:
     """A local or remote path as a user types it, with `~` replaced.
 
     Raises:
-      ConfigError: for a URL whose package, such as gcsfs, is not installed.
+      ConfigError: for a URL whose package, such as gcsfs, is not installed, and for a protocol
+        that is not that of a storage, such as https.
     """
     if is_remote(path) and importlib.util.find_spec("tensorflow") is None:
         _remote(path)  # epath, which reads by tensorflow or fsspec, fails only when it is used
-    return epath.Path(expanded(path))
+    try:
+        return epath.Path(expanded(path))
+    except KeyError as error:  # epath does not know the protocol
+        raise ConfigError(
+            f"{path} is neither a local path nor a URL such as gs://bucket/run or s3://bucket/run"
+        ) from error
 
 
 def local(path: AnyPath) -> Path:

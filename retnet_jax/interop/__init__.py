@@ -188,7 +188,7 @@ def check_has_model(directory: AnyPath) -> None:
         raise CheckpointError(f"{directory} is a file: name the directory it is in; {expected}")
     if not directory.exists():
         text, hub = str(directory), ""
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+        if re.fullmatch(r"[\w.-]+/[\w.-]+(?:@\S+)?", text):
             hub = f"; for the model of this name on the Hugging Face hub, give hf://{text}"
         raise CheckpointError(f"{directory} is no directory{hub}")
     if below := models_below(directory):

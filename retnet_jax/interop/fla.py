@@ -81,6 +81,7 @@ def read_config(values: dict[str, Any], infos: Mapping[str, TensorInfo]) -> Desc
         "fla",
         values,
         {
+            "model_type": ("another architecture", "retnet"),
             "hidden_act": ("another activation", "swish", "silu"),
             "attnres_block_size": ("attention residuals", None),
         },

@@ -42,7 +42,11 @@ def main() -> None:
         "license", None, "Licence of the model, as the hub names it, such as apache-2.0"
     )
     flags.DEFINE_string("push", None, "OWNER/NAME on the Hugging Face hub to upload to")
-    flags.DEFINE_bool("private", False, "With --push: a new model can be seen by its owner only")
+    flags.DEFINE_bool(
+        "private",
+        False,
+        "With --push: a new model can be seen by its owner only; an existing public one is refused",
+    )
     command_line.run(_main, positional=("run", "target"))
 
 

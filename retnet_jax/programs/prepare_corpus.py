@@ -21,7 +21,7 @@ from absl import flags
 from retnet_jax.config import TOKENIZERS, Config
 from retnet_jax.configs.paper_settings import CORPUS
 from retnet_jax.data.corpus_files import corpus_files
-from retnet_jax.data.hub_text import FILES, sample_text, stream_text
+from retnet_jax.data.hub_text import FILES, RECORD, sample_text, stream_text
 from retnet_jax.data.public_corpora import LARGE, Part, list_of_corpora, named_parts
 from retnet_jax.data.store_options import pretrained_tokenizer
 from retnet_jax.data.token_store import read_manifest
@@ -105,6 +105,7 @@ _PREPARE_DATA = ("tools/prepare_data.py", "retnet-prepare")
 def _download(parts: list[Part], config: Config, directory: Path, tokens: int) -> None:
     """Streams the text of each part, as much as its share of the tokens needs."""
     text_field = flags.FLAGS.text_field
+    _check_no_other_text(parts, directory)
     path = directory / _PLAN
     plan = json.loads(path.read_text()) if path.exists() else {}
     kind = [config.data.tokenizer, config.model.vocab_size, [part.corpus.path for part in parts]]
@@ -119,11 +120,44 @@ def _download(parts: list[Part], config: Config, directory: Path, tokens: int) -
         atomic.write_text(path, json.dumps(plan, indent=1) + "\n")
     wanted = tokens * plan["bytes_per_token"] / (1 - config.data.held_out)
     say(f"{tokens:,} tokens need about {wanted / 1e6:,.1f} MB of text, written to {directory}")
+    found = {}
     for part in parts:
         most = max(1, round(part.share * wanted))
-        found = stream_text(part.corpus, directory / part.name, most, text_field)
-        if found < most:
-            say(f"{part.corpus.path} has only {found / 1e6:,.1f} MB of text: all of it is taken")
+        found[part.name] = stream_text(part.corpus, directory / part.name, most, text_field)
+        if found[part.name] < most:
+            size = found[part.name] / 1e6
+            say(f"{part.corpus.path} has only {size:,.1f} MB of text: all of it is taken")
+    for line in _other_shares(parts, found, directory):
+        say(line)
+
+
+def _check_no_other_text(parts: list[Part], directory: Path) -> None:
+    """Raises `ConfigError` if an earlier command has left text of another corpus."""
+    others = {str(path.parent.relative_to(directory)) for path in directory.rglob(RECORD)}
+    others -= {part.name for part in parts}
+    if others:
+        raise ConfigError(
+            f"{directory} also holds text of {', '.join(sorted(others))}, which would be in the "
+            "store: give another directory with --text, or delete it there"
+        )
+
+
+def _other_shares(parts: list[Part], found: dict[str, int], directory: Path) -> list[str]:
+    """Lines about the parts that have more of the text than they should have.
+
+    Args:
+      parts: The corpora.
+      found: The bytes of text by the name of the part. An earlier command with other shares may
+        have left more than this one needs.
+      directory: The directory of the text.
+    """
+    total = sum(found.values())
+    return [
+        f"{part.corpus.path} is {found[part.name] / total:.0%} of the text, not {part.share:.0%}; "
+        f"if an earlier command has downloaded more of it, delete {directory / part.name}"
+        for part in parts
+        if found[part.name] > (part.share + 0.02) * total
+    ]
 
 
 def _bytes_per_token(config: Config, texts: list[str]) -> float:
