@@ -102,7 +102,7 @@ def test_scores_equal_those_of_separate_requests_in_the_given_order(kind):
     assert_same(score(model, requests, batch_size=4), expected)
 
 
-@pytest.mark.parametrize("kind", MOST)
+@pytest.mark.parametrize("kind", [pytest.param(RetNet, marks=pytest.mark.slow), Transformer])
 def test_sharing_prefixes_changes_no_score(kind):
     model, requests = MODELS[kind], requests_of_a_task(np.random.default_rng(1))
     shared, separate = (PrefixTrie(requests, reuse=reuse) for reuse in (True, False))
@@ -164,7 +164,12 @@ def test_a_trie_has_each_prefix_once_and_queries_every_token(rows):
     assert asked == [dict(enumerate(row[1:], start=1)) for row in rows]
 
 
-OPTIONS = [{}, {"short_conv": 3}, {"window": 7}, {"short_conv": 4, "window": 9, "n_kv_heads": 1}]
+OPTIONS = [
+    {},
+    pytest.param({"short_conv": 3}, marks=pytest.mark.slow),
+    pytest.param({"window": 7}, marks=pytest.mark.slow),
+    {"short_conv": 4, "window": 9, "n_kv_heads": 1},
+]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

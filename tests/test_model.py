@@ -96,7 +96,12 @@ HYBRID = {"attention_layers": (AttentionLayers(layers=(1, 3, 5), n_heads=2),)}
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("retnet", {}), ("transformer", {}), ("retnet", HYBRID)]
+    ("name", "options"),
+    [
+        ("retnet", {}),
+        ("transformer", {}),
+        pytest.param("retnet", HYBRID, marks=pytest.mark.slow),
+    ],
 )
 def test_layers_that_are_written_out_give_the_same(name, options):
     row = jnp.asarray(tokens(2, 9))
