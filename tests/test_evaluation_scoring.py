@@ -123,24 +123,30 @@ def test_prompt_and_questions_are_read_once():
     assert sum(read) == PrefixTrie(requests).tokens <= prompts + questions + continuations
 
 
-def with_least_padding(lengths, most, step):
-    """The smallest sum of padded lengths, by trying all choices of sizes."""
-    sizes = sorted({-(-x // step) * step for x in lengths})
-    choices = itertools.combinations(sizes[:-1], min(most, len(sizes)) - 1)
-    totals = (
+def least_cost(lengths, cost):
+    """The smallest sum of padded lengths and of the costs of sizes, by trying all sizes."""
+    sizes = sorted({-(-x // LENGTH_STEP) * LENGTH_STEP for x in lengths})
+    choices = itertools.chain.from_iterable(
+        itertools.combinations(sizes[:-1], number) for number in range(len(sizes))
+    )
+    return min(
         sum(min(x for x in (*chosen, sizes[-1]) if x >= length) for length in lengths)
+        + cost * (len(chosen) + 1)
         for chosen in choices
     )
-    return min(totals)
 
 
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=30), st.integers(1, 4))
-def test_lengths_have_the_least_padding(lengths, most):
-    found = Lengths(lengths, most)
+@given(st.lists(st.integers(1, 32), min_size=1, max_size=30), st.integers(0, 40))
+def test_lengths_have_the_least_cost(lengths, cost):
+    found = Lengths(lengths, cost)
     padded = [found.padded(x) for x in lengths]
-    assert len(set(padded)) <= most
     assert all(x >= length for x, length in zip(padded, lengths, strict=True))
-    assert sum(padded) == with_least_padding(lengths, most, LENGTH_STEP)
+    assert sum(padded) + cost * len(set(padded)) <= least_cost(lengths, cost)
+
+
+def test_lengths_are_few():
+    found = Lengths(range(1, 500), 0)
+    assert len({found.padded(x) for x in range(1, 500)}) == MOST_LENGTHS
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=12), min_size=1, max_size=20))

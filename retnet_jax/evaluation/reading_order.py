@@ -10,51 +10,53 @@ import numpy as np
 from retnet_jax.evaluation.prefix_trie import LONGEST_NODE, Node, nodes_from
 from retnet_jax.shapes import power_of_two
 
-# Each length of batches is a program, which takes a second to compile. With 12 lengths a tenth of
-# the tokens read is padding. Fewer nodes than fill a batch of each length have fewer lengths.
-MOST_LENGTHS = 12
-FEW_LENGTHS = 4
 LENGTH_STEP = 4
+# Largest number of lengths: each is a program, which takes a second to compile.
+MOST_LENGTHS = 12
+# What one more length costs, in tokens of each row of a batch: a batch more that is not full. With 8
+# scoring was 12 % slower, and with 0 as fast (`benchmarks/prefix_reuse.py`, the same examples for all).
+COST_OF_LENGTH = 2
 
 
 class Lengths:
-    """The lengths to which nodes are padded: those with the least padding in total.
+    """The lengths to which nodes are padded: few lengths with little padding.
 
     Args:
       lengths: Number of tokens of each node.
-      most: Largest number of different lengths.
+      cost: Number of padded tokens that one more length has to save.
     """
 
-    def __init__(self, lengths: Iterable[int], most: int):
+    def __init__(self, lengths: Iterable[int], cost: int):
         found = np.fromiter((-(-x // LENGTH_STEP) for x in lengths), np.int64)
         values, counts = np.unique(found, return_counts=True)
-        self._sizes = [LENGTH_STEP * int(x) for x in values[_best_ends(values, counts, most)]]
+        ends = _best_ends(values, counts, cost / LENGTH_STEP)
+        self._sizes = [LENGTH_STEP * int(x) for x in values[ends]]
 
     def padded(self, length: int) -> int:
         """The length to which a node is padded."""
         return next(x for x in self._sizes if x >= length)
 
 
-def _best_ends(values: np.ndarray, counts: np.ndarray, most: int) -> list[int]:
-    """Divides sorted values into at most `most` runs with the least padding to their ends.
+def _best_ends(values: np.ndarray, counts: np.ndarray, cost: float) -> list[int]:
+    """Divides sorted values into runs with the least padding to their ends, plus `cost` for each.
 
     Returns the index of the last value of each run.
     """
     n = len(values)
     nodes = np.concatenate([[0], np.cumsum(counts)])
-    # cost[i] is the number of padded tokens of the first i values; one more run in each round.
-    cost, chosen = np.where(np.arange(n + 1) > 0, np.inf, 0.0), []
-    for _ in range(min(n, most)):
+    # padded[i] is the padded sum of the first i values; one more run in each round.
+    padded, chosen, totals = np.where(np.arange(n + 1) > 0, np.inf, 0.0), [], []
+    for number in range(1, min(n, MOST_LENGTHS) + 1):
         # From i values on, up to j: [i j].
-        through = cost[:-1, None] + values[None, :] * (nodes[None, 1:] - nodes[:-1, None])
+        through = padded[:-1, None] + values[None, :] * (nodes[None, 1:] - nodes[:-1, None])
         through[np.tril_indices(n, -1)] = np.inf
         chosen.append(through.argmin(0))
-        cost = np.concatenate([[0.0], through.min(0)])
+        padded = np.concatenate([[0.0], through.min(0)])
+        totals.append(padded[-1] + cost * number)
     ends, end = [], n
-    for begins in reversed(chosen):
-        if end:
-            ends.append(end - 1)
-            end = int(begins[end - 1])
+    for begins in reversed(chosen[: int(np.argmin(totals)) + 1]):
+        ends.append(end - 1)
+        end = int(begins[end - 1])
     return ends[::-1]
 
 
@@ -75,8 +77,7 @@ class Schedule:
             lengths[_kind(node)].append(len(node.tokens))
         self._lengths = {}
         for kind, found in lengths.items():
-            most = min(MOST_LENGTHS, max(FEW_LENGTHS, len(found) // batch_size))
-            self._lengths[kind] = Lengths(found, most)
+            self._lengths[kind] = Lengths(found, COST_OF_LENGTH * batch_size)
         self._roots = roots
         self._batch_size = batch_size
 
