@@ -249,7 +249,8 @@ def _legend(figure, axis) -> None:
 
 def _title(records: Records, documents: str) -> str:
     some = next(iter(records.values()))
-    seeds = len({record["seed"] for record in records.values()})
+    counts = {len(_of_seeds(records, model)) for model in _made(records)}
+    seeds = " or ".join(map(str, sorted(counts)))
     return (
         f"{some['parameters'] / 1e6:.1f} million parameters, {some['tokens'] / 1e6:.1f} million "
         f"tokens, {documents}; bars: a standard error over documents and {seeds} seeds"
