@@ -185,9 +185,9 @@ class ModelConfig:
     )
     scan_layers: bool = option(
         True,
-        "Run the layers as a loop, which compiles as fast for many as for one. False: write them "
-        "out, which is faster on accelerators and takes minutes to compile. Up to 4 are always "
-        "written out",
+        "Run the layers as a loop, which compiles in the same time for any number. False: write "
+        "them out, which by a TPU's compiler is faster to run, and takes minutes to compile. Up to "
+        "4 are always written out",
         changeable=True,
         computation=True,
     )

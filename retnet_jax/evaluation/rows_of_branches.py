@@ -14,7 +14,7 @@ import numpy as np
 
 from retnet_jax.evaluation.prefix_trie import Asked, BranchesOfRow, Node, PrefixTrie
 
-# A node with at most so many tokens in and below it is read in one row with all that is below it.
+# Most tokens of a row that holds a node and all nodes below it.
 LONGEST_ROW = 1024
 # Several such nodes with the same parent share a row up to this number of tokens. Longer rows
 # would be slower: each token's scores are computed for the whole row.
