@@ -134,7 +134,8 @@ def pages_of(archive: bytes) -> dict[str, str]:
             assert found is not None  # it is a file
             text = found.read().decode("utf-8", errors="replace")
             if len(text.encode()) >= FEWEST_BYTES:
-                pages["__".join((*path.parts[1:-1], path.stem)) + ".txt"] = text
+                # With the suffix: thing.rst and thing.txt may stand in one directory.
+                pages["__".join(path.parts[1:]) + ".txt"] = text
     return pages
 
 

@@ -18,6 +18,7 @@ PAGE = "A page of documentation. " * 30
 FILES = {
     "thing-1.0/docs/guide/start.rst": PAGE,
     "thing-1.0/docs/index.txt": PAGE + "index",
+    "thing-1.0/docs/index.rst": PAGE + "the other index",
     "thing-1.0/docs/short.rst": "Too short.",
     "thing-1.0/docs/code.py": PAGE,
     "thing-1.0/src/notes.txt": PAGE,
@@ -77,14 +78,22 @@ def package(file="thing-1.0.tar.gz", name="thing"):
 def test_pages_are_downloaded_once(index, tmp_path):
     prepare((package(),), tmp_path)
     found = {x.name: x.read_text() for x in (tmp_path / "thing-1.0").iterdir()}
-    assert found == {"docs__guide__start.txt": PAGE, "docs__index.txt": PAGE + "index"}
+    assert found == {
+        "docs__guide__start.rst.txt": PAGE,
+        "docs__index.txt.txt": PAGE + "index",
+        "docs__index.rst.txt": PAGE + "the other index",
+    }
     asked = len(index.asked)
     prepare((package(),), tmp_path)
     assert len(index.asked) == asked
 
 
 def test_only_pages_of_documentation_are_texts():
-    assert set(pages_of(ARCHIVE)) == {"docs__guide__start.txt", "docs__index.txt"}
+    assert set(pages_of(ARCHIVE)) == {
+        "docs__guide__start.rst.txt",
+        "docs__index.txt.txt",
+        "docs__index.rst.txt",
+    }
 
 
 def test_another_file_of_this_name_is_refused(index, tmp_path):
