@@ -30,6 +30,7 @@ import dataclasses
 import math
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -100,13 +101,7 @@ def make_run(name: str, size: str, seed: int, rate: float, budget: str) -> Run:
     config = config_of(name, size, seed, rate)
     if budget == "small":
         config.train.steps = 30
-    about = {
-        "model": name,
-        "size": size,
-        "seed": seed,
-        "rate": rate,
-        "non_embedding": non_embedding(config.model),
-    }
+    about = described(name, size, seed, rate, config)
     return Run(
         f"{name}_{size}_rate{rate:g}_seed{seed}",
         config,
@@ -114,6 +109,17 @@ def make_run(name: str, size: str, seed: int, rate: float, budget: str) -> Run:
         measure(config, budget),
         [while_training(config, WATCHED)],
     )
+
+
+def described(name: str, size: str, seed: int, rate: float, config: Config) -> dict[str, Any]:
+    """What tells a run apart, for its record."""
+    return {
+        "model": name,
+        "size": size,
+        "seed": seed,
+        "rate": rate,
+        "non_embedding": non_embedding(config.model),
+    }
 
 
 def config_of(name: str, size: str, seed: int, rate: float) -> Config:

@@ -36,7 +36,7 @@ import numpy as np
 from experiments import perplexity_by_size, prose_texts
 from experiments.held_out import beginnings, best_bits_per_byte, chosen_documents, document_bits
 from experiments.paired import Estimate, estimate
-from experiments.perplexity_by_size import MODELS, SIZES, Size, model_of, non_embedding
+from experiments.perplexity_by_size import MODELS, SIZES, Size, described, model_of
 from experiments.runs import Records, Run, main, read_records
 from experiments.size_tables import BETWEEN, LABELS, pair_label
 from retnet_jax.config import Config, DataConfig
@@ -96,13 +96,7 @@ def run_name(name: str, size: str, seed: int, rate: float) -> str:
 def make_run(name: str, size: str, seed: int, rate: float, budget: str) -> Run:
     """One run of a model."""
     config = config_of(name, size, seed, rate, budget)
-    about = {
-        "model": name,
-        "size": size,
-        "seed": seed,
-        "rate": rate,
-        "non_embedding": non_embedding(config.model),
-    }
+    about = described(name, size, seed, rate, config)
     downloads = config.data.path == prose_texts.TEXTS and not Path(config.data.store).exists()
     return Run(
         run_name(name, size, seed, rate),
