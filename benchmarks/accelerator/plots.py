@@ -35,6 +35,8 @@ def _kernels(report: Report, axis) -> None:
 def _training(report: Report, axis) -> None:
     lines = defaultdict(list)
     for x in report.measured("training"):
+        if not x.get("scan_layers", True):
+            continue  # one length only
         lines[f"{x['size']} {x['architecture']}"].append((x["length"], x["tokens_per_second"]))
     _draw(axis, lines, "length", "tokens/s", "training")
 

@@ -58,6 +58,12 @@ def cases(tiny: bool) -> Iterator[Case]:
         config = on_one_device(CONFIGS[size](architecture), length)
         name = f"{size} {architecture} t {length}"
         yield Case(name, partial(measure, size, architecture, config))
+        if name == "1.3B retnet t 8192":
+            written_out = dataclasses.replace(
+                config, model=dataclasses.replace(config.model, scan_layers=False)
+            )
+            function = partial(measure, size, architecture, written_out)
+            yield Case(f"{name} layers written out", function)
 
 
 def tiny_config(architecture: str) -> Config:
@@ -92,6 +98,7 @@ def measure(size: str, architecture: str, config: Config) -> dict:
         "rows": rows,
         "micro_batches": config.train.micro_batches,
         "remat": config.model.remat,
+        "scan_layers": config.model.scan_layers,
         "parameters": config.model.parameter_count(),
         "flops_per_token": config.model.training_flops_per_token(length),
         "tokens_per_second": rows * length / statistics.median(timed.seconds),
