@@ -265,7 +265,9 @@ def _h200_table() -> Table:
         ("size", "model", "length", "rows", "tokens/s", "GiB"),
         note="The Transformer has cuDNN's flash attention; both recompute all but products.",
     )
-    for record in found["sections"]["training"]["cases"].values():
+    cases = found["sections"]["training"]["cases"].values()
+    by_model = sorted(cases, key=lambda x: [x.get(y) for y in ("size", "architecture", "length")])
+    for record in by_model:
         if "tokens_per_second" in record:
             written_out = not record.get("scan_layers", True)
             table.add(
