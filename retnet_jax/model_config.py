@@ -186,8 +186,8 @@ class ModelConfig:
     scan_layers: bool = option(
         True,
         "Run the layers as a loop, which compiles in the same time for any number. False: write "
-        "them out, which by a TPU's compiler is faster to run, and takes minutes to compile. Up to "
-        "4 are always written out",
+        "them out, which is faster to run, by 9 % for 1.3B on an H200, takes longer to compile "
+        "(minutes on a TPU) and more memory. Up to 4 are always written out",
         changeable=True,
         computation=True,
     )

@@ -94,7 +94,7 @@ def test_a_token_has_the_same_weight_in_every_window(directory, ran):
         [np.cumsum(split.document(i) == ord("\n")) > 0 for i in range(len(split))]
     )
     weights = LossWeights("answers:answers_only")
-    for start in range(split.token_count):
+    for start in range(0, split.token_count, 3):
         for stop in range(start + 1, min(start + 12, split.token_count) + 1):
             np.testing.assert_array_equal(weights(split, start, stop), whole[start:stop])
     stream = BatchStream(

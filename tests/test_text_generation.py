@@ -1,5 +1,6 @@
 """Generation of texts: log-probabilities, samplers per row, stop strings, saved states."""
 
+import dataclasses
 import functools
 import io
 import itertools
@@ -38,10 +39,10 @@ WARM = Sampler(temperature=1.0)
 
 
 @functools.cache
-def build(kind):
+def build(kind, dtype="float32"):
     @jax.jit
     def made():
-        model = kind(CONFIG, rngs=nnx.Rngs(2))
+        model = kind(dataclasses.replace(CONFIG, dtype=dtype), rngs=nnx.Rngs(2))
         model.embedding = nnx.Param(25 * model.embedding[...])
         return model
 
@@ -190,6 +191,31 @@ def test_a_saved_state_is_the_same_in_models_that_store_keys_last_or_first(tmp_p
     assert files[False].keys() == files[True].keys()
     for name, x in files[False].items():
         assert (x == files[True][name]).all(), name
+
+
+def test_a_saved_cache_is_the_same_in_models_that_store_it_in_float32_or_bfloat16(tmp_path):
+    """A CPU stores bfloat16 keys and values in float32; an accelerator does not."""
+    readings = {}
+    for dtype in ("float32", "bfloat16"):
+        model = jax.tree.map(lambda x: x, build(Transformer, "bfloat16"))  # which is kept
+        assert model.cache_dtype == "float32"
+        model.cache_dtype = dtype
+        reading = written(model, BYTES, ["Grüße, "], 0).reading
+        assert {x.dtype.name for x in jax.tree.leaves(reading.progress.state.layers)} == {dtype}
+        save_reading(tmp_path / dtype, reading, model, BYTES)
+        readings[dtype] = model, reading
+    files = [load_file(tmp_path / dtype) for dtype in readings]
+    assert files[0].keys() == files[1].keys()
+    for name, x in files[0].items():
+        assert (x == files[1][name]).all(), name
+    for model, reading in readings.values():
+        for path in tmp_path.iterdir():  # those that the other has saved too
+            after = load_reading(path, model, BYTES)
+            for found, expected in zip(
+                *(jax.tree.leaves(x.progress) for x in (after, reading)), strict=True
+            ):
+                assert found.dtype == expected.dtype
+                np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)

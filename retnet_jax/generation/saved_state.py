@@ -129,11 +129,14 @@ def load_reading(path: str | Path, model: LanguageModel, tokenizer: Tokenizer) -
                 "was saved with"
             )
     leaves = {name: jnp.asarray(array) for name, array in arrays.items()}
-    return Reading(_portable(model, with_leaves(shape, leaves)), last_ids)
+    progress = with_leaves(shape, leaves)
+    if isinstance(model, DecodingModel):
+        progress = progress._replace(state=model.from_portable(progress.state))
+    return Reading(progress, last_ids)
 
 
 def _portable(model: LanguageModel, progress: Progress) -> Progress:
-    """A progress with its state as files have it, on every device; or one of a file as ours."""
+    """A progress with its state as files have it, on every device."""
     if not isinstance(model, DecodingModel):
         return progress
     return progress._replace(state=model.portable(progress.state))

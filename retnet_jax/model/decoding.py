@@ -17,6 +17,7 @@ from flax import nnx
 
 from retnet_jax.errors import ConfigError
 from retnet_jax.model.hybrid import PeriodStates
+from retnet_jax.model.kv_cache import with_cache_dtype
 from retnet_jax.model.layers import Linear
 from retnet_jax.model.lm import LanguageModel, State
 from retnet_jax.model.mixer import map_matrix
@@ -102,10 +103,12 @@ class DecodingModel(LanguageModel):
     Its state has a tuple of the layers' states. On accelerators a RetNet's S are [b h v k]: the
     keys, over which a read-out sums, are next to each other in memory. On a CPU they are [b h k v]:
     otherwise XLA rearranges them before and after each call, and at 8 rows and 8 tokens a call the
-    recurrence takes three times as long.
+    recurrence takes three times as long. There a cache of bfloat16 keys and values is stored in
+    float32, the same numbers: XLA would convert all of it to write a token.
 
     Attributes:
       keys_last: Whether S are [b h v k].
+      cache_dtype: Dtype in which keys and values are stored.
     """
 
     stacked_state = False
@@ -115,6 +118,7 @@ class DecodingModel(LanguageModel):
         self.mixer_type = model.mixer_type
         self.state_dtype = state_dtype
         self.keys_last = backend() != "cpu"
+        self.cache_dtype = config.dtype if backend() != "cpu" else config.accumulation_dtype
         dtype = weights or config.dtype
         self.embedding = nnx.Param(model.embedding[...].astype(config.dtype))
         self.int8_head = weights == "int8"
@@ -161,14 +165,25 @@ class DecodingModel(LanguageModel):
         return matrix.swapaxes(-1, -2) if self.keys_last else matrix
 
     def portable(self, state: State) -> State:
-        """A state with S as [b h v k] on every device. The function is its own inverse."""
-        if self.keys_last or not state.layers:
+        """A state as on every device: S as [b h v k], keys and values in the activations' dtype."""
+        return self._between_devices(state, self.config.dtype)
+
+    def from_portable(self, state: State) -> State:
+        """A state from `portable` as this model stores it."""
+        return self._between_devices(state, self.cache_dtype)
+
+    def _between_devices(self, state: State, cache_dtype: str) -> State:
+        def changed(block, layer_state):
+            if not _retains(block):
+                return with_cache_dtype(layer_state, cache_dtype)
+            if self.keys_last:
+                return layer_state
+            return map_matrix(lambda x: x.swapaxes(-1, -2), layer_state)
+
+        if not state.layers:
             return state
-        layers = [
-            map_matrix(lambda x: x.swapaxes(-1, -2), each) if _retains(block) else each
-            for block, each in zip(self.layers, state.layers, strict=True)
-        ]
-        return state._replace(layers=tuple(layers))
+        layers = zip(self.layers, state.layers, strict=True)
+        return state._replace(layers=tuple(changed(*each) for each in layers))
 
     def _embedding_rows(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         return look_up_stored(self.embedding[...], tokens)
@@ -189,6 +204,8 @@ class DecodingModel(LanguageModel):
             if _retains(block):
                 stored = lambda x: self._turned(x).astype(self.state_dtype)  # noqa: E731
                 layer_state = map_matrix(stored, layer_state)
+            else:
+                layer_state = with_cache_dtype(layer_state, self.cache_dtype)
             layers.append(layer_state)
         return state._replace(layers=tuple(layers))
 

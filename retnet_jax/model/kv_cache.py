@@ -48,6 +48,13 @@ class ConvolvedCache(NamedTuple):
 LayerCache = KeysValues | WindowKeysValues | ConvolvedCache
 
 
+def with_cache_dtype(state: LayerCache, dtype: str) -> LayerCache:
+    """The state of a layer with its keys and values, but not last inputs, in a dtype."""
+    if isinstance(state, ConvolvedCache):
+        return state._replace(cache=with_cache_dtype(state.cache, dtype))
+    return type(state)(*(x.astype(dtype) for x in state))
+
+
 class NewKeysValues(NamedTuple):
     """Keys and values of the tokens of a call, which are written when all layers have run."""
 

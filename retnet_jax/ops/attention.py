@@ -146,7 +146,7 @@ def attend_to_cache(
       q: Queries, scaled by k^-1/2.
       k: Keys of the batch.
       v: Values of the batch.
-      cached_k: Keys of the tokens before.
+      cached_k: Keys of the tokens before, of this dtype or a wider one.
       cached_v: Values of the tokens before.
       seen: Whether each token sees a slot of the cache.
       seen_new: Whether each token sees a token of the batch.
@@ -163,19 +163,14 @@ def attend_to_cache(
     q = q.reshape(b, t, groups, h // groups, width).transpose(0, 2, 3, 1, 4)
     q = q.reshape(b, groups, -1, width)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [b g t k]
-    # XLA on CPUs converts a bfloat16 cache to multiply it by one vector, not by two equal ones.
-    one_vector = q.shape[2] == 1 and q.dtype == jnp.bfloat16 and backend() == "cpu"
-    vectors = jnp.broadcast_to(q, (b, groups, 2, width)) if one_vector else q
-    scores = product(vectors, cached_k, ((3,), (2,)))[:, :, : q.shape[2]]
+    scores = product(q.astype(cached_k.dtype), cached_k, ((3,), (2,)))
     scores = jnp.concatenate([scores, product(q, k, ((3,), (3,)))], axis=-1)  # [b g (r t) (s t)]
     seen = jnp.tile(jnp.concatenate([seen, seen_new], axis=-1), (1, 1, h // groups, 1))
     scores = jnp.where(seen, scores, 0.7 * jnp.finfo(wide).min)  # padding may see nothing
     p = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     s = cached_k.shape[-1]
-    if one_vector:  # with two equal ones it would take twice as long here
-        y = (cached_v.astype(wide) * p[..., :s].astype(wide)).sum(3)[:, :, None]
-    else:  # the values first: XLA on CPUs then reads them as they are stored
-        y = product(cached_v, p[..., :s], ((3,), (3,))).swapaxes(2, 3)  # [b g (r t) k]
+    # The values first: XLA on CPUs then reads them as they are stored.
+    y = product(cached_v, p[..., :s].astype(cached_v.dtype), ((3,), (3,))).swapaxes(2, 3)
     y = y + product(p[..., s:], v, ((3,), (2,)))
     y = y.astype(v.dtype).reshape(b, groups, h // groups, t, width)
     return checkpoint_name(y.transpose(0, 3, 1, 2, 4).reshape(b, t, h, width), "retention")
@@ -216,20 +211,12 @@ def _attend_row_by_row(q, k, v, cached_k, cached_v, seen, seen_new, used):
     chunk = min(chunk_of_slots(t), slots)
     wide = np.promote_types(np.float32, q.dtype)
     product = partial(jnp.einsum, preferred_element_type=wide)
-    cached = cached_k, cached_v
-    as_stored = lambda x: x  # noqa: E731
-    if q.dtype == jnp.bfloat16:  # XLA converts all of a bfloat16 cache to take a slice of it
-        cached = [jax.lax.bitcast_convert_type(x, jnp.uint16) for x in cached]
-        as_stored = partial(jax.lax.bitcast_convert_type, new_dtype=jnp.bfloat16)
 
     def of_row(inputs):
         row, q, k, v, seen_new, used = inputs
         # Each key head's queries, [g (r t) k] with r = h/g query heads.
         q = q.reshape(t, groups, h // groups, width).transpose(1, 2, 0, 3)
         q = q.reshape(groups, -1, width)
-        if q.shape[1] == 1 and q.dtype == jnp.bfloat16:
-            # XLA converts a bfloat16 matrix for one vector, and not for two equal ones.
-            q = jnp.broadcast_to(q, (groups, 2, width))
 
         def masked(scores, seen):  # [g (r t) s], [t s]
             seen = jnp.tile(seen, (h // groups, 1))
@@ -244,18 +231,19 @@ def _attend_row_by_row(q, k, v, cached_k, cached_v, seen, seen_new, used):
             first = number * chunk
             start = jnp.minimum(first, slots - chunk)
             part = (row, 0, 0, start), (1, groups, width, chunk)
-            keys, values = (as_stored(jax.lax.dynamic_slice(x, *part)[0]) for x in cached)
+            keys, values = (jax.lax.dynamic_slice(x, *part)[0] for x in (cached_k, cached_v))
             sees = jax.lax.dynamic_slice(seen, (row, 0, 0, start), (1, 1, t, chunk))[0, 0]
             sees &= start + jnp.arange(chunk) >= first
-            scores = masked(product("gqk,gks->gqs", q, keys), sees)
+            scores = masked(product("gqk,gks->gqs", q.astype(keys.dtype), keys), sees)
             new_top = jnp.maximum(top, scores.max(-1))
             p, kept = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
-            y = y * kept[..., None] + product("gks,gqs->gqk", values, p.astype(v.dtype))
+            y = y * kept[..., None]
+            y = y + product("gks,gqs->gqk", values, p.astype(v.dtype).astype(values.dtype))
             return new_top, total * kept + p.sum(-1), y
 
         sums = top, p.sum(-1), product("gqs,sgk->gqk", p.astype(v.dtype), v)
         _, total, y = jax.lax.fori_loop(0, -(-used // chunk), add_chunk, sums)
-        y = (y / total[..., None]).astype(v.dtype)[:, : t * h // groups]  # [g (r t) k]
+        y = (y / total[..., None]).astype(v.dtype)  # [g (r t) k]
         y = y.reshape(groups, h // groups, t, width)
         return y.transpose(2, 0, 1, 3).reshape(t, h, width)
 
