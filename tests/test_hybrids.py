@@ -221,7 +221,8 @@ def test_reading_in_parts_equals_reading_at_once(name, models):
         assert_close(in_parts(model, [11, *[1] * 17, 12]), expected)
 
 
-@pytest.mark.parametrize("name", ["window", *(pytest.param(x, marks=SLOW) for x in MIXED)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["window", *MIXED])
 def test_documents_and_padding_have_no_effect_on_others(name, models):
     model = models[name]
     packed = np.asarray(read(model, tokens(), None, SEGMENTS)[0])

@@ -119,7 +119,7 @@ def train_until_killed(config, workdir, step):
 @pytest.mark.parametrize(
     ("step", "every", "minutes"),
     [
-        (4, 4, 0.0),
+        pytest.param(4, 4, 0.0, marks=pytest.mark.slow),
         pytest.param(8, 1000, 1e-9, marks=pytest.mark.slow),
         pytest.param(STEPS, 1000, 0.0, marks=pytest.mark.slow),
     ],

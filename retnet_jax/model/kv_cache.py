@@ -48,11 +48,13 @@ class ConvolvedCache(NamedTuple):
 LayerCache = KeysValues | WindowKeysValues | ConvolvedCache
 
 
-def with_cache_dtype(state: LayerCache, dtype: str) -> LayerCache:
-    """The state of a layer with its keys and values, but not last inputs, in a dtype."""
+def with_cache_dtype(state: Any, dtype: str) -> Any:
+    """The state of a layer with keys and values of tokens in a dtype; all else is unchanged."""
     if isinstance(state, ConvolvedCache):
         return state._replace(cache=with_cache_dtype(state.cache, dtype))
-    return type(state)(*(x.astype(dtype) for x in state))
+    if isinstance(state, KeysValues | WindowKeysValues):
+        return type(state)(*(x.astype(dtype) for x in state))
+    return state
 
 
 class NewKeysValues(NamedTuple):

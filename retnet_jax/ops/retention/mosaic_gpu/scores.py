@@ -29,6 +29,8 @@ from retnet_jax.shapes import Array, Float, LogDecay
 _MOST_STAGES = 4
 
 
+# As `walk_segments`, which says why it is a jax.jit of its own.
+@jax.jit(static_argnames="stages")
 def decayed_scores(
     q: Float[Array, "b t h a"],
     k: Float[Array, "b t h a"],

@@ -35,6 +35,9 @@ from retnet_jax.ops.retention.mosaic_gpu.tiling import Segments, Tiling, Work
 from retnet_jax.shapes import Array, Float
 
 
+# A function of its own in the program, so that layers that are written out share one kernel: each
+# takes about a second to lower.
+@jax.jit(static_argnames=("length", "reverse", "tiling"))
 def walk_segments(
     q: Float[Array, "b t h a"] | None,
     k: Float[Array, "b t h a"],
