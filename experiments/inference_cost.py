@@ -202,13 +202,18 @@ def h200_decoding() -> list[dict[str, Any]]:
 
 def report(budget: str, records: Records) -> str:
     """The tables as Markdown; draws the figure."""
+    inference_cost_figure.draw(budget, list(cells_of(records)), h200_decoding())
+    return tables(budget, records)
+
+
+def tables(budget: str, records: Records) -> str:
+    """The tables as Markdown."""
     cells = list(cells_of(records))
-    inference_cost_figure.draw(budget, cells, h200_decoding())
     sizes = dict.fromkeys((cell.place, cell.size) for cell in cells)
-    tables = [_table([x for x in cells if (x.place, x.size) == each]) for each in sizes]
+    found = [_table([x for x in cells if (x.place, x.size) == each]) for each in sizes]
     if budget != "small":
-        tables += [_paper_table(cells), _h200_table()]
-    return "\n\n".join(table.markdown for table in tables)
+        found += [_paper_table(cells), _h200_table()]
+    return "\n\n".join(table.markdown for table in found)
 
 
 def _table(cells: Sequence[Cell]) -> Table:
@@ -246,10 +251,15 @@ def _milliseconds(cell: Cell | None) -> str:
         return ""
     if cell.milliseconds is None:
         return "does not fit"
-    text = f"{cell.latency:.3g}"
+    text = _three_digits(cell.latency)
     if len(cell.milliseconds) > 1:
-        text += f" ({min(cell.milliseconds):.3g} to {max(cell.milliseconds):.3g})"
+        text += f" ({_three_digits(min(cell.milliseconds))} to "
+        text += f"{_three_digits(max(cell.milliseconds))})"
     return text
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _ratio(one: Cell | None, other: Cell | None) -> str:
@@ -267,7 +277,8 @@ def _paper_table(cells: Sequence[Cell]) -> Table:
         "RetNet against Transformer at length 8,192: how many times better",
         ("size", "memory", "throughput", "latency"),
         note="Memory at a batch of 16; throughput at the best batch of each that fits; latency at "
-        "the same batch of 16. The paper's are of its 6.7B on an A100, its batches are not stated.",
+        "the same batch of 16. The paper's are of its 6.7B on an A100, its batches are not stated. "
+        "On these cores the Transformer's keys and values are stored in float32 in all precisions.",
     )
     table.add("paper, 6.7B on an A100", *(f"{x}" for x in PAPER.values()))
     for place, size in dict.fromkeys((cell.place, cell.size) for cell in cells):

@@ -15,9 +15,9 @@ model and size is chosen by validation documents and gets a second seed.
     python -m experiments.prose --budget=gpu     32 runs on one GPU of 80 GB; four were made
 
 Two processes with one core each, `taskset -c 0` and `taskset -c 1` before the command, share the
-runs; so do processes on one GPU with XLA_PYTHON_CLIENT_MEM_FRACTION=0.23. Four of them on an H200
-made four runs of 16M in four and a half minutes. The texts are downloaded first (110 MB). Where that cannot be, the store is enough, made
-elsewhere:
+runs; so do processes on one GPU with XLA_PYTHON_CLIENT_MEM_FRACTION=0.23, of which four made four
+runs of 16M in four and a half minutes on an H200. The texts are downloaded first (110 MB). Where
+that cannot be, the store is enough, made elsewhere:
 
     python -m experiments.prose_texts
     python tools/prepare_data.py --config=quickstart --config.data.source=text \

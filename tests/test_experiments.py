@@ -7,7 +7,15 @@ import pytest
 from flax import nnx
 from training_runs import STEPS, small_config
 
-from experiments import ablations, long_context, quickstart, recipe, runs, training_cost
+from experiments import (
+    ablations,
+    inference_cost,
+    long_context,
+    quickstart,
+    recipe,
+    runs,
+    training_cost,
+)
 from experiments.held_out import (
     best_bits_per_byte,
     chosen_documents,
@@ -120,6 +128,8 @@ def test_the_page_of_results_has_the_tables_of_the_records():
     for experiment in (recipe, quickstart):
         name = experiment.__name__.rpartition(".")[2]
         assert experiment.report("2cores", read_records(name, "2cores")) in page
-    assert training_cost.tables("2cores", read_records("training_cost", "2cores")) in page
+    for experiment in (training_cost, inference_cost):
+        name = experiment.__name__.rpartition(".")[2]
+        assert experiment.tables("2cores", read_records(name, "2cores")) in page
     assert ablations.tables(read_records("ablations", "2cores")) in page
     assert long_context.tables("2cores", read_records("long_context", "2cores")) in page
