@@ -40,8 +40,10 @@ def draw(budget: str, cells: Sequence[Any], on_h200: Sequence[dict[str, Any]]) -
             _add_measured(row, measured, batch)
         for axis, room in zip(row, (8, 1, 8), strict=True):
             logarithmic(axis, room)
-        row[0].legend(fontsize=7, loc="upper left", ncols=2, title="hollow: does not fit")
-        row[2].legend(fontsize=7, loc="upper left")
+        row[0].legend(
+            handlelength=4.5, fontsize=7, loc="upper left", ncols=2, title="hollow: does not fit"
+        )
+        row[2].legend(handlelength=4.5, fontsize=7, loc="upper left")
     save(figure, "inference_cost", budget)
 
 
