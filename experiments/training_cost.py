@@ -29,6 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accelerator.report import written_out
 from benchmarks.measure import RESULTS, interleaved_seconds
 from benchmarks.programs import TrainingStep, random_tokens
 from experiments import training_cost_figure
@@ -269,10 +270,9 @@ def _h200_table() -> Table:
     by_model = sorted(cases, key=lambda x: [x.get(y) for y in ("size", "architecture", "length")])
     for record in by_model:
         if "tokens_per_second" in record:
-            written_out = not record.get("scan_layers", True)
             table.add(
                 record["size"],
-                record["architecture"] + ", layers written out" * written_out,
+                record["architecture"] + ", layers written out" * written_out(record),
                 f"{record['length']:,}",
                 str(record["rows"]),
                 f"{record['tokens_per_second']:,.0f}",

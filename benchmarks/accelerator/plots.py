@@ -5,7 +5,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from benchmarks.accelerator.report import NOT_MEASURED, Report
+from benchmarks.accelerator.report import NOT_MEASURED, Report, written_out
 
 
 def plot(report: Report, path: Path) -> None:
@@ -35,7 +35,7 @@ def _kernels(report: Report, axis) -> None:
 def _training(report: Report, axis) -> None:
     lines = defaultdict(list)
     for x in report.measured("training"):
-        if not x.get("scan_layers", True):
+        if written_out(x):
             continue  # one length only
         lines[f"{x['size']} {x['architecture']}"].append((x["length"], x["tokens_per_second"]))
     _draw(axis, lines, "length", "tokens/s", "training")

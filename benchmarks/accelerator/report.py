@@ -120,7 +120,7 @@ class Report:
     def training(self, length: int) -> Record | None:
         """The training step of the 1.3B RetNet, with its layers in a loop."""
         found = self.measured("training", size="1.3B", architecture="retnet", length=length)
-        return next((x for x in found if not _written_out(x)), None)
+        return next((x for x in found if not written_out(x)), None)
 
     def training_mfu(self) -> float | None:
         step = self.training(8192)
@@ -309,7 +309,7 @@ def _kernels(report: Report) -> str:
     return _table("Kernels", names, rows)
 
 
-def _written_out(record: Record) -> bool:
+def written_out(record: Record) -> bool:
     """Whether the layers of a training step are not in a loop; older records do not say."""
     return not record.get("scan_layers", True)
 
@@ -320,7 +320,7 @@ def _training(report: Report) -> str:
         used = report.utilisation(x)
         rows.append(
             [
-                f"{x['size']} {x['architecture']}" + ", written out" * _written_out(x),
+                f"{x['size']} {x['architecture']}" + ", written out" * written_out(x),
                 x["length"],
                 f"{x['tokens_per_second']:,.0f}",
                 _percent(used["mfu"]),
