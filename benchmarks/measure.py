@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 # Heads of the benchmarks of single operations, and the widths of their q, k and of their v.
 HEADS, KEY_WIDTH, VALUE_WIDTH = 4, 64, 128
 
@@ -112,14 +113,24 @@ def provenance() -> dict[str, str]:
     }
 
 
-def current_commit() -> str:
-    """The commit of the code, "-dirty" if files were changed since; "unknown" without git."""
+def current_commit(root: Path = ROOT) -> str:
+    """The commit of the code in `root`, "-dirty" if it was changed since; "unknown" without git.
+
+    Results and figures are not code: a program that writes them is not changed by it.
+    """
+    results = [f":!{path}" for path in ("*/results/*", "docs/figures")]
     try:
-        command = ["git", "describe", "--always", "--dirty"]
-        found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        commit = _git(root, "describe", "--always")
+        changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", *results)
     except FileNotFoundError:  # git is not installed
-        found = ""
-    return found or "unknown"
+        return "unknown"
+    return f"{commit}-dirty" if commit and changed else commit or "unknown"
+
+
+def _git(root: Path, *arguments: str) -> str:
+    """What git prints; nothing if it fails."""
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def write_results(name: str, results: dict[str, Any]) -> Path:

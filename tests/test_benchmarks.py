@@ -16,6 +16,7 @@ from benchmarks.accelerator import report, supervisor, training
 from benchmarks.accelerator.bounds import attention_work, decoding_bytes, retention_work
 from benchmarks.accelerator.cases import BrokenDeviceError, Case, Results, run
 from benchmarks.accelerator.sections import SECTIONS, cases_of
+from benchmarks.measure import current_commit
 
 ROOT = Path(__file__).parent.parent
 # Matrix products and copies, as measured on an H200.
@@ -361,3 +362,22 @@ def test_the_script_needs_no_libraries_of_data_or_checkpoints(tmp_path):
         assert done.returncode == 0, done.stderr
         assert expected in done.stdout
     assert len(Results(tmp_path / "results.json").records("limits")) == 3
+
+
+def test_results_that_a_program_wrote_do_not_change_its_commit(tmp_path):
+    """Each record of a long experiment has the commit of its code."""
+    assert current_commit(tmp_path) == "unknown"
+    code, results = tmp_path / "code.py", tmp_path / "experiments" / "results" / "some.json"
+    results.parent.mkdir(parents=True)
+    for path in (code, results):
+        path.write_text("1\n")
+    name = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for command in (["init", "-q"], ["add", "."], [*name, "commit", "-qm", "first"]):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    commit = current_commit(tmp_path)
+    assert len(commit) >= 7
+    results.write_text("2\n")
+    (tmp_path / "untracked.py").write_text("3\n")
+    assert current_commit(tmp_path) == commit
+    code.write_text("4\n")
+    assert current_commit(tmp_path) == f"{commit}-dirty"
