@@ -4,9 +4,9 @@ Four models, RetNet and Transformer, each with and without short convolutions, a
 to 2M parameters without the embedding). All have equal parameters (the width of the feed-forward
 layers makes up for differences), and read the same tokens in the same order: 2M tokens in windows
 of 256. The learning rate is swept for each model at the smallest size (three rates) and the largest
-(the best of these, and half of it), with one seed, judged on validation documents, and interpolated
-in log size between them. Results are reported on other documents. The run of the best rate counts
-as the first seed at these two sizes.
+(the best of these, and half of it), further while the best is clearly at an end (`rate_sweeps.py`),
+with one seed, judged on validation documents, and interpolated in log size between them. Results
+are reported on other documents. The run of the best rate counts as the first seed at these sizes.
 
 The same trained models then answer where the difference lies (`experiments/use_of_context.py`):
 loss by class of token, by distance to the last occurrence of a rare pair, by position; associative
@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import size_figures, size_tables
+from experiments import rate_sweeps, size_figures, size_tables
 from experiments.recipe import HELD_OUT
 from experiments.runs import Records, Run, main
 from experiments.use_of_context import measure, while_training
@@ -103,12 +103,17 @@ def make_run(name: str, size: str, seed: int, rate: float, budget: str) -> Run:
         config.train.steps = 30
     about = described(name, size, seed, rate, config)
     return Run(
-        f"{name}_{size}_rate{rate:g}_seed{seed}",
+        run_name(name, size, seed, rate),
         config,
         about,
         measure(config, budget),
         [while_training(config, WATCHED)],
     )
+
+
+def run_name(name: str, size: str, seed: int, rate: float) -> str:
+    """The name of a run."""
+    return f"{name}_{size}_rate{rate:g}_seed{seed}"
 
 
 def described(name: str, size: str, seed: int, rate: float, config: Config) -> dict[str, Any]:
@@ -201,19 +206,32 @@ def learning_rate(name: str, size: str, records: Records) -> float | None:
 
 def best_rate(name: str, size: str, records: Records) -> float | None:
     """The rate of a sweep with the fewest bits per byte; None: the sweep is not complete."""
-    rates = swept_rates(name, size, records)
-    names = [f"{name}_{size}_rate{rate:g}_seed0" for rate in rates]
-    if not rates or not all(x in records for x in names):
-        return None
-    return rates[int(np.argmin([records[x]["validation"] for x in names]))]
+    first = _first_rates(name, size, records)
+    return rate_sweeps.best_rate(first, loss_of_rate(name, size, records)) if first else None
 
 
-def swept_rates(name: str, size: str, records: Records) -> tuple[float, ...]:
+def swept_rates(name: str, size: str, records: Records) -> list[float]:
     """The rates to try at a size; none as long as they are not known."""
+    first = _first_rates(name, size, records)
+    return rate_sweeps.rates_to_try(first, loss_of_rate(name, size, records)) if first else []
+
+
+def _first_rates(name: str, size: str, records: Records) -> tuple[float, ...]:
+    """Three rates at the smallest size; elsewhere its best and half of it, once that is known."""
     if size == SMALLEST:
         return RATES
     best = best_rate(name, SMALLEST, records)
     return () if best is None else (best / 2, best)
+
+
+def loss_of_rate(name: str, size: str, records: Records) -> rate_sweeps.Loss:
+    """Function of a rate: the validation loss of its run with seed 0."""
+
+    def loss(rate: float) -> float | None:
+        record = records.get(run_name(name, size, 0, rate))
+        return None if record is None else record["validation"]
+
+    return loss
 
 
 def chosen(records: Records) -> Records:

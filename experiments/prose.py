@@ -8,16 +8,17 @@ The differences on source code are those of `perplexity_by_size.py`.
 On two cores: its two smallest sizes and 2M tokens in windows of 256, with two seeds. The learning
 rates are those of `perplexity_by_size`, chosen on source code. On a GPU: 16M and 48M parameters
 without the embedding, 20M tokens in windows of 1,024, bfloat16. The best of three rates of each
-model and size is chosen by validation documents and gets a second seed.
+model and size, and of more if it is clearly at an end, is chosen by validation documents and gets a
+second seed.
 
     python -m experiments.prose                  16 runs of 4 to 7 minutes on one core
     python -m experiments.prose --budget=small   two runs of a few steps, on this project's docs
-    python -m experiments.prose --budget=gpu     32 runs on one GPU of 80 GB; four were made
+    python -m experiments.prose --budget=gpu     32 runs or more on one GPU of 80 GB
 
 Two processes with one core each, `taskset -c 0` and `taskset -c 1` before the command, share the
-runs; so do processes on one GPU with XLA_PYTHON_CLIENT_MEM_FRACTION=0.23, of which four made four
-runs of 16M in four and a half minutes on an H200. The texts are downloaded first (110 MB). Where
-that cannot be, the store is enough, made elsewhere:
+runs; so do processes on one GPU with XLA_PYTHON_CLIENT_MEM_FRACTION=0.23. Of 16M, four such made
+four runs in four and a half minutes on an H200, and twelve in eight. The texts are downloaded first
+(110 MB). Where that cannot be, the store is enough, made elsewhere:
 
     python -m experiments.prose_texts
     python tools/prepare_data.py --config=quickstart --config.data.source=text \
@@ -34,10 +35,18 @@ from typing import Any
 
 import numpy as np
 
-from experiments import perplexity_by_size, prose_texts
+from experiments import perplexity_by_size, prose_texts, rate_sweeps
 from experiments.held_out import beginnings, best_bits_per_byte, chosen_documents, document_bits
 from experiments.paired import Estimate, estimate
-from experiments.perplexity_by_size import MODELS, SIZES, Size, described, model_of
+from experiments.perplexity_by_size import (
+    MODELS,
+    SIZES,
+    Size,
+    described,
+    loss_of_rate,
+    model_of,
+    run_name,
+)
 from experiments.runs import Records, Run, main, read_records
 from experiments.size_tables import BETWEEN, LABELS, pair_label
 from retnet_jax.config import Config, DataConfig
@@ -71,7 +80,8 @@ def runs(budget: str, records: Records) -> list[Run]:
         for name in MODELS:
             rate = rate_of(name, size, budget, records)
             if budget == "gpu":
-                found += [make_run(name, size, 0, x, budget) for x in GPU_RATES]
+                swept = rate_sweeps.rates_to_try(GPU_RATES, loss_of_rate(name, size, records))
+                found += [make_run(name, size, 0, x, budget) for x in swept]
             if rate is not None:
                 found += [make_run(name, size, seed, rate, budget) for seed in SEEDS]
     return list({run.name: run for run in found}.values())
@@ -84,14 +94,7 @@ def rate_of(name: str, size: str, budget: str, records: Records) -> float | None
     if budget == "2cores":
         swept = read_records("perplexity_by_size", budget)
         return perplexity_by_size.learning_rate(name, size, swept)
-    made = [records.get(run_name(name, size, 0, rate)) for rate in GPU_RATES]
-    bits = [record["validation"] for record in made if record is not None]
-    return GPU_RATES[int(np.argmin(bits))] if len(bits) == len(GPU_RATES) else None
-
-
-def run_name(name: str, size: str, seed: int, rate: float) -> str:
-    """The name of a run."""
-    return f"{name}_{size}_rate{rate:g}_seed{seed}"
+    return rate_sweeps.best_rate(GPU_RATES, loss_of_rate(name, size, records))
 
 
 def make_run(name: str, size: str, seed: int, rate: float, budget: str) -> Run:
@@ -150,12 +153,14 @@ def _measure(config: Config, budget: str) -> Callable[[TrainResult], dict[str, A
 
 
 def chosen(budget: str, records: Records) -> Records:
-    """The records without those of rates that were not chosen."""
-    return {
-        name: x
-        for name, x in records.items()
-        if x["rate"] == rate_of(x["model"], x["size"], budget, records)
-    }
+    """The records of the best rates; of a sweep that is to go on, of the best one so far."""
+
+    def rate(name: str, size: str) -> float | None:
+        if budget == "gpu":
+            return rate_sweeps.best_so_far(GPU_RATES, loss_of_rate(name, size, records))
+        return rate_of(name, size, budget, records)
+
+    return {name: x for name, x in records.items() if x["rate"] == rate(x["model"], x["size"])}
 
 
 def difference(final: Records, pair: tuple[str, str], size: str, way: str) -> Estimate | None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from training_runs import small_config
 
 from experiments import perplexity_by_size as by_size
-from experiments import size_fits, token_classes
+from experiments import rate_sweeps, size_fits, token_classes
 from experiments.size_fits import Losses, crossing, crossings, line, seed_deviation
 from experiments.size_tables import tables
 from experiments.token_classes import CLASSES, COMMON, NEW, RARE, SEEN, context_starts, repeats
@@ -167,7 +167,7 @@ def swept(smallest, largest):
     records = {}
     for size, best in (("0.1M", smallest), ("2M", largest)):
         for rate in by_size.swept_rates("retnet", size, records):
-            records[f"retnet_{size}_rate{rate:g}_seed0"] = {"validation": abs(rate - best)}
+            records[f"retnet_{size}_rate{rate:g}_seed0"] = {"validation": abs(rate - best) / 10}
     return records
 
 
@@ -182,6 +182,34 @@ def test_learning_rates_between_two_sweeps():
     del records["retnet_2M_rate0.04_seed0"]
     assert by_size.learning_rate("retnet", "0.1M", records) == 0.08
     assert by_size.learning_rate("retnet", "1M", records) is None
+
+
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [
+        (0.04, [0.02, 0.04, 0.08]),
+        (0.16, [0.02, 0.04, 0.08, 0.16, 0.32]),
+        (0.006, [0.0025, 0.005, 0.01, 0.02, 0.04, 0.08]),
+    ],
+)
+def test_a_sweep_goes_on_while_the_best_rate_is_at_its_end(best, tried):
+    losses = {}
+    for _ in range(9):
+        rates = rate_sweeps.rates_to_try((0.08, 0.02, 0.04), losses.get)
+        if set(rates) <= losses.keys():
+            break
+        assert rate_sweeps.best_rate((0.02, 0.04, 0.08), losses.get) is None
+        losses |= {rate: abs(math.log2(rate / best)) for rate in rates}
+    assert rates == tried
+    chosen = rate_sweeps.best_rate((0.02, 0.04, 0.08), losses.get)
+    assert chosen == rate_sweeps.best_so_far((0.02, 0.04, 0.08), losses.get)
+    assert chosen == min(tried, key=losses.get)
+
+
+def test_a_sweep_does_not_go_on_for_the_difference_of_two_seeds():
+    losses = {0.02: 1.834, 0.04: 1.830, 0.08: 1.825}
+    assert rate_sweeps.rates_to_try(tuple(losses), losses.get) == list(losses)
+    assert rate_sweeps.best_rate(tuple(losses), losses.get) == 0.08
 
 
 def test_the_run_of_the_best_rate_is_the_first_seed():
