@@ -154,6 +154,41 @@ def test_reasons_for_unsupported_arrays():
         mosaic_gpu.chunkwise(*inputs(b=1, t=8, h=1, k=64, v=64), None, chunk_size=32)
 
 
+def kernels_of(jaxpr):
+    """What each call of a kernel runs, in a program and the functions that it calls."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.params.get("name") in ("walk_segments", "decayed_scores"):
+            found.append(equation.params["jaxpr"])
+        for part in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr):
+            if is_jaxpr(part):
+                found += kernels_of(getattr(part, "jaxpr", part))
+    return found
+
+
+def is_jaxpr(x):
+    return hasattr(x, "eqns") or hasattr(x, "jaxpr")
+
+
+def test_layers_share_their_kernels(monkeypatch):
+    """Layers that are written out lower each kernel once: it takes a second, and there are many."""
+    monkeypatch.setattr(memory, "interpreter", lambda: None)  # as on a GPU
+    arrays = inputs(b=1, t=2048, h=1, k=64, v=64)
+
+    def layers(n):
+        def loss(q, k, v, decay, state):
+            for _ in range(n):
+                v, after = entry._retention(q, k, v, decay, state, None)
+            return v.astype(jnp.float32).sum() + after.sum()
+
+        return kernels_of(jax.make_jaxpr(jax.grad(loss, argnums=range(5)))(*arrays).jaxpr)
+
+    one, three = layers(1), layers(3)
+    assert len(three) == 3 * len(one)
+    assert {id(kernel) for kernel in three} == {id(kernel) for kernel in one}
+    assert 4 <= len({id(kernel) for kernel in one}) <= len(one)
+
+
 OTHER_WIDTHS = [(64, 64), (64, 128), (128, 256), (256, 432), (256, 512)]
 
 

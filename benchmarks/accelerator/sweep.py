@@ -35,7 +35,7 @@ from retnet_jax.ops.retention.document_index import one_document
 from retnet_jax.ops.retention.mosaic_gpu import entry as kernels
 from retnet_jax.ops.retention.mosaic_gpu import tuned
 from retnet_jax.ops.retention.mosaic_gpu.memory import TILE, TOKENS
-from retnet_jax.ops.retention.mosaic_gpu.scores import decayed_scores, default_stages
+from retnet_jax.ops.retention.mosaic_gpu.scores import default_stages
 from retnet_jax.ops.retention.mosaic_gpu.tiling import Tiling
 from retnet_jax.ops.retention.mosaic_gpu.tuned import Choice, Scores, Walk
 from retnet_jax.parallel.mesh import device_kind
@@ -230,7 +230,7 @@ def _compute(found: Measured, choice: Choice, q, k, v, scores, state) -> tuple[j
     kernel, decay = found.kernel, _decay(found)
     chunks = one_document(found.rows, kernel.length).chunks(TOKENS)
     if isinstance(kernel, Scores):
-        return (decayed_scores(q, k, decay, chunks, choice["stages"]),)
+        return (kernels.scores_of_chunks(q, k, decay, chunks, choice["stages"]),)
     tiling = Tiling.of(kernel.contracted, kernel.written)._replace(**choice)
     return kernels.recurrence(q, k, v, scores, decay, chunks, state, kernel.reverse, tiling)
 
@@ -262,9 +262,7 @@ def inputs(found: Measured) -> list[tuple]:
         if isinstance(kernel, Walk):
             # Backwards, q and k exchange their roles: d_v is a sum over later queries.
             pair = (k, q) if kernel.reverse else (q, k)
-            scores = jax.jit(decayed_scores, static_argnums=4)(
-                *pair, _decay(found), chunks, default_stages(a)
-            )
+            scores = kernels.scores_of_chunks(*pair, _decay(found), chunks, default_stages(a))
         sets.append((q, k, v, scores, state))
     return sets
 

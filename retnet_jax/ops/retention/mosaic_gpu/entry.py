@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from retnet_jax.ops.retention.decay import decay_gradient, power_of_decay
 from retnet_jax.ops.retention.document_index import Chunks, Documents, one_document
-from retnet_jax.ops.retention.mosaic_gpu import tuned
+from retnet_jax.ops.retention.mosaic_gpu import memory, tuned
 from retnet_jax.ops.retention.mosaic_gpu.memory import TILE, TOKENS
 from retnet_jax.ops.retention.mosaic_gpu.scores import decayed_scores
 from retnet_jax.ops.retention.mosaic_gpu.tiling import Tiling
@@ -84,7 +84,7 @@ def _retention(q, k, v, log_decay, state, documents):
 
 def _forward(q, k, v, log_decay, state, documents):
     chunks = _chunks(documents, *q.shape[:2])
-    scores = _scores(q, k, log_decay, chunks)
+    scores = scores_of_chunks(q, k, log_decay, chunks)
     y, after = recurrence(q, k, v, scores, log_decay, chunks, state.swapaxes(2, 3))
     after = after.swapaxes(2, 3)
     return (y, after), (q, k, v, log_decay, state, documents, after)
@@ -95,10 +95,10 @@ def _backward(saved, cotangents):
     d_y, d_after = cotangents
     chunks = _chunks(documents, *q.shape[:2])
     backwards = partial(recurrence, log_decay=log_decay, chunks=chunks, reverse=True)
-    scores = _scores(d_y, v, log_decay, chunks)
+    scores = scores_of_chunks(d_y, v, log_decay, chunks)
     d_q, _ = recurrence(d_y, v, k, scores, log_decay, chunks, state)
     d_k, d_state = backwards(v, d_y, q, scores, state=d_after)
-    scores = _scores(q, k, log_decay, chunks)
+    scores = scores_of_chunks(q, k, log_decay, chunks)
     d_v, _ = backwards(k, q, d_y, scores, state=d_after.swapaxes(2, 3))
     d_log_decay = decay_gradient(q, d_q, k, d_k, after, d_after, documents)
     return d_q, d_k, d_v, d_log_decay, d_state, None
@@ -107,11 +107,17 @@ def _backward(saved, cotangents):
 _retention.defvjp(_forward, _backward)
 
 
-def _scores(
-    q: Float[Array, "b t h a"], k: Float[Array, "b t h a"], log_decay: LogDecay, chunks: Chunks
+def scores_of_chunks(
+    q: Float[Array, "b t h a"],
+    k: Float[Array, "b t h a"],
+    log_decay: LogDecay,
+    chunks: Chunks,
+    stages: int | None = None,
 ) -> Float[Array, "b h n l m"]:
-    stages = tuned.stages(tuned.Scores(q.shape[3], q.shape[1]))
-    return decayed_scores(q, k, log_decay, chunks, stages)
+    """`decayed_scores`; `stages=None` is the one to use on this device; `tuned` chooses it."""
+    if stages is None:
+        stages = tuned.stages(tuned.Scores(q.shape[3], q.shape[1]))
+    return decayed_scores(q, k, log_decay, chunks, stages, memory.interpreter())
 
 
 def _chunks(documents: Documents | None, rows: int, length: int) -> Chunks:
@@ -147,11 +153,18 @@ def recurrence(
     segments = list(itertools.pairwise([*range(0, n_chunks, length), n_chunks]))
     if reverse:
         segments.reverse()
+    walk = partial(
+        walk_segments,
+        length=length,
+        reverse=reverse,
+        tiling=tiling,
+        interpret=memory.interpreter(),
+    )
     states = [state]
     if len(segments) > 1:
         # The states that segments leave when they begin empty; the last one's is not needed.
         # [b s-1 h rows columns]
-        _, left = walk_segments(None, k, v, None, factors, None, length, reverse, tiling)
+        _, left = walk(None, k, v, None, factors, None)
         if reverse:
             left = left[:, ::-1]
         for i, segment in enumerate(segments[:-1]):
@@ -160,7 +173,7 @@ def recurrence(
     if reverse:
         states.reverse()
     states = jnp.stack(states, axis=1)
-    y, after = walk_segments(q, k, v, scores, factors, states, length, reverse, tiling)
+    y, after = walk(q, k, v, scores, factors, states)
     assert y is not None  # which it is only without queries
     return y, after[:, 0 if reverse else -1, :, :written, :contracted]
 

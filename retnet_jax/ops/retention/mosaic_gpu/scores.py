@@ -1,6 +1,6 @@
 """The decayed scores of all chunks at once: a kernel with one CTA for each chunk of a head."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from retnet_jax.ops.retention.document_index import Chunks
-from retnet_jax.ops.retention.mosaic_gpu import memory
 from retnet_jax.ops.retention.mosaic_gpu.memory import (
     ACC,
     AS_ROWS,
@@ -30,18 +29,19 @@ _MOST_STAGES = 4
 
 
 # As `walk_segments`, which says why it is a jax.jit of its own.
-@jax.jit(static_argnames="stages")
+@jax.jit(static_argnames=("stages", "interpret"))
 def decayed_scores(
     q: Float[Array, "b t h a"],
     k: Float[Array, "b t h a"],
     log_decay: LogDecay,
     chunks: Chunks,
     stages: int,
+    interpret: Any,
 ) -> Float[Array, "b h n l m"]:
     """gamma^(l-m) q_l k_m of the tokens of each chunk, 0 where l does not see m; bfloat16.
 
     `stages` is the number of tiles of q, and of k, that are in shared memory: at most all of a
-    chunk. It has no effect on the results.
+    chunk. It has no effect on the results. `interpret` is `memory.interpreter()`.
     """
     b, _, h, width = q.shape
     n_chunks = chunks.count.shape[1]
@@ -73,7 +73,7 @@ def decayed_scores(
         grid=(n_chunks, h, b),
         grid_names=("chunks", "heads", "rows"),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-        interpret=memory.interpreter(),
+        interpret=interpret,
     )(q, k, log_decay, chunks.count, codes)
 
 

@@ -37,7 +37,7 @@ from retnet_jax.shapes import Array, Float
 
 # A function of its own in the program, so that layers that are written out share one kernel: each
 # takes about a second to lower.
-@jax.jit(static_argnames=("length", "reverse", "tiling"))
+@jax.jit(static_argnames=("length", "reverse", "tiling", "interpret"))
 def walk_segments(
     q: Float[Array, "b t h a"] | None,
     k: Float[Array, "b t h a"],
@@ -48,6 +48,7 @@ def walk_segments(
     length: int,
     reverse: bool,
     tiling: Tiling,
+    interpret: Any,
 ) -> tuple[Float[Array, "b t h c"] | None, Float[Array, "b r h rows columns"]]:
     """The recurrence of segments of `length` chunks each.
 
@@ -62,6 +63,7 @@ def walk_segments(
       length: Chunks in a segment; the last segment of a row may have fewer.
       reverse: Whether segments are processed from the last chunk to the first.
       tiling: Division of the work.
+      interpret: `memory.interpreter()`; an argument, because jax.jit keeps what it has traced.
 
     Returns:
       y, None without q, and T after each segment, like `states`.
@@ -96,7 +98,7 @@ def walk_segments(
         num_threads=tiling.warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-        interpret=memory.interpreter(),
+        interpret=interpret,
     )(*jax.tree.leaves(arrays._replace(after=None, y=None)))
     return (None if q is None else found[1]), found[0]
 
