@@ -78,7 +78,7 @@ EXTRAS = {  # model -> the one whose learning rate it has
 
 
 def runs(budget: str, records: Records) -> list[Run]:
-    """The sweeps, then the runs whose learning rates are known from them."""
+    """The sweeps, then the runs whose learning rates are known from them, seed by seed."""
     if budget == "small":
         return [make_run(name, "0.1M", 0, RATES[1], budget) for name in MODELS[1::2]]
     found = [
@@ -89,10 +89,11 @@ def runs(budget: str, records: Records) -> list[Run]:
     ]
     wanted = [(name, name, size, x.seeds) for size, x in SIZES.items() for name in MODELS]
     wanted += [(name, like, EXTRA_SIZE, EXTRA_SEEDS) for name, like in EXTRAS.items()]
-    for name, like, size, seeds in wanted:
-        rate = learning_rate(like, size, records)
-        if rate is not None:
-            found += [make_run(name, size, seed, rate, budget) for seed in range(seeds)]
+    for seed in range(max(seeds for *_, seeds in wanted)):
+        for name, like, size, seeds in wanted:
+            rate = learning_rate(like, size, records)
+            if seed < seeds and rate is not None:
+                found.append(make_run(name, size, seed, rate, budget))
     return list({run.name: run for run in found}.values())
 
 
