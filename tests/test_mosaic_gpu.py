@@ -136,7 +136,7 @@ def test_in_an_environment_with_the_interpreter():
     ours = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
     environment = {name: x for name, x in os.environ.items() if name not in ours}
     environment["PYTHONPATH"] = str(ROOT)
-    # It takes three minutes; two runs of eight did not end, because the interpreter waited for itself.
+    # It takes three minutes. Two runs of eight did not end: the interpreter waited for itself.
     run = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200
     )
