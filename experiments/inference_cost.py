@@ -195,9 +195,10 @@ def h200_bandwidth() -> float:
 
 
 def h200_decoding() -> list[dict[str, Any]]:
-    """The records of decoding that was measured on an H200."""
+    """The records of decoding that was measured on an H200, by model, batch and position."""
     found = h200_sections()["decoding"]["cases"].values()
-    return [x for x in found if "batch" in x and "position" in x]
+    measured = [x for x in found if "batch" in x and "position" in x]
+    return sorted(measured, key=lambda x: (x["size"], x["architecture"], x["batch"], x["position"]))
 
 
 def report(budget: str, records: Records) -> str:

@@ -75,7 +75,7 @@ def _memory_by_size(axis, compiled, paper) -> None:
         )
     axis.set_xticks(range(len(sizes)), [f"{x}\n{_devices(x)}" for x in sizes])
     axis.set(ylabel="GB of each device", title="memory of a step, 8,192 tokens a device")
-    axis.set_ylim(0, axis.get_ylim()[1] * 1.5)  # room for the legend
+    axis.set_ylim(0, axis.get_ylim()[1] * 1.9)  # room for the legend
     axis.legend(fontsize=7, loc="upper left")
     axis.grid(alpha=0.3, axis="y")
 
