@@ -204,6 +204,39 @@ def test_a_hub_that_cannot_be_reached(hub, monkeypatch):
     assert "check the connection and HF_ENDPOINT" in message
 
 
+@pytest.mark.parametrize("status", [401, 403, 503])
+def test_a_filled_cache_is_used_with_a_warning_if_the_hub_refuses(hub, status):
+    directory = model_directory(MODEL)
+    hub.refuse("GET /api/models", status)
+    with pytest.warns(UserWarning, match="is read from the cache") as warned:
+        assert model_directory(MODEL) == directory
+    (message,) = [str(x.message) for x in warned]
+    assert message.startswith(f"hf://{MODEL} is read from the cache, at commit {directory.name}; ")
+    assert f"there may be a newer one: {hub.url}/{MODEL} cannot be" in message
+    assert str(status) in message
+
+
+def test_a_filled_cache_is_used_with_a_warning_without_a_network(hub, monkeypatch):
+    directory = model_directory(MODEL)
+    with running_hub() as gone:
+        url = gone.url
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    with pytest.warns(UserWarning, match=r"is read from the cache, .* \(ConnectError: "):
+        assert model_directory(MODEL) == directory
+    assert model_directory(MODEL, revision=directory.name) == directory  # cannot be newer
+
+
+def test_a_newer_commit_is_downloaded(hub):
+    old = model_directory(MODEL)
+    hub.repositories[MODEL] = {"main": files(**{"config.json": CONFIG + b"\n"})}
+    new = model_directory(MODEL)
+    assert new != old
+    assert (new / "config.json").read_bytes() == CONFIG + b"\n"
+    assert hub.downloads().count("config.json") == 2
+    hub.repositories[MODEL] = {"other": files()}
+    assert refusal(ConfigError).endswith("has no revision main: give a branch, a tag or a commit")
+
+
 def test_a_connection_that_breaks_every_time(hub, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # of the client, between its attempts
     hub.break_connection(f"GET /{MODEL}/resolve", times=6)

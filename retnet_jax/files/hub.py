@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -201,7 +202,10 @@ def _with_weights(name: HubName) -> Path:
 
 
 def _downloaded(name: HubName, patterns: Sequence[str]) -> Path:
-    """The directory of one commit in the client's cache, with all files that match a pattern."""
+    """The directory of one commit in the client's cache, with all files that match a pattern.
+
+    If the hub refuses or cannot be reached, a commit that is in the cache is used, with a warning.
+    """
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -211,13 +215,43 @@ def _downloaded(name: HubName, patterns: Sequence[str]) -> Path:
     try:
         directory = snapshot_download(
             name.repository,
-            revision=name.revision,
+            revision=_commit_to_use(name),
             allow_patterns=list(patterns),
             ignore_patterns=["*/*"],
         )
     except Exception as error:  # of many types, also those of the client's HTTP library
         raise _explained(error, name) from error
     return Path(directory)
+
+
+def _commit_to_use(name: HubName) -> str | None:
+    """The commit in the cache if it is the newest, or if the hub does not say; else the revision.
+
+    `snapshot_download` does not say whether the hub answered. So the hub is asked here, and not
+    again for a commit that is in the cache.
+    """
+    from huggingface_hub import HfApi, constants, errors
+
+    revision = name.revision or constants.DEFAULT_REVISION
+    folder = f"models--{name.repository.replace('/', '--')}"
+    cached = Path(constants.HF_HUB_CACHE, folder, "refs", revision)
+    if not cached.is_file():  # nothing is in the cache, or the revision is a commit
+        return name.revision
+    commit = cached.read_text()
+    try:
+        newest = HfApi().model_info(name.repository, revision=revision).sha
+    except errors.OfflineModeIsEnabled:
+        return commit
+    except errors.RevisionNotFoundError:
+        raise
+    except Exception as error:  # of many types, also those of the client's HTTP library
+        warnings.warn(
+            f"{name} is read from the cache, at commit {commit}; there may be a newer one: "
+            f"{_explained(error, name)}",
+            stacklevel=2,
+        )
+        return commit
+    return commit if newest == commit else name.revision
 
 
 def dataset_commit(name: str) -> str:
