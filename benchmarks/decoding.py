@@ -18,7 +18,7 @@ from absl import app, flags
 from flax import nnx
 
 from benchmarks.measure import interleaved_seconds, write_results
-from retnet_jax.attention_config import attention_layers_from_text
+from retnet_jax.config.attention import attention_layers_from_text
 from retnet_jax.configs.quickstart import get_config
 from retnet_jax.generation.decode import decode, prefill, row_keys
 from retnet_jax.model import build_model, for_decoding

@@ -12,7 +12,7 @@ import statistics
 from absl import app, flags
 
 from benchmarks.measure import output_of_process, write_results
-from retnet_jax.model_config import ARCHITECTURES
+from retnet_jax.config.model import ARCHITECTURES
 
 flags.DEFINE_integer("rounds", 3, "Number of processes of each kind")
 flags.DEFINE_integer("steps", 30, "Number of steps in a process")

@@ -9,8 +9,8 @@ depend on them.
 import dataclasses
 import importlib
 
-from retnet_jax.attention_config import AttentionLayers
 from retnet_jax.config import ModelConfig
+from retnet_jax.config.attention import AttentionLayers
 from retnet_jax.configs.paper_settings import paper_model
 
 ARCHITECTURES = ("retnet", "hybrid", "transformer")

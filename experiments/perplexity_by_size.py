@@ -38,8 +38,8 @@ from experiments import rate_sweeps, size_figures, size_tables
 from experiments.recipe import HELD_OUT
 from experiments.runs import Records, Run, main
 from experiments.use_of_context import measure, while_training
-from retnet_jax.attention_config import AttentionLayers
 from retnet_jax.config import Config, DataConfig, ModelConfig
+from retnet_jax.config.attention import AttentionLayers
 from retnet_jax.configs.quickstart import get_config
 
 BUDGETS = ("small", "2cores")

@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.measure import provenance
 from retnet_jax.config import Config
-from retnet_jax.config_json import flatten
+from retnet_jax.config.as_json import flatten
 from retnet_jax.files import atomic, lock
 from retnet_jax.programs.host_memory import keep_freed_memory
 from retnet_jax.training.loop import HELD_OUT_LOSS, Evaluator, TrainResult, train

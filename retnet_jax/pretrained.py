@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from retnet_jax import interop
 from retnet_jax.config import Config, DataConfig, ModelConfig
-from retnet_jax.config_json import marked, read_config
+from retnet_jax.config.as_json import marked, read_config
 from retnet_jax.data.tokenizers import Tokenizer, has_tokenizer, load_tokenizer
 from retnet_jax.errors import CheckpointError, ConfigError
 from retnet_jax.files.hub import cached_name, hub_name, model_directory

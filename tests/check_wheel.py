@@ -42,7 +42,7 @@ def main() -> None:
     assert text.startswith("def main("), text
 
     from retnet_jax import evaluate, generate, load_pretrained, train
-    from retnet_jax.config_json import read_config
+    from retnet_jax.config.as_json import read_config
 
     config = read_config(here / "run" / "config.json")
     result = train(config, "again")

@@ -37,7 +37,7 @@ from gcp_storage_emulator.server import create_server  # noqa: E402
 from training_runs import small_config  # noqa: E402
 
 from retnet_jax import load_pretrained  # noqa: E402
-from retnet_jax.config_json import to_json  # noqa: E402
+from retnet_jax.config.as_json import to_json  # noqa: E402
 from retnet_jax.trees import named_leaves  # noqa: E402
 
 RUN = "gs://bucket/runs/mine"
@@ -62,7 +62,7 @@ def main(directory):
     config = small_config(directory / "text")
     config = replace(config, train=replace(config.train, steps=4, eval_every=4, checkpoint_every=2))
     (directory / "config.py").write_text(
-        "from retnet_jax.config_json import config_from_json\n"
+        "from retnet_jax.config.as_json import config_from_json\n"
         f"def get_config(): return config_from_json({to_json(config)!r})\n"
     )
     options = f"--config={directory}/config.py"

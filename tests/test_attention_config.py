@@ -7,7 +7,7 @@ import pytest
 from test_hybrids import CONFIGS, SIZES, WINDOWED
 
 from retnet_jax.config import Config
-from retnet_jax.config_json import config_from_json, to_json
+from retnet_jax.config.as_json import config_from_json, to_json
 from retnet_jax.errors import ConfigError
 from retnet_jax.interop import presets
 from retnet_jax.model.parameters import parameter_shapes

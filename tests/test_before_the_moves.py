@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from retnet_jax.config import MeshConfig
-from retnet_jax.config_json import OLD_NAMES, flatten, read_config
+from retnet_jax.config.as_json import OLD_NAMES, flatten, read_config
 from retnet_jax.data import load_tokenizer, open_store
 from retnet_jax.generation.saved_state import load_reading
 from retnet_jax.generation.texts import Writer

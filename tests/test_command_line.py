@@ -4,7 +4,7 @@ import programs
 import pytest
 
 from retnet_jax.config import Config
-from retnet_jax.config_json import config_from_json, options
+from retnet_jax.config.as_json import config_from_json, options
 from retnet_jax.errors import ConfigError
 from retnet_jax.programs.command_line import _config_file
 from retnet_jax.programs.overrides import apply, option_from_text, shares_from_text, taken_out

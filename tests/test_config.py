@@ -9,7 +9,7 @@ from flax import nnx
 
 from retnet_jax import Config, ModelConfig
 from retnet_jax.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
-from retnet_jax.config_json import config_differences, config_from_json, to_json
+from retnet_jax.config.as_json import config_differences, config_from_json, to_json
 from retnet_jax.errors import ConfigError
 from retnet_jax.interop import presets
 from retnet_jax.model import build_model

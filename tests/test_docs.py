@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 from test_floors import FLOORS
 
-from retnet_jax.config_json import OLD_NAMES, options
+from retnet_jax.config.as_json import OLD_NAMES, options
 from retnet_jax.configs.quickstart import get_config
 from retnet_jax.data import token_store
 from retnet_jax.generation import saved_state

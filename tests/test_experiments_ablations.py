@@ -5,7 +5,7 @@ import math
 import pytest
 
 from experiments import ablations, figures
-from retnet_jax.config_json import flatten
+from retnet_jax.config.as_json import flatten
 
 BITS = {"base": [10.0, 20.0], "no_gate": [11.0, 22.0], "gamma_1": [30.0, 60.0]}
 

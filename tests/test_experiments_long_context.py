@@ -11,7 +11,7 @@ from experiments import figures, long_context
 from experiments.long_context import last_losses, sums_by_position
 from experiments.long_context_report import FIRST_POSITIONS, last_loss, position_loss
 from retnet_jax import RetNet
-from retnet_jax.config_json import flatten
+from retnet_jax.config.as_json import flatten
 from retnet_jax.data.stores import open_or_build
 from retnet_jax.evaluation.perplexity import stateful_nll
 

@@ -19,7 +19,7 @@ from training_runs import small_config
 
 from retnet_jax import load_pretrained
 from retnet_jax.config import ModelConfig
-from retnet_jax.config_json import read_config, to_json
+from retnet_jax.config.as_json import read_config, to_json
 from retnet_jax.data import build_store
 from retnet_jax.data.tokenizers import ByteTokenizer, load_tokenizer, train_bpe
 from retnet_jax.data.tokenizers.pretrained import HuggingFaceTokenizer

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from retnet_jax import generate, load_pretrained, train
 from retnet_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig
-from retnet_jax.config_json import read_config
+from retnet_jax.config.as_json import read_config
 from retnet_jax.data import BatchStream, build_store, number_of_windows, open_store
 from retnet_jax.data.batches import LossWeights
 from retnet_jax.errors import ConfigError

@@ -17,8 +17,8 @@ from safetensors.numpy import load_file, save_file
 from tolerances import assert_close, relative_difference
 
 from retnet_jax import interop
-from retnet_jax.attention_config import AttentionLayers
 from retnet_jax.config import ModelConfig
+from retnet_jax.config.attention import AttentionLayers
 from retnet_jax.data.tokenizers.byte_level import ByteTokenizer
 from retnet_jax.errors import ConfigError
 from retnet_jax.evaluation.perplexity import stateful_nll

@@ -22,7 +22,7 @@ from test_generate import CONFIG, workdir
 from tolerances import assert_close
 
 from retnet_jax import generate, generate_requests
-from retnet_jax.attention_config import AttentionLayers
+from retnet_jax.config.attention import AttentionLayers
 from retnet_jax.data.tokenizers import ByteTokenizer
 from retnet_jax.errors import CheckpointError, ConfigError
 from retnet_jax.generation import answers

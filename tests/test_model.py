@@ -14,7 +14,7 @@ from flax import nnx
 from tolerances import RELATIVE, assert_close
 
 from retnet_jax import ModelConfig, RetNet, Transformer, for_decoding
-from retnet_jax.attention_config import AttentionLayers
+from retnet_jax.config.attention import AttentionLayers
 from retnet_jax.errors import ConfigError
 from retnet_jax.ops.rotation import FLOAT_POSITIONS, rotate, rotation
 

@@ -16,8 +16,9 @@ from tolerances import assert_close
 
 from retnet_jax import ModelConfig, RetNet, Transformer, for_decoding, generate, interop
 from retnet_jax.aot.flops import flops_of
-from retnet_jax.attention_config import AttentionLayers
 from retnet_jax.config import DataConfig, MeshConfig, OptimizerConfig
+from retnet_jax.config.attention import AttentionLayers
+from retnet_jax.config.model import FEATURE_MAPS, MIXER_OPTIONS
 from retnet_jax.errors import CheckpointError, ConfigError
 from retnet_jax.evaluation.perplexity import stateful_nll
 from retnet_jax.evaluation.prefix_trie import PrefixTrie
@@ -28,7 +29,6 @@ from retnet_jax.generation.saved_state import load_reading, save_reading
 from retnet_jax.model import build_model
 from retnet_jax.model.mixer import ConvolvedState
 from retnet_jax.model.parameters import parameter_shapes
-from retnet_jax.model_config import FEATURE_MAPS, MIXER_OPTIONS
 from retnet_jax.ops import feature_map
 from retnet_jax.training.optim import is_matrix, make_optimizer
 from retnet_jax.training.step import gradient_sums, initial_state, train_step

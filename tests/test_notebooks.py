@@ -9,7 +9,7 @@ import pytest
 
 import retnet_jax
 from retnet_jax import interop
-from retnet_jax.config_json import read_config
+from retnet_jax.config.as_json import read_config
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 LARGEST = 400_000  # bytes

@@ -15,7 +15,7 @@ from properties import holds_for, sizes
 
 from retnet_jax import config as options_of
 from retnet_jax.config import Config, OptimizerConfig, TrainConfig
-from retnet_jax.config_json import config_from_json, options, to_json
+from retnet_jax.config.as_json import config_from_json, options, to_json
 from retnet_jax.errors import ConfigError
 from retnet_jax.programs.overrides import apply, option_from_text
 from retnet_jax.training.clock import Clock, peak_flops

@@ -19,7 +19,7 @@ from training_runs import STEPS, assert_same_losses, at_step, latest_step, metri
 from retnet_jax.config import (
     ProfileConfig,
 )
-from retnet_jax.config_json import to_json
+from retnet_jax.config.as_json import to_json
 from retnet_jax.data import build_store
 from retnet_jax.errors import ConfigError
 from retnet_jax.programs.evaluate import print_evaluation

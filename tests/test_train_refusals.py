@@ -12,7 +12,7 @@ from etils import epath
 from flax import nnx
 
 from retnet_jax import interop
-from retnet_jax.config_json import config_from_json, to_json
+from retnet_jax.config.as_json import config_from_json, to_json
 from retnet_jax.data.tokenizers import ByteTokenizer
 from retnet_jax.errors import CheckpointError, ConfigError
 from retnet_jax.evaluation.run import evaluate

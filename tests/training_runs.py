@@ -10,7 +10,7 @@ from retnet_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from retnet_jax.config_json import to_json
+from retnet_jax.config.as_json import to_json
 from retnet_jax.runs.checkpoint import Checkpoints
 from retnet_jax.runs.log import MetricsLog
 from retnet_jax.training.step import StepMetrics
@@ -100,7 +100,7 @@ def write_config(config, directory):
     """Writes a config file for the command line."""
     path = directory / "experiment.py"
     path.write_text(
-        "from retnet_jax.config_json import config_from_json\n"
+        "from retnet_jax.config.as_json import config_from_json\n"
         f"def get_config(): return config_from_json({to_json(config)!r})\n"
     )
     return path

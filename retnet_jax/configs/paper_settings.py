@@ -16,7 +16,7 @@ from retnet_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from retnet_jax.config_fields import check_choice
+from retnet_jax.config.fields import check_choice
 
 ARCHITECTURES = ("retnet", "transformer", "paper", "paper_transformer")
 # Written by `python tools/prepare_corpus.py paper`, or brought by the user.

@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from retnet_jax.config import TOKENIZERS, DataConfig
-from retnet_jax.config_json import OLD_NAMES, marked
+from retnet_jax.config.as_json import OLD_NAMES, marked
 from retnet_jax.data.tokenizers import TOKENIZER_FILES, Tokenizer, has_tokenizer, load_tokenizer
 from retnet_jax.errors import CheckpointError, ConfigError
 from retnet_jax.files import paths as files

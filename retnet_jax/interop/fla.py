@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from retnet_jax.attention_config import AttentionLayers
 from retnet_jax.config import ModelConfig
+from retnet_jax.config.attention import AttentionLayers
 from retnet_jax.errors import ConfigError
 from retnet_jax.interop.parameter_source import Description
 from retnet_jax.interop.presets import FLA

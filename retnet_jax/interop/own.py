@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from retnet_jax.config import Config, ModelConfig
-from retnet_jax.config_json import config_from_json, read_config
+from retnet_jax.config.as_json import config_from_json, read_config
 from retnet_jax.interop.parameter_source import Description
 from retnet_jax.interop.safetensors_reader import AnyPath
 from retnet_jax.interop.tables import Layout, Rule

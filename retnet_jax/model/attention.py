@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from retnet_jax.attention_config import AttentionLayers
 from retnet_jax.config import ModelConfig
+from retnet_jax.config.attention import AttentionLayers
 from retnet_jax.model.kv_cache import (
     ConvolvedCache,
     KeysValues,

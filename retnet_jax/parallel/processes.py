@@ -26,7 +26,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from retnet_jax.config import Config
-from retnet_jax.config_json import flatten
+from retnet_jax.config.as_json import flatten
 from retnet_jax.errors import CheckpointError, ConfigError, DamagedCheckpointError, brief
 from retnet_jax.parallel.rendezvous import meet
 from retnet_jax.provenance import code_fingerprint

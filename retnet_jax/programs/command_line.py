@@ -21,7 +21,7 @@ from ml_collections import config_flags
 
 import retnet_jax.configs
 from retnet_jax.config import Config
-from retnet_jax.config_json import config_differences
+from retnet_jax.config.as_json import config_differences
 from retnet_jax.errors import CheckpointError, ConfigError
 from retnet_jax.files.hub import hub_name
 from retnet_jax.files.paths import place

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Set
 
 from retnet_jax.config import Config
-from retnet_jax.config_json import config_differences, marked
+from retnet_jax.config.as_json import config_differences, marked
 from retnet_jax.configs import quickstart
 from retnet_jax.data.sources import approximate_bytes
 from retnet_jax.data.store_options import default_store

@@ -12,7 +12,7 @@ Other layouts and other checkpoints: tools/convert_checkpoint.py.
 from absl import flags
 
 from retnet_jax import interop
-from retnet_jax.config_json import to_json
+from retnet_jax.config.as_json import to_json
 from retnet_jax.errors import CheckpointError, ConfigError
 from retnet_jax.files import atomic, hub
 from retnet_jax.files.paths import AnyPath, local, place

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from absl import flags
 
 from retnet_jax.config import Config
-from retnet_jax.config_text import option_help
+from retnet_jax.config.as_text import option_help
 
 _WIDTH = 100
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from retnet_jax.config import Config
-from retnet_jax.config_json import marked
+from retnet_jax.config.as_json import marked
 from retnet_jax.data.token_store import SPLITS, read_manifest
 from retnet_jax.files import paths as files
 from retnet_jax.runs.json_lines import records_in

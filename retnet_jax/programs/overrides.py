@@ -11,9 +11,9 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
-from retnet_jax.attention_config import attention_layers_from_text
 from retnet_jax.config import Config
-from retnet_jax.config_json import check_option, options
+from retnet_jax.config.as_json import check_option, options
+from retnet_jax.config.attention import attention_layers_from_text
 from retnet_jax.errors import ConfigError
 
 _TRUE, _FALSE = ("true", "t", "yes", "1"), ("false", "f", "no", "0")

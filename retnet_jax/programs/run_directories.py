@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from retnet_jax.config_json import options
+from retnet_jax.config.as_json import options
 from retnet_jax.errors import ConfigError
 
 RUNS = Path("runs")

@@ -21,7 +21,7 @@ from pathlib import Path
 from etils import epath
 
 from retnet_jax.config import TOKENIZERS, Config
-from retnet_jax.config_json import config_differences, marked, read_config, to_json
+from retnet_jax.config.as_json import config_differences, marked, read_config, to_json
 from retnet_jax.data.token_store import TokenStore
 from retnet_jax.data.tokenizers import (
     SAVED_FILES,

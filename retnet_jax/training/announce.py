@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import jax
 
 from retnet_jax.config import Config
-from retnet_jax.config_text import summary
+from retnet_jax.config.as_text import summary
 from retnet_jax.data import Stores
 from retnet_jax.data.stores import repetition_notes
 from retnet_jax.parallel import processes

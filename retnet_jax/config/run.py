@@ -1,11 +1,7 @@
-"""Every option of the project: its type, default, one line of help, and its checks.
+"""The options of a run: data, optimizer, training, mesh and profile, and `Config`, which has all.
 
-A file in `configs/` returns a `Config`; the command line overrides single options
-(`--config.train.steps=100`); a workdir records the result as `config.json` (`config_json.py`).
-The options of the model are in `model_config.py`.
-
-This module imports no jax, so that a config can be read anywhere. It does not postpone annotations
-either: ml_collections reads the types of fields from them to parse overrides.
+This module does not postpone annotations: ml_collections reads the types of fields from them to
+parse overrides.
 """
 
 import dataclasses
@@ -13,7 +9,7 @@ import re
 import warnings
 from dataclasses import dataclass, field
 
-from retnet_jax.config_fields import (
+from retnet_jax.config.fields import (
     check_at_least,
     check_at_most,
     check_choice,
@@ -23,24 +19,9 @@ from retnet_jax.config_fields import (
     nearest_multiples,
     option,
 )
+from retnet_jax.config.model import ModelConfig
 from retnet_jax.errors import ConfigError
-from retnet_jax.model_config import DTYPES, ModelConfig
 from retnet_jax.own_objects import is_own
-
-__all__ = [
-    "DTYPES",
-    "OPTIMIZERS",
-    "SCHEDULES",
-    "SOURCES",
-    "TOKENIZERS",
-    "Config",
-    "DataConfig",
-    "MeshConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "ProfileConfig",
-    "TrainConfig",
-]
 
 SOURCES = ("stdlib", "text", "jsonl", "parquet", "tfds", "hf")
 TOKENIZERS = ("byte", "bpe")

@@ -1,15 +1,14 @@
 """The options of a model, their checks, and the sizes that follow from them.
 
-Parameter and FLOP counts are derived here and nowhere else. Imports no jax and does not postpone
-annotations, as `config.py`. The file is long because each option stands beside its checks and the
-sizes that follow.
+It does not postpone annotations, as `run.py`. The file is long because each option stands beside
+its checks and the sizes that follow.
 """
 
 import dataclasses
 from dataclasses import dataclass
 
-from retnet_jax.attention_config import AttentionLayers, check_attention_layers, layer_kinds
-from retnet_jax.config_fields import (
+from retnet_jax.config.attention import AttentionLayers, check_attention_layers, layer_kinds
+from retnet_jax.config.fields import (
     check_at_least,
     check_choice,
     check_positive,
@@ -18,8 +17,8 @@ from retnet_jax.config_fields import (
     nearest_multiples,
     option,
 )
+from retnet_jax.config.sizes import parameter_count, training_flops_per_token, twin_ffn_width
 from retnet_jax.errors import ConfigError
-from retnet_jax.model_sizes import parameter_count, training_flops_per_token, twin_ffn_width
 
 ARCHITECTURES = ("retnet", "transformer")
 MIXERS = ("retention", "attention")

@@ -1,7 +1,4 @@
-"""The fields that sections of a config consist of: options with their help, and checks of values.
-
-This module imports no jax, so that a config can be read anywhere.
-"""
+"""The fields that sections of a config consist of: options with their help, and checks."""
 
 import dataclasses
 import types

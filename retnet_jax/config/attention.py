@@ -1,13 +1,13 @@
 """The attention layers of a hybrid: their settings, and the text that states them in one line.
 
-This module imports no jax and does not postpone annotations, as `config.py`.
+This module does not postpone annotations, as `run.py`.
 """
 
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from retnet_jax.config_fields import check_at_least, check_positive, check_values
+from retnet_jax.config.fields import check_at_least, check_positive, check_values
 from retnet_jax.errors import ConfigError
 
 _EXAMPLE = "1,5:n_heads=8,n_kv_heads=2,window=128"

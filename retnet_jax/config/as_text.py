@@ -5,9 +5,9 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from retnet_jax.attention_config import AttentionLayers
-from retnet_jax.config import Config
-from retnet_jax.config_json import flatten, options
+from retnet_jax.config.as_json import flatten, options
+from retnet_jax.config.attention import AttentionLayers
+from retnet_jax.config.run import Config
 
 
 def option_help(config: Config | None = None, width: int = 100) -> Iterator[str]:

@@ -7,7 +7,7 @@ import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retnet_jax.config import Config
+from retnet_jax.config.run import Config
 from retnet_jax.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """Parameters and FLOPs that follow from a model's options, derived here and nowhere else.
 
-`ModelConfig` has them as methods. This module imports no jax, as `config.py`.
+`ModelConfig` has them as methods.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from retnet_jax.own_objects import is_own, own_object
 
 if TYPE_CHECKING:
-    from retnet_jax.model_config import ModelConfig
+    from retnet_jax.config.model import ModelConfig
 
 
 def parameter_count(config: ModelConfig) -> int:
