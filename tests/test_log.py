@@ -128,6 +128,25 @@ def wandb(monkeypatch):
     return module
 
 
+def test_evaluators_with_values_of_one_name_have_curves_of_their_own(tmp_path, wandb):
+    log = MetricsLog(tmp_path, 0, 5, wandb="some-project")
+    log.write(2, {"loss": 2.0})
+    log.write_evaluation(2, "held-out loss", {"held_out_loss": 1.5})
+    log.write_evaluation(2, "recall", {"accuracy": 0.5, "loss": 3.0})
+    log.write_evaluation(2, "copying 8", {"accuracy": 0.25})
+    log.close()
+    curves = [x for call in wandb.calls if call[0] == "log" for x in call[2].items()]
+    assert curves == [
+        ("loss", 2.0),
+        ("held_out_loss", 1.5),
+        ("recall/accuracy", 0.5),
+        ("recall/loss", 3.0),
+        ("copying_8/accuracy", 0.25),
+    ]
+    (events,) = tmp_path.glob("events.*")
+    assert all(name.encode() in events.read_bytes() for name, _ in curves)
+
+
 def test_two_runs_of_one_name_have_two_ids_and_a_resumed_run_keeps_its_id(wandb, tmp_path):
     for place in ("one/exp", "two/exp", "one/exp"):
         (tmp_path / place).mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """The log of a run: metrics.jsonl, TensorBoard, Weights & Biases, and the terminal."""
 
 import math
+import re
 import sys
 import time
 import uuid
@@ -75,10 +76,11 @@ class MetricsLog:
         step = about["step"]
         record = about | {name: x if math.isfinite(x) else None for name, x in values.items()}
         self._lines.append(record)
-        for name, value in values.items():
+        curves = {_curve(about.get("evaluator"), name): x for name, x in values.items()}
+        for name, value in curves.items():
             self._events.add_scalar(name, value, step)
         if self._wandb is not None:
-            self._wandb.log(values, step=step)
+            self._wandb.log(curves, step=step)
         shown = "  ".join(_SHOWN[name].format(values[name]) for name in values if name in _SHOWN)
         if self._bar is not None and "loss" in values:
             self._bar.set_postfix_str(shown)
@@ -113,6 +115,17 @@ class MetricsLog:
         seconds = (time.perf_counter() - start) / (step - first_step) * (self._steps - step)
         minutes, seconds = divmod(round(seconds), 60)
         return f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left"
+
+
+def _curve(evaluator: str | None, name: str) -> str:
+    """The name of a value in TensorBoard and Weights & Biases.
+
+    Values of an evaluator stand under its name, so that two evaluators can use the same name for
+    theirs; but not the held-out loss, which every run has.
+    """
+    if evaluator is not None and name != "held_out_loss":
+        name = f"{evaluator}/{name}"
+    return re.sub(r"[^-/\w.]", "_", name, flags=re.ASCII)  # TensorBoard allows no others
 
 
 _SHOWN = {
