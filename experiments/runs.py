@@ -1,6 +1,7 @@
 """Makes the runs of an experiment one by one, and keeps the record of each."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -163,7 +164,9 @@ def _add(experiment: str, budget: str, record: dict[str, Any]) -> None:
     RESULTS.mkdir(exist_ok=True)
     with lock.held(RESULTS, waiting=lambda who: None):
         records = [*read_records(experiment, budget).values(), record]
-        atomic.write_text(_path(experiment, budget), json.dumps(records, indent=1) + "\n")
+        # Options such as the attention layers of a hybrid are dataclasses.
+        text = json.dumps(records, indent=1, default=dataclasses.asdict)
+        atomic.write_text(_path(experiment, budget), text + "\n")
     with contextlib.suppress(FileNotFoundError):
         (RESULTS / lock.FILE_NAME).unlink()
 

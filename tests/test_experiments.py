@@ -23,8 +23,9 @@ from experiments.held_out import (
     document_bits,
     does_not_match,
 )
-from experiments.runs import Run, make_missing, read_records
+from experiments.runs import Measurement, Run, make_missing, read_records
 from retnet_jax import RetNet, Transformer
+from retnet_jax.config import AttentionLayers
 from retnet_jax.data.stores import open_or_build
 from retnet_jax.errors import ConfigError
 from retnet_jax.evaluation.perplexity import stateful_nll
@@ -96,6 +97,15 @@ def test_bits_of_chosen_documents(places):
 
 def twin(config):
     return Transformer(config.model.transformer_twin(), rngs=nnx.Rngs(0))
+
+
+def test_the_options_of_a_hybrid_are_in_its_record(places):
+    layers = AttentionLayers(layers=(1,), n_heads=2, window=64)
+    options = {"model.attention_layers": (layers,)}
+    run = Measurement("hybrid", {}, lambda: {"options": options})
+    make_missing("some", "small", lambda *_: [run])
+    (found,) = read_records("some", "small")["hybrid"]["options"]["model.attention_layers"]
+    assert (found["layers"], found["window"]) == ([1], 64)
 
 
 def test_a_run_of_another_process_is_left_to_it(places):
