@@ -228,20 +228,21 @@ def _millions(parameters: float) -> str:
 
 
 def _sweeps(records: Records) -> Table:
-    rates = sorted({x["rate"] for x in records.values() if x["seed"] == 0})
+    swept = {}
+    for model in LABELS:
+        for size in sizes_of(records, model):
+            of_first_seed = [x for x in of_runs(records, model, size) if x["seed"] == 0]
+            if len(of_first_seed) > 1:
+                swept[model, size] = {x["rate"]: x["validation"] for x in of_first_seed}
+    rates = sorted({rate for bits in swept.values() for rate in bits})
     table = Table(
         "Validation bits per byte by learning rate, in windows, one seed",
         ("", "size", *(f"{rate:g}" for rate in rates)),
         note="The best rates of two sizes give those between them.",
     )
-    for model in LABELS:
-        for size in sizes_of(records, model):
-            bits = {
-                x["rate"]: x["validation"] for x in of_runs(records, model, size) if x["seed"] == 0
-            }
-            if len(bits) > 1:
-                cells = [f"{bits[rate]:.4f}" if rate in bits else "" for rate in rates]
-                table.add(LABELS[model], size, *cells)
+    for (model, size), bits in swept.items():
+        cells = [f"{bits[rate]:.4f}" if rate in bits else "" for rate in rates]
+        table.add(LABELS[model], size, *cells)
     return table
 
 
