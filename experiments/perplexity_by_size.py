@@ -11,15 +11,16 @@ are reported on other documents. The run of the best rate counts as the first se
 The same trained models then answer where the difference lies (`experiments/use_of_context.py`):
 loss by class of token, by distance to the last occurrence of a rare pair, by position; associative
 recall and copying by distance; and the same during training. For that there are more models at one
-size: hybrids with one layer of attention, to all tokens or in a window of 64; and each model with
-short convolutions in the windows that the quickstart gives it, which are not the same tokens.
+size: hybrids with one layer of attention, to all tokens or in a window of 64, whose rates are swept
+there; and each model with short convolutions in the windows that the quickstart gives it, which are
+not the same tokens.
 
 "RetNet" here is the quickstart's, without or with its short convolutions: wide keys, no rotation,
 relu of queries and keys. What each of these changes is another experiment's question.
 
     taskset -c 0 python -m experiments.perplexity_by_size &
     taskset -c 1 python -m experiments.perplexity_by_size
-        60 runs of 4 (0.1M) to 23 minutes (2M), which two processes share: about four hours
+        66 runs of 4 (0.1M) to 18 minutes (2M), which two processes share: about five hours
     python -m experiments.perplexity_by_size --budget=small     two runs of a few steps: a minute
     python -m experiments.perplexity_by_size --plot_only        draws figures and tables again
 
@@ -69,9 +70,9 @@ SIZES = {
     "2M": Size(192, 3, 3, seeds=2),
 }
 MODELS = ("retnet", "retnet_conv", "transformer", "transformer_conv")
-EXTRAS = {  # model -> the one whose learning rate it has
-    "hybrid_full": "retnet_conv",
-    "hybrid_window": "retnet_conv",
+# At EXTRA_SIZE only. Hybrids have a sweep of their own there, the others another model's rate.
+HYBRIDS = ("hybrid_full", "hybrid_window")
+RATE_OF = {
     "retnet_conv_windows": "retnet_conv",
     "transformer_conv_windows": "transformer_conv",
 }
@@ -81,17 +82,18 @@ def runs(budget: str, records: Records) -> list[Run]:
     """The sweeps, then the runs whose learning rates are known from them, seed by seed."""
     if budget == "small":
         return [make_run(name, "0.1M", 0, RATES[1], budget) for name in MODELS[1::2]]
+    sweeps = [(name, size) for size in SWEPT for name in MODELS]
+    sweeps += [(name, EXTRA_SIZE) for name in HYBRIDS]
     found = [
         make_run(name, size, 0, rate, budget)
-        for size in SWEPT
-        for name in MODELS
+        for name, size in sweeps
         for rate in swept_rates(name, size, records)
     ]
-    wanted = [(name, name, size, x.seeds) for size, x in SIZES.items() for name in MODELS]
-    wanted += [(name, like, EXTRA_SIZE, EXTRA_SEEDS) for name, like in EXTRAS.items()]
+    wanted = [(name, size, x.seeds) for size, x in SIZES.items() for name in MODELS]
+    wanted += [(name, EXTRA_SIZE, EXTRA_SEEDS) for name in (*HYBRIDS, *RATE_OF)]
     for seed in range(max(seeds for *_, seeds in wanted)):
-        for name, like, size, seeds in wanted:
-            rate = learning_rate(like, size, records)
+        for name, size, seeds in wanted:
+            rate = learning_rate(name, size, records)
             if seed < seeds and rate is not None:
                 found.append(make_run(name, size, seed, rate, budget))
     return list({run.name: run for run in found}.values())
@@ -194,14 +196,20 @@ def learning_rate(name: str, size: str, records: Records) -> float | None:
 
     None: a sweep that it depends on is not complete.
     """
+    if name in HYBRIDS:
+        return best_rate(name, size, records)
+    name = RATE_OF.get(name, name)
     best = [best_rate(name, swept, records) for swept in SWEPT]
     if size in SWEPT:
         return best[SWEPT.index(size)]
     if None in best:
         return None
     at = [math.log(non_embedding(model_of(name, SIZES[x]))) for x in (size, *SWEPT)]
-    rate = np.exp(np.interp(at[0], at[1:], np.log(np.array(best, float))))
-    # Runs are named by it, so a small change of a model's size must not change it.
+    return _rounded(float(np.exp(np.interp(at[0], at[1:], np.log(np.array(best, float))))))
+
+
+def _rounded(rate: float) -> float:
+    """Runs are named by their rate, so a small change of a model's size must not change it."""
     return float(f"{rate:.2g}")
 
 
@@ -218,7 +226,13 @@ def swept_rates(name: str, size: str, records: Records) -> list[float]:
 
 
 def _first_rates(name: str, size: str, records: Records) -> tuple[float, ...]:
-    """Three rates at the smallest size; elsewhere its best and half of it, once that is known."""
+    """Three rates at the smallest size; elsewhere its best and half of it, once that is known.
+
+    A hybrid's are those of the RetNet with short convolutions, a half and a quarter of it.
+    """
+    if name in HYBRIDS:
+        rate = learning_rate("retnet_conv", size, records)
+        return () if rate is None else tuple(_rounded(rate / n) for n in (4, 2, 1))
     if size == SMALLEST:
         return RATES
     best = best_rate(name, SMALLEST, records)
@@ -240,7 +254,7 @@ def chosen(records: Records) -> Records:
     return {
         name: x
         for name, x in records.items()
-        if x["model"] in EXTRAS or x["rate"] == learning_rate(x["model"], x["size"], records)
+        if x["rate"] == learning_rate(x["model"], x["size"], records)
     }
 
 

@@ -143,7 +143,10 @@ def test_crossings():
 
 def test_all_models_of_a_size_have_equal_parameters():
     for size in by_size.SIZES.values():
-        models = {x: by_size.model_of(x, size) for x in (*by_size.MODELS, *by_size.EXTRAS)}
+        models = {
+            x: by_size.model_of(x, size)
+            for x in (*by_size.MODELS, *by_size.HYBRIDS, *by_size.RATE_OF)
+        }
         counts = [by_size.non_embedding(x) for x in models.values()]
         assert max(counts) < 1.005 * min(counts)
         for model in models.values():
@@ -154,7 +157,7 @@ def test_all_models_of_a_size_have_equal_parameters():
 
 
 def test_all_read_equal_tokens():
-    for name in (*by_size.MODELS, *by_size.EXTRAS):
+    for name in (*by_size.MODELS, *by_size.HYBRIDS, *by_size.RATE_OF):
         config = by_size.config_of(name, "1M", 0, 0.04)
         row = config.data.sequence_length
         assert row * config.train.batch_size == by_size.LENGTH * by_size.ROWS
