@@ -20,6 +20,7 @@ from retnet_jax.data.stores import open_or_build
 
 DOCUMENT = np.array([0, 5, 6, 7, 5, 6, 6, 5, 6])  # d_0 is BOS
 NONE = np.zeros(0, np.int64)
+ALL_MODELS = (*by_size.MODELS, *by_size.HYBRIDS, *by_size.RATE_OF)
 
 
 def test_classes_of_a_short_document():
@@ -157,7 +158,7 @@ def test_all_models_of_a_size_have_equal_parameters():
 
 
 def test_all_read_equal_tokens():
-    for name in (*by_size.MODELS, *by_size.HYBRIDS, *by_size.RATE_OF):
+    for name in ALL_MODELS:
         config = by_size.config_of(name, "1M", 0, 0.04)
         row = config.data.sequence_length
         assert row * config.train.batch_size == by_size.LENGTH * by_size.ROWS
