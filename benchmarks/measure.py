@@ -118,19 +118,19 @@ def current_commit(root: Path = ROOT) -> str:
 
     Results and figures are not code: a program that writes them is not changed by it.
     """
-    results = [f":!{path}" for path in ("*/results/*", "docs/figures")]
+    results = [f":!{path}" for path in ("*/results/*", "docs/figures/*.png")]
     try:
         commit = _git(root, "describe", "--always")
         changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", *results)
-    except FileNotFoundError:  # git is not installed
+    except (FileNotFoundError, subprocess.CalledProcessError):  # there is no git, or no repository
         return "unknown"
-    return f"{commit}-dirty" if commit and changed else commit or "unknown"
+    return f"{commit}-dirty" if changed else commit
 
 
 def _git(root: Path, *arguments: str) -> str:
-    """What git prints; nothing if it fails."""
+    """What git prints."""
     command = ["git", "-C", str(root), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def write_results(name: str, results: dict[str, Any]) -> Path:

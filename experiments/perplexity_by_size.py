@@ -20,7 +20,7 @@ relu of queries and keys. What each of these changes is another experiment's que
 
     taskset -c 0 python -m experiments.perplexity_by_size &
     taskset -c 1 python -m experiments.perplexity_by_size
-        66 runs of 4 (0.1M) to 18 minutes (2M), which two processes share: about five hours
+        66 runs or more, of 4 (0.1M) to 18 minutes (2M), which two processes share: about five hours
     python -m experiments.perplexity_by_size --budget=small     two runs of a few steps: a minute
     python -m experiments.perplexity_by_size --plot_only        draws figures and tables again
 
@@ -244,7 +244,10 @@ def loss_of_rate(name: str, size: str, records: Records) -> rate_sweeps.Loss:
 
     def loss(rate: float) -> float | None:
         record = records.get(run_name(name, size, 0, rate))
-        return None if record is None else record["validation"]
+        if record is None:
+            return None
+        # A run that diverged is one with the worst loss.
+        return record["validation"] if math.isfinite(record["validation"]) else math.inf
 
     return loss
 

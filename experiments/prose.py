@@ -8,17 +8,17 @@ The differences on source code are those of `perplexity_by_size.py`.
 On two cores: its two smallest sizes and 2M tokens in windows of 256, with two seeds. The learning
 rates are those of `perplexity_by_size`, chosen on source code. On a GPU: 16M and 48M parameters
 without the embedding, 20M tokens in windows of 1,024, bfloat16. The best of three rates of each
-model and size, and of more if it is clearly at an end, is chosen by validation documents and gets a
-second seed.
+model and size, and of more while the best one is at an end (`rate_sweeps.py`), is chosen by
+validation documents and gets a second seed.
 
     python -m experiments.prose                  16 runs of 4 to 7 minutes on one core
     python -m experiments.prose --budget=small   two runs of a few steps, on this project's docs
     python -m experiments.prose --budget=gpu     32 runs or more on one GPU of 80 GB
 
 Two processes with one core each, `taskset -c 0` and `taskset -c 1` before the command, share the
-runs; so do processes on one GPU with XLA_PYTHON_CLIENT_MEM_FRACTION=0.23. Of 16M, four such made
-four runs in four and a half minutes on an H200, and twelve in eight. The texts are downloaded first
-(110 MB). Where that cannot be, the store is enough, made elsewhere:
+runs; so do processes on one GPU with XLA_PYTHON_CLIENT_MEM_FRACTION=0.23: four processes made four
+runs of 16M in 4.5 minutes on an H200, and twelve in eight. The texts are downloaded first (110 MB).
+Where that cannot be, the store is enough, made elsewhere:
 
     python -m experiments.prose_texts
     python tools/prepare_data.py --config=quickstart --config.data.source=text \

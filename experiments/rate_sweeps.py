@@ -10,7 +10,7 @@ Loss = Callable[[float], float | None]  # of a rate; None: its run is missing
 
 
 def rates_to_try(first: Sequence[float], loss: Loss) -> list[float]:
-    """The rates of a sweep, ascending, which goes on while the best one is at its end.
+    """The rates of a sweep, ascending; one more while a rate at an end is best by WORTH_ANOTHER.
 
     Args:
       first: The rates that are tried first, two or more.

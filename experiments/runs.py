@@ -18,7 +18,8 @@ from retnet_jax.config import Config
 from retnet_jax.config.as_json import flatten
 from retnet_jax.files import atomic, lock
 from retnet_jax.programs.host_memory import keep_freed_memory
-from retnet_jax.training.loop import HELD_OUT_LOSS, Evaluator, TrainResult, train
+from retnet_jax.runs.log import HELD_OUT_LOSS
+from retnet_jax.training.loop import Evaluator, TrainResult, train
 
 RESULTS = Path(__file__).parent / "results"
 WORKDIRS = Path("runs/experiments")

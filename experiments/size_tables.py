@@ -238,7 +238,7 @@ def _sweeps(records: Records) -> Table:
     table = Table(
         "Validation bits per byte by learning rate, in windows, one seed",
         ("", "size", *(f"{rate:g}" for rate in rates)),
-        note="The best rates of two sizes give those between them.",
+        note="The best rates of 0.1M and 2M give those between them. Hybrids have their own sweep.",
     )
     for (model, size), bits in swept.items():
         cells = [f"{bits[rate]:.4f}" if rate in bits else "" for rate in rates]

@@ -144,10 +144,7 @@ def test_crossings():
 
 def test_all_models_of_a_size_have_equal_parameters():
     for size in by_size.SIZES.values():
-        models = {
-            x: by_size.model_of(x, size)
-            for x in (*by_size.MODELS, *by_size.HYBRIDS, *by_size.RATE_OF)
-        }
+        models = {x: by_size.model_of(x, size) for x in ALL_MODELS}
         counts = [by_size.non_embedding(x) for x in models.values()]
         assert max(counts) < 1.005 * min(counts)
         for model in models.values():

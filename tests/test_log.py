@@ -131,16 +131,18 @@ def wandb(monkeypatch):
 def test_evaluators_with_values_of_one_name_have_curves_of_their_own(tmp_path, wandb):
     log = MetricsLog(tmp_path, 0, 5, wandb="some-project")
     log.write(2, {"loss": 2.0})
-    log.write_evaluation(2, "held-out loss", {"held_out_loss": 1.5})
-    log.write_evaluation(2, "recall", {"accuracy": 0.5, "loss": 3.0})
+    log.write_evaluation(2, "held-out loss", {"held_out_loss": 1.5, "held_out_loss/python": 1.25})
+    log.write_evaluation(2, "recall", {"accuracy": 0.5, "loss": 3.0, "held_out_loss": 4.0})
     log.write_evaluation(2, "copying 8", {"accuracy": 0.25})
     log.close()
     curves = [x for call in wandb.calls if call[0] == "log" for x in call[2].items()]
     assert curves == [
         ("loss", 2.0),
         ("held_out_loss", 1.5),
+        ("held_out_loss/python", 1.25),
         ("recall/accuracy", 0.5),
         ("recall/loss", 3.0),
+        ("recall/held_out_loss", 4.0),
         ("copying_8/accuracy", 0.25),
     ]
     (events,) = tmp_path.glob("events.*")

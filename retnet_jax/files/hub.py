@@ -65,7 +65,8 @@ def model_directory(model: AnyPath, revision: str | None = None) -> epath.Path:
     Raises:
       ConfigError: for a name or a revision that does not exist or needs a login, for a path with a
         revision, and if huggingface_hub is not installed.
-      CheckpointError: if the hub cannot be reached, or the repository has no weights to read.
+      CheckpointError: if the hub cannot be reached and the cache has no commit of the model, or if
+        the repository has no weights to read. A commit in the cache is used with a warning.
     """
     name = hub_name(model)
     if revision is not None and name is None:
@@ -212,10 +213,11 @@ def _downloaded(name: HubName, patterns: Sequence[str]) -> Path:
         raise ConfigError(
             f"{name} is downloaded with huggingface_hub: pip install 'retnet-jax[hub]'"
         ) from error
+    revision = _commit_to_use(name)
     try:
         directory = snapshot_download(
             name.repository,
-            revision=_commit_to_use(name),
+            revision=revision,
             allow_patterns=list(patterns),
             ignore_patterns=["*/*"],
         )
@@ -242,12 +244,12 @@ def _commit_to_use(name: HubName) -> str | None:
         newest = HfApi().model_info(name.repository, revision=revision).sha
     except errors.OfflineModeIsEnabled:
         return commit
-    except errors.RevisionNotFoundError:
-        raise
+    except errors.RevisionNotFoundError as error:
+        raise _explained(error, name) from error
     except Exception as error:  # of many types, also those of the client's HTTP library
         warnings.warn(
             f"{name} is read from the cache, at commit {commit}; there may be a newer one: "
-            f"{_explained(error, name)}",
+            f"{_explained(error, name._replace(revision=revision))}",
             stacklevel=2,
         )
         return commit

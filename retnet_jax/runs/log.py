@@ -14,6 +14,8 @@ from retnet_jax.errors import ConfigError, brief
 from retnet_jax.files import atomic
 from retnet_jax.runs.json_lines import JsonLines, records_in
 
+HELD_OUT_LOSS = "held-out loss"  # name of the evaluator that every run has
+
 
 class MetricsLog:
     """Appends to metrics.jsonl and the TensorBoard events, and shows progress on stderr.
@@ -120,10 +122,10 @@ class MetricsLog:
 def _curve(evaluator: str | None, name: str) -> str:
     """The name of a value in TensorBoard and Weights & Biases.
 
-    Values of an evaluator stand under its name, so that two evaluators can use the same name for
-    theirs; but not the held-out loss, which every run has.
+    A value of an evaluator has the evaluator's name before its own, so values of two evaluators are
+    never one curve. Those of the evaluator that every run has keep their names.
     """
-    if evaluator is not None and name != "held_out_loss":
+    if evaluator not in (None, HELD_OUT_LOSS):
         name = f"{evaluator}/{name}"
     return re.sub(r"[^-/\w.]", "_", name, flags=re.ASCII)  # TensorBoard allows no others
 

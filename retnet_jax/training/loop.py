@@ -28,7 +28,7 @@ from retnet_jax.parallel.mesh import make_mesh
 from retnet_jax.parallel.sharding import check_fit
 from retnet_jax.pretrained import with_initial_model
 from retnet_jax.runs.checkpoint import Checkpoints
-from retnet_jax.runs.log import MetricsLog, NoLog
+from retnet_jax.runs.log import HELD_OUT_LOSS, MetricsLog, NoLog
 from retnet_jax.runs.workdir import locked, record_start, recorded_config, restore_if_gone
 from retnet_jax.training.announce import announce
 from retnet_jax.training.clock import Clock, peak_flops
@@ -39,8 +39,6 @@ from retnet_jax.training.step import StepMetrics, TrainState, abstract_state, ma
 from retnet_jax.waiting import showing, showing_first_call
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
-
-HELD_OUT_LOSS = "held-out loss"  # name of the evaluator that every run has
 
 
 class Evaluator(NamedTuple):

@@ -114,7 +114,7 @@ def scores_of_chunks(
     chunks: Chunks,
     stages: int | None = None,
 ) -> Float[Array, "b h n l m"]:
-    """`decayed_scores`; `stages=None` is the one to use on this device; `tuned` chooses it."""
+    """`decayed_scores` with `stages`; None: the number that `tuned` has for this device."""
     if stages is None:
         stages = tuned.stages(tuned.Scores(q.shape[3], q.shape[1]))
     return decayed_scores(q, k, log_decay, chunks, stages, memory.interpreter())

@@ -63,7 +63,7 @@ def walk_segments(
       length: Chunks in a segment; the last segment of a row may have fewer.
       reverse: Whether segments are processed from the last chunk to the first.
       tiling: Division of the work.
-      interpret: `memory.interpreter()`; an argument, because jax.jit keeps what it has traced.
+      interpret: `memory.interpreter()`; static, so that jax.jit keeps a trace for each interpreter.
 
     Returns:
       y, None without q, and T after each segment, like `states`.
