@@ -11,6 +11,7 @@ from experiments import (
     ablations,
     inference_cost,
     long_context,
+    perplexity_by_size,
     prose,
     quickstart,
     recipe,
@@ -142,6 +143,8 @@ def test_the_page_of_results_has_the_tables_of_the_records():
     for experiment in (training_cost, inference_cost):
         name = experiment.__name__.rpartition(".")[2]
         assert experiment.tables("2cores", read_records(name, "2cores")) in page
+    by_size = read_records("perplexity_by_size", "2cores")
+    assert perplexity_by_size.tables("2cores", by_size) in page
     assert prose.tables("gpu", read_records("prose", "gpu")) in page
     assert ablations.tables(read_records("ablations", "2cores")) in page
     assert long_context.tables("2cores", read_records("long_context", "2cores")) in page
