@@ -213,6 +213,12 @@ def test_a_sweep_does_not_go_on_for_the_difference_of_two_seeds():
     assert rate_sweeps.best_rate(tuple(losses), losses.get) == 0.08
 
 
+def test_a_run_that_diverged_has_the_worst_loss():
+    names = [by_size.run_name("retnet", "0.1M", 0, rate) for rate in by_size.RATES]
+    records = {name: {"validation": x} for name, x in zip(names, (math.nan, 1.8, 1.9), strict=True)}
+    assert by_size.best_rate("retnet", "0.1M", records) == by_size.RATES[1]
+
+
 def test_the_run_of_the_best_rate_is_the_first_seed():
     first = [run.name for run in by_size.runs("2cores", {})]
     assert len(first) == 4 * 3

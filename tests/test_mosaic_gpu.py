@@ -189,7 +189,7 @@ def test_layers_share_their_kernels(monkeypatch):
     one, three = layers(1), layers(3)
     assert len(three) == 3 * len(one)
     assert {id(kernel) for kernel in three} == {id(kernel) for kernel in one}
-    assert 4 <= len({id(kernel) for kernel in one}) <= len(one)
+    assert len({id(kernel) for kernel in one}) >= 4
 
 
 OTHER_WIDTHS = [(64, 64), (64, 128), (128, 256), (256, 432), (256, 512)]
