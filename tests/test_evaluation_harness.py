@@ -118,3 +118,28 @@ def test_rolling_likelihoods_and_generation_in_the_harness(runs, tmp_path, lengt
     assert (
         "continuation '' after a context that ends in 'the end of a context' has no token" in said
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("pretrained=runs/nowhere", "retnet_jax: runs/nowhere/config.json does not exist"),
+        ("pretrained={run},max_length=2.5", "retnet_jax: max_length=2.5: expected an integer of"),
+        ("pretrained={run},max_gen_toks=0", "retnet_jax: max_gen_toks=0: expected an integer of"),
+    ],
+)
+@pytest.mark.slow
+def test_an_error_in_the_input_of_the_harness_has_no_traceback(runs, tmp_path, arguments, message):
+    pytest.importorskip("lm_eval", reason="pip install lm-eval==0.4.13")
+    local = tmp_path / "tasks"
+    subprocess.run(
+        [sys.executable, ROOT / "tools/lm_eval_tasks.py", f"--data={ROWS}", f"--output={local}"],
+        check=True,
+    )
+    command = [sys.executable, "-m", "retnet_jax.evaluation.harness", "run", "--model=retnet_jax"]
+    command += [f"--model_args={arguments.format(run=runs[0])}", "--tasks=copa_local"]
+    command += [f"--include_path={local}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(message)
+    assert "Traceback" not in done.stderr

@@ -8,6 +8,7 @@ This is the harness's own command, with the model registered. In Python, import 
 needs lm-eval (`pip install lm-eval`).
 """
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
-from retnet_jax.errors import ConfigError
+from retnet_jax.errors import CheckpointError, ConfigError
 from retnet_jax.evaluation.held_out_texts import encoded
 from retnet_jax.evaluation.perplexity import stateful_nll, window_nll
 from retnet_jax.evaluation.prefix_trie import PrefixTrie, Request
@@ -83,12 +84,11 @@ class RetNetLM(TemplateLM):
             )
         changes = {} if dtype in (None, "auto") else {"dtype": dtype}
         self.model, self.step = load_checkpoint(directory, first_device(), **changes)
-        self.batch_size = 32 if str(batch_size).startswith("auto") else int(batch_size)
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size} is less than 1")
-        self.max_length = None if max_length is None else int(max_length)
-        self.max_gen_toks = int(max_gen_toks)
-        self.seed = int(seed)
+        automatic = str(batch_size).startswith("auto")
+        self.batch_size = 32 if automatic else _integer("batch_size", batch_size, 1)
+        self.max_length = None if max_length is None else _integer("max_length", max_length, 1)
+        self.max_gen_toks = _integer("max_gen_toks", max_gen_toks, 1)
+        self.seed = _integer("seed", seed, 0)
 
     @property
     def eot_token_id(self) -> int:
@@ -234,6 +234,16 @@ class RetNetLM(TemplateLM):
         }
 
 
+def _integer(name: str, value: int | str, least: int) -> int:
+    try:
+        number = int(str(value))
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise ConfigError(f"{name}={value}: expected an integer of at least {least}")
+    return number
+
+
 def _sampler(options: dict) -> Sampler:
     temperature = options.get("temperature")
     if temperature is None:
@@ -244,7 +254,16 @@ def _sampler(options: dict) -> Sampler:
     return Sampler(temperature, top_k, None if top_p == 1 else top_p)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The harness's command. An error in the input prints its message and exits with status 2."""
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except (ConfigError, CheckpointError) as error:
+        print(f"retnet_jax: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
