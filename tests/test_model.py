@@ -342,14 +342,22 @@ def test_states_that_do_not_fit_are_named(name):
     model = make(name)
     ids = jnp.asarray(tokens(2, 3))
     call = inspect.unwrap(type(model).hidden)  # without the tests' check of annotations
-    other = {"retnet": "transformer", "transformer": "retnet"}[name]
+    other = make({"retnet": "transformer", "transformer": "retnet"}[name])
     with pytest.raises(ValueError, match=r"state has 3 rows for a batch of 2; `state.take`"):
         call(model, ids, jax.eval_shape(lambda: model.init_state(3, 8)))
     with pytest.raises(ValueError, match=r"state is a .*; this model's is a"):
-        call(model, ids, jax.eval_shape(lambda: make(other).init_state(2, 8)))
-    decoding = jax.eval_shape(lambda: for_decoding(make(name)).init_state(2, 8))
+        call(model, ids, jax.eval_shape(lambda: other.init_state(2, 8)))
+    decoding = jax.eval_shape(lambda: for_decoding(model).init_state(2, 8))
     with pytest.raises(ValueError, match="state is of a model for decoding"):
         call(model, ids, decoding)
+    deeper = make(name, n_layers=SMALL.n_layers + 1)
+    with pytest.raises(ValueError, match=r"state\.layers.* is \[3, 2, .*; this model's is \[2, 2,"):
+        call(model, ids, jax.eval_shape(lambda: deeper.init_state(2, 8)))
+    with pytest.raises(ValueError, match="state has 3 layers; this model has 2"):
+        for_decoding(model)(ids, for_decoding(deeper).init_state(2, 8))
+    one_head = make(name, n_heads=1)
+    with pytest.raises(ValueError, match=r"state\.layers\[0\].* is \[2, 1, .* is \[2, 2,"):
+        for_decoding(model)(ids, for_decoding(one_head).init_state(2, 8))
     with pytest.raises(ValueError, match=r"tokens are float32\[2, 3\]; they must be integers"):
         call(model, ids.astype(jnp.float32))
     with pytest.raises(ValueError, match=r"tokens are int32\[3\]"):

@@ -378,6 +378,30 @@ def check_state(model: LanguageModel, state: State, rows: int) -> None:
         found = leaf.shape[1 if stacked else 0]
         if found != rows:
             raise ValueError(f"state has layers of {found} rows for a batch of {rows}")
+    if leaves:
+        _check_shapes(model, state, rows)
+
+
+def _check_shapes(model: LanguageModel, state: State, rows: int) -> None:
+    """Raises `ValueError` if a state has other shapes than those of the model."""
+    slots = getattr(state, "visible", None)
+    capacity = 1 if slots is None else slots.shape[1]
+    expected = jax.eval_shape(lambda: model.init_state(rows, capacity))
+    if not model.stacked_state and len(state.layers) != len(expected.layers):
+        raise ValueError(
+            f"state has {len(state.layers)} layers; this model has {len(expected.layers)}"
+        )
+    wanted, found = (dict(jax.tree.leaves_with_path(x)) for x in (expected, state))
+    if wanted.keys() != found.keys():
+        if isinstance(state, HybridState):
+            raise ValueError("state is of a hybrid with other attention layers")
+        return  # with other convolutions, which `Mixer.prepare` names
+    for path, leaf in found.items():
+        if leaf.shape != wanted[path].shape:
+            raise ValueError(
+                f"state{jax.tree_util.keystr(path)} is {list(leaf.shape)}, of a model with other "
+                f"sizes; this model's is {list(wanted[path].shape)}"
+            )
 
 
 def _state_type(model: LanguageModel) -> type:
