@@ -39,7 +39,7 @@ from retnet_jax.config import Config
 from retnet_jax.configs.quickstart import GENERATED, get_config
 from retnet_jax.data import open_store
 from retnet_jax.data.split import hash_of_name
-from retnet_jax.evaluation.tables import Table
+from retnet_jax.evaluation.tables import Table, as_markdown
 from retnet_jax.training.loop import TrainResult
 
 BUDGETS = ("small", "2cores")
@@ -200,16 +200,37 @@ def of_paper(variation: str) -> float | None:
 def report(budget: str, records: Records) -> str:
     """Draws the figure; returns the tables as Markdown."""
     draw(budget, records)
-    return tables(records)
+    return as_markdown(tables(budget, records))
 
 
-def tables(records: Records) -> str:
-    """The bases, and the differences of each variation, as Markdown."""
-    found = [_bases(records)]
-    for of_base in BASES:
-        table = _differences(of_base, records)
-        found += [table] if table.rows else []
-    return "\n\n".join(table.markdown for table in found)
+def tables(budget: str, records: Records) -> list[Table]:
+    """The differences of each variation, seed by seed and with their errors, and the bases."""
+    differences = [_differences(of_base, records) for of_base in BASES]
+    return [_seed_by_seed(records), *differences, _bases(records)]
+
+
+def _seed_by_seed(records: Records) -> Table:
+    """The differences of all bases side by side, with that of each seed."""
+    table = Table(
+        "nats a token minus the base, in windows, and of each seed",
+        [
+            *("without a part", "the quickstart's", "the paper's, trained here"),
+            *("the quickstart's, half of all rates, one seed", "paper, 200M"),
+        ],
+    )
+    for variation in VARIATIONS:
+        found = [difference(records, of_base, variation, "window") for of_base in BASES]
+        if variation != "base" and any(found):
+            paper = of_paper(variation)
+            cells = [_with_seeds(x) if x else "" for x in found]
+            table.add(LABELS[variation], *cells, f"{paper:+.3f}" if paper is not None else "")
+    return table
+
+
+def _with_seeds(found: Estimate) -> str:
+    if len(found.each) == 1:
+        return f"{found.mean:+.3f}"
+    return f"{found.mean:+.3f} ({', '.join(f'{x:+.2f}' for x in found.each)})"
 
 
 def _bases(records: Records) -> Table:

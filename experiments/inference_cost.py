@@ -39,7 +39,7 @@ from experiments.compiled_costs import decoding_bytes
 from experiments.cost_models import ARCHITECTURES, decoding_config, state_dtype
 from experiments.processes import compilers, in_own_process
 from experiments.runs import Measurement, Records, main
-from retnet_jax.evaluation.tables import Table
+from retnet_jax.evaluation.tables import Table, as_markdown
 from retnet_jax.model import LanguageModel
 
 BUDGETS = ("small", "2cores")
@@ -204,17 +204,17 @@ def h200_decoding() -> list[dict[str, Any]]:
 def report(budget: str, records: Records) -> str:
     """The tables as Markdown; draws the figure."""
     inference_cost_figure.draw(budget, list(cells_of(records)), h200_decoding())
-    return tables(budget, records)
+    return as_markdown(tables(budget, records))
 
 
-def tables(budget: str, records: Records) -> str:
-    """The tables as Markdown."""
+def tables(budget: str, records: Records) -> list[Table]:
+    """Time and memory by size, and the ratios of the models beside the paper's."""
     cells = list(cells_of(records))
     sizes = dict.fromkeys((cell.place, cell.size) for cell in cells)
     found = [_table([x for x in cells if (x.place, x.size) == each]) for each in sizes]
     if budget != "small":
         found += [_paper_table(cells), _h200_table()]
-    return "\n\n".join(table.markdown for table in found)
+    return found
 
 
 def _table(cells: Sequence[Cell]) -> Table:

@@ -45,6 +45,7 @@ from retnet_jax.data import open_store
 from retnet_jax.data.token_store import TokenStore
 from retnet_jax.evaluation.perplexity import last_tokens_nll, stateful_nll, window_nll
 from retnet_jax.evaluation.results import LAST_TOKENS
+from retnet_jax.evaluation.tables import as_markdown
 from retnet_jax.model import LanguageModel
 from retnet_jax.training.loop import TrainResult
 
@@ -152,7 +153,7 @@ def report(budget: str, records: Records) -> str:
     """Draws the figures; returns the tables as Markdown."""
     draw_contexts(budget, records)
     draw_positions(budget, records)
-    return tables(budget, records)
+    return as_markdown(tables(budget, records))
 
 
 if __name__ == "__main__":

@@ -33,9 +33,9 @@ REFERENCE_CONTEXT = 512  # the paper's shortest
 _ERRORS = " (\u00b1 over documents, \u00b1 over seeds)"
 
 
-def tables(budget: str, records: Records) -> str:
-    """Losses by context and position, and the differences that matter, as Markdown."""
-    found = [
+def tables(budget: str, records: Records) -> list[Table]:
+    """Losses by context and position, and the differences that matter."""
+    return [
         _levels(budget, records),
         _changes(budget, records),
         _pairs(budget, records),
@@ -43,7 +43,6 @@ def tables(budget: str, records: Records) -> str:
         _positions("stateful", "loss by position, state carried from the beginning", records),
         _positions("gain", "what the carried state saves: windows minus state carried", records),
     ]
-    return "\n\n".join(table.markdown for table in found)
 
 
 def _made(records: Records) -> list[str]:

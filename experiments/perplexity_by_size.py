@@ -42,6 +42,7 @@ from experiments.use_of_context import measure, while_training
 from retnet_jax.config import Config, DataConfig, ModelConfig
 from retnet_jax.config.attention import AttentionLayers
 from retnet_jax.configs.quickstart import get_config
+from retnet_jax.evaluation.tables import Table, as_markdown
 
 BUDGETS = ("small", "2cores")
 STEPS, LENGTH, ROWS = 1000, 256, 8  # 2.05M tokens
@@ -266,11 +267,11 @@ def report(budget: str, records: Records) -> str:
     final = records if budget == "small" else chosen(records)
     if final:
         size_figures.draw(budget, final)
-    return tables(budget, records)
+    return as_markdown(tables(budget, records))
 
 
-def tables(budget: str, records: Records) -> str:
-    """The tables as Markdown."""
+def tables(budget: str, records: Records) -> list[Table]:
+    """The losses and differences, their lines over size, and where the differences lie."""
     final = records if budget == "small" else chosen(records)
     return size_tables.tables(final, records)
 

@@ -52,7 +52,7 @@ from experiments.size_tables import BETWEEN, LABELS, pair_label
 from retnet_jax.config import Config, DataConfig
 from retnet_jax.data import open_store
 from retnet_jax.data.split import hash_of_name
-from retnet_jax.evaluation.tables import Table
+from retnet_jax.evaluation.tables import Table, as_markdown
 from retnet_jax.training.loop import TrainResult
 
 BUDGETS = ("small", "gpu", "2cores")
@@ -196,13 +196,12 @@ def _bits(held_out: dict[str, Any], way: str) -> list[float]:
 
 def report(budget: str, records: Records) -> str:
     """The tables; there is no figure."""
-    return tables(budget, records)
+    return as_markdown(tables(budget, records))
 
 
-def tables(budget: str, records: Records) -> str:
-    """The differences, and the losses of all runs, as Markdown."""
-    found = [_differences(budget, chosen(budget, records)), _losses(records)]
-    return "\n\n".join(table.markdown for table in found if table.rows)
+def tables(budget: str, records: Records) -> list[Table]:
+    """The differences, and the losses of all runs."""
+    return [_differences(budget, chosen(budget, records)), _losses(records)]
 
 
 def _differences(budget: str, final: Records) -> Table:
@@ -222,7 +221,11 @@ def _losses(records: Records) -> Table:
         "held-out bits per byte of prose",
         ("model", "size", "seed", "rate", "in windows", "state carried", "validation", "skipped"),
     )
-    for record in records.values():
+    sorted_records = sorted(
+        records.values(),
+        key=lambda x: (list(LABELS).index(x["model"]), x["non_embedding"], x["rate"], x["seed"]),
+    )
+    for record in sorted_records:
         found, validation = record["held_out"], record["validation"]
         carried = found["stateful"]["bits_per_byte"] if "stateful" in found else math.nan
         table.add(

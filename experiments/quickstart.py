@@ -19,7 +19,7 @@ from retnet_jax.configs.quickstart import get_config
 from retnet_jax.data import open_store
 from retnet_jax.evaluation.compressors import compressed_bits_per_byte
 from retnet_jax.evaluation.statistics import ratio_standard_error
-from retnet_jax.evaluation.tables import Table, plus_minus
+from retnet_jax.evaluation.tables import Table, as_markdown, plus_minus
 from retnet_jax.training.loop import TrainResult
 
 BUDGETS = ("small", "2cores")
@@ -65,7 +65,12 @@ def _measure(config: Config, budget: str):
 
 
 def report(budget: str, records: Records) -> str:
-    """Bits per byte of each run, and the differences of the two models, as Markdown."""
+    """The tables as Markdown; there is no figure."""
+    return as_markdown(tables(budget, records))
+
+
+def tables(budget: str, records: Records) -> list[Table]:
+    """Bits per byte of each run, and the differences of the two models."""
     found = Table(
         "bits per byte",
         ("run", "window", "stateful", "std. error", "xz -9", "of xz", "window, apart", "skipped"),
@@ -84,7 +89,7 @@ def report(budget: str, records: Records) -> str:
             f"{record['apart']['window']['bits_per_byte']:.4f}",
             str(record["skipped_steps"]),
         )
-    return f"{found.markdown}\n\n{_differences(records).markdown}"
+    return [found, _differences(records)]
 
 
 def _differences(records: Records) -> Table:

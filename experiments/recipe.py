@@ -29,7 +29,7 @@ from retnet_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, 
 from retnet_jax.configs.quickstart import GENERATED
 from retnet_jax.data import open_store
 from retnet_jax.data.split import hash_of_name
-from retnet_jax.evaluation.tables import Table
+from retnet_jax.evaluation.tables import Table, as_markdown
 from retnet_jax.training.loop import TrainResult
 
 BUDGETS = ("small", "2cores")
@@ -255,15 +255,20 @@ def _measure(config: Config, budget: str):
 
 
 def report(budget: str, records: Records) -> str:
-    """The runs of each model, the best first, as Markdown."""
-    tables = []
+    """The tables as Markdown; there is no figure."""
+    return as_markdown(tables(budget, records))
+
+
+def tables(budget: str, records: Records) -> list[Table]:
+    """The runs of each model, the best first."""
+    found = []
     for architecture in SEARCH:
-        found = [x for x in records.values() if x["architecture"] == architecture]
+        of_model = [x for x in records.values() if x["architecture"] == architecture]
         table = Table(architecture, COLUMNS)
-        for record in sorted(found, key=lambda x: best_bits_per_byte(x["validation"])):
+        for record in sorted(of_model, key=lambda x: best_bits_per_byte(x["validation"])):
             table.add(*_cells(record))
-        tables.append(table)
-    return "\n\n".join(table.markdown for table in tables)
+        found.append(table)
+    return found
 
 
 COLUMNS = ("run", "bits/byte", "window", "tokens", "parameters", "skipped", "changed")

@@ -2,12 +2,13 @@
 
 import contextlib
 import dataclasses
+import difflib
 import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,8 @@ from typing import Any
 from benchmarks.measure import provenance
 from retnet_jax.config import Config
 from retnet_jax.config.as_json import flatten
+from retnet_jax.errors import ConfigError
+from retnet_jax.evaluation.tables import Table
 from retnet_jax.files import atomic, lock
 from retnet_jax.programs.host_memory import keep_freed_memory
 from retnet_jax.runs.log import HELD_OUT_LOSS
@@ -91,8 +94,13 @@ def make_missing(
 
     Returns:
       The records of all runs that are done. A run that another process is making is left to it.
+
+    Raises:
+      ConfigError: if there is no run of the name `only`.
     """
     busy: set[str] = set()
+    if only is not None:
+        _named(only, runs(budget, read_records(experiment, budget)))
     while True:
         records = read_records(experiment, budget)
         missing = [
@@ -107,6 +115,61 @@ def make_missing(
             _make(experiment, budget, missing[0], workdir)
         except lock.HeldError:
             busy.add(missing[0].name)
+
+
+def make_again(
+    experiment: str,
+    budget: str,
+    runs: Callable[[str, Records], Sequence[Run | Measurement]],
+    only: str,
+) -> Table:
+    """Makes a run that has a record again; returns the numbers of both. The record stays.
+
+    Args:
+      experiment: Name of the experiment.
+      budget: Name of the budget.
+      runs: As for `make_missing`.
+      only: Name of the run.
+
+    Raises:
+      ConfigError: if there is no such run, or no record of it.
+    """
+    records = read_records(experiment, budget)
+    run = _named(only, runs(budget, records))
+    if only not in records:
+        raise ConfigError(f"{only} has no record to compare with: leave --again out to make it")
+    workdir = WORKDIRS / f"{experiment}_{budget}" / f"{only}.again"
+    found = _measured(run) if isinstance(run, Measurement) else _trained(run, workdir)
+    shutil.rmtree(workdir, ignore_errors=True)
+    table = Table(f"{only}, again", ("number", "recorded", "again", "difference"))
+    before, now = (dict(_numbers(x)) for x in (records[only], found))
+    for name in before.keys() & now.keys():
+        difference = now[name] - before[name]
+        table.add(name, *(f"{x:.6g}" for x in (before[name], now[name], difference)))
+    table.rows.sort()
+    return table
+
+
+def _named(only: str, runs: Sequence[Run | Measurement]) -> Run | Measurement:
+    """The run of a name.
+
+    Raises:
+      ConfigError: if there is none.
+    """
+    by_name = {run.name: run for run in runs}
+    if only not in by_name:
+        near = difflib.get_close_matches(only, by_name, n=3) or list(by_name)[:3]
+        raise ConfigError(f"--only={only}: no run has this name; such as {', '.join(near)}")
+    return by_name[only]
+
+
+def _numbers(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a record by name, without those of single documents."""
+    for name, value in record.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{prefix}{name}", value
 
 
 def _make(experiment: str, budget: str, run: Run | Measurement, workdir: Path) -> None:
@@ -188,14 +251,25 @@ def main(module: ModuleType) -> None:
     flags.DEFINE_enum("budget", module.BUDGETS[-1], module.BUDGETS, "Which runs to make")
     flags.DEFINE_string("only", None, "Name of the only run to make")
     flags.DEFINE_bool("plot_only", False, "Make no runs: only draw figures and tables again")
+    flags.DEFINE_bool(
+        "again", False, "Make the run of --only again, and compare it with its record"
+    )
 
     def run(_) -> None:
         keep_freed_memory()
         given = flags.FLAGS
-        if given.plot_only:
-            records = read_records(name, given.budget)
-        else:
-            records = make_missing(name, given.budget, module.runs, given.only)
+        if given.again and given.only is None:
+            raise app.UsageError("--again needs --only=NAME, the run to make again")
+        try:
+            if given.again:
+                print(make_again(name, given.budget, module.runs, given.only))
+                return
+            if given.plot_only:
+                records = read_records(name, given.budget)
+            else:
+                records = make_missing(name, given.budget, module.runs, given.only)
+        except ConfigError as error:
+            sys.exit(f"experiments.{name}: {error}")
         if records:
             print(module.report(given.budget, records))
 

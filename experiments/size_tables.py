@@ -41,18 +41,20 @@ EXTRA_PAIRS = (
     ("retnet_conv_windows", "retnet_conv"),
     ("transformer_conv_windows", "transformer_conv"),
 )
+LONGEST = 32_768  # positions and distances; few documents are longer
 # As in `use_of_context.nll_by_protocol`.
 PROTOCOLS = ("window", "longer")
 
 
-def tables(final: Records, records: Records) -> str:
-    """All tables; the ones that nothing is known for yet are left out.
+def tables(final: Records, records: Records) -> list[Table]:
+    """All tables.
 
     Args:
       final: The records of the chosen learning rates.
       records: All records, with those of the sweeps.
     """
-    found = [
+    return [
+        _summary(final),
         _differences(final),
         _sizes(final),
         _lines(final),
@@ -63,7 +65,6 @@ def tables(final: Records, records: Records) -> str:
         *_recall(final),
         _time(records),
     ]
-    return "\n\n".join(table.markdown for table in found if table.rows)
 
 
 def of_runs(records: Records, model: str, size: str) -> list[dict[str, Any]]:
@@ -119,6 +120,37 @@ def pairs_and_sizes(records: Records) -> Iterator[tuple[str, str, list[str]]]:
         sizes = sizes_of(records, one, other)
         if sizes:
             yield one, other, sizes
+
+
+def _summary(final: Records) -> Table:
+    """The differences that the page of results shows, a column for each size."""
+    sizes = sizes_of(final)
+    table = Table(
+        "RetNet minus Transformer by size, bits per byte",
+        ("positive: the RetNet is worse", "read in", *sizes),
+        note="± one standard error, over documents and, where a size has several, seeds. In "
+        "brackets: the part of it in tokens whose pair with the token before them occurs in the "
+        "window.",
+    )
+    for one, other, common in pairs_and_sizes(final):
+        if not other.startswith("transformer") or one.startswith("transformer"):
+            continue
+        for protocol, label in zip(PROTOCOLS, ("windows", "longer contexts"), strict=True):
+            found = difference(*(losses_of(final, x, common, protocol) for x in (one, other)))
+            cells = {}
+            for i, size in enumerate(common):
+                error = math.hypot(found.document_errors[i], _or_zero(found.seed_errors[i]))
+                cells[size] = f"{found.mean[i]:+.3f} {plus_minus(error, 3)}"
+                if protocol == "window":
+                    parts = gap_parts(final, one, other, size)
+                    repeated = parts["common pair"][0] + parts["rare pair"][0]
+                    cells[size] += f" ({repeated:+.3f})"
+            table.add(pair_label(one, other), label, *(cells.get(size, "") for size in sizes))
+    return table
+
+
+def _or_zero(error: float) -> float:
+    return 0.0 if math.isnan(error) else error
 
 
 def _differences(final: Records) -> Table:
@@ -191,8 +223,9 @@ def _lines(final: Records) -> Table:
             *("largest residual", "0 at", "95% from", "to"),
         ),
         note="For RetNet minus Transformer: the parameters at which the line is 0, above the "
-        "smallest size, and the interval of draws; ∞: nowhere. What lies outside the sizes that "
-        "were run is an extrapolation of a straight line.",
+        "smallest size, and the interval of draws; ∞: nowhere; -: a value lies farther from the "
+        "line than twice its error, or there is one seed. What lies outside the sizes that were "
+        "run is an extrapolation of a straight line.",
     )
     rng = np.random.default_rng(0)
     for model in LABELS:
@@ -204,9 +237,11 @@ def _lines(final: Records) -> Table:
         if len(sizes) > 2:
             each = [losses_of(final, x, sizes, "longer") for x in (one, other)]
             found = line_of_difference(*each, rng)
-            where = [_millions(x) for x in crossings(found, min(each[0].parameters))]
-            if (one, other) not in BETWEEN:
-                where = []
+            where = []
+            if (one, other) in BETWEEN:
+                fits = found.residual <= 2 * difference(*each).errors.max()  # not if one is NaN
+                places = crossings(found, min(each[0].parameters)) if fits else [math.nan] * 3
+                where = [_millions(x) for x in places]
             table.add(pair_label(one, other), *_line_cells(found), *where)
     return table
 
@@ -222,6 +257,8 @@ def _line_cells(found) -> list[str]:
 
 
 def _millions(parameters: float) -> str:
+    if math.isnan(parameters):
+        return "-"
     if parameters > 1e12:
         return "∞" if math.isinf(parameters) else "> 10^12"
     return f"{parameters / 1e6:,.2g}M" if parameters < 1e8 else f"{parameters / 1e6:,.0f}M"
@@ -260,15 +297,22 @@ def _class_gaps(final: Records) -> Table:
     )
     for one, other, sizes in pairs_and_sizes(final):
         for size in sizes:
-            byte_counts = np.array(of_runs(final, one, size)[0]["held_out"]["bytes"])
-            cells, total = [], 0.0
-            for name in CLASSES:
-                bits = class_bits(final, one, size, name) - class_bits(final, other, size, name)
-                part = bits.sum() / byte_counts.sum()
-                total += part
-                cells.append(f"{part:+.4f} {plus_minus(ratio_standard_error(bits, byte_counts))}")
+            parts = gap_parts(final, one, other, size)
+            cells = [f"{part:+.4f} {plus_minus(error)}" for part, error in parts.values()]
+            total = sum(part for part, _ in parts.values())
             table.add(pair_label(one, other), size, *cells, f"{total:+.4f}")
     return table
+
+
+def gap_parts(final: Records, one: str, other: str, size: str) -> dict[str, tuple[float, float]]:
+    """The part of each class of tokens in a difference, and its error over documents."""
+    byte_counts = np.array(of_runs(final, one, size)[0]["held_out"]["bytes"])
+    parts = {}
+    for name in CLASSES:
+        bits = class_bits(final, one, size, name) - class_bits(final, other, size, name)
+        error = ratio_standard_error(bits, byte_counts)
+        parts[name] = float(bits.sum() / byte_counts.sum()), error
+    return parts
 
 
 def _classes(final: Records) -> Table:
@@ -319,10 +363,15 @@ def _buckets(final: Records) -> Iterator[Table]:
 def bucket_means(
     records: Records, model: str, size: str, part: str
 ) -> dict[tuple[int, int], tuple[float, float]]:
-    """Bits per token of each bucket: the mean over seeds, and the error over documents of one."""
+    """Bits per token of each bucket: the mean over seeds, and the error over documents of one.
+
+    Buckets beyond LONGEST are left out: three documents have an error, but not a known one.
+    """
     runs = of_runs(records, model, size)
     found = {}
     for number, bucket in enumerate(runs[0][part]):
+        if bucket["last"] > LONGEST:
+            continue
         mean = float(np.mean([x[part][number]["bits_per_token"] for x in runs]))
         found[bucket["first"], bucket["last"]] = mean, bucket["standard_error"]
     return found
@@ -357,11 +406,19 @@ def _recall(final: Records) -> Iterator[Table]:
         table = Table(
             f"Synthetic probe: {probe}, % correct by distance in tokens ({chance})",
             ("", "size", *map(str, distances)),
+            note="64 trials of each seed. Models without a row: 0 in all, so below 5 % (95 %)."
+            if probe == "copying"
+            else "64 trials of each seed.",
         )
         for model in LABELS:
             for size in sizes_of(final, model):
                 found = recall_means(final, model, size, probe)
-                cells = [f"{100 * a:.0f} {plus_minus(100 * e, 0)}" for a, e in found.values()]
+                if not any(accuracy for accuracy, _ in found.values()):
+                    continue
+                cells = [
+                    f"{100 * a:.0f} {plus_minus(100 * e, 0)}" if a else "0"
+                    for a, e in found.values()
+                ]
                 table.add(LABELS[model], size, *cells)
         yield table
 

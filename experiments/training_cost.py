@@ -38,7 +38,7 @@ from experiments.processes import compilers, in_own_process
 from experiments.runs import Measurement, Records, main
 from retnet_jax.config import Config
 from retnet_jax.configs.quickstart import get_config
-from retnet_jax.evaluation.tables import Table
+from retnet_jax.evaluation.tables import Table, as_markdown
 
 BUDGETS = ("small", "2cores")
 ARCHITECTURES = ("retnet", "transformer")
@@ -164,15 +164,15 @@ def peak_of_steps(architecture: str, length: int, tokens: int) -> int:
 def report(budget: str, records: Records) -> str:
     """The tables as Markdown; draws the figure."""
     training_cost_figure.draw(budget, _compiled_records(records), _measured_records(records), PAPER)
-    return tables(budget, records)
+    return as_markdown(tables(budget, records))
 
 
-def tables(budget: str, records: Records) -> str:
-    """The tables as Markdown."""
+def tables(budget: str, records: Records) -> list[Table]:
+    """Memory by the compilers, and speed and memory as measured."""
     found = [_memory_table(_compiled_records(records)), _step_table(_measured_records(records))]
     if budget != "small":
         found.append(_h200_table())
-    return "\n\n".join(table.markdown for table in found)
+    return found
 
 
 def _compiled_records(records: Records) -> list[dict[str, Any]]:

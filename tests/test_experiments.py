@@ -7,24 +7,14 @@ import pytest
 from flax import nnx
 from training_runs import STEPS, small_config
 
-from experiments import (
-    ablations,
-    inference_cost,
-    long_context,
-    perplexity_by_size,
-    prose,
-    quickstart,
-    recipe,
-    runs,
-    training_cost,
-)
+from experiments import recipe, results_page, runs
 from experiments.held_out import (
     best_bits_per_byte,
     chosen_documents,
     document_bits,
     does_not_match,
 )
-from experiments.runs import Measurement, Run, make_missing, read_records
+from experiments.runs import Measurement, Run, make_again, make_missing, read_records
 from retnet_jax import RetNet, Transformer
 from retnet_jax.config import AttentionLayers
 from retnet_jax.data.stores import open_or_build
@@ -136,15 +126,39 @@ def test_the_better_protocol_counts():
 
 
 def test_the_page_of_results_has_the_tables_of_the_records():
-    page = pages.read("docs/results.md")
-    for experiment in (recipe, quickstart):
-        name = experiment.__name__.rpartition(".")[2]
-        assert experiment.report("2cores", read_records(name, "2cores")) in page
-    for experiment in (training_cost, inference_cost):
-        name = experiment.__name__.rpartition(".")[2]
-        assert experiment.tables("2cores", read_records(name, "2cores")) in page
-    by_size = read_records("perplexity_by_size", "2cores")
-    assert perplexity_by_size.tables("2cores", by_size) in page
-    assert prose.tables("gpu", read_records("prose", "gpu")) in page
-    assert ablations.tables(read_records("ablations", "2cores")) in page
-    assert long_context.tables("2cores", read_records("long_context", "2cores")) in page
+    for name in results_page.PAGES:
+        page = pages.read(name)
+        assert results_page.filled(page) == page, f"{name}: python -m experiments.results_page"
+
+
+def test_a_table_of_a_page_is_named_by_the_beginning_of_its_title():
+    begin = "before\n<!-- tables quickstart 2cores: RetNet minus -->\n"
+    page = begin + "|\n<!-- end of tables -->\nafter\n"
+    filled = results_page.filled(page)
+    assert filled.startswith(begin + "**RetNet minus Transformer, bits per byte**\n")
+    assert filled.endswith("|\n<!-- end of tables -->\nafter\n")
+    assert results_page.filled(filled) == filled
+    with pytest.raises(ValueError, match="0 tables have a title that begins with 'no such'"):
+        results_page.filled(page.replace("RetNet minus", "no such"))
+
+
+def test_a_run_is_made_again_beside_its_record(places):
+    numbers = iter((1.0, 1.5))
+
+    def measure():
+        return {"found": {"loss": next(numbers), "each": [1, 2]}}
+
+    def all_runs(budget, records):
+        return [Measurement(name, {}, measure) for name in ("first", "second")]
+
+    records = make_missing("some", "small", all_runs, "first")
+    table = make_again("some", "small", all_runs, "first")
+    assert [row for row in table.rows if row[0] == "found.loss"] == [
+        ("found.loss", "1", "1.5", "0.5")
+    ]
+    assert read_records("some", "small") == records
+    with pytest.raises(ConfigError, match="second has no record to compare with"):
+        make_again("some", "small", all_runs, "second")
+    for make in (make_again, make_missing):
+        with pytest.raises(ConfigError, match="--only=frist: no run has this name; such as first"):
+            make("some", "small", all_runs, "frist")

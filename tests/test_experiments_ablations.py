@@ -6,6 +6,7 @@ import pytest
 
 from experiments import ablations, figures
 from retnet_jax.config.as_json import flatten
+from retnet_jax.evaluation.tables import as_markdown
 
 BITS = {"base": [10.0, 20.0], "no_gate": [11.0, 22.0], "gamma_1": [30.0, 60.0]}
 
@@ -68,7 +69,7 @@ def test_a_difference_is_of_the_same_seed_in_nats_per_token():
     assert (found.of_documents, found.of_seeds) == (pytest.approx(0), pytest.approx(0))
     assert ablations.difference(records, "quickstart", "gamma_1", "window") is None
     assert ablations.difference(records, "paper", "no_gate", "window") is None
-    table = ablations.tables(records)
+    table = as_markdown(ablations.tables("2cores", records))
     # A token has 4 bytes, so a fifth of a bit per token is a twentieth of a bit per byte.
     assert "| no swish gate | 1,000,000 | 0 | +0.0500 | +0.1386 ± 0.0000 ± 0.0000 |" in table
     assert f"{math.log(27.84 / 26.05):+.4f}" in table

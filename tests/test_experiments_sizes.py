@@ -17,6 +17,7 @@ from experiments.size_tables import tables
 from experiments.token_classes import CLASSES, COMMON, NEW, RARE, SEEN, context_starts, repeats
 from experiments.use_of_context import has_fixed_state, loss_by_class, loss_by_distance
 from retnet_jax.data.stores import open_or_build
+from retnet_jax.evaluation.tables import as_markdown
 
 DOCUMENT = np.array([0, 5, 6, 7, 5, 6, 6, 5, 6])  # d_0 is BOS
 NONE = np.zeros(0, np.int64)
@@ -250,10 +251,30 @@ def test_tables_of_invented_records():
         for seed in range(2)
         for bits in [200 + worse - better]
     ]
-    text = tables({x["name"]: x for x in records}, {})
+    text = as_markdown(tables({x["name"]: x for x in records}, {}))
     # 20 bits of 100 bytes: the same at every size, and in equal parts in each class.
     row = "| RetNet minus Transformer | 10M | +0.2000 | ± 0.0000 | ± 0.0035 |"
     assert row in text
     assert "| RetNet minus Transformer | 1M | " + "+0.0500 ± 0.0000 | " * 4 + "+0.2000 |" in text
     assert "| RetNet | +2.1025 |" in text
     assert "| -0.1000 |" in text
+    # In brackets, the half of it that is in the two classes of repeated pairs.
+    cells = " | ".join(["+0.200 ± 0.004 (+0.100)"] * 3)
+    assert f"| RetNet minus Transformer | windows | {cells} |" in text
+
+
+def test_a_crossing_is_given_only_of_a_line_that_fits():
+    bits = {"retnet": {1e5: 300, 1e6: 260, 1e7: 220}, "transformer": {1e5: 200, 1e6: 200, 1e7: 200}}
+    for bent, expected in ((0, "32M"), (100, "-")):
+        bits["retnet"][1e6] = 260 + bent
+        records = [
+            invented_record(model, f"{size:g}", size, seed, [b + seed, 3 * b + seed])
+            for model, by_size in bits.items()
+            for size, b in by_size.items()
+            for seed in range(2)
+        ]
+        (lines,) = (
+            x for x in tables({x["name"]: x for x in records}, {}) if x.title.startswith("Lines")
+        )
+        (row,) = (row for row in lines.rows if row[0] == "RetNet minus Transformer")
+        assert row[6] == expected

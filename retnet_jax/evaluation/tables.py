@@ -1,7 +1,7 @@
 """Results as tables, for the terminal and in Markdown."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -83,6 +83,11 @@ class Table:
         parts = [f"**{self.title}**\n"] if self.title else []
         parts += [line(self.columns), ruler, *map(line, self.rows)]
         return "\n".join([*parts, *([f"\n{self.note}"] if self.note else [])])
+
+
+def as_markdown(tables: Iterable[Table]) -> str:
+    """The tables that have rows, in Markdown."""
+    return "\n\n".join(table.markdown for table in tables if table.rows)
 
 
 def _perplexity(names: Sequence[str], results: Sequence[Results], plan: Plan) -> Table:
