@@ -51,7 +51,7 @@ _WORDS1024 = {
     "data.store": "data/stdlib_bpe1024_search",
 }
 _RELU = _CONV | _SEQ128 | _EPSILON | {"model.feature_map": "relu", "model.key_dim": 256}
-_COPYING = _QKZ | _CONV | _SEQ512  # the best Transformer of the first sixteen
+_RECALLING = _QKZ | _CONV | _SEQ512  # the best Transformer of the first sixteen
 _NO_ROTATION = {"model.rotation": "none"}
 
 
@@ -151,31 +151,35 @@ SEARCH: dict[str, dict[str, dict[str, Any]]] = {
         "conv_zero": _CONV | {"model.init": "zero_outputs"},
         "conv_h1": _QKZ | _CONV | {"model.n_heads": 1},
         "conv_v1024": _QKZ | _CONV | _WORDS1024,
-        "seq512_lr2": _COPYING | _rate(0.02),
-        "seq512_lr3": _COPYING | _rate(0.03),
-        "seq512_lr4": _COPYING | _rate(0.04),
-        "seq512_lr6": _COPYING | _rate(0.06),
-        "nope": _COPYING | _NO_ROTATION,
-        "nope_lr2": _COPYING | _NO_ROTATION | _rate(0.02),
-        "nope_lr4": _COPYING | _NO_ROTATION | _rate(0.04),
-        "seq512_h1": _COPYING | {"model.n_heads": 1},
-        "seq512_h1_lr3": _COPYING | {"model.n_heads": 1} | _rate(0.03),
-        "seq512_h1_lr2": _COPYING | {"model.n_heads": 1} | _rate(0.02),
-        "seq512_decay8_lr3": _COPYING | _rate(0.03) | {"optimizer.decay_share": 0.8},
-        "nope_h1_lr2": _COPYING | _NO_ROTATION | {"model.n_heads": 1} | _rate(0.02),
-        "nope_seq1024_lr2": _COPYING | _NO_ROTATION | _SEQ1024 | _rate(0.02),
-        "seq512_mulr6": _COPYING | _muon_rate(0.06),
-        "seq1024": _COPYING | _SEQ1024,
-        "seq1024_lr2": _COPYING | _SEQ1024 | _rate(0.02),
-        "seq1024_lr4": _COPYING | _SEQ1024 | _rate(0.04),
-        "seq512_mulr6_lr2": _COPYING | _muon_rate(0.06) | _rate(0.02),
-        "seq512_mulr2_lr2": _COPYING | _muon_rate(0.02) | _rate(0.02),
-        "seq512_k256": _COPYING | {"model.key_dim": 256, "model.value_dim": 256},
-        "seq512_k256_lr2": _COPYING | {"model.key_dim": 256, "model.value_dim": 256} | _rate(0.02),
-        "seq512_qk_lr2": _COPYING | {"model.init": "scaled"} | _rate(0.02),
-        "seq512_rms_lr2": _COPYING | {"model.norm": "rms"} | _rate(0.02),
-        "seq512_batch2_lr2": _COPYING | {"train.steps": 1200, "train.batch_size": 2} | _rate(0.02),
-        "seq512_ffn768_lr2": _COPYING | {"model.ffn_dim": 768} | _rate(0.02),
+        "seq512_lr2": _RECALLING | _rate(0.02),
+        "seq512_lr3": _RECALLING | _rate(0.03),
+        "seq512_lr4": _RECALLING | _rate(0.04),
+        "seq512_lr6": _RECALLING | _rate(0.06),
+        "nope": _RECALLING | _NO_ROTATION,
+        "nope_lr2": _RECALLING | _NO_ROTATION | _rate(0.02),
+        "nope_lr4": _RECALLING | _NO_ROTATION | _rate(0.04),
+        "seq512_h1": _RECALLING | {"model.n_heads": 1},
+        "seq512_h1_lr3": _RECALLING | {"model.n_heads": 1} | _rate(0.03),
+        "seq512_h1_lr2": _RECALLING | {"model.n_heads": 1} | _rate(0.02),
+        "seq512_decay8_lr3": _RECALLING | _rate(0.03) | {"optimizer.decay_share": 0.8},
+        "nope_h1_lr2": _RECALLING | _NO_ROTATION | {"model.n_heads": 1} | _rate(0.02),
+        "nope_seq1024_lr2": _RECALLING | _NO_ROTATION | _SEQ1024 | _rate(0.02),
+        "seq512_mulr6": _RECALLING | _muon_rate(0.06),
+        "seq1024": _RECALLING | _SEQ1024,
+        "seq1024_lr2": _RECALLING | _SEQ1024 | _rate(0.02),
+        "seq1024_lr4": _RECALLING | _SEQ1024 | _rate(0.04),
+        "seq512_mulr6_lr2": _RECALLING | _muon_rate(0.06) | _rate(0.02),
+        "seq512_mulr2_lr2": _RECALLING | _muon_rate(0.02) | _rate(0.02),
+        "seq512_k256": _RECALLING | {"model.key_dim": 256, "model.value_dim": 256},
+        "seq512_k256_lr2": _RECALLING
+        | {"model.key_dim": 256, "model.value_dim": 256}
+        | _rate(0.02),
+        "seq512_qk_lr2": _RECALLING | {"model.init": "scaled"} | _rate(0.02),
+        "seq512_rms_lr2": _RECALLING | {"model.norm": "rms"} | _rate(0.02),
+        "seq512_batch2_lr2": _RECALLING
+        | {"train.steps": 1200, "train.batch_size": 2}
+        | _rate(0.02),
+        "seq512_ffn768_lr2": _RECALLING | {"model.ffn_dim": 768} | _rate(0.02),
     },
 }
 
