@@ -95,9 +95,7 @@ def _tokens_per_second(axis, measured) -> None:
         )
         lengths, look = [x["length"] for x in found], {"color": OF_MODEL[name]}
         axis.fill_between(lengths, low, high, alpha=0.25, linewidth=0, **look)
-        axis.plot(
-            lengths, middle, "-", marker=MARKERS[name], label=_label(name, found[0]), **look
-        )
+        axis.plot(lengths, middle, "-", marker=MARKERS[name], label=_label(name, found[0]), **look)
     axis.set(ylabel="tokens/s (shaded: slowest to fastest step)", yscale="log")
     ticks = (2500, 5000, 10_000)
     axis.set_yticks(ticks, [f"{x:,}" for x in ticks])
