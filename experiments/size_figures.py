@@ -89,7 +89,7 @@ def _by_size(figure, axes, final: Records) -> None:
     models = [model for model in LABELS if sizes_of(final, model)]
     for number, model in enumerate(models):
         losses = losses_of(final, model, sizes_of(final, model), "longer")
-        beside = losses.parameters * 1.03 ** (number - (len(models) - 1) / 2)
+        beside = losses.parameters * 1.03 ** (number - 1.5)
         errors = _both(losses.document_errors, losses.seed_errors)
         axes[0].errorbar(
             beside, losses.mean, errors, label=LABELS[model], capsize=2, ms=5, **_look(model)
@@ -121,9 +121,9 @@ def _by_size(figure, axes, final: Records) -> None:
         figure,
         final,
         "Loss by size",
-        "bars: standard error over documents, and over seeds where there are several; "
-        "points of one size are shifted sideways.\n"
-        "A document is easy or hard for all models alike, so differences (right) are surer than "
+        "bars: standard error over documents and seeds, whose deviation is pooled over sizes "
+        "(over documents alone for models\nof one seed); points of one size are shifted sideways. "
+        "Documents are easy or hard for all models alike,\nso differences (right) are surer than "
         "the bars on the left suggest",
     )
 
@@ -267,10 +267,15 @@ def _use_of_context(figure, axes, final: Records) -> None:
     axes[1].set(title="copying 8 random tokens", ylabel="bits per copied token (0: sure)")
     axes[1].set_ylim(bottom=0)
     axes[1].text(0.03, 0.36, _exact_copies(final, size, models), transform=axes[1].transAxes)
-    axes[2].set(title="rare pairs that occurred before, held-out documents")
-    axes[2].set(ylabel="bits per token", xlabel="tokens since the last occurrence, up to")
-    axes[3].set(title="all tokens, held-out documents")
-    axes[3].set(ylabel="bits per token", xlabel="position in the document, up to")
+    axes[2].set(title=f"rare pairs (at most {RARE_AT_MOST} in training)\nthat occurred before")
+    axes[2].set(
+        ylabel="bits per token, held-out documents",
+        xlabel="tokens since the last occurrence, up to",
+    )
+    axes[3].set(title="all tokens")
+    axes[3].set(
+        ylabel="bits per token, held-out documents", xlabel="position in the document, up to"
+    )
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
     _title(
@@ -308,7 +313,10 @@ def _exact_copies(final: Records, size: str, models: Sequence[str]) -> str:
 def _learning_to_recall(figure, axes, final: Records) -> None:
     """Classes of tokens and associative recall during training, at the size with most models."""
     size = fullest_size(final)
-    panels = {"rare pair": "rare pairs", "new": "tokens new in the window"}
+    panels = {
+        "rare pair": f"rare pairs (at most {RARE_AT_MOST}\nin training)",
+        "new": "tokens new in the window",
+    }
     panels["associative"] = f"associative recall\nover {WATCHED_DISTANCE} tokens"
     for axis, (name, title) in zip(axes, panels.items(), strict=True):
         scale = 100 if name == "associative" else 1
