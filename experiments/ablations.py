@@ -284,70 +284,75 @@ def _differences(of_base: str, records: Records) -> Table:
     return table
 
 
-_APART = 0.22  # rows between the markers of one variation
-BEYOND = 0.25  # nats per token; larger differences are written beside an arrow
+_APART = 0.24  # rows between the markers of one variation
+_ABOVE = 0.1  # rows between a bar and the dots of its seeds
+STYLES = {  # colour, marker, and whether it is filled
+    "quickstart": (figures.BLUE, "o", "full"),
+    "paper": (figures.SKY, "s", "full"),
+    "half": (figures.BLUE, "^", "none"),
+}
+BEYOND = 0.35  # nats per token; larger differences are written beside an arrow
 
 
 def draw(budget: str, records: Records) -> None:
     """A forest plot: one row for each variation, with the paper's difference beside ours."""
     pyplot = figures.start()
     shown = [name for name in VARIATIONS if name != "base"]
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 6.6), sharey=True, layout="constrained")
+    size = (figures.WIDTH, 8.4)
+    figure, axes = pyplot.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
     for axis, (protocol, title) in zip(axes, PROTOCOLS.items(), strict=True):
-        for number, (of_base, label) in enumerate(BASES.items()):
+        for number, of_base in enumerate(BASES):
             found = {row: difference(records, of_base, x, protocol) for row, x in enumerate(shown)}
-            _series(axis, found, number, label)
+            _series(axis, found, number, of_base)
         if protocol == "window":
             paper = {row: x for row, name in enumerate(shown) if (x := of_paper(name)) is not None}
             label = "the paper, 200M parameters (no errors given)"
             above = [row - _APART for row in paper]
             axis.plot(list(paper.values()), above, "kD", ms=5, label=label)
         axis.axvline(0, color="black", linewidth=0.8)
+        for row in range(1, len(shown)):
+            axis.axhline(row - 0.4, color="0.9", linewidth=0.8)
         axis.set_xlim(-BEYOND, BEYOND)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("loss minus that of the base, nats per token (right: worse)")
+        axis.set_title(title.replace(", ", ",\n"))
+        axis.set_xlabel("loss minus that of the base,\nnats per token (right: worse)")
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(shown)), [LABELS[name] for name in shown])
-    axes[0].set_ylim(len(shown) - 0.3, -0.6)
+    axes[0].set_ylim(len(shown) - 0.35, -0.5)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=1)
     some = next(iter(records.values()))
     seeds = len({record["seed"] for record in records.values() if "held_out" in record})
     figure.suptitle(
         f"What a part of a RetNet contributes: 0.9 to 1.1 million parameters, "
         f"{some['tokens'] / 1e6:.1f} million tokens\n"
-        f"bars: two standard errors over documents and seeds; dots: each of {seeds} seeds",
-        fontsize=11,
+        f"bars: two standard errors over documents and seeds; dots above them: each of {seeds} "
+        "seeds; arrows: beyond the axis",
+        fontsize=figures.SMALL + 0.5,
     )
     figures.save(figure, "ablations", budget)
     pyplot.close(figure)
 
 
-def _series(axis, found: dict[int, Estimate | None], number: int, label: str) -> None:
+def _series(axis, found: dict[int, Estimate | None], number: int, of_base: str) -> None:
     """The differences of one base by row, a little below those of the base before."""
-    colour, place = figures.COLOURS[number], _APART * number
+    place = _APART * number
+    colour, marker, fill = STYLES[of_base]
+    look = {"color": colour, "marker": marker, "fillstyle": fill, "markersize": 6}
+    axis.errorbar([], [], xerr=[], linestyle="none", capsize=2.5, label=BASES[of_base], **look)
     for row, value in found.items():
         if value is None:
             continue
-        name, label = label, ""
         if abs(value.mean) > BEYOND:
             right = value.mean > 0
             text = f"{value.mean:+.2f} \u2192" if right else f"\u2190 {value.mean:+.2f}"
             edge, side = (BEYOND, "right") if right else (-BEYOND, "left")
-            axis.text(edge, row + place, text, color=colour, ha=side, va="center", fontsize=8)
-            axis.plot([], [], figures.MARKERS[number], color=colour, label=name)
+            axis.text(edge, row + place, text, color=colour, ha=side, va="center", weight="bold")
             continue
-        axis.errorbar(
-            value.mean,
-            row + place,
-            xerr=2 * value.shown_error,
-            fmt=figures.MARKERS[number],
-            color=colour,
-            markersize=6,
-            capsize=2.5,
-            label=name,
-        )
-        axis.plot(value.each, [row + place] * len(value.each), ".", color=colour, ms=3, alpha=0.7)
+        error = 2 * value.shown_error
+        axis.errorbar(value.mean, row + place, xerr=error, capsize=2.5, **look)
+        if len(value.each) > 1:
+            above = [row + place - _ABOVE] * len(value.each)
+            axis.plot(value.each, above, ".", color=colour, ms=5, markeredgewidth=0)
 
 
 if __name__ == "__main__":

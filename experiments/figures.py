@@ -6,9 +6,16 @@ from typing import Any
 
 FIGURES = Path(__file__).parent.parent / "docs" / "figures"
 OF_SMALL_RUNS = Path("runs/experiments/figures")
-COLOURS = ("#1f5fa8", "#d9730d", "#3a8f4d", "#8a4fa3", "#b3243a", "#6b6b6b")
-MARKERS = ("o", "s", "^", "v", "D", "P")
-OF_MODEL = {"retnet": COLOURS[0], "hybrid": COLOURS[2], "transformer": COLOURS[1]}
+WIDTH = 10  # inches; pages show figures at about 8.6, so that a font of 9.5 points is one of 8
+SMALL = 9.5  # the smallest font, in points
+
+# The colours of Okabe and Ito, which readers with any colour vision can tell apart.
+BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+SKY, ORANGE, GREY = "#56B4E9", "#E69F00", "#7A7A7A"
+COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, SKY, ORANGE)
+# One colour for one model in all figures. SKY and ORANGE: the RetNet and the Transformer without
+# short convolutions. Black is the paper's.
+OF_MODEL = {"retnet": BLUE, "hybrid": GREEN, "transformer": VERMILLION}
 
 
 def start() -> Any:
@@ -19,21 +26,28 @@ def start() -> Any:
     from matplotlib import pyplot
 
     pyplot.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+    names = ("legend.fontsize", "xtick.labelsize", "ytick.labelsize")
+    pyplot.rcParams.update(dict.fromkeys(names, SMALL) | {"axes.titlesize": 10.5})
     return pyplot
 
 
 def new_figure(columns: int, rows: int = 1, height: float = 4.2) -> tuple[Any, Any]:
     """A figure, and its panels: a row of them, or rows if there are several."""
-    size = 5 * columns, height * rows
+    size = WIDTH, height * rows
     return start().subplots(rows, columns, figsize=size, layout="constrained")
 
 
 def lengths_on(axis: Any, lengths: Sequence[int], name: str = "length, tokens") -> None:
     """Makes the x-axis a logarithmic one of lengths, and draws a grid."""
     axis.set(xlabel=name, xscale="log")
-    axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axis.set_xticks(lengths, [in_thousands(length) for length in lengths])
     axis.minorticks_off()
     axis.grid(alpha=0.3)
+
+
+def in_thousands(tokens: int) -> str:
+    """A number of tokens as short as axes need it: 512, 2k for 2,048."""
+    return f"{tokens // 1024}k" if tokens >= 1024 else str(tokens)
 
 
 def logarithmic(axis: Any, room: float = 1.0) -> None:

@@ -203,7 +203,7 @@ def h200_decoding() -> list[dict[str, Any]]:
 
 def report(budget: str, records: Records) -> str:
     """The tables as Markdown; draws the figure."""
-    inference_cost_figure.draw(budget, list(cells_of(records)), h200_decoding())
+    inference_cost_figure.draw(budget, list(cells_of(records)), h200_decoding(), PAPER)
     return as_markdown(tables(budget, records))
 
 

@@ -30,6 +30,15 @@ PAPER = {
     "Transformer": {512: 13.55, 1024: 12.56, 2048: 12.35},
 }
 REFERENCE_CONTEXT = 512  # the paper's shortest
+STYLES = {  # colour, line and marker; hollow: windows of 1,024
+    "retnet_256": (figures.BLUE, "-", "o"),
+    "retnet_1024": (figures.BLUE, "--", "D"),
+    "retnet_256_in_order": (figures.GREY, "-", "^"),
+    "retnet_256_carried": (figures.PURPLE, "-", "v"),
+    "transformer_256": (figures.VERMILLION, "-", "s"),
+    "transformer_1024": (figures.VERMILLION, "--", "P"),
+}
+FEWEST = 5  # documents of a range of positions that is drawn
 _ERRORS = " (\u00b1 over documents, \u00b1 over seeds)"
 
 
@@ -128,57 +137,49 @@ def _cells(estimates: Sequence[Estimate | None], form: str) -> list[str]:
 def draw_contexts(budget: str, records: Records) -> None:
     """Bits per byte by context; and the change from a context of 512, beside the paper's."""
     pyplot = figures.start()
+    size = (figures.WIDTH, 6.4)
+    figure, axes = pyplot.subplots(1, 2, figsize=size, layout="constrained")
     contexts = CONTEXTS[budget]
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 5.6), layout="constrained")
+    of_changes = contexts[1:]  # after 128 tokens all are far worse
     for number, model in enumerate(LABELS):
         if not _of_seeds(records, model):
             continue
         levels = [last_loss(records, model, x, per="byte") for x in contexts]
-        changes = [last_loss(records, model, x, other_context=REFERENCE_CONTEXT) for x in contexts]
-        beside = [x * 2 ** (0.06 * number - 0.15) for x in contexts]
-        _line(axes[0], beside, levels, number, LABELS[model])
-        _line(axes[1], beside, changes, number, LABELS[model])
+        changes = [
+            last_loss(records, model, x, other_context=REFERENCE_CONTEXT) for x in of_changes
+        ]
+        aside = 2 ** (0.06 * number - 0.15)
+        _line(axes[0], [aside * x for x in contexts], levels, model)
+        _line(axes[1], [aside * x for x in of_changes], changes, model)
     for name, line in zip(PAPER, ("k*-", "kX--"), strict=True):
         of, label = PAPER[name], f"{name} of the paper, 200M parameters"
         changes = [math.log(x / of[REFERENCE_CONTEXT]) for x in of.values()]
         axes[1].plot(list(of), changes, line, ms=8, lw=1, label=label)
     axes[0].set_ylabel(f"bits per byte of the same last {LAST_TOKENS} tokens")
     axes[1].set_ylabel(f"nats per token, minus those after {REFERENCE_CONTEXT} tokens")
-    axes[0].set_ylim(top=_top(axes[0], records, contexts, "byte"))
-    axes[1].set_ylim(-0.25, 0.4)
-    for axis in axes:
+    for axis, shown in zip(axes, (contexts, of_changes), strict=True):
         axis.set_xscale("log", base=2)
-        axis.set_xticks(contexts, [f"{x:,}" for x in contexts])
+        axis.set_xticks(shown, [figures.in_thousands(x) for x in shown])
         axis.set_xlabel("tokens of context, with the scored ones")
         axis.grid(alpha=0.3)
-    title = "loss by context (Transformers leave the axis beyond their windows)"
-    axes[0].set_title(title, fontsize=10)
-    axes[1].set_title("what a longer context changes (lower: it helps)", fontsize=10)
+    axes[1].axhline(0, color="black", linewidth=0.8)
+    axes[0].set_title("loss by context")
+    axes[1].set_title("what a longer context changes\n(below 0: it helps)")
     _legend(figure, axes[1])
     documents = len(set(next(iter(records.values()))["last"]["documents"]))
-    figure.suptitle(_title(records, f"{documents} documents"), fontsize=11)
+    figure.suptitle(_title(records, f"{documents} documents"), fontsize=figures.SMALL + 0.5)
     figures.save(figure, "long_context", budget)
     pyplot.close(figure)
-
-
-def _top(axis, records: Records, contexts: Sequence[int], per: str) -> float:
-    """An upper limit that shows all RetNets whole; a Transformer beyond its windows may leave."""
-    levels = [
-        value.mean + value.of_documents
-        for model in _made(records)
-        for context in contexts
-        if (context <= 256 or model.startswith("retnet"))
-        and (value := last_loss(records, model, context, per=per))
-    ]
-    low, high = axis.get_ylim()
-    return min(high, max(levels) + 0.15 * (max(levels) - low))
 
 
 def draw_positions(budget: str, records: Records) -> None:
     """The loss by position, and what carrying the state saves."""
     pyplot = figures.start()
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 5.6), layout="constrained")
-    places = range(len(FIRST_POSITIONS))
+    size = (figures.WIDTH, 6.4)
+    figure, axes = pyplot.subplots(1, 2, figsize=size, layout="constrained")
+    tokens = np.array(next(iter(records.values()))["positions"]["tokens"])
+    counts = (tokens > 0).sum(0)
+    places = [x for x, count in enumerate(counts) if count >= min(FEWEST, len(tokens))]
     for number, model in enumerate(LABELS):
         if not (made := _of_seeds(records, model)):
             continue
@@ -188,62 +189,55 @@ def draw_positions(budget: str, records: Records) -> None:
             for place in places
         ]
         beside = [place + 0.06 * number - 0.15 for place in places]
-        _line(axes[0], beside, losses, number, LABELS[model])
+        _line(axes[0], beside, losses, model)
         if is_retnet:
             gains = [position_loss(records, model, place, "gain") for place in places]
-            _line(axes[1], beside, gains, number, LABELS[model])
-    tokens = np.array(next(iter(records.values()))["positions"]["tokens"])
-    names = [
-        f"{_thousands(first)}\n{count}"
-        for first, count in zip(FIRST_POSITIONS, (tokens > 0).sum(0), strict=True)
-    ]
+            _line(axes[1], beside, gains, model)
+    names = [f"{figures.in_thousands(FIRST_POSITIONS[x])}\n{counts[x]}" for x in places]
     for axis in axes:
         axis.set_xticks(places, names)
-        axis.set_xlabel("first position of the range (the next one ends it); below: documents")
+        axis.set_xlabel("positions from (number of documents below)")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("nats per token")
     axes[1].set_ylabel("windows minus state carried, nats per token")
     axes[1].axhline(0, color="black", linewidth=0.8)
     axes[0].set_title(
-        "loss by position in the document: RetNets carry their state,\n"
-        "Transformers read windows of their training length",
-        fontsize=10,
+        "loss by position in the document:\nRetNets carry their state, "
+        "Transformers read\nwindows of their training length"
     )
     axes[1].set_title(
-        "what a RetNet's state from the beginning of the document saves,\n"
-        "beside windows of the training length (higher: it helps)",
-        fontsize=10,
+        "what a RetNet's state from the beginning of\nthe document saves, beside windows of\n"
+        "the training length (above 0: it helps)"
     )
     _legend(figure, axes[0])
-    figure.suptitle(_title(records, f"{len(tokens)} documents"), fontsize=11)
+    figure.suptitle(_title(records, f"{len(tokens)} documents"), fontsize=figures.SMALL + 0.5)
     figures.save(figure, "loss_by_position", budget)
     pyplot.close(figure)
 
 
-def _thousands(position: int) -> str:
-    return f"{position // 1024}k" if position >= 1024 else str(position)
-
-
-def _line(axis, x, estimates: Sequence[Estimate | None], number: int, label: str) -> None:
+def _line(axis, x, estimates: Sequence[Estimate | None], model: str) -> None:
     """One model's line; the models' bars stand side by side."""
     there = [i for i, value in enumerate(estimates) if value is not None]
     values = [value for value in estimates if value is not None]
+    colour, style, marker = STYLES[model]
     axis.errorbar(
         [x[i] for i in there],
         [value.mean for value in values],
         yerr=[value.shown_error for value in values],
-        fmt=figures.MARKERS[number],
-        linestyle="--" if label.startswith("Transformer") else "-",
-        color=figures.COLOURS[number],
+        fmt=marker,
+        linestyle=style,
+        color=colour,
+        markerfacecolor="white" if model.endswith("_1024") else colour,
         markersize=5,
-        capsize=2.5,
-        label=label,
+        elinewidth=1,
+        capsize=2,
+        label=LABELS[model],
     )
 
 
 def _legend(figure, axis) -> None:
     handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
 
 
 def _title(records: Records, documents: str) -> str:
@@ -252,7 +246,10 @@ def _title(records: Records, documents: str) -> str:
     seeds = " or ".join(map(str, sorted(counts)))
     return (
         f"{some['parameters'] / 1e6:.1f} million parameters, {some['tokens'] / 1e6:.1f} million "
-        f"tokens, {documents}; bars: a standard error over documents and {seeds} seeds"
+        f"tokens, {documents}; bars: a standard error over documents and {seeds} seeds.\n"
+        "All models read the same documents, which are easy or hard for all alike: on the left "
+        "their differences\nare surer than the bars suggest. Points of one place are shifted "
+        "sideways, so that bars can be seen"
     )
 
 

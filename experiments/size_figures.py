@@ -1,10 +1,15 @@
 """The figures of `experiments/perplexity_by_size.py`."""
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
 from experiments import figures
+from experiments.figures import BLUE, GREEN, GREY, ORANGE, SKY, SMALL, VERMILLION, in_thousands
 from experiments.runs import Records
-from experiments.size_fits import difference, line_of, line_of_difference
+from experiments.size_fits import difference
 from experiments.size_tables import (
     LABELS,
     PAIRS,
@@ -19,102 +24,113 @@ from experiments.size_tables import (
     sizes_of,
 )
 from experiments.token_classes import CLASSES, RARE_AT_MOST
+from experiments.use_of_context import CONTEXT, WATCHED_DISTANCE, WATCHED_TRIALS
+from retnet_jax.evaluation.statistics import ratio_standard_error, standard_error
 
-STYLES = {  # colour, line, marker
-    "retnet": ("#7fb2e5", "--", "o"),
-    "retnet_conv": ("#1f5fa8", "-", "o"),
-    "transformer": ("#f4a582", "--", "s"),
-    "transformer_conv": ("#c4451c", "-", "s"),
-    "hybrid_full": ("#2a8f4d", "-", "^"),
-    "hybrid_window": ("#8fce9f", "-", "v"),
-    "retnet_conv_windows": ("#1f5fa8", ":", "D"),
-    "transformer_conv_windows": ("#c4451c", ":", "D"),
+# Colour, line and marker; a hollow marker: trained in windows of another length.
+STYLES = {
+    "retnet": (SKY, "--", "o"),
+    "retnet_conv": (BLUE, "-", "o"),
+    "transformer": (ORANGE, "--", "s"),
+    "transformer_conv": (VERMILLION, "-", "s"),
+    "hybrid_full": (GREEN, "-", "^"),
+    "hybrid_window": (GREEN, ":", "v"),
+    "retnet_conv_windows": (BLUE, ":", "D"),
+    "transformer_conv_windows": (VERMILLION, ":", "D"),
 }
+# The models whose classes and use of context are drawn; the others would hide them.
+DRAWN = tuple(STYLES)[:6]
 PAIR_STYLES = dict(
     zip(
         PAIRS,
-        (("#999999", "--"), ("black", "-"), ("#1f5fa8", "-."), ("#c4451c", "-.")),
+        ((GREY, "--", "D"), ("black", "-", "P"), (BLUE, "-.", "o"), (VERMILLION, "-.", "s")),
         strict=True,
     )
 )
-# The models whose use of context is drawn; the others would hide them.
-DRAWN = tuple(LABELS)[:6]
+CLASS_COLOURS = dict(zip(CLASSES, ("0.85", "0.6", "#DDAACC", "#7B2D6B"), strict=True))
+CLASS_MEANINGS = {
+    "new": f"the token has not occurred so far in the window of {CONTEXT} tokens",
+    "seen": "it has, but never after the token that precedes it here",
+    "common pair": "the preceding token and it have occurred as a pair in the window, and more "
+    f"than {RARE_AT_MOST} times in the training data",
+    "rare pair": "the same, but the pair occurs at most "
+    f"{RARE_AT_MOST} times in the training data, so it must be recalled from the context",
+}
+END = 32_768  # the positions and distances that are drawn; three documents are longer
 
 
 def draw(budget: str, final: Records) -> None:
     """Draws all figures; those of a small budget are not among the documents'."""
     plt = figures.start()
     plt.rcParams.update({"font.family": "DejaVu Sans", "axes.grid": True})
-    plt.rcParams.update({"grid.color": "0.9", "axes.axisbelow": True, "legend.fontsize": 8})
+    plt.rcParams.update({"grid.color": "0.9", "axes.axisbelow": True})
     drawn = {
-        "loss_by_size": (_by_size, (11, 4.6), (1, 2)),
-        "loss_by_class": (_by_class, (11, 7.4), (2, 2)),
-        "use_of_context": (_use_of_context, (11, 8), (2, 2)),
-        "learning_to_copy": (_learning, (12, 4.4), (1, 3)),
+        "loss_by_size": (_by_size, 5.6, (1, 2)),
+        "loss_by_class": (_by_class, 8.6, (2, 2)),
+        "use_of_context": (_use_of_context, 7.6, (2, 2)),
+        "learning_to_recall": (_learning_to_recall, 4.4, (1, 3)),
     }
-    for name, (function, size, panels) in drawn.items():
+    for name, (function, height, panels) in drawn.items():
+        size = figures.WIDTH, height
         figure, axes = plt.subplots(*panels, figsize=size, layout="constrained", squeeze=False)
         function(figure, axes.ravel(), final)
         figures.save(figure, name, budget)
         plt.close(figure)
 
 
+def _look(model: str) -> dict[str, Any]:
+    colour, style, marker = STYLES[model]
+    hollow = "white" if model.endswith("_windows") else colour
+    return {"color": colour, "linestyle": style, "marker": marker, "markerfacecolor": hollow}
+
+
 def _by_size(figure, axes, final: Records) -> None:
-    """Loss over parameters with lines, and the differences of pairs."""
-    rng = np.random.default_rng(0)
-    for model in list(LABELS)[:4]:
-        colour, style, marker = STYLES[model]
-        sizes = sizes_of(final, model)
+    """Loss over parameters, and the differences of pairs, as measured points."""
+    models = [model for model in LABELS if sizes_of(final, model)]
+    for number, model in enumerate(models):
+        losses = losses_of(final, model, sizes_of(final, model), "longer")
+        beside = losses.parameters * 1.03 ** (number - 1.5)
+        errors = _both(losses.document_errors, losses.seed_errors)
+        axes[0].errorbar(
+            beside, losses.mean, errors, label=LABELS[model], capsize=2, ms=5, **_look(model)
+        )
+    for number, (one, other) in enumerate(PAIRS):
+        sizes = sizes_of(final, one, other)
         if not sizes:
             continue
-        losses = losses_of(final, model, sizes, "longer")
-        axes[0].errorbar(
-            losses.parameters,
-            losses.mean,
-            losses.seed_errors,
-            **{"fmt": marker, "color": colour, "linestyle": "", "capsize": 3},
+        found = difference(*(losses_of(final, x, sizes, "longer") for x in (one, other)))
+        colour, style, marker = PAIR_STYLES[one, other]
+        axes[1].errorbar(
+            found.parameters * 1.03 ** (number - 1.5),
+            found.mean,
+            _both(found.document_errors, found.seed_errors),
+            **{"color": colour, "linestyle": style, "marker": marker, "ms": 5, "capsize": 2},
+            label=pair_label(one, other),
         )
-        if len(sizes) > 2:
-            found = line_of(losses, rng)
-            x = np.geomspace(min(losses.parameters), max(losses.parameters), 50)
-            axes[0].plot(x, found.at(x), style, color=colour)
-        axes[0].plot([], [], style, color=colour, marker=marker, label=LABELS[model])
-    for one, other in PAIRS:
-        _difference(axes[1], final, one, other, rng)
     axes[1].axhline(0, color="0.4", linewidth=1)
     for axis in axes:
-        axis.set(xscale="log", xlabel="parameters without the embedding")
-        axis.xaxis.set_minor_formatter("")
         sizes = {x["size"]: x["non_embedding"] for x in final.values()}
+        axis.set(xscale="log", xlabel="parameters without the embedding")
         axis.set_xticks(list(sizes.values()), list(sizes))
-    axes[0].legend()
-    axes[0].set_ylabel("bits per byte")
-    axes[0].set_title("held-out loss, longer contexts\n(bars: standard error over seeds)")
+        axis.minorticks_off()
+        axis.legend(loc="upper center", bbox_to_anchor=(0.45, -0.15), ncols=2 - (axis is axes[1]))
+    axes[0].set(ylabel="bits per byte", title="held-out loss, longer contexts")
     axes[1].set_ylabel("difference, bits per byte")
-    axes[1].set_title(
-        "differences; above 0 the first is worse\n(bars: standard error; bands: 95% of lines)"
+    axes[1].set_title("differences on the same documents\n(above 0: the first is worse)")
+    _title(
+        figure,
+        final,
+        "Loss by size",
+        "bars: standard error over documents and seeds, whose deviation is pooled over sizes "
+        "(over documents alone for models\nof one seed); points of one size are shifted sideways. "
+        "Documents are easy or hard for all models alike,\nso differences (right) are surer than "
+        "the bars on the left suggest",
     )
-    handles, labels = axes[1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower right", ncols=2)
-    _title(figure, final, "Loss by size")
 
 
-def _difference(axis, final: Records, one: str, other: str, rng: np.random.Generator) -> None:
-    sizes = sizes_of(final, one, other)
-    if not sizes:
-        return
-    losses = [losses_of(final, x, sizes, "longer") for x in (one, other)]
-    found = difference(*losses)
-    colour, style = PAIR_STYLES[one, other]
-    label = pair_label(one, other)
-    look = {"fmt": "o", "color": colour, "linestyle": "", "capsize": 3}
-    axis.errorbar(found.parameters, found.mean, found.errors, **look)
-    axis.plot([], [], style, color=colour, marker="o", label=label)
-    if len(sizes) > 2:
-        line = line_of_difference(*losses, rng)
-        x = np.geomspace(min(found.parameters), max(found.parameters), 50)
-        axis.plot(x, line.at(x), style, color=colour)
-        axis.fill_between(x, *line.band(x), color=colour, alpha=0.12, linewidth=0)
+def _both(of_documents: np.ndarray, of_seeds: np.ndarray) -> np.ndarray:
+    """Both errors together; those over seeds are NaN if no model has several."""
+    return np.hypot(of_documents, np.nan_to_num(of_seeds))
 
 
 def _by_class(figure, axes, final: Records) -> None:
@@ -125,110 +141,228 @@ def _by_class(figure, axes, final: Records) -> None:
         width = 0.8 / len(models)
         for number, model in enumerate(models):
             of_class = of_runs(final, model, size)[0]["classes"]
-            losses = [
-                class_bits(final, model, size, x).sum() / max(1, of_class[x]["tokens"])
-                for x in CLASSES
+            counts = [of_class[x]["tokens"] for x in CLASSES]
+            each = [
+                _seeds_of_class(final, model, size, x) / max(1, n)
+                for x, n in zip(CLASSES, counts, strict=True)
             ]
             places = np.arange(len(CLASSES)) + (number - (len(models) - 1) / 2) * width
-            axis.bar(places, losses, width, color=STYLES[model][0], label=LABELS[model])
-        counts = [of_class[x]["tokens"] for x in CLASSES]
-        names = [f"{x}\n{100 * n / sum(counts):.0f}%" for x, n in zip(CLASSES, counts, strict=True)]
+            axis.bar(
+                places,
+                [x.mean() for x in each],
+                width,
+                yerr=[np.nan_to_num(standard_error(x)) for x in each],
+                ecolor="black",
+                color=STYLES[model][0],
+                edgecolor="white",
+                hatch="//" if model == "hybrid_window" else "",
+                label=LABELS[model],
+            )
+        shares = [f"{100 * n / sum(counts):.0f}%" for n in counts]
+        names = [f"{x}\n{share}" for x, share in zip(CLASSES, shares, strict=True)]
         axis.set_xticks(range(len(CLASSES)), names)
-        axis.set(
-            title=f"loss by class of token, {size} parameters", ylabel="bits per token, in windows"
-        )
+        axis.set(title=f"loss by class of token, {size} parameters", ylabel="bits per token")
         axis.set_xlabel("class of token, and its share of the tokens")
-        axis.legend(ncols=2)
-        axis.set_ylim(top=1.25 * axis.get_ylim()[1])
+    _one_range(axes[:2], room=0.3)
+    axes[0].legend(ncols=2, loc="upper left")
     for axis, pair in zip(axes[2:], PAIRS[:2], strict=True):
         _parts(axis, final, *pair)
-    _title(figure, final, f"Where the loss lies (a rare pair: at most {RARE_AT_MOST} in training)")
+    _one_range(axes[2:], room=0.25)
+    axes[2].legend(ncols=3, loc="upper left", columnspacing=1)
+    meanings = "\n".join(f"{name}: {meaning}" for name, meaning in CLASS_MEANINGS.items())
+    figure.supxlabel(meanings, x=0.06, ha="left", fontsize=SMALL)
+    _title(
+        figure,
+        final,
+        "Where the loss lies",
+        f"read in windows of the training length; bars: standard error{_seeds_text(final)}, "
+        "below over documents too",
+    )
+
+
+def _seeds_text(final: Records) -> str:
+    several = any(x["seed"] > 0 for x in final.values())
+    return " over seeds, where there are several" if several else " over seeds (none has several)"
+
+
+def _seeds_of_class(final: Records, model: str, size: str, name: str) -> np.ndarray:
+    """Bits of a class of tokens in all documents, by seed."""
+    return np.array([sum(x["classes"][name]["bits"]) for x in of_runs(final, model, size)])
 
 
 def _parts(axis, final: Records, one: str, other: str) -> None:
-    """The parts of a difference by class, as stacked bars over sizes."""
+    """The parts of a difference by class, side by side over sizes, and their sum."""
     sizes = sizes_of(final, one, other)
-    above, below = np.zeros(len(sizes)), np.zeros(len(sizes))
-    for name, colour in zip(CLASSES, ("#bbbbbb", "#e6c35c", "#8fb8a8", "#7a3b8f"), strict=True):
-        parts = np.array(
-            [
-                (class_bits(final, one, x, name) - class_bits(final, other, x, name)).sum()
-                / sum(of_runs(final, one, x)[0]["held_out"]["bytes"])
-                for x in sizes
-            ]
+    places, width = np.arange(len(sizes)), 0.17
+    for number, (name, colour) in enumerate(CLASS_COLOURS.items()):
+        found = [_part(final, one, other, size, [name]) for size in sizes]
+        axis.bar(
+            places + (number - 2) * width,
+            [mean for mean, _ in found],
+            width,
+            yerr=[error for _, error in found],
+            color=colour,
+            label=name,
+            error_kw={"linewidth": 1},
         )
-        axis.bar(sizes, parts, 0.6, np.where(parts > 0, above, below), color=colour, label=name)
-        above, below = above + np.maximum(parts, 0), below + np.minimum(parts, 0)
+    found = [_part(final, one, other, size, CLASSES) for size in sizes]
+    means, errors = zip(*found, strict=True) if found else ((), ())
+    axis.errorbar(places + 2 * width, means, errors, fmt="kD", ms=5, label="all tokens")
     axis.axhline(0, color="0.4", linewidth=1)
-    axis.set(title=pair_label(one, other), xlabel="parameters without the embedding")
-    axis.set_ylabel("parts of the difference,\nbits per byte, in windows")
-    if sizes:
-        axis.legend(ncols=2, loc="upper left")
-        low, high = axis.get_ylim()
-        axis.set_ylim(top=high + 0.25 * (high - low))
+    axis.set_xticks(places, sizes)
+    axis.set(title=f"{pair_label(one, other)}\n(above 0: the RetNet is worse)")
+    axis.set(xlabel="parameters without the embedding", ylabel="part of the difference, bits/byte")
+
+
+def _part(
+    final: Records, one: str, other: str, size: str, classes: Sequence[str]
+) -> tuple[float, float]:
+    """A difference on some classes of tokens in bits per byte of all tokens, and its error."""
+    byte_counts = np.array(of_runs(final, one, size)[0]["held_out"]["bytes"])
+    bits = sum(class_bits(final, one, size, x) - class_bits(final, other, size, x) for x in classes)
+    errors = [ratio_standard_error(bits, byte_counts)]
+    for model in (one, other):
+        each = sum(_seeds_of_class(final, model, size, x) for x in classes) / byte_counts.sum()
+        errors.append(np.nan_to_num(standard_error(each)))
+    return bits.sum() / byte_counts.sum(), math.hypot(*errors)
+
+
+def _one_range(axes, room: float) -> None:
+    """Gives panels the same y-axis, with room for a legend at its upper end."""
+    lows, highs = zip(*(axis.get_ylim() for axis in axes), strict=True)
+    low, high = min(lows), max(highs)
+    for axis in axes:
+        axis.set_ylim(low, high + room * (high - low))
 
 
 def _use_of_context(figure, axes, final: Records) -> None:
     """Synthetic recall and copying, rare pairs and loss, by distance or position."""
     size = fullest_size(final)
-    for model in models_at(final, size):
-        if model not in DRAWN:
-            continue
-        colour, style, marker = STYLES[model]
-        look = {"color": colour, "linestyle": style, "marker": marker, "label": LABELS[model]}
-        for axis, probe in zip(axes[:2], ("associative", "copying"), strict=True):
-            found = recall_means(final, model, size, probe)
-            means, errors = zip(*found.values(), strict=True)
-            axis.errorbar(list(found), 100 * np.array(means), 100 * np.array(errors), **look)
+    models = [x for x in models_at(final, size) if x in DRAWN]
+    for number, model in enumerate(models):
+        aside = 2 ** (0.07 * (number - (len(models) - 1) / 2))
+        look = _look(model) | {"label": LABELS[model], "markersize": 5, "elinewidth": 1}
+        found = recall_means(final, model, size, "associative")
+        means, errors = zip(*found.values(), strict=True)
+        at = aside * np.array(list(found))
+        axes[0].errorbar(at, 100 * np.array(means), 100 * np.array(errors), **look)
+        found = _copying_bits(final, model, size)
+        axes[1].errorbar(aside * np.array(list(found)), list(found.values()), **look)
         for axis, part in zip(axes[2:], ("distances", "positions"), strict=True):
             found = bucket_means(final, model, size, part)
+            found = {last: x for (first, last), x in found.items() if first < END}
             means, errors = zip(*found.values(), strict=True)
-            axis.errorbar([last for _, last in found], means, errors, **look)
-    axes[0].axhline(12.5, color="0.4", linestyle=":", label="chance")
+            axis.errorbar(aside * np.array(list(found)), means, errors, **look)
+    vocabulary = max(x["options"].get("model.vocab_size", 0) for x in final.values())
+    for axis, guess in zip(axes[:2], (12.5, math.log2(max(2, vocabulary))), strict=True):
+        axis.axhline(guess, color="black", linestyle=(0, (1, 3)), label="a guess")
+        axis.set_xlabel("tokens in between")
     for axis in axes:
-        axis.axvline(256, color="0.6", linewidth=1)
+        axis.axvline(CONTEXT, color="0.6", lw=1.2, label=f"window in training, {CONTEXT} tokens")
         axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter("{x:,.0f}")
-    axes[0].set(title="associative recall of 1 of 8 random pairs", ylabel="correct, %")
-    axes[1].set(title="copying 8 random tokens", ylabel="spans without an error, %")
-    axes[2].set(title="rare pairs seen before, held-out documents", ylabel="bits per token")
-    axes[3].set(title="all tokens, held-out documents", ylabel="bits per token")
-    for axis in axes[:2]:
-        axis.set_xlabel("tokens in between (grey line: training window)")
-        axis.set_ylim(-3, 103)
-    axes[2].set_xlabel("tokens since the pair's last occurrence, up to")
-    axes[3].set_xlabel("position in the document, up to")
+        ticks = (16, 64, 256, 1024, 4096, 16_384) if axis in axes[2:] else (16, 64, 128, 256, 512)
+        axis.set_xticks(ticks, [in_thousands(x) for x in ticks])
+    axes[0].set(title="associative recall: 1 of 8 random pairs", ylabel="correct, %")
+    axes[0].set_ylim(bottom=0)
+    axes[1].set(title="copying 8 random tokens", ylabel="bits per copied token (0: sure)")
+    axes[1].set_ylim(bottom=0)
+    axes[1].text(0.03, 0.36, _exact_copies(final, size, models), transform=axes[1].transAxes)
+    axes[2].set(title=f"rare pairs (at most {RARE_AT_MOST} in training)\nthat occurred before")
+    axes[2].set(
+        ylabel="bits per token, held-out documents",
+        xlabel="tokens since the last occurrence, up to",
+    )
+    axes[3].set(title="all tokens")
+    axes[3].set(
+        ylabel="bits per token, held-out documents", xlabel="position in the document, up to"
+    )
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
-    _title(figure, final, f"What is used of the context, {size} parameters")
+    _title(
+        figure,
+        final,
+        f"What is used of the context, {size} parameters",
+        "bars: standard error, above over trials (of copying none), below over documents; points "
+        "are shifted sideways",
+    )
 
 
-def _learning(figure, axes, final: Records) -> None:
-    """Classes of tokens and synthetic copying during training, at the size with most models."""
+def _copying_bits(final: Records, model: str, size: str) -> dict[int, float]:
+    """The mean loss on copied tokens over seeds, in bits, by distance."""
+    each: dict[int, list[float]] = {}
+    for record in of_runs(final, model, size):
+        for x in record["recall"]:
+            if x["probe"] == "copying":
+                each.setdefault(x["distance"], []).append(x["nll_per_token"] / math.log(2))
+    return {distance: float(np.mean(found)) for distance, found in each.items()}
+
+
+def _exact_copies(final: Records, size: str, models: Sequence[str]) -> str:
+    """The models that ever copy all eight tokens, with how often, as text."""
+    lines, never = [], 0
+    for model in models:
+        shares = [mean for mean, _ in recall_means(final, model, size, "copying").values()]
+        never += not any(shares)
+        if any(shares):
+            percents = ", ".join(f"{100 * x:.0f}" for x in shares)
+            lines.append(f"{LABELS[model]}: {percents}%")
+    lines += ["all others: 0%"] if lines and never else ["all models: 0%"] if never else []
+    return "\n".join(["all 8 right, by distance:", *lines])
+
+
+def _learning_to_recall(figure, axes, final: Records) -> None:
+    """Classes of tokens and associative recall during training, at the size with most models."""
     size = fullest_size(final)
-    panels = {"rare pair": "rare pairs", "new": "tokens new in the window", "copying": "copying"}
+    panels = {
+        "rare pair": f"rare pairs (at most {RARE_AT_MOST}\nin training)",
+        "new": "tokens new in the window",
+    }
+    panels["associative"] = f"associative recall\nover {WATCHED_DISTANCE} tokens"
     for axis, (name, title) in zip(axes, panels.items(), strict=True):
+        scale = 100 if name == "associative" else 1
         for model in models_at(final, size):
             if model not in DRAWN:
                 continue
-            colour, style, _ = STYLES[model]
-            for number, record in enumerate(of_runs(final, model, size)):
-                steps = record["options"]["train.steps"]
-                points = [x for x in record["evaluations"] if name in x]
-                tokens = [x["step"] / steps * record["tokens"] / 1e6 for x in points]
-                scale = 100 if name == "copying" else 1
-                label = None if number else LABELS[model]
-                values = [scale * x[name] for x in points]
-                axis.plot(tokens, values, style, color=colour, label=label, marker=".")
-        axis.set(xlabel="million tokens of training", title=title)
-        axis.set_ylabel("bits per token, validation documents")
-    axes[2].set_ylabel("8 tokens copied over 32 tokens, %")
-    axes[2].set_ylim(-3, 103)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6)
-    _title(figure, final, f"When copying is learned, {size} parameters (a line for each seed)")
+            each = of_runs(final, model, size)
+            tokens, values = _course(each, name)
+            look = _look(model)
+            if len(each) > 1:
+                thin = {"color": look["color"], "linestyle": look["linestyle"], "lw": 0.7}
+                axis.plot(tokens, scale * values.T, alpha=0.5, **thin)
+            mean = values.mean(0)
+            axis.plot(tokens, scale * mean, markersize=4, label=LABELS[model], **look)
+            if name == "associative":
+                error = np.sqrt(mean * (1 - mean) / (WATCHED_TRIALS * len(each)))
+                low, high = scale * (mean - error), scale * (mean + error)
+                axis.fill_between(tokens, low, high, color=look["color"], alpha=0.15, linewidth=0)
+        axis.set(xlabel="million tokens of training", title=title, ylabel="bits per token")
+    axes[2].axhline(12.5, color="black", linestyle=(0, (1, 3)), label="a guess (1 of 8)")
+    axes[2].set(ylabel="correct, %")
+    axes[2].set_ylim(bottom=0)
+    handles, labels = axes[2].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    several = any(len(of_runs(final, model, size)) > 1 for model in DRAWN)
+    _title(
+        figure,
+        final,
+        f"When recall is learned, {size} parameters",
+        ("thin lines: each seed, where there are several; " if several else "one seed; ")
+        + "shaded: standard error over trials; left and middle: validation documents",
+    )
 
 
-def _title(figure, final: Records, text: str) -> None:
+def _course(records: Sequence[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """A number during training by seed and evaluation, at how many million tokens."""
+    each = [[x for x in of.get("evaluations", ()) if name in x] for of in records]
+    shortest = min(map(len, each))
+    steps = records[0]["options"]["train.steps"]
+    tokens = [x["step"] / steps * records[0]["tokens"] / 1e6 for x in each[0][:shortest]]
+    return np.array(tokens), np.array([[x[name] for x in of[:shortest]] for of in each])
+
+
+def _title(figure, final: Records, text: str, note: str) -> None:
     tokens = max(x["tokens"] for x in final.values())
-    figure.suptitle(f"{text}: standard library of Python, {tokens / 1e6:.1f}M tokens of training")
+    figure.suptitle(
+        f"{text}: standard library of Python, {tokens / 1e6:.2f}M tokens of training\n{note}",
+        fontsize=SMALL + 0.5,
+    )

@@ -130,16 +130,6 @@ class Line:
     residual: float
     draws: np.ndarray
 
-    def at(self, parameters: np.ndarray) -> np.ndarray:
-        """The line's values."""
-        return self.level + self.slope * _decades(parameters)
-
-    def band(self, parameters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The 2.5% and 97.5% quantiles of the draws' lines."""
-        each = self.draws[:, :1] + self.draws[:, 1:] * _decades(parameters)
-        low, high = np.quantile(each, (0.025, 0.975), axis=0)
-        return low, high
-
 
 def line(parameters: np.ndarray, values: np.ndarray, draws: np.ndarray) -> Line:
     """The line of least squares through values [n], with errors from draws of them [draws, n]."""

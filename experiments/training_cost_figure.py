@@ -4,10 +4,13 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.figures import OF_MODEL, lengths_on, logarithmic, new_figure, save
+from experiments.figures import OF_MODEL, WIDTH, lengths_on, save, start
 
 REMAT = "products"  # whose memory is drawn
 MODELS = ("retnet", "transformer")
+MARKERS = {"retnet": "o", "transformer": "s"}
+SLOT = 0.13  # width of a bar; sizes are 1 apart
+GIB = 2**30
 
 
 def draw(
@@ -17,15 +20,17 @@ def draw(
     paper: dict[str, tuple[Sequence[float], Sequence[float]]],
 ) -> None:
     """Draws the figure from the records of the runs, and the paper's numbers beside them."""
-    figure, axes = new_figure(3, height=4.6)
-    _memory_by_size(axes[0], compiled, paper)
-    _tokens_per_second(axes[1], measured)
-    _memory_by_length(axes[2], measured)
+    figure, axes = start().subplot_mosaic(
+        "mm;tl", figsize=(WIDTH, 8.6), height_ratios=(1.15, 1), layout="constrained"
+    )
+    _memory_by_size(axes["m"], compiled, paper)
+    _tokens_per_second(axes["t"], measured)
+    _memory_by_length(axes["l"], measured)
     save(figure, "training_cost", budget)
 
 
 def _memory_by_size(axis, compiled, paper) -> None:
-    """Bars for each size: H200, TPU v5p, and the paper's as black lines across."""
+    """Bars for each size: H200 and TPU v5p; beside them the paper's as black markers."""
     sizes = [x for x in paper if any(record["size"] == x for record in compiled)]
     series = [
         ("RetNet, H200", "retnet", "H200", None, ""),
@@ -34,8 +39,9 @@ def _memory_by_size(axis, compiled, paper) -> None:
         ("Transformer, TPU v5p, splash attention", "transformer", "TPU v5p", True, "//"),
         ("Transformer, TPU v5p, no flash attention", "transformer", "TPU v5p", False, "xx"),
     ]
-    width = 0.8 / len(series)
     for number, (label, architecture, device, flash, hatch) in enumerate(series):
+        look = {"color": OF_MODEL[architecture], "hatch": hatch, "edgecolor": "white"}
+        axis.bar(0, 0, SLOT, label=label, **look)
         for place, size in enumerate(sizes):
             record = next(
                 (
@@ -49,35 +55,28 @@ def _memory_by_size(axis, compiled, paper) -> None:
             )
             if record is None or record["peak_bytes"] is None:
                 continue
-            at, height = place + (number - 2) * width, record["peak_bytes"] / 1e9
-            axis.bar(
-                at,
-                height,
-                width,
-                color=OF_MODEL[architecture],
-                hatch=hatch,
-                edgecolor="white",
-                alpha=1.0 if record["fits"] else 0.45,
-                label=label if place == 0 else None,
-            )
-            if not record["fits"]:
-                axis.text(at, height, "does not fit", rotation=90, fontsize=7, ha="center")
-    marks = (("Transformer", "^"), ("Transformer, FlashAttention", "v"), ("RetNet", "o"))
+            height = record["peak_bytes"] / GIB
+            alpha = 1.0 if record["fits"] else 0.4
+            axis.bar(place + (number - 3) * SLOT, height, SLOT, alpha=alpha, **look)
+    axis.bar(0, 0, SLOT, color="0.75", label="paler: more than the device has")
+    marks = (("Transformer", "s"), ("Transformer, FlashAttention", "D"), ("RetNet", "o"))
     for column, (label, marker) in enumerate(marks):
         axis.plot(
-            range(len(sizes)),
+            [place + (2.1 + 0.55 * column) * SLOT for place in range(len(sizes))],
             [paper[size][0][column] for size in sizes],
             marker,
             color="black",
             markersize=5,
             fillstyle="none",
-            label=f"paper, A100: {label}",
+            label=f"paper, 8 A100: {label}",
         )
-    axis.set_xticks(range(len(sizes)), [f"{x}\n{_devices(x)}" for x in sizes])
-    axis.set(ylabel="GB of each device", title="memory of a step, 8,192 tokens a device")
-    axis.set_ylim(0, axis.get_ylim()[1] * 1.9)  # room for the legend
-    axis.legend(fontsize=7, loc="upper left")
+    axis.set_xticks(range(len(sizes)), [f"{x}, {_devices(x)}" for x in sizes])
+    axis.set(ylabel="GiB of each device (the paper's: its GB)")
+    axis.set_title("memory of a step of 8,192 tokens a device, by the compilers")
+    axis.set_ylim(0, axis.get_ylim()[1] * 1.35)  # room for the legend
+    axis.legend(loc="upper left", ncols=2)
     axis.grid(alpha=0.3, axis="y")
+    axis.set_axisbelow(True)
 
 
 def _devices(size: str) -> str:
@@ -94,36 +93,40 @@ def _tokens_per_second(axis, measured) -> None:
             [t / pick(x[name]["seconds"]) for t, x in zip(tokens, found, strict=True)]
             for pick in (statistics.median, max, min)
         )
-        lengths = [x["length"] for x in found]
-        axis.fill_between(lengths, low, high, color=OF_MODEL[name], alpha=0.25, linewidth=0)
-        axis.plot(lengths, middle, "o-", color=OF_MODEL[name], label=_label(name, found[0]))
-    axis.set(ylabel="tokens/s (median; shaded: least to most)")
-    logarithmic(axis)
-    axis.set_title(f"training on {_cores(measured)} cores")
-    lengths_on(axis, [x["length"] for x in measured])
-    axis.legend(fontsize=8)
+        lengths, look = [x["length"] for x in found], {"color": OF_MODEL[name]}
+        axis.fill_between(lengths, low, high, alpha=0.25, linewidth=0, **look)
+        axis.plot(lengths, middle, "-", marker=MARKERS[name], label=_label(name, found[0]), **look)
+    axis.set(ylabel="tokens/s (shaded: slowest to fastest step)", yscale="log")
+    ticks = (2500, 5000, 10_000)
+    axis.set_yticks(ticks, [f"{x:,}" for x in ticks])
+    axis.minorticks_off()
+    axis.set_title(f"speed on {_cores(measured)} cores, steps of 16,384 tokens")
+    lengths_on(axis, [x["length"] for x in measured], "length of a row, tokens")
+    axis.legend(loc="lower left")
 
 
 def _memory_by_length(axis, measured) -> None:
     for name in MODELS:
         for key, style, what in (
-            ("peak_bytes", "o-", "measured"),
-            ("program_bytes", "s:", "by the compiler"),
+            ("peak_bytes", "-", "measured"),
+            ("program_bytes", ":", "by the compiler"),
         ):
             found = [x for x in measured if key in x[name]]
             if found:
                 axis.plot(
                     [x["length"] for x in found],
-                    [x[name][key] / 1e9 for x in found],
+                    [x[name][key] / GIB for x in found],
                     style,
+                    marker=MARKERS[name],
+                    fillstyle="full" if style == "-" else "none",
                     color=OF_MODEL[name],
-                    markersize=4,
+                    markersize=5,
                     label=f"{_name(name)}, {what}",
                 )
-    axis.set(ylabel="GB", title="memory of the same steps, 16,384 tokens")
-    logarithmic(axis)
-    lengths_on(axis, [x["length"] for x in measured])
-    axis.legend(fontsize=8)
+    axis.set(ylabel="GiB", title="memory of the same steps")
+    axis.set_ylim(0, 1.15 * axis.get_ylim()[1])
+    lengths_on(axis, [x["length"] for x in measured], "length of a row, tokens")
+    axis.legend(loc="lower left")
 
 
 def _label(name: str, record: dict[str, Any]) -> str:

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from training_runs import small_config
 
+from experiments import figures, rate_sweeps, size_figures, size_fits, token_classes
 from experiments import perplexity_by_size as by_size
-from experiments import rate_sweeps, size_fits, token_classes
 from experiments.size_fits import Losses, crossing, crossings, line, seed_deviation
 from experiments.size_tables import tables
 from experiments.token_classes import CLASSES, COMMON, NEW, RARE, SEEN, context_starts, repeats
@@ -278,3 +278,35 @@ def test_a_crossing_is_given_only_of_a_line_that_fits():
         )
         (row,) = (row for row in lines.rows if row[0] == "RetNet minus Transformer")
         assert row[6] == expected
+
+
+def drawn_record(model, size, parameters, seed):
+    bucket = {"first": 0, "last": 15, "bits_per_token": 5.0, "standard_error": 0.1}
+    probe = {"distance": 16, "standard_error": 0.04, "nll_per_token": 9.0}
+    probes = [{"probe": x, "accuracy": 0.1} | probe for x in ("associative", "copying")]
+    watched = {"new": 7.0, "rare pair": 6.0, "associative": 0.2}
+    steps = [{"step": step} | watched for step in (100, 200)]
+    return invented_record(model, size, parameters, seed, [200.0 + seed, 600.0]) | {
+        **{
+            "distances": [bucket],
+            "positions": [bucket, bucket | {"first": 32_768, "last": 65_535}],
+        },
+        **{"recall": probes, "evaluations": steps, "tokens": 10**6},
+        "options": {"train.steps": 200, "model.vocab_size": 4096},
+    }
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_figures_of_one_seed_and_of_several(tmp_path, monkeypatch, seeds):
+    monkeypatch.setattr(figures, "OF_SMALL_RUNS", tmp_path)
+    records = [
+        drawn_record(model, size, parameters, seed)
+        for size, parameters in (("0.1M", 1e5), ("0.3M", 3e5))
+        for model in (by_size.MODELS if size == "0.1M" else ALL_MODELS)
+        for seed in range(seeds)
+    ]
+    records[-1].pop("evaluations")
+    size_figures.draw("small", {x["name"]: x for x in records})
+    names = {"loss_by_size", "loss_by_class", "use_of_context", "learning_to_recall"}
+    assert {path.stem for path in tmp_path.iterdir()} == names
+    assert set(size_figures.STYLES) == set(size_figures.LABELS) == set(ALL_MODELS)

@@ -17,7 +17,7 @@ LENGTH, CHUNK = 16, 4
 SCORES, STATE = np.array([0.11, 0.34, 0.62]), np.array([0.90, 0.45, 0.08])  # blue, orange
 FORMS = [  # title, use, and the size of its chunks
     ("parallel (Eq. 5): all scores at once", "the definition: $O(t^2)$", LENGTH),
-    ("chunkwise (Eq. 7): a state between chunks", "training, prompts: $O(t)$", CHUNK),
+    ("chunkwise (Eq. 7): chunk by chunk", "training, prompts: $O(t)$", CHUNK),
     ("recurrent (Eq. 6): token by token", "generation: $O(1)$ a token", 1),
 ]
 
