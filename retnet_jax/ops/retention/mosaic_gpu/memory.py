@@ -38,12 +38,12 @@ def operands(*shape: int):
         for transforms in (AS_ROWS, AS_OPERAND)
     )
     # The interpreter has no RefUnion, and does not distinguish the two views.
-    return operand if backend() == "cpu" else plgpu.RefUnion(rows, operand)
+    return operand if interpreter() else plgpu.RefUnion(rows, operand)
 
 
 def views(tiles):
     """The two views of tiles from `operands`: as rows, and as the operand of a product."""
-    return (tiles, tiles) if backend() == "cpu" else tiles
+    return (tiles, tiles) if interpreter() else tiles
 
 
 # jax 0.10 requires an index argument, which later versions warn of.
