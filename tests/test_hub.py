@@ -194,6 +194,29 @@ def test_a_refusal_says_what_would_help(hub, status, headers, expected):
     assert model_directory(MODEL).is_dir()
 
 
+@pytest.mark.parametrize(
+    ("wrong", "suggested"),
+    [
+        ("some-owner/retnet-1.3b", f" (did you mean {MODEL}?)"),  # names are case-sensitive
+        ("some-owner/retnet1.3B", f" (did you mean {MODEL}?)"),
+        ("sone-owner/retnet-1.3B", f" (did you mean {MODEL}?)"),
+        ("some-owner/llama", ""),
+        ("nobody/nothing", ""),
+    ],
+)
+def test_a_wrong_name_is_answered_with_the_nearest(hub, wrong, suggested):
+    hub.repositories |= {x: {"main": files()} for x in ("some-owner/gpt", "a/retnet-1.3B")}
+    message = refusal(ConfigError, wrong)
+    assert f"private: correct the name{suggested}; for a private model log in" in message
+
+
+def test_a_wrong_name_is_refused_if_the_hub_does_not_list_names(hub):
+    hub.refuse("GET /api/models", 404, X_Error_Code="RepoNotFound")
+    hub.refuse("GET /api/models", 403)
+    hub.refuse("GET /api/models", 403)
+    assert "correct the name; for a private model log in" in refusal(ConfigError, MODEL)
+
+
 def test_a_hub_that_cannot_be_reached(hub, monkeypatch):
     with running_hub() as gone:
         url = gone.url
@@ -323,7 +346,7 @@ def test_programs_take_names(hub, command):
     done = programs.run(*command.split())
     expected = (
         f"some-owner/retnet is no directory in {os.getcwd()}, and {hub.url}/some-owner/retnet does "
-        "not exist, or is private: correct the name; for a private model log in"
+        f"not exist, or is private: correct the name (did you mean {MODEL}?); for a private model "
     )
     assert expected in done.stderr, done.stderr
     assert done.returncode == 2
