@@ -280,10 +280,15 @@ def test_a_cache_that_cannot_be_written(hub, tmp_path, monkeypatch):
     assert "make room there, or set HF_HOME to another directory" in message
 
 
-def test_without_the_client(monkeypatch):
+def test_without_the_client(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    message = refusal(ConfigError)
-    assert message.endswith("is downloaded with huggingface_hub: pip install 'retnet-jax[hub]'")
+    how = "is downloaded with huggingface_hub: pip install 'retnet-jax[hub]'"
+    # Perhaps a run that was not trained yet was meant.
+    assert refusal(ConfigError, "runs/quickstart") == (
+        f"runs/quickstart is no directory in {os.getcwd()}, and hf://runs/quickstart {how}"
+    )
+    assert refusal(ConfigError, f"hf://{MODEL}@v1") == f"hf://{MODEL}@v1 {how}"
 
 
 def test_a_repository_without_weights_that_can_be_read(hub):

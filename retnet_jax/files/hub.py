@@ -212,7 +212,8 @@ def _downloaded(name: HubName, patterns: Sequence[str]) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise ConfigError(
-            f"{name} is downloaded with huggingface_hub: pip install 'retnet-jax[hub]'"
+            f"{_no_path(name)}{name} is downloaded with huggingface_hub: pip install "
+            "'retnet-jax[hub]'"
         ) from error
     revision = _commit_to_use(name)
     try:
@@ -334,10 +335,7 @@ def _explained(error: BaseException, name: HubName) -> ConfigError | CheckpointE
     hub, page = constants.ENDPOINT, f"{constants.ENDPOINT}/{name.repository}"
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
-    path = f"{name.repository} is no directory in {os.getcwd()}, and "
-    is_data = name.repository.startswith("datasets/")
-    if name.revision or is_data or os.path.isdir(name.repository):  # it was not meant as a path
-        path = ""
+    path, is_data = _no_path(name), name.repository.startswith("datasets/")
     if isinstance(error, errors.RevisionNotFoundError):
         return ConfigError(
             f"{page} has no revision {name.revision or 'main'}: give a branch, a tag or a commit"
@@ -381,6 +379,14 @@ def _explained(error: BaseException, name: HubName) -> ConfigError | CheckpointE
         f"{path}{page} cannot be downloaded ({type(error).__name__}: {brief(error)}): check the "
         "connection and HF_ENDPOINT, and try again (complete files are kept)"
     )
+
+
+def _no_path(name: HubName) -> str:
+    """The beginning of a message about a name that may have been meant as a path; or ""."""
+    is_data = name.repository.startswith("datasets/")
+    if name.revision or is_data or os.path.isdir(name.repository):  # it was not meant as a path
+        return ""
+    return f"{name.repository} is no directory in {os.getcwd()}, and "
 
 
 def _suggestion(name: HubName) -> str:
