@@ -90,13 +90,18 @@ def test_the_second_time_nothing_is_downloaded(hub, monkeypatch):
     assert message.endswith(": unset HF_HUB_OFFLINE to download it")
 
 
+def environment_of(hub, tmp_path):
+    """The environment of a process of its own that uses the hub."""
+    environment = {name: x for name, x in os.environ.items() if not name.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
+    return environment | {"PYTHONPATH": str(ROOT)}
+
+
 def test_the_environment_of_the_client_is_used(hub, tmp_path):
     """In processes of their own: an endpoint, a token, a cache, and no network."""
     hub.token = "secret"
     code = f"from retnet_jax.files.hub import model_directory; print(model_directory('{MODEL}'))"
-    environment = {name: x for name, x in os.environ.items() if not name.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": "secret", "HF_HOME": str(tmp_path / "hf")}
-    environment["PYTHONPATH"] = str(ROOT)
+    environment = environment_of(hub, tmp_path) | {"HF_TOKEN": "secret"}
     found = []
     for more in ({}, {"HF_HUB_OFFLINE": "1"}):
         done = subprocess.run(
@@ -111,6 +116,21 @@ def test_the_environment_of_the_client_is_used(hub, tmp_path):
     assert found[0] == found[1]
     assert found[0].startswith(str(tmp_path / "hf/hub/models--some-owner--retnet-1.3B/snapshots/"))
     assert sum(line.startswith("GET /api/models") for line in hub.asked) == 2  # of the first alone
+
+
+def test_what_the_client_says_is_printed_once(hub, tmp_path):
+    """By its own logger; absl, of our programs, would print it too."""
+    hub.break_connection(f"GET /large/{MODEL}")
+    arguments = (f"--source={MODEL}", f"--target={tmp_path / 'new'}", "--layout=own")
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools/convert_checkpoint.py", *arguments],
+        env=environment_of(hub, tmp_path),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("Trying to resume download") == 1, done.stderr
 
 
 def test_a_revision_is_a_branch_or_a_commit(hub):
