@@ -409,6 +409,26 @@ def test_a_run_records_the_commit_and_is_resumed_from_it(hub, with_tokenizer):
     assert other.init_from == f"hf://{MODEL}@{commit_of(files())}"
 
 
+def test_a_run_records_the_commit_of_its_tokenizer(hub, with_tokenizer):
+    given = Config(data=DataConfig(tokenizer=MODEL))
+    begun = with_initial_model(given)
+    assert begun.data.tokenizer == f"hf://{MODEL}@{commit_of(hub.repositories[MODEL]['main'])}"
+    hub.repositories[MODEL]["main"] = files(**{"tokenizer.json": b"{}"})  # a newer commit
+    del hub.asked[:]
+    assert with_initial_model(given, begun) == begun
+    assert with_initial_model(begun, begun) == begun
+    assert with_initial_model(given, given) == given  # a run of an earlier version
+    assert hub.asked == []
+    assert pretrained_tokenizer(begun.data).fingerprint == with_tokenizer.fingerprint
+    assert with_initial_model(given) != begun
+    hub.refuse("GET /api/models", 503)
+    gone = Config(data=DataConfig(tokenizer="some-owner/gone"))
+    assert with_initial_model(gone) == gone  # the store may have it
+    for tokenizer in ("byte", "data/tokenizer/"):
+        config = Config(data=DataConfig(tokenizer=tokenizer))
+        assert with_initial_model(config) == config
+
+
 def test_an_evaluation_records_the_name_and_the_commit(hub, with_tokenizer):
     commit = commit_of(hub.repositories[MODEL]["main"])
     config, tokenizer = read_pretrained(MODEL)
