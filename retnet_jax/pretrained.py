@@ -3,17 +3,18 @@
 `load_pretrained` loads the model, `read_pretrained` reads the config and the tokenizer beside it.
 """
 
+import contextlib
 import dataclasses
 from typing import Any
 
 from jax.sharding import Mesh
 
 from retnet_jax import interop
-from retnet_jax.config import Config, DataConfig, ModelConfig
+from retnet_jax.config import TOKENIZERS, Config, DataConfig, ModelConfig
 from retnet_jax.config.as_json import marked, read_config
 from retnet_jax.data.tokenizers import Tokenizer, has_tokenizer, load_tokenizer
 from retnet_jax.errors import CheckpointError, ConfigError
-from retnet_jax.files.hub import cached_name, hub_name, model_directory
+from retnet_jax.files.hub import cached_name, hub_name, model_directory, tokenizer_directory
 from retnet_jax.interop import check_has_model, models_below
 from retnet_jax.interop.parameter_source import changed
 from retnet_jax.interop.safetensors_reader import AnyPath
@@ -118,8 +119,8 @@ def with_initial_model(config: Config, recorded: Config | None = None) -> Config
     """A run's config with the model and the tokenizer of `config.init_from`, if that is set.
 
     Only the `run_options` of `config.model` are kept, such as dtype and dropout. A name on the
-    Hugging Face hub is replaced by one with the commit, so that the run's config.json records the
-    exact model.
+    Hugging Face hub, also that of `config.data.tokenizer`, is replaced by one with the commit, so
+    that the run's config.json records the exact model and tokenizer.
 
     Args:
       config: Config of the run.
@@ -130,7 +131,7 @@ def with_initial_model(config: Config, recorded: Config | None = None) -> Config
       ConfigError, CheckpointError: as `load_pretrained`.
     """
     if not config.init_from:
-        return config
+        return _with_commit_of_tokenizer(config, recorded)
     if recorded is not None and _is_same_model(config.init_from, recorded.init_from):
         return _begun_from(dataclasses.replace(config, init_from=recorded.init_from), recorded)
     directory = model_directory(config.init_from)
@@ -162,6 +163,21 @@ def _is_same_model(given: str, recorded: str) -> bool:
     if given == recorded or name is None or before is None:
         return given == recorded
     return name.revision is None and name.repository == before.repository
+
+
+def _with_commit_of_tokenizer(config: Config, recorded: Config | None) -> Config:
+    """The config with the commit of a tokenizer on the hub, which is the recorded one if any."""
+    given = config.data.tokenizer
+    if given in TOKENIZERS or hub_name(given) is None:
+        return config
+    name = given
+    if recorded is not None and _is_same_model(given, recorded.data.tokenizer):
+        name = recorded.data.tokenizer
+    else:
+        # If it cannot be read, the store may have it; otherwise the same error is raised there.
+        with contextlib.suppress(ConfigError, CheckpointError):
+            name = str(cached_name(tokenizer_directory(given)))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=name))
 
 
 def _begun_from(config: Config, found: Config) -> Config:

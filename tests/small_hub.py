@@ -2,8 +2,8 @@
 
 It answers what the client asks for a download: the commit of a revision, the list of files, and
 the files themselves, whole or by byte ranges. As on the hub, a large file is a redirect to another
-host, which gets no token. It also takes uploads: the list of files, large files at an address of
-their own, and a commit with the rest.
+host, which gets no token. It lists the names of its models and data sets. It also takes uploads:
+the list of files, large files at an address of their own, and a commit with the rest.
 """
 
 import base64
@@ -148,6 +148,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(401, b"{}", **{"X-Error-Code": "GatedRepo"})
         if path == "/api/whoami-v2":
             return self._answer_json({"name": hub.owner})
+        if path in ("/api/models", "/api/datasets"):
+            return self._list(path == "/api/datasets")
         if path.startswith("/api/datasets/"):
             owner, name, *rest = path.removeprefix("/api/datasets/").split("/")
             return self._describe(f"datasets/{owner}/{name}", rest)
@@ -251,6 +253,18 @@ class _Handler(BaseHTTPRequestHandler):
         revisions = self.server.hub.repositories[repository]
         commits = {commit_of(files): files for files in revisions.values()}
         return revisions.get(revision, commits.get(revision))
+
+    def _list(self, datasets):
+        """The names of the models or data sets of an author, or with a text in them."""
+        asked = parse_qs(self.path.partition("?")[2])
+        author, search = (asked.get(name, [""])[0] for name in ("author", "search"))
+        found = [
+            name.removeprefix("datasets/")
+            for name in self.server.hub.repositories
+            if name.startswith("datasets/") == datasets
+        ]
+        found = [x for x in found if x.split("/")[0] == author or not author]
+        return self._answer_json([{"id": x} for x in found if search.lower() in x.lower()])
 
     def _describe(self, repository, rest):
         """The commit of a revision, or its list of files."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -154,9 +155,41 @@ def test_the_card_has_the_records_of_the_run(fla_run, tmp_path):
         assert expected in body, expected
 
 
-def test_the_card_of_a_run_without_records(fla_run, tmp_path):
-    import shutil
+def test_the_card_names_the_data_sets_of_prepare_corpus(fla_run, tmp_path):
+    text, copy = tmp_path / "text", shutil.copytree(fla_run, tmp_path / "run")
+    commit = {"commit": "78de5f18", "license": "odc-by", "shards": 1, "files": {}}
+    records = {
+        "c4": json.dumps({"origin": {"data set": "allenai/c4:en:train"}, **commit}),
+        "mine": json.dumps({"origin": "mine"}),  # of another program
+        "none": None,
+    }
+    for name, record in records.items():
+        (text / name).mkdir(parents=True)
+        lines = [json.dumps({"text": f"{TEXT} {i} in {name}"}) + "\n" for i in range(20)]
+        (text / name / "0.jsonl").write_text("".join(lines))
+        if record is not None:
+            (text / name / "corpus.json").write_text(record)
+    config = read_config(copy / "config.json")
+    for part, header, corpus in (
+        (
+            "c4",
+            ["allenai/c4"],
+            "allenai/c4:en:train on the Hugging Face hub, commit 78de5f18, lice",
+        ),
+        ("mine", None, "jsonl: "),
+        ("none", None, "jsonl: "),
+    ):
+        data = replace(config.data, source="jsonl", path=f"{text}/{part}/*.jsonl")
+        data = replace(data, store=str(tmp_path / f"store_{part}"))
+        build_store(data, config.model.vocab_size, processes=1)
+        (copy / "config.json").write_text(to_json(replace(config, data=data)))
+        export(copy, tmp_path / part, "own")
+        _, found, body = (tmp_path / part / "README.md").read_text().split("---\n", 2)
+        assert yaml.safe_load(found).get("datasets") == header
+        assert f"\n| {corpus}" in body
 
+
+def test_the_card_of_a_run_without_records(fla_run, tmp_path):
     copy = shutil.copytree(fla_run, tmp_path / "run")
     for name in ("metrics", "starts"):
         (copy / f"{name}.jsonl").unlink()

@@ -90,13 +90,18 @@ def test_the_second_time_nothing_is_downloaded(hub, monkeypatch):
     assert message.endswith(": unset HF_HUB_OFFLINE to download it")
 
 
+def environment_of(hub, tmp_path):
+    """The environment of a process of its own that uses the hub."""
+    environment = {name: x for name, x in os.environ.items() if not name.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
+    return environment | {"PYTHONPATH": str(ROOT)}
+
+
 def test_the_environment_of_the_client_is_used(hub, tmp_path):
     """In processes of their own: an endpoint, a token, a cache, and no network."""
     hub.token = "secret"
     code = f"from retnet_jax.files.hub import model_directory; print(model_directory('{MODEL}'))"
-    environment = {name: x for name, x in os.environ.items() if not name.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": "secret", "HF_HOME": str(tmp_path / "hf")}
-    environment["PYTHONPATH"] = str(ROOT)
+    environment = environment_of(hub, tmp_path) | {"HF_TOKEN": "secret"}
     found = []
     for more in ({}, {"HF_HUB_OFFLINE": "1"}):
         done = subprocess.run(
@@ -111,6 +116,21 @@ def test_the_environment_of_the_client_is_used(hub, tmp_path):
     assert found[0] == found[1]
     assert found[0].startswith(str(tmp_path / "hf/hub/models--some-owner--retnet-1.3B/snapshots/"))
     assert sum(line.startswith("GET /api/models") for line in hub.asked) == 2  # of the first alone
+
+
+def test_what_the_client_says_is_printed_once(hub, tmp_path):
+    """By its own logger; absl, of our programs, would print it too."""
+    hub.break_connection(f"GET /large/{MODEL}")
+    arguments = (f"--source={MODEL}", f"--target={tmp_path / 'new'}", "--layout=own")
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools/convert_checkpoint.py", *arguments],
+        env=environment_of(hub, tmp_path),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("Trying to resume download") == 1, done.stderr
 
 
 def test_a_revision_is_a_branch_or_a_commit(hub):
@@ -194,6 +214,29 @@ def test_a_refusal_says_what_would_help(hub, status, headers, expected):
     assert model_directory(MODEL).is_dir()
 
 
+@pytest.mark.parametrize(
+    ("wrong", "suggested"),
+    [
+        ("some-owner/retnet-1.3b", f" (did you mean {MODEL}?)"),  # names are case-sensitive
+        ("some-owner/retnet1.3B", f" (did you mean {MODEL}?)"),
+        ("sone-owner/retnet-1.3B", f" (did you mean {MODEL}?)"),
+        ("some-owner/llama", ""),
+        ("nobody/nothing", ""),
+    ],
+)
+def test_a_wrong_name_is_answered_with_the_nearest(hub, wrong, suggested):
+    hub.repositories |= {x: {"main": files()} for x in ("some-owner/gpt", "a/retnet-1.3B")}
+    message = refusal(ConfigError, wrong)
+    assert f"private: correct the name{suggested}; for a private model log in" in message
+
+
+def test_a_wrong_name_is_refused_if_the_hub_does_not_list_names(hub):
+    hub.refuse("GET /api/models", 404, X_Error_Code="RepoNotFound")
+    hub.refuse("GET /api/models", 403)
+    hub.refuse("GET /api/models", 403)
+    assert "correct the name; for a private model log in" in refusal(ConfigError, MODEL)
+
+
 def test_a_hub_that_cannot_be_reached(hub, monkeypatch):
     with running_hub() as gone:
         url = gone.url
@@ -257,10 +300,15 @@ def test_a_cache_that_cannot_be_written(hub, tmp_path, monkeypatch):
     assert "make room there, or set HF_HOME to another directory" in message
 
 
-def test_without_the_client(monkeypatch):
+def test_without_the_client(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    message = refusal(ConfigError)
-    assert message.endswith("is downloaded with huggingface_hub: pip install 'retnet-jax[hub]'")
+    how = "is downloaded with huggingface_hub: pip install 'retnet-jax[hub]'"
+    # Perhaps a run that was not trained yet was meant.
+    assert refusal(ConfigError, "runs/quickstart") == (
+        f"runs/quickstart is no directory in {os.getcwd()}, and hf://runs/quickstart {how}"
+    )
+    assert refusal(ConfigError, f"hf://{MODEL}@v1") == f"hf://{MODEL}@v1 {how}"
 
 
 def test_a_repository_without_weights_that_can_be_read(hub):
@@ -323,7 +371,7 @@ def test_programs_take_names(hub, command):
     done = programs.run(*command.split())
     expected = (
         f"some-owner/retnet is no directory in {os.getcwd()}, and {hub.url}/some-owner/retnet does "
-        "not exist, or is private: correct the name; for a private model log in"
+        f"not exist, or is private: correct the name (did you mean {MODEL}?); for a private model "
     )
     assert expected in done.stderr, done.stderr
     assert done.returncode == 2
@@ -359,6 +407,26 @@ def test_a_run_records_the_commit_and_is_resumed_from_it(hub, with_tokenizer):
     assert hub.asked == []
     other = with_initial_model(Config(init_from=f"hf://{MODEL}@main"), begun)
     assert other.init_from == f"hf://{MODEL}@{commit_of(files())}"
+
+
+def test_a_run_records_the_commit_of_its_tokenizer(hub, with_tokenizer):
+    given = Config(data=DataConfig(tokenizer=MODEL))
+    begun = with_initial_model(given)
+    assert begun.data.tokenizer == f"hf://{MODEL}@{commit_of(hub.repositories[MODEL]['main'])}"
+    hub.repositories[MODEL]["main"] = files(**{"tokenizer.json": b"{}"})  # a newer commit
+    del hub.asked[:]
+    assert with_initial_model(given, begun) == begun
+    assert with_initial_model(begun, begun) == begun
+    assert with_initial_model(given, given) == given  # a run of an earlier version
+    assert hub.asked == []
+    assert pretrained_tokenizer(begun.data).fingerprint == with_tokenizer.fingerprint
+    assert with_initial_model(given) != begun
+    hub.refuse("GET /api/models", 503)
+    gone = Config(data=DataConfig(tokenizer="some-owner/gone"))
+    assert with_initial_model(gone) == gone  # the store may have it
+    for tokenizer in ("byte", "data/tokenizer/"):
+        config = Config(data=DataConfig(tokenizer=tokenizer))
+        assert with_initial_model(config) == config
 
 
 def test_an_evaluation_records_the_name_and_the_commit(hub, with_tokenizer):

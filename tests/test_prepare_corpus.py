@@ -302,6 +302,8 @@ def test_what_is_refused(hub, monkeypatch):
     assert refused("nonsense").startswith("'nonsense' is not a known corpus: give one of pile, c4")
     assert refused("pile", "--tokens=many").startswith("--tokens=many is no number of tokens")
     assert refused("pile", "--text=gs://b/t").startswith("--text=gs://b/t is not on a local disk")
+    message = refused("pile", "--config.data.store=gs://b/s")
+    assert message.startswith("--config.data.store=gs://b/s is not on a local disk: build the")
     assert refused("pile", "--config.data.path=x").startswith("--config.data.path is set by this")
     assert hub.asked == []
     small = ("--tokens=1k", "--config=quickstart", *BYTES)

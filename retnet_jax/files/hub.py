@@ -15,6 +15,7 @@ HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
 import re
 import warnings
@@ -211,7 +212,8 @@ def _downloaded(name: HubName, patterns: Sequence[str]) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise ConfigError(
-            f"{name} is downloaded with huggingface_hub: pip install 'retnet-jax[hub]'"
+            f"{_no_path(name)}{name} is downloaded with huggingface_hub: pip install "
+            "'retnet-jax[hub]'"
         ) from error
     revision = _commit_to_use(name)
     try:
@@ -333,10 +335,7 @@ def _explained(error: BaseException, name: HubName) -> ConfigError | CheckpointE
     hub, page = constants.ENDPOINT, f"{constants.ENDPOINT}/{name.repository}"
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
-    path = f"{name.repository} is no directory in {os.getcwd()}, and "
-    is_data = name.repository.startswith("datasets/")
-    if name.revision or is_data or os.path.isdir(name.repository):  # it was not meant as a path
-        path = ""
+    path, is_data = _no_path(name), name.repository.startswith("datasets/")
     if isinstance(error, errors.RevisionNotFoundError):
         return ConfigError(
             f"{page} has no revision {name.revision or 'main'}: give a branch, a tag or a commit"
@@ -348,8 +347,8 @@ def _explained(error: BaseException, name: HubName) -> ConfigError | CheckpointE
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         return ConfigError(
-            f"{path}{page} does not exist, or is private: correct the name; for a private "
-            f"{'data set' if is_data else 'model'} {_LOG_IN}"
+            f"{path}{page} does not exist, or is private: correct the name{_suggestion(name)}; for "
+            f"a private {'data set' if is_data else 'model'} {_LOG_IN}"
         )
     if status in (401, 403):
         return ConfigError(f"{page} cannot be read ({status}): {_LOG_IN}")
@@ -380,3 +379,31 @@ def _explained(error: BaseException, name: HubName) -> ConfigError | CheckpointE
         f"{path}{page} cannot be downloaded ({type(error).__name__}: {brief(error)}): check the "
         "connection and HF_ENDPOINT, and try again (complete files are kept)"
     )
+
+
+def _no_path(name: HubName) -> str:
+    """The beginning of a message about a name that may have been meant as a path; or ""."""
+    is_data = name.repository.startswith("datasets/")
+    if name.revision or is_data or os.path.isdir(name.repository):  # it was not meant as a path
+        return ""
+    return f"{name.repository} is no directory in {os.getcwd()}, and "
+
+
+def _suggestion(name: HubName) -> str:
+    """The most similar names on the hub, for the message about one that does not exist; or ""."""
+    from huggingface_hub import HfApi
+
+    is_data = name.repository.startswith("datasets/")
+    listed = HfApi().list_datasets if is_data else HfApi().list_models
+    given = name.repository.removeprefix("datasets/")
+    owner, _, last = given.rpartition("/")
+    # Of the same owner, whose names are compared without it; if none is similar, of all owners.
+    for author, search, begin in ((owner, None, f"{owner}/"), (None, last, "")):
+        known: dict[str, str] = {}
+        with contextlib.suppress(Exception):  # a suggestion must not hide the error
+            found = listed(author=author, search=search, limit=1000)
+            known = {x.id.removeprefix(begin).lower(): x.id for x in found if x.id != given}
+        compared = given.removeprefix(begin).lower()
+        if close := difflib.get_close_matches(compared, known, n=3, cutoff=0.7):
+            return f" (did you mean {' or '.join(known[x] for x in close)}?)"
+    return ""

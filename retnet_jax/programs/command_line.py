@@ -267,6 +267,8 @@ def _parse(arguments: Sequence[str], positional: Sequence[str], module: str) -> 
         # The error also reaches us as an exception.
         logging.set_verbosity(logging.FATAL)
         getLogger("asyncio").setLevel(CRITICAL)
+        # It has a handler of its own, so absl would print each of its lines a second time.
+        getLogger("huggingface_hub").propagate = False
     if len(rest) > 1 + len(positional):
         surplus = rest[1 + len(positional)]
         raise ConfigError(f"{surplus!r} is not a flag; options are given as --name=value")

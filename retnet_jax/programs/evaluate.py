@@ -198,7 +198,8 @@ def check_use(given, text: str | None, task_data: str | None) -> None:
     suite, protocols = ",".join(dict.fromkeys(parts)), ",".join(dict.fromkeys(given.protocol))
     if given.checkpoint is not None and text is None and needs_text:
         raise ConfigError(
-            "--checkpoint needs --data: give text files, such as --data='corpus/**/*.txt'"
+            f"{given.checkpoint} is not the directory of a training run, whose held-out documents "
+            "would be read, so it needs --data: give text files, such as --data='corpus/**/*.txt'"
         )
     if task_data is not None and not tasks:
         raise ConfigError(

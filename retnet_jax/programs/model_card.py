@@ -1,18 +1,22 @@
 """The model card of a training run: README.md as the Hugging Face hub shows it.
 
 Every number in it is from the run's own records: config.json, metrics.jsonl, starts.jsonl, and the
-manifests of the token stores that the run read.
+manifests of the token stores that the run read. The data sets on the hub are those that
+tools/prepare_corpus.py recorded beside the text of a store, as long as that is there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from etils import epath
 
 from retnet_jax.config import Config
 from retnet_jax.config.as_json import marked
+from retnet_jax.data.hub_text import RECORD
 from retnet_jax.data.token_store import SPLITS, read_manifest
 from retnet_jax.files import paths as files
 from retnet_jax.runs.json_lines import records_in
@@ -97,6 +101,14 @@ def model_card(workdir: epath.Path, config: Config, model: Exported) -> str:
     return _header(config, model, stores) + "\n\n".join(body) + "\n"
 
 
+class _Origin(NamedTuple):
+    """A data set on the Hugging Face hub."""
+
+    path: str  # NAME:SUBSET:SPLIT
+    commit: str
+    license: str  # on its page there
+
+
 class _Store(NamedTuple):
     """A token store that the run reads."""
 
@@ -104,6 +116,7 @@ class _Store(NamedTuple):
     share: float
     options: dict[str, Any]  # those it was built with
     splits: dict[str, dict[str, int]] | None  # None: there is no manifest
+    origins: list[_Origin]  # of its text, if that was downloaded from the Hugging Face hub
 
     @classmethod
     def of(cls, config: Config, directory: str, share: float) -> _Store:
@@ -111,8 +124,8 @@ class _Store(NamedTuple):
             manifest = read_manifest(files.expanded(directory))
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             options = {name: getattr(config.data, name[5:]) for name in marked("in_store")}
-            return cls(directory, share, {} if config.data.mixture else options, None)
-        return cls(directory, share, manifest["options"], manifest["splits"])
+            return cls(directory, share, {} if config.data.mixture else options, None, [])
+        return cls(directory, share, manifest["options"], manifest["splits"], _origins(manifest))
 
     @property
     def corpus(self) -> str:
@@ -120,13 +133,33 @@ class _Store(NamedTuple):
         source, path = (self.options.get(f"data.{name}", "") for name in ("source", "path"))
         if source == "stdlib":
             return f"Python {self.options.get('python', '')}'s standard library".replace(" '", "'")
+        if self.origins:
+            return "; ".join(
+                f"{x.path} on the Hugging Face hub, commit {x.commit}, licence there: {x.license}"
+                for x in self.origins
+            )
         return f"{source}: {path}" if source else "not recorded"
 
     @property
-    def hub_name(self) -> str | None:
-        """The name of its data set on the Hugging Face hub."""
-        is_on_hub = self.options.get("data.source") == "hf"
-        return self.options["data.path"].partition(":")[0] if is_on_hub else None
+    def hub_names(self) -> list[str]:
+        """The names of its data sets on the Hugging Face hub."""
+        paths = [x.path for x in self.origins]
+        if self.options.get("data.source") == "hf":
+            paths.append(self.options["data.path"])
+        return [path.partition(":")[0].partition("@")[0] for path in paths]
+
+
+def _origins(manifest: dict[str, Any]) -> list[_Origin]:
+    """What tools/prepare_corpus.py recorded beside the files of a store; [] for other text."""
+    if manifest["options"].get("data.source") != "jsonl":
+        return []
+    found = []
+    for directory in dict.fromkeys(Path(x["path"]).parent for x in manifest["sources"]):
+        # There is no such file, or it is another program's.
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            record = json.loads((directory / RECORD).read_text(encoding="utf-8"))
+            found.append(_Origin(record["origin"]["data set"], record["commit"], record["license"]))
+    return found
 
 
 def _shares(config: Config) -> dict[str, float]:
@@ -143,9 +176,9 @@ def _header(config: Config, model: Exported, stores: list[_Store]) -> str:
         values["library_name"] = "transformers"
         tags.append("flash-linear-attention")
     values |= {"pipeline_tag": "text-generation", "tags": tags}
-    names = [store.hub_name for store in stores if store.hub_name]
+    names = {name for store in stores for name in store.hub_names}
     if names:
-        values["datasets"] = sorted(set(names))
+        values["datasets"] = sorted(names)
     # JSON is YAML: every text is quoted, so that none is read as a number or a truth value.
     lines = [f"{key}: {json.dumps(value)}" for key, value in values.items()]
     return "\n".join(["---", *lines, "---", "", ""])

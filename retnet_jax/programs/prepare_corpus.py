@@ -77,6 +77,11 @@ def _main() -> None:
         text = "data/corpus"
     if files.is_remote(text):
         raise ConfigError(f"--text={text} is not on a local disk: give a local directory")
+    if files.is_remote(config.data.store):  # found out before hours of downloading
+        raise ConfigError(
+            f"--config.data.store={config.data.store} is not on a local disk: build the store in a "
+            "local directory, and copy it there afterwards"
+        )
     tokens = _number(given.tokens) if given.tokens else _tokens_of_run(config)
     directory = files.local(text)
     for part in parts:
