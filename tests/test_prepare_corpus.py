@@ -15,7 +15,9 @@ import programs
 import pytest
 from small_hub import commit_of, hub_in_use, running_hub
 
+from retnet_jax.config import DataConfig
 from retnet_jax.data import open_store
+from retnet_jax.data.build import build_store
 from retnet_jax.data.hub_text import FILES, stream_text
 from retnet_jax.data.public_corpora import CORPORA, PublicCorpus, named_parts
 from retnet_jax.errors import CheckpointError, ConfigError
@@ -244,6 +246,25 @@ def test_a_connection_that_breaks_for_ever(hub, tmp_path, monkeypatch):
     assert list(directory.glob("*")) == []
     hub.refusals.clear()
     assert stream_text(CORPORA["tinystories"], directory, 2000) >= 2000
+
+
+def test_a_source_on_the_hub_is_explained_as_well(hub, monkeypatch):
+    """By `data.source=hf`, without prepare_corpus; nothing of the store is left."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+
+    def refusal(path):
+        config = DataConfig(store="data/hf", tokenizer="byte", source="hf", path=path)
+        with pytest.raises((ConfigError, CheckpointError)) as error:
+            build_store(config, 259, processes=1)
+        assert not Path("data").exists()
+        return str(error.value)
+
+    message = refusal("roneneldan/TinyStores:train")
+    assert "/TinyStores does not exist, or is private: correct the name (did you mean " in message
+    hub.break_connection("GET /datasets/roneneldan/TinyStories/resolve", times=200)
+    message = refusal("roneneldan/TinyStories:train")
+    assert "/datasets/roneneldan/TinyStories cannot be downloaded (" in message
+    assert message.endswith("the same command resumes (complete files are kept)")
 
 
 @pytest.mark.parametrize(

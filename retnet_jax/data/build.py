@@ -58,7 +58,7 @@ from retnet_jax.data.tokenizers import (
     train_bpe,
 )
 from retnet_jax.data.workers import for_each_shard, say
-from retnet_jax.errors import ConfigError
+from retnet_jax.errors import CheckpointError, ConfigError
 from retnet_jax.files import atomic, lock
 from retnet_jax.files import paths as files
 from retnet_jax.files.digests import sha256_of, sha256_of_file, xxh3_of
@@ -120,7 +120,7 @@ def build_or_wait(
         if not (directory / "manifest.json").exists():
             try:
                 _build(config, vocab_size, processes, directory, command)
-            except (ConfigError, KeyboardInterrupt):
+            except (ConfigError, CheckpointError, KeyboardInterrupt):
                 if has_only_a_lock(directory):
                     shutil.rmtree(directory)
                     files.remove_empty(created)

@@ -12,6 +12,7 @@ import importlib
 import io
 import json
 import os
+import re
 import zlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any, BinaryIO
 
 from retnet_jax.errors import ConfigError
 from retnet_jax.files import paths as files
+from retnet_jax.files.hub import dataset_error
 
 TOO_LONG = "too long"
 BYTE_ORDER_MARK = "\ufeff"
@@ -260,8 +262,9 @@ def hf_examples(path: str, shard: int) -> Iterator[Record]:
     shards = max(1, getattr(stream, "num_shards", 1))
     if shards > 1:
         stream = stream.shard(num_shards=shards, index=shard)
-    for number, example in enumerate(stream):
-        yield Record(f":{shard}:{number}", example)
+    with _explained(path):
+        for number, example in enumerate(stream):
+            yield Record(f":{shard}:{number}", example)
 
 
 def _hf_stream(path: str):
@@ -274,8 +277,24 @@ def _hf_stream(path: str):
     name, _, revision = name.partition("@")
     options = {"revision": revision} if revision else {}
     datasets = package("datasets", "datasets")
-    with _opening(path):
+    with _explained(path):
         return datasets.load_dataset(name, *config, split=split, streaming=True, **options)
+
+
+@contextlib.contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Raises the errors of the library `datasets` as one line that says what would help."""
+    name = path.partition(":")[0].partition("@")[0]
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) or os.path.exists(name):
+        with _opening(path):
+            yield
+        return
+    try:
+        yield
+    except (ConfigError, UnreadableError):
+        raise
+    except Exception as error:  # of many types, also those of HTTP libraries
+        raise dataset_error(error, name) from error
 
 
 @contextlib.contextmanager

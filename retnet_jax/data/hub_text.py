@@ -79,13 +79,12 @@ def sample_text(corpus: PublicCorpus, characters: int, text_field: str | None = 
     config = corpus.config(hub.dataset_commit(corpus.hub))
     texts: list[str] = []
     left, skipped = characters, _SkippedAtFirst(corpus.path, texts)
-    with _explained(corpus):
-        for piece in list_pieces(config):
-            for document in read_piece(config, piece, skipped):
-                texts.append(document.text[:left])
-                left -= len(texts[-1])
-                if left <= 0:
-                    return texts
+    for piece in list_pieces(config):
+        for document in read_piece(config, piece, skipped):
+            texts.append(document.text[:left])
+            left -= len(texts[-1])
+            if left <= 0:
+                return texts
     if not texts:
         raise skipped.error()
     return texts
@@ -133,8 +132,7 @@ class _Download:
             )
         else:
             commit = hub.dataset_commit(corpus.hub)
-            with _explained(corpus):
-                shards = len(list_pieces(corpus.config(commit)))
+            shards = len(list_pieces(corpus.config(commit)))
             facts = {"commit": commit, "license": corpus.license, "shards": shards}
             self._record = {"origin": origin, **facts, "files": {}}
         self._corpus = corpus
@@ -166,7 +164,7 @@ class _Download:
         if about and (about["whole"] or about["bytes"] >= limit) and self._has(name):
             return about
         skipped = Skipped()
-        documents = _with_explanations(self._corpus, read_piece(self._config, piece, skipped))
+        documents = read_piece(self._config, piece, skipped)
         try:
             counts = self._write(name, documents, limit)
         except OSError as error:
@@ -205,24 +203,6 @@ class _Download:
         finally:
             unfinished.unlink(missing_ok=True)
         return counts
-
-
-@contextlib.contextmanager
-def _explained(corpus: PublicCorpus) -> Iterator[None]:
-    """Raises the errors of the library `datasets` as one line that says what would help."""
-    try:
-        yield
-    except ConfigError as error:
-        if error.__cause__ is None or isinstance(error.__cause__, ImportError):
-            raise
-        raise hub.dataset_error(error.__cause__, corpus.hub) from error
-    except Exception as error:  # of many types, also those of HTTP libraries
-        raise hub.dataset_error(error, corpus.hub) from error
-
-
-def _with_explanations(corpus: PublicCorpus, documents: Iterator[Document]) -> Iterator[Document]:
-    with _explained(corpus):
-        yield from documents
 
 
 def _shown(origin: dict[str, Any]) -> str:

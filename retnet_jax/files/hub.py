@@ -215,7 +215,7 @@ def _downloaded(name: HubName, patterns: Sequence[str]) -> Path:
             f"{_no_path(name)}{name} is downloaded with huggingface_hub: pip install "
             "'retnet-jax[hub]'"
         ) from error
-    revision = _commit_to_use(name)
+    revision, warning = _commit_to_use(name)
     try:
         directory = snapshot_download(
             name.repository,
@@ -225,14 +225,17 @@ def _downloaded(name: HubName, patterns: Sequence[str]) -> Path:
         )
     except Exception as error:  # of many types, also those of the client's HTTP library
         raise _explained(error, name) from error
+    if warning is not None:
+        warnings.warn(warning, stacklevel=2)
     return Path(directory)
 
 
-def _commit_to_use(name: HubName) -> str | None:
+def _commit_to_use(name: HubName) -> tuple[str | None, str | None]:
     """The commit in the cache if it is the newest, or if the hub does not say; else the revision.
 
-    `snapshot_download` does not say whether the hub answered. So the hub is asked here, and not
-    again for a commit that is in the cache.
+    The second value is what to warn of if the files of that commit are used. `snapshot_download`
+    does not say whether the hub answered. So the hub is asked here, and not again for a commit that
+    is in the cache.
     """
     from huggingface_hub import HfApi, constants, errors
 
@@ -240,22 +243,20 @@ def _commit_to_use(name: HubName) -> str | None:
     folder = f"models--{name.repository.replace('/', '--')}"
     cached = Path(constants.HF_HUB_CACHE, folder, "refs", revision)
     if not cached.is_file():  # nothing is in the cache, or the revision is a commit
-        return name.revision
+        return name.revision, None
     commit = cached.read_text()
     try:
         newest = HfApi().model_info(name.repository, revision=revision).sha
     except errors.OfflineModeIsEnabled:
-        return commit
+        return commit, None
     except errors.RevisionNotFoundError as error:
         raise _explained(error, name) from error
     except Exception as error:  # of many types, also those of the client's HTTP library
-        warnings.warn(
-            f"{name} is read from the cache, at commit {commit}; there may be a newer one: "
-            f"{_explained(error, name._replace(revision=revision))}",
-            stacklevel=2,
+        reason = _explained(error, name._replace(revision=revision))
+        return commit, (
+            f"{name} is read from the cache, at commit {commit}; there may be a newer one: {reason}"
         )
-        return commit
-    return commit if newest == commit else name.revision
+    return (commit if newest == commit else name.revision), None
 
 
 def dataset_commit(name: str) -> str:
@@ -288,6 +289,10 @@ def dataset_error(error: BaseException, name: str) -> ConfigError | CheckpointEr
         if isinstance(cause, errors.HfHubHTTPError | errors.OfflineModeIsEnabled):
             return _explained(cause, HubName(f"datasets/{name}"))
     if isinstance(error, ValueError | FileNotFoundError):  # such as a split that does not exist
+        try:
+            dataset_commit(name)  # `datasets` does not say why there is no such data set
+        except (ConfigError, CheckpointError) as reason:
+            return reason
         return ConfigError(f"{page} cannot be opened ({type(error).__name__}: {brief(error)})")
     return CheckpointError(
         f"{page} cannot be downloaded ({type(error).__name__}: {brief(error)}): check the "
