@@ -387,10 +387,10 @@ def _check_shapes(model: LanguageModel, state: State, rows: int) -> None:
     slots = getattr(state, "visible", None)
     capacity = 1 if slots is None else slots.shape[1]
     expected = jax.eval_shape(lambda: model.init_state(rows, capacity))
-    if not model.stacked_state and len(state.layers) != len(expected.layers):
-        raise ValueError(
-            f"state has {len(state.layers)} layers; this model has {len(expected.layers)}"
-        )
+    if not model.stacked_state:
+        layers, of_model = (len(tuple(x.layers or ())) for x in (state, expected))
+        if layers != of_model:
+            raise ValueError(f"state has {layers} layers; this model has {of_model}")
     wanted, found = (dict(jax.tree.leaves_with_path(x)) for x in (expected, state))
     if wanted.keys() != found.keys():
         if isinstance(state, HybridState):
