@@ -1,4 +1,4 @@
-"""Models on the Hugging Face hub: downloaded where a model's directory is expected, and uploaded.
+"""Models on the Hugging Face hub, downloaded where a model's directory is expected.
 
     model_directory("runs/mine")                 a path: nothing is downloaded
     model_directory("fla-hub/retnet-1.3B-100B")  a name on the hub
@@ -7,9 +7,6 @@
 OWNER/NAME is a path if OWNER is a directory; hf:// always means the hub. The files are downloaded
 by `huggingface_hub` into its own cache. It also resumes and retries, shows the progress, and reads
 HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE.
-
-    check_can_upload("OWNER/NAME")
-    upload("exported", "OWNER/NAME", private=False)
 """
 
 from __future__ import annotations
@@ -19,7 +16,7 @@ import difflib
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,8 +34,8 @@ TORCH_INDEX = "pytorch_model.bin.index.json"
 TORCH_PARTS = "pytorch_model*.bin"
 
 _PREFIX = "hf://"
-_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
-_REPOSITORY = r"(?!.*(?:--|\.\.))\w(?:[\w-]*\w)?/\w(?:[\w.-]*\w)?"  # as the hub allows
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+REPOSITORY = r"(?!.*(?:--|\.\.))\w(?:[\w-]*\w)?/\w(?:[\w.-]*\w)?"  # as the hub allows
 
 
 class HubName(NamedTuple):
@@ -97,11 +94,11 @@ def hub_name(model: AnyPath) -> HubName | None:
     if not isinstance(model, str):
         return None
     if re.match(r"hf:/|https?://", model, re.IGNORECASE):
-        found = re.fullmatch(rf"{_PREFIX}({_REPOSITORY})(?:@(.+))?", model, re.ASCII)
+        found = re.fullmatch(rf"{_PREFIX}({REPOSITORY})(?:@(.+))?", model, re.ASCII)
         if found is None:
             raise ConfigError(f"{model}: expected hf://OWNER/NAME or hf://OWNER/NAME@REVISION")
         return HubName(*found.groups())
-    is_name = re.fullmatch(_REPOSITORY, model, re.ASCII) is not None
+    is_name = re.fullmatch(REPOSITORY, model, re.ASCII) is not None
     return HubName(model) if is_name and not os.path.isdir(model.split("/")[0]) else None
 
 
@@ -109,75 +106,6 @@ def cached_name(directory: AnyPath) -> HubName | None:
     """The name and the commit of a directory in the cache of the hub; None for any other."""
     found = re.search(r"/models--([^/]+?)--([^/]+)/snapshots/(\w+)/*$", str(directory))
     return None if found is None else HubName(f"{found[1]}/{found[2]}", found[3])
-
-
-def check_can_upload(repository: str) -> None:
-    """Checks a name to upload to, and asks the hub whether the user's token is valid.
-
-    Raises:
-      ConfigError: for a name that is not OWNER/NAME, without a valid token, and if huggingface_hub
-        is not installed.
-      CheckpointError: if the hub cannot be reached.
-    """
-    if re.fullmatch(_REPOSITORY, repository, re.ASCII) is None or repository.endswith(".git"):
-        raise ConfigError(
-            f"{repository!r} is not a name for a model on the Hugging Face hub: expected "
-            "OWNER/NAME of letters, digits, '-', '_' and '.', such as my-name/retnet-quickstart"
-        )
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise ConfigError(
-            f"{repository} is uploaded with huggingface_hub: pip install 'retnet-jax[hub]'"
-        ) from error
-    if huggingface_hub.get_token() is None:
-        raise ConfigError(
-            f"uploading {repository} needs a login: {_LOG_IN}, with a token that may write "
-            "(https://huggingface.co/settings/tokens)"
-        )
-    with _explained_uploads(repository):
-        huggingface_hub.HfApi().whoami()
-
-
-def upload(directory: AnyPath, repository: str, private: bool) -> str:
-    """Uploads the files of a directory as one model on the hub; returns its URL.
-
-    The model is created if it does not exist. Otherwise a commit is added to it, which also
-    deletes safetensors files that the directory does not have.
-
-    Args:
-      directory: Local directory.
-      repository: OWNER/NAME.
-      private: Whether a new model can be seen by its owner only; an existing one must be private.
-
-    Raises:
-      ConfigError: if the user may not write there, or if `private` and the model is public.
-      CheckpointError: if the upload does not succeed for another reason.
-    """
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    try:
-        with _explained_uploads(repository):
-            url = api.create_repo(repository, private=private or None, exist_ok=True)
-            would_publish = private and not api.model_info(repository).private
-            if not would_publish:
-                api.upload_folder(
-                    repo_id=repository,
-                    folder_path=str(directory),
-                    delete_patterns=["*.safetensors", "*.safetensors.index.json"],
-                    commit_message="Upload with retnet-jax",
-                )
-    except (ConfigError, CheckpointError) as error:
-        again = f"{directory} is complete; to upload it later: hf upload {repository} {directory}"
-        again += " --private" if private else ""
-        raise type(error)(f"{error}\n{again}") from error
-    if would_publish:
-        raise ConfigError(
-            f"{url} exists and is public, so nothing was uploaded\n{directory} is complete; make "
-            f"the model private in its settings, and then: hf upload {repository} {directory}"
-        )
-    return str(url)
 
 
 def _with_weights(name: HubName) -> Path:
@@ -300,37 +228,6 @@ def dataset_error(error: BaseException, name: str) -> ConfigError | CheckpointEr
     )
 
 
-@contextlib.contextmanager
-def _explained_uploads(repository: str) -> Iterator[None]:
-    """Raises the client's errors during an upload as one line that says what would help."""
-    from huggingface_hub import constants, errors
-
-    try:
-        yield
-    except Exception as raised:  # of many types, also those of the client's HTTP library
-        page = f"{constants.ENDPOINT}/{repository}"
-        error = raised.__cause__ if type(raised) is RuntimeError and raised.__cause__ else raised
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status == 401:
-            raise ConfigError(
-                f"{constants.ENDPOINT} does not accept the token: {_LOG_IN}, with a valid token"
-            ) from error
-        if status == 403:
-            raise ConfigError(
-                f"{page} cannot be written to with this token (403): give a name whose owner you "
-                f"are, or {_LOG_IN}, with a token that may write there"
-            ) from error
-        if isinstance(error, errors.OfflineModeIsEnabled):
-            raise CheckpointError(
-                f"{page} cannot be uploaded while HF_HUB_OFFLINE is set: unset it"
-            ) from error
-        reason = f"the hub answered {status}" if status else type(error).__name__
-        what = "try again later" if status else "check the connection and HF_ENDPOINT"
-        raise CheckpointError(
-            f"{page} cannot be uploaded ({reason}: {brief(error)}): {what}"
-        ) from error
-
-
 def _explained(error: BaseException, name: HubName) -> ConfigError | CheckpointError:
     """The client's error as one line that says what would help."""
     from huggingface_hub import constants, errors
@@ -347,16 +244,15 @@ def _explained(error: BaseException, name: HubName) -> ConfigError | CheckpointE
         )
     if isinstance(error, errors.GatedRepoError):
         return ConfigError(
-            f"{page} is only for users who accepted its conditions: accept them there, and "
-            f"{_LOG_IN}"
+            f"{page} is only for users who accepted its conditions: accept them there, and {LOG_IN}"
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         return ConfigError(
             f"{path}{page} does not exist, or is private: correct the name{_suggestion(name)}; for "
-            f"a private {'data set' if is_data else 'model'} {_LOG_IN}"
+            f"a private {'data set' if is_data else 'model'} {LOG_IN}"
         )
     if status in (401, 403):
-        return ConfigError(f"{page} cannot be read ({status}): {_LOG_IN}")
+        return ConfigError(f"{page} cannot be read ({status}): {LOG_IN}")
     if isinstance(error, errors.OfflineModeIsEnabled) and is_data:
         return CheckpointError(f"{page} cannot be downloaded while HF_HUB_OFFLINE is set: unset it")
     if isinstance(error, errors.OfflineModeIsEnabled):
@@ -368,7 +264,7 @@ def _explained(error: BaseException, name: HubName) -> ConfigError | CheckpointE
         seconds = response.headers.get("Retry-After") if response is not None else None
         return CheckpointError(
             f"{hub} refuses more requests for now (429): try again "
-            f"{f'in {seconds} seconds' if seconds else 'later'}; for more requests {_LOG_IN}"
+            f"{f'in {seconds} seconds' if seconds else 'later'}; for more requests {LOG_IN}"
         )
     if status is not None:
         return CheckpointError(

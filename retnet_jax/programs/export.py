@@ -14,7 +14,7 @@ from absl import flags
 from retnet_jax import interop
 from retnet_jax.config.as_json import to_json
 from retnet_jax.errors import CheckpointError, ConfigError
-from retnet_jax.files import atomic, hub
+from retnet_jax.files import atomic, hub_upload
 from retnet_jax.files.paths import AnyPath, local, place
 from retnet_jax.interop.transformers_files import write_transformers_files
 from retnet_jax.pretrained import read_pretrained
@@ -57,7 +57,7 @@ def _main() -> None:
     if given.private and given.push is None:
         raise ConfigError("--private is for --push=OWNER/NAME, which is not given")
     if given.push is not None:
-        hub.check_can_upload(given.push)
+        hub_upload.check_can_upload(given.push)
     export(
         given.run,
         given.target,
@@ -69,7 +69,7 @@ def _main() -> None:
     )
     print(f"{given.target}: written as {given.layout}; its model card is README.md")
     if given.push is not None:
-        url = hub.upload(local(given.target), given.push, given.private)
+        url = hub_upload.upload(local(given.target), given.push, given.private)
         print(f"{url}: uploaded")
 
 
