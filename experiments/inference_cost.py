@@ -291,23 +291,14 @@ def _paper_table(cells: Sequence[Cell]) -> Table:
             ]
             if chosen:
                 where = "an H200, by bytes" if place == "H200" else "these cores"
-                table.add(f"{size} {precision} on {where}", *advantages(chosen, batch=16))
+                table.add(f"{size} {precision} on {where}", *_advantages(chosen))
     return table
 
 
-def advantages(cells: Sequence[Cell], batch: int) -> list[str]:
+def _advantages(cells: Sequence[Cell]) -> list[str]:
     """How many times better the memory, throughput and latency of the RetNet are at one length."""
-    one, other = (
-        [x for x in cells if x.architecture == name] for name in ("transformer", "retnet")
-    )
-    same = [next((x for x in of_model if x.batch == batch), None) for of_model in (one, other)]
-    best = [
-        max((x.throughput for x in of_model if x.milliseconds), default=None)
-        for of_model in (one, other)
-    ]
-    memory = "" if None in same else f"{same[0].gigabytes / same[1].gigabytes:.1f}"
-    throughput = "" if None in best else f"{best[1] / best[0]:.1f}"
-    return [memory, throughput, _ratio(*same)]
+    found = {name: inference_cost_figure.ratio(cells, name) for name in PAPER}
+    return ["" if x is None else f"{x:.1f}" for x in found.values()]
 
 
 def _h200_table() -> Table:

@@ -183,7 +183,7 @@ def _ratios(row, cells, on_h200, paper: Mapping[str, float]) -> None:
             "label": f"{size}, {precision}, {where}",
         }
         for axis, name in zip(row, ("memory", "throughput", "latency"), strict=True):
-            found = {x: _ratio([y for y in chosen if y.length == x], name) for x in lengths}
+            found = {x: ratio([y for y in chosen if y.length == x], name) for x in lengths}
             found = {length: x for length, x in found.items() if x is not None}
             axis.plot(list(found), list(found.values()), **look)
     for axis, (name, value) in zip(row, _measured_ratios(on_h200).items(), strict=True):
@@ -201,8 +201,13 @@ def _ratios(row, cells, on_h200, paper: Mapping[str, float]) -> None:
     row[0].set_ylabel("times (above 1: RetNet is better)")
 
 
-def _ratio(cells: Sequence[Any], name: str) -> float | None:
-    """The ratio of the two models at one length; None: one of them does not fit."""
+def ratio(cells: Sequence[Any], name: str) -> float | None:
+    """How many times better the RetNet is at one length; None: one of the models does not fit.
+
+    Args:
+      cells: `inference_cost.Cell`s of one place, size, precision and length.
+      name: "memory" or "latency", with BATCH rows, or "throughput", the best batch of each model.
+    """
     one, other = (
         [x for x in cells if x.architecture == model] for model in ("transformer", "retnet")
     )

@@ -56,7 +56,6 @@ CLASS_MEANINGS = {
     "rare pair": "the same, but the pair occurs at most "
     f"{RARE_AT_MOST} times in the training data, so it must be recalled from the context",
 }
-END = 32_768  # the positions and distances that are drawn; three documents are longer
 
 
 def draw(budget: str, final: Records) -> None:
@@ -249,8 +248,7 @@ def _use_of_context(figure, axes, final: Records) -> None:
         found = _copying_bits(final, model, size)
         axes[1].errorbar(aside * np.array(list(found)), list(found.values()), **look)
         for axis, part in zip(axes[2:], ("distances", "positions"), strict=True):
-            found = bucket_means(final, model, size, part)
-            found = {last: x for (first, last), x in found.items() if first < END}
+            found = {last: x for (_, last), x in bucket_means(final, model, size, part).items()}
             means, errors = zip(*found.values(), strict=True)
             axis.errorbar(aside * np.array(list(found)), means, errors, **look)
     vocabulary = max(x["options"].get("model.vocab_size", 0) for x in final.values())
