@@ -20,17 +20,29 @@ from pathlib import Path
 
 from experiments.runs import RESULTS, read_records
 from retnet_jax.evaluation.tables import Table, as_markdown
+from retnet_jax.files import atomic
 
 PAGES = ("docs/results.md", "docs/results_tables.md")
 ROOT = Path(__file__).parent.parent
 _TIMES = ("training_seconds", "measuring_seconds", "seconds")
 _TABLES = re.compile(
-    r"(<!-- tables (?:of commands|(\w+) (\w+)(?:: (.+?))?) -->\n).*?(<!-- end of tables -->)", re.S
+    r"(<!-- tables (?:of commands|(\w+) (\w+)(?:: (.+?))?) -->\n)(?:(?!<!-- tables).)*?"
+    r"(<!-- end of tables -->)",
+    re.S,
 )
 
 
 def filled(page: str) -> str:
-    """The text of a page with its tables made again."""
+    """The text of a page with its tables made again.
+
+    Raises:
+      ValueError: if a comment is not as above, or one without the other.
+    """
+    comments = {page.count(x) for x in ("<!-- tables", "<!-- end of tables -->")}
+    if comments != {len(_TABLES.findall(page))}:
+        raise ValueError(
+            f"the page has {page.count('<!-- tables')} tables that do not begin or end"
+        )
     return _TABLES.sub(lambda found: f"{found[1]}{_text(*found.groups()[1:4])}\n{found[5]}", page)
 
 
@@ -49,8 +61,8 @@ def _commands() -> Table:
     table = Table(
         "",
         ("command", "runs", "hours"),
-        note="Hours: of training and measuring, added up over the runs, as recorded. Most runs had "
-        "one core, with another run on the other; some were paused for tests.",
+        note="Hours of training, and of measuring where that is recorded, added up over the runs; "
+        "several ran at a time on two cores or one GPU, and some were paused for tests.",
     )
     for path in sorted(RESULTS.glob("*.json")):
         name, _, budget = path.stem.rpartition("_")
@@ -74,7 +86,7 @@ def main() -> None:
     """Fills the pages."""
     for name in PAGES:
         page = ROOT / name
-        page.write_text(filled(page.read_text()))
+        atomic.write_text(page, filled(page.read_text()))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Makes the runs of an experiment one by one, and keeps the record of each."""
+"""Makes the runs of an experiment one by one, keeps the record of each, and makes one again."""
 
 import contextlib
 import dataclasses
@@ -26,6 +26,7 @@ from retnet_jax.training.loop import Evaluator, TrainResult, train
 
 RESULTS = Path(__file__).parent / "results"
 WORKDIRS = Path("runs/experiments")
+_MANY = 12  # numbers in one list
 BUDGETS = ("small", "2cores", "gpu")
 
 Records = dict[str, dict[str, Any]]  # by the name of the run
@@ -139,14 +140,26 @@ def make_again(
     if only not in records:
         raise ConfigError(f"{only} has no record to compare with: leave --again out to make it")
     workdir = WORKDIRS / f"{experiment}_{budget}" / f"{only}.again"
+    workdir.mkdir(parents=True, exist_ok=True)
     found = _measured(run) if isinstance(run, Measurement) else _trained(run, workdir)
-    shutil.rmtree(workdir, ignore_errors=True)
-    table = Table(f"{only}, again", ("number", "recorded", "again", "difference"))
-    before, now = (dict(_numbers(x)) for x in (records[only], found))
-    for name in before.keys() & now.keys():
-        difference = now[name] - before[name]
-        table.add(name, *(f"{x:.6g}" for x in (before[name], now[name], difference)))
-    table.rows.sort()
+    shutil.rmtree(workdir)
+    return _compared(only, records[only], json.loads(_as_json(run.about | found)))
+
+
+def _compared(name: str, recorded: dict[str, Any], found: dict[str, Any]) -> Table:
+    """The numbers of a record beside those of the same run again, and options that differ."""
+    options = [x.get("options", {}) for x in (recorded, found)]
+    differ = [x for x in sorted(options[0] | options[1]) if options[0].get(x) != options[1].get(x)]
+    note = f"The config is not that of the record: {', '.join(differ)} differ." if differ else ""
+    table = Table(f"{name}, again", ("number", "recorded", "again", "difference"), note=note)
+    before, now = (
+        dict(_numbers({x: y for x, y in of.items() if x not in ("options", "machine")}))
+        for of in (recorded, found)
+    )
+    for key in before | now:
+        values = [x.get(key) for x in (before, now)]
+        cells = ["-" if x is None else f"{x:.6g}" for x in values]
+        table.add(key, *cells, "-" if None in values else f"{values[1] - values[0]:.6g}")
     return table
 
 
@@ -163,13 +176,19 @@ def _named(only: str, runs: Sequence[Run | Measurement]) -> Run | Measurement:
     return by_name[only]
 
 
-def _numbers(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of a record by name, without those of single documents."""
-    for name, value in record.items():
-        if isinstance(value, dict):
-            yield from _numbers(value, f"{prefix}{name}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield f"{prefix}{name}", value
+def _numbers(found: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a record by name; of many in one list, such as those of documents, the sum."""
+    if isinstance(found, list) and len(found) > _MANY and all(map(_is_number, found)):
+        yield f"{name}, sum of {len(found)}", sum(found)
+    elif isinstance(found, dict | list):
+        for key, value in found.items() if isinstance(found, dict) else enumerate(found):
+            yield from _numbers(value, f"{name}.{key}".removeprefix("."))
+    elif _is_number(found):
+        yield name, found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _make(experiment: str, budget: str, run: Run | Measurement, workdir: Path) -> None:
@@ -228,11 +247,14 @@ def _add(experiment: str, budget: str, record: dict[str, Any]) -> None:
     RESULTS.mkdir(exist_ok=True)
     with lock.held(RESULTS, waiting=lambda who: None):
         records = [*read_records(experiment, budget).values(), record]
-        # Options such as the attention layers of a hybrid are dataclasses.
-        text = json.dumps(records, indent=1, default=dataclasses.asdict)
-        atomic.write_text(_path(experiment, budget), text + "\n")
+        atomic.write_text(_path(experiment, budget), _as_json(records) + "\n")
     with contextlib.suppress(FileNotFoundError):
         (RESULTS / lock.FILE_NAME).unlink()
+
+
+def _as_json(found: Any) -> str:
+    # Options such as the attention layers of a hybrid are dataclasses.
+    return json.dumps(found, indent=1, default=dataclasses.asdict)
 
 
 def _path(experiment: str, budget: str) -> Path:
@@ -258,8 +280,8 @@ def main(module: ModuleType) -> None:
     def run(_) -> None:
         keep_freed_memory()
         given = flags.FLAGS
-        if given.again and given.only is None:
-            raise app.UsageError("--again needs --only=NAME, the run to make again")
+        if given.again and (given.only is None or given.plot_only):
+            raise app.UsageError("--again needs --only=NAME, the run to make, and no --plot_only")
         try:
             if given.again:
                 print(make_again(name, given.budget, module.runs, given.only))

@@ -13,9 +13,10 @@ from experiments.size_fits import difference
 from experiments.size_tables import (
     LABELS,
     PAIRS,
+    bits_of_class,
     bucket_means,
-    class_bits,
     fullest_size,
+    gap_part,
     losses_of,
     models_at,
     of_runs,
@@ -25,7 +26,7 @@ from experiments.size_tables import (
 )
 from experiments.token_classes import CLASSES, RARE_AT_MOST
 from experiments.use_of_context import CONTEXT, WATCHED_DISTANCE, WATCHED_TRIALS
-from retnet_jax.evaluation.statistics import ratio_standard_error, standard_error
+from retnet_jax.evaluation.statistics import standard_error
 
 # Colour, line and marker; a hollow marker: trained in windows of another length.
 STYLES = {
@@ -39,7 +40,7 @@ STYLES = {
     "transformer_conv_windows": (VERMILLION, ":", "D"),
 }
 # The models whose classes and use of context are drawn; the others would hide them.
-DRAWN = tuple(STYLES)[:6]
+DRAWN = tuple(model for model in STYLES if not model.endswith("_windows"))
 PAIR_STYLES = dict(
     zip(
         PAIRS,
@@ -89,7 +90,7 @@ def _by_size(figure, axes, final: Records) -> None:
     for number, model in enumerate(models):
         losses = losses_of(final, model, sizes_of(final, model), "longer")
         beside = losses.parameters * 1.03 ** (number - 1.5)
-        errors = _both(losses.document_errors, losses.seed_errors)
+        errors = losses.shown_errors
         axes[0].errorbar(
             beside, losses.mean, errors, label=LABELS[model], capsize=2, ms=5, **_look(model)
         )
@@ -102,7 +103,7 @@ def _by_size(figure, axes, final: Records) -> None:
         axes[1].errorbar(
             found.parameters * 1.03 ** (number - 1.5),
             found.mean,
-            _both(found.document_errors, found.seed_errors),
+            found.shown_errors,
             **{"color": colour, "linestyle": style, "marker": marker, "ms": 5, "capsize": 2},
             label=pair_label(one, other),
         )
@@ -120,16 +121,11 @@ def _by_size(figure, axes, final: Records) -> None:
         figure,
         final,
         "Loss by size",
-        "bars: standard error over documents and seeds, whose deviation is pooled over sizes "
-        "(over documents alone for models\nof one seed); points of one size are shifted sideways. "
-        "Documents are easy or hard for all models alike,\nso differences (right) are surer than "
-        "the bars on the left suggest",
+        "bars: standard error over documents and seeds, whose deviation is pooled over the sizes "
+        "of a model (over all models\nfor those of one size); points of one size are shifted "
+        "sideways. Documents are easy or hard for all models alike,\nso differences (right) are "
+        "surer than the bars on the left suggest",
     )
-
-
-def _both(of_documents: np.ndarray, of_seeds: np.ndarray) -> np.ndarray:
-    """Both errors together; those over seeds are NaN if no model has several."""
-    return np.hypot(of_documents, np.nan_to_num(of_seeds))
 
 
 def _by_class(figure, axes, final: Records) -> None:
@@ -142,7 +138,7 @@ def _by_class(figure, axes, final: Records) -> None:
             of_class = of_runs(final, model, size)[0]["classes"]
             counts = [of_class[x]["tokens"] for x in CLASSES]
             each = [
-                _seeds_of_class(final, model, size, x) / max(1, n)
+                bits_of_class(final, model, size, x).sum(1) / max(1, n)
                 for x, n in zip(CLASSES, counts, strict=True)
             ]
             places = np.arange(len(CLASSES)) + (number - (len(models) - 1) / 2) * width
@@ -184,17 +180,12 @@ def _seeds_text(final: Records) -> str:
     return " over seeds, where there are several" if several else " over seeds (none has several)"
 
 
-def _seeds_of_class(final: Records, model: str, size: str, name: str) -> np.ndarray:
-    """Bits of a class of tokens in all documents, by seed."""
-    return np.array([sum(x["classes"][name]["bits"]) for x in of_runs(final, model, size)])
-
-
 def _parts(axis, final: Records, one: str, other: str) -> None:
     """The parts of a difference by class, side by side over sizes, and their sum."""
     sizes = sizes_of(final, one, other)
     places, width = np.arange(len(sizes)), 0.17
     for number, (name, colour) in enumerate(CLASS_COLOURS.items()):
-        found = [_part(final, one, other, size, [name]) for size in sizes]
+        found = [gap_part(final, one, other, size, [name]) for size in sizes]
         axis.bar(
             places + (number - 2) * width,
             [mean for mean, _ in found],
@@ -204,26 +195,13 @@ def _parts(axis, final: Records, one: str, other: str) -> None:
             label=name,
             error_kw={"linewidth": 1},
         )
-    found = [_part(final, one, other, size, CLASSES) for size in sizes]
+    found = [gap_part(final, one, other, size, CLASSES) for size in sizes]
     means, errors = zip(*found, strict=True) if found else ((), ())
     axis.errorbar(places + 2 * width, means, errors, fmt="kD", ms=5, label="all tokens")
     axis.axhline(0, color="0.4", linewidth=1)
     axis.set_xticks(places, sizes)
     axis.set(title=f"{pair_label(one, other)}\n(above 0: the RetNet is worse)")
     axis.set(xlabel="parameters without the embedding", ylabel="part of the difference, bits/byte")
-
-
-def _part(
-    final: Records, one: str, other: str, size: str, classes: Sequence[str]
-) -> tuple[float, float]:
-    """A difference on some classes of tokens in bits per byte of all tokens, and its error."""
-    byte_counts = np.array(of_runs(final, one, size)[0]["held_out"]["bytes"])
-    bits = sum(class_bits(final, one, size, x) - class_bits(final, other, size, x) for x in classes)
-    errors = [ratio_standard_error(bits, byte_counts)]
-    for model in (one, other):
-        each = sum(_seeds_of_class(final, model, size, x) for x in classes) / byte_counts.sum()
-        errors.append(np.nan_to_num(standard_error(each)))
-    return bits.sum() / byte_counts.sum(), math.hypot(*errors)
 
 
 def _one_range(axes, room: float) -> None:

@@ -50,6 +50,11 @@ class Losses:
         each = [ratio_standard_error(x.mean(0), self.byte_counts) for x in self.bits]
         return np.array(each)
 
+    @property
+    def shown_errors(self) -> np.ndarray:
+        """Both errors together; if no model has several seeds, those over documents."""
+        return np.hypot(self.document_errors, np.nan_to_num(self.seed_errors))
+
     def draws(self, weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Bits per byte [draws, n] with resampled documents and seeds.
 
@@ -96,8 +101,13 @@ class Difference:
 
     @property
     def errors(self) -> np.ndarray:
-        """Both errors together."""
+        """Both errors together; NaN if no model has several seeds."""
         return np.hypot(self.document_errors, self.seed_errors)
+
+    @property
+    def shown_errors(self) -> np.ndarray:
+        """Both errors together; if no model has several seeds, those over documents."""
+        return np.hypot(self.document_errors, np.nan_to_num(self.seed_errors))
 
 
 def difference(one: Losses, other: Losses) -> Difference:
@@ -119,7 +129,7 @@ class Line:
       level: Value at REFERENCE parameters.
       slope: Change with ten times as many parameters.
       level_error, slope_error: Their standard errors, from draws.
-      residual: Largest distance of a value from the line.
+      residuals: Distance of each value from the line [n].
       draws: Level and slope of each draw [draws, 2].
     """
 
@@ -127,7 +137,7 @@ class Line:
     slope: float
     level_error: float
     slope_error: float
-    residual: float
+    residuals: np.ndarray
     draws: np.ndarray
 
 
@@ -138,8 +148,8 @@ def line(parameters: np.ndarray, values: np.ndarray, draws: np.ndarray) -> Line:
     level, slope = solve @ values
     each = draws @ solve.T
     errors = each.std(0, ddof=1)
-    residual = np.abs(values - level - slope * x).max()
-    return Line(level, slope, *map(float, errors), float(residual), each)
+    residuals = np.abs(values - level - slope * x)
+    return Line(level, slope, *map(float, errors), residuals, each)
 
 
 def line_of(losses: Losses, rng: np.random.Generator) -> Line:

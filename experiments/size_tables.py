@@ -1,7 +1,7 @@
 """The tables of `experiments/perplexity_by_size.py`, as Markdown."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from experiments.size_fits import (
     seed_deviation,
 )
 from experiments.token_classes import CLASSES
-from retnet_jax.evaluation.statistics import ratio_standard_error
+from retnet_jax.evaluation.statistics import ratio_standard_error, standard_error
 from retnet_jax.evaluation.tables import Table, plus_minus
 
 LABELS = {
@@ -98,7 +98,7 @@ def losses_of(records: Records, model: str, sizes: Sequence[str], protocol: str)
 
 
 def _seed_deviation(records: Records, model: str, protocol: str) -> float:
-    """Pooled over the sizes of a model, or over all models for one that has few runs."""
+    """Pooled over the sizes of a model, or over all models for one of fewer than three sizes."""
     models = [model] if len(sizes_of(records, model)) > 2 else list(LABELS)
     return seed_deviation(
         [
@@ -127,10 +127,10 @@ def _summary(final: Records) -> Table:
     sizes = sizes_of(final)
     table = Table(
         "RetNet minus Transformer by size, bits per byte",
-        ("positive: the RetNet is worse", "read in", *sizes),
-        note="± one standard error, over documents and, where a size has several, seeds. In "
-        "brackets: the part of it in tokens whose pair with the token before them occurs in the "
-        "window.",
+        ("positive: the first is worse", "read in", *sizes),
+        note="± one standard error over documents and seeds, whose deviation is pooled over the "
+        "sizes of a model, or over all models for those of one size. In brackets: the part of the "
+        "difference in tokens whose pair with the token before them occurs in the window.",
     )
     for one, other, common in pairs_and_sizes(final):
         if not other.startswith("transformer") or one.startswith("transformer"):
@@ -139,18 +139,12 @@ def _summary(final: Records) -> Table:
             found = difference(*(losses_of(final, x, common, protocol) for x in (one, other)))
             cells = {}
             for i, size in enumerate(common):
-                error = math.hypot(found.document_errors[i], _or_zero(found.seed_errors[i]))
-                cells[size] = f"{found.mean[i]:+.3f} {plus_minus(error, 3)}"
+                cells[size] = f"{found.mean[i]:+.3f} {plus_minus(found.shown_errors[i], 3)}"
                 if protocol == "window":
-                    parts = gap_parts(final, one, other, size)
-                    repeated = parts["common pair"][0] + parts["rare pair"][0]
+                    repeated, _ = gap_part(final, one, other, size, ("common pair", "rare pair"))
                     cells[size] += f" ({repeated:+.3f})"
             table.add(pair_label(one, other), label, *(cells.get(size, "") for size in sizes))
     return table
-
-
-def _or_zero(error: float) -> float:
-    return 0.0 if math.isnan(error) else error
 
 
 def _differences(final: Records) -> Table:
@@ -239,7 +233,8 @@ def _lines(final: Records) -> Table:
             found = line_of_difference(*each, rng)
             where = []
             if (one, other) in BETWEEN:
-                fits = found.residual <= 2 * difference(*each).errors.max()  # not if one is NaN
+                # Also not if an error is NaN.
+                fits = bool((found.residuals <= 2 * difference(*each).errors).all())
                 places = crossings(found, min(each[0].parameters)) if fits else [math.nan] * 3
                 where = [_millions(x) for x in places]
             table.add(pair_label(one, other), *_line_cells(found), *where)
@@ -252,7 +247,7 @@ def _line_cells(found) -> list[str]:
         plus_minus(found.level_error),
         f"{found.slope:+.4f}",
         plus_minus(found.slope_error),
-        f"{found.residual:.4f}",
+        f"{found.residuals.max():.4f}",
     ]
 
 
@@ -261,7 +256,10 @@ def _millions(parameters: float) -> str:
         return "-"
     if parameters > 1e12:
         return "∞" if math.isinf(parameters) else "> 10^12"
-    return f"{parameters / 1e6:,.2g}M" if parameters < 1e8 else f"{parameters / 1e6:,.0f}M"
+    millions = parameters / 1e6
+    if millions >= 1:
+        return f"{float(f'{millions:.2g}'):,.0f}M"
+    return f"{millions:.2g}M"
 
 
 def _sweeps(records: Records) -> Table:
@@ -283,36 +281,40 @@ def _sweeps(records: Records) -> Table:
     return table
 
 
-def class_bits(records: Records, model: str, size: str, name: str) -> np.ndarray:
-    """The bits of one class of tokens in each document, in windows, the mean over seeds."""
-    each = [x["classes"][name]["bits"] for x in of_runs(records, model, size)]
-    return np.array(each).mean(0)
+def bits_of_class(records: Records, model: str, size: str, name: str) -> np.ndarray:
+    """The bits of one class of tokens in windows: [seeds, documents]."""
+    return np.array([x["classes"][name]["bits"] for x in of_runs(records, model, size)])
 
 
 def _class_gaps(final: Records) -> Table:
     table = Table(
         "Where the difference lies: its parts by class of token, bits per byte, in windows",
         ("", "size", *CLASSES, "all"),
-        note="The parts of a row add up to its last number. Errors over documents.",
+        note="The parts of a row add up to its last number. Errors over documents and, where both "
+        "models have several, seeds.",
     )
     for one, other, sizes in pairs_and_sizes(final):
         for size in sizes:
-            parts = gap_parts(final, one, other, size)
-            cells = [f"{part:+.4f} {plus_minus(error)}" for part, error in parts.values()]
-            total = sum(part for part, _ in parts.values())
+            parts = [gap_part(final, one, other, size, [name]) for name in CLASSES]
+            cells = [f"{part:+.4f} {plus_minus(error)}" for part, error in parts]
+            total, _ = gap_part(final, one, other, size, CLASSES)
             table.add(pair_label(one, other), size, *cells, f"{total:+.4f}")
     return table
 
 
-def gap_parts(final: Records, one: str, other: str, size: str) -> dict[str, tuple[float, float]]:
-    """The part of each class of tokens in a difference, and its error over documents."""
-    byte_counts = np.array(of_runs(final, one, size)[0]["held_out"]["bytes"])
-    parts = {}
-    for name in CLASSES:
-        bits = class_bits(final, one, size, name) - class_bits(final, other, size, name)
-        error = ratio_standard_error(bits, byte_counts)
-        parts[name] = float(bits.sum() / byte_counts.sum()), error
-    return parts
+def gap_part(
+    records: Records, one: str, other: str, size: str, classes: Iterable[str]
+) -> tuple[float, float]:
+    """The part of some classes in a difference, in bits per byte of all tokens, and its error.
+
+    The error is over documents and, where both models have several, over seeds.
+    """
+    byte_counts = np.array(of_runs(records, one, size)[0]["held_out"]["bytes"])
+    bits = [sum(bits_of_class(records, model, size, x) for x in classes) for model in (one, other)]
+    mean = bits[0].mean(0) - bits[1].mean(0)
+    over_seeds = [standard_error(x.sum(1) / byte_counts.sum()) for x in bits]
+    error = math.hypot(ratio_standard_error(mean, byte_counts), *np.nan_to_num(over_seeds))
+    return float(mean.sum() / byte_counts.sum()), error
 
 
 def _classes(final: Records) -> Table:
@@ -324,7 +326,7 @@ def _classes(final: Records) -> Table:
         for size in sizes_of(final, model):
             of_class = of_runs(final, model, size)[0]["classes"]
             losses = [
-                class_bits(final, model, size, name).sum() / of_class[name]["tokens"]
+                bits_of_class(final, model, size, name).sum(1).mean() / of_class[name]["tokens"]
                 for name in CLASSES
                 if of_class[name]["tokens"]
             ]

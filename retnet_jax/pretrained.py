@@ -144,7 +144,10 @@ def with_initial_model(config: Config, recorded: Config | None = None) -> Config
         found = read_config(directory / "config.json")
     else:
         found = _read_foreign_config(directory)
-    tokenizer = origin if has_tokenizer(directory) else config.data.tokenizer
+    if has_tokenizer(directory):
+        tokenizer = origin
+    else:
+        tokenizer = _with_commit_of_tokenizer(config, recorded).data.tokenizer
     return _begun_from(
         config,
         dataclasses.replace(found, data=dataclasses.replace(found.data, tokenizer=tokenizer)),
@@ -158,7 +161,7 @@ def run_options(model: ModelConfig) -> dict[str, Any]:
 
 
 def _is_same_model(given: str, recorded: str) -> bool:
-    """Whether two values of `init_from` name the same model; the first may lack the revision."""
+    """Whether two paths or names are of the same model; the first may lack the revision."""
     name, before = hub_name(given), hub_name(recorded)
     if given == recorded or name is None or before is None:
         return given == recorded

@@ -422,8 +422,11 @@ def test_a_store_with_another_tokenizer_is_refused(workdir, tmp_path):
     ("arguments", "message"),
     [
         (["--workdir=a", "--checkpoint=b"], "--checkpoint=b: give only one of them"),
-        (["--checkpoint=b"], "b is not the directory of a training run"),
-        (["hf://a/b"], "hf://a/b is not the directory of a training run"),
+        (
+            ["--checkpoint=b"],
+            "b is read as a checkpoint without documents of its own, so it needs --data",
+        ),
+        (["hf://a/b"], "hf://a/b is read as a checkpoint without documents of its own"),
     ],
 )
 def test_command_lines_without_model_or_data_are_refused(arguments, message):

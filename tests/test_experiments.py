@@ -14,7 +14,7 @@ from experiments.held_out import (
     document_bits,
     does_not_match,
 )
-from experiments.runs import Measurement, Run, make_again, make_missing, read_records
+from experiments.runs import RESULTS, Measurement, Run, make_again, make_missing, read_records
 from retnet_jax import RetNet, Transformer
 from retnet_jax.config import AttentionLayers
 from retnet_jax.data.stores import open_or_build
@@ -129,6 +129,11 @@ def test_the_page_of_results_has_the_tables_of_the_records():
     for name in results_page.PAGES:
         page = pages.read(name)
         assert results_page.filled(page) == page, f"{name}: python -m experiments.results_page"
+    all_tables = pages.read("docs/results_tables.md")
+    records = [path.stem for path in RESULTS.glob("*.json") if not path.stem.endswith("_small")]
+    assert len(records) >= 8
+    for stem in records:
+        assert f"<!-- tables {' '.join(stem.rsplit('_', 1))} -->\n**" in all_tables
 
 
 def test_a_table_of_a_page_is_named_by_the_beginning_of_its_title():
@@ -140,22 +145,36 @@ def test_a_table_of_a_page_is_named_by_the_beginning_of_its_title():
     assert results_page.filled(filled) == filled
     with pytest.raises(ValueError, match="0 tables have a title that begins with 'no such'"):
         results_page.filled(page.replace("RetNet minus", "no such"))
+    no_end = page.replace("<!-- end of tables -->\n", "")
+    for wrong in (page.replace("2cores", "2 cores"), no_end, no_end + page):
+        with pytest.raises(ValueError, match="tables that do not begin or end"):
+            results_page.filled(wrong)
 
 
 def test_a_run_is_made_again_beside_its_record(places):
-    numbers = iter((1.0, 1.5))
+    found = iter(
+        (
+            {"losses": {"all": 1.0, "each": [{"bits": list(range(20))}, {"bits": [3]}]}, "old": 1},
+            {"losses": {"all": 1.5, "each": [{"bits": list(range(21))}, {"bits": [5]}]}},
+        )
+    )
 
     def measure():
-        return {"found": {"loss": next(numbers), "each": [1, 2]}}
+        return next(found)
 
     def all_runs(budget, records):
         return [Measurement(name, {}, measure) for name in ("first", "second")]
 
     records = make_missing("some", "small", all_runs, "first")
     table = make_again("some", "small", all_runs, "first")
-    assert [row for row in table.rows if row[0] == "found.loss"] == [
-        ("found.loss", "1", "1.5", "0.5")
-    ]
+    assert {tuple(row) for row in table.rows if row[0] != "seconds"} == {
+        ("losses.all", "1", "1.5", "0.5"),
+        ("losses.each.0.bits, sum of 20", "190", "-", "-"),
+        ("losses.each.0.bits, sum of 21", "-", "210", "-"),
+        ("losses.each.1.bits.0", "3", "5", "2"),
+        ("old", "1", "-", "-"),
+    }
+    assert not list((places / "workdirs").rglob("*.again"))
     assert read_records("some", "small") == records
     with pytest.raises(ConfigError, match="second has no record to compare with"):
         make_again("some", "small", all_runs, "second")

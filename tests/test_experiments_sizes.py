@@ -13,7 +13,7 @@ from training_runs import small_config
 from experiments import figures, rate_sweeps, size_figures, size_fits, token_classes
 from experiments import perplexity_by_size as by_size
 from experiments.size_fits import Losses, crossing, crossings, line, seed_deviation
-from experiments.size_tables import tables
+from experiments.size_tables import gap_part, tables
 from experiments.token_classes import CLASSES, COMMON, NEW, RARE, SEEN, context_starts, repeats
 from experiments.use_of_context import has_fixed_state, loss_by_class, loss_by_distance
 from retnet_jax.data.stores import open_or_build
@@ -108,7 +108,8 @@ def test_a_line_and_its_errors():
     rng = np.random.default_rng(0)
     exact = size_fits.line_of(invented(1.5, -0.2, 3, 0.0), rng)
     assert (exact.level, exact.slope) == pytest.approx((1.5, -0.2))
-    assert (exact.level_error, exact.slope_error, exact.residual) == pytest.approx((0, 0, 0))
+    assert (exact.level_error, exact.slope_error) == pytest.approx((0, 0))
+    assert exact.residuals == pytest.approx(np.zeros(4))
     # Noise over seeds: the error of least squares.
     noisy = size_fits.line_of(invented(1.5, -0.2, 4, 0.1), rng)
     x = np.log10(np.array([1e5, 3e5, 1e6, 2e6]) / 1e6)
@@ -255,9 +256,13 @@ def test_tables_of_invented_records():
     # 20 bits of 100 bytes: the same at every size, and in equal parts in each class.
     row = "| RetNet minus Transformer | 10M | +0.2000 | ± 0.0000 | ± 0.0035 |"
     assert row in text
-    assert "| RetNet minus Transformer | 1M | " + "+0.0500 ± 0.0000 | " * 4 + "+0.2000 |" in text
+    assert "| RetNet minus Transformer | 1M | " + "+0.0500 ± 0.0009 | " * 4 + "+0.2000 |" in text
     assert "| RetNet | +2.1025 |" in text
     assert "| -0.1000 |" in text
+    named = {x["name"]: x for x in records}
+    # Two seeds of a model differ by half a bit in 400 bytes in each class.
+    part, error = gap_part(named, "retnet", "transformer", "10M", ["new"])
+    assert (part, error) == pytest.approx((0.05, math.hypot(0.5, 0.5) / 400 / 2))
     # In brackets, the half of it that is in the two classes of repeated pairs.
     cells = " | ".join(["+0.200 ± 0.004 (+0.100)"] * 3)
     assert f"| RetNet minus Transformer | windows | {cells} |" in text

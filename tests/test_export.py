@@ -178,15 +178,18 @@ def test_the_card_names_the_data_sets_of_prepare_corpus(fla_run, tmp_path):
         ),
         ("mine", None, "jsonl: "),
         ("none", None, "jsonl: "),
+        ("*", ["allenai/c4"], "allenai/c4:en:train on the Hugging Face hub, commit 78de5f18, lice"),
     ):
         data = replace(config.data, source="jsonl", path=f"{text}/{part}/*.jsonl")
-        data = replace(data, store=str(tmp_path / f"store_{part}"))
+        data = replace(data, store=str(tmp_path / f"store_{len(part)}_{part.strip('*')}"))
         build_store(data, config.model.vocab_size, processes=1)
         (copy / "config.json").write_text(to_json(replace(config, data=data)))
-        export(copy, tmp_path / part, "own")
-        _, found, body = (tmp_path / part / "README.md").read_text().split("---\n", 2)
+        exported = tmp_path / f"exported_{part.strip('*')}"
+        export(copy, exported, "own")
+        _, found, body = (exported / "README.md").read_text().split("---\n", 2)
         assert yaml.safe_load(found).get("datasets") == header
         assert f"\n| {corpus}" in body
+        assert ("jsonl: " in body) == (part != "c4")
 
 
 def test_the_card_of_a_run_without_records(fla_run, tmp_path):

@@ -292,9 +292,15 @@ def test_a_windows_memory_is_proportional_to_the_row():
 
 def test_states_of_other_models_are_refused(models):
     states = {name: model.init_state(2, T) for name, model in models.items()}
+    wider = dataclasses.replace(WINDOWED, window=9)
+    wider = dataclasses.replace(CONFIGS["hybrid"], attention_layers=(wider,))
+    states["wider"] = built(wider).init_state(2, T)
     for name, other, message in [
         ("hybrid", "options", "state is of a model with short_conv=3; this model has .*None"),
         ("window", "convolved", "state is of a model with short_conv=3; this model has .*None"),
+        ("hybrid", "both", "state is of a hybrid with other attention layers"),
+        ("both", "hybrid", "state is of a hybrid with other attention layers"),
+        ("hybrid", "wider", r"state\.layers\.places\[1\]\.keys is \[.* 9\], of a model with other"),
         ("hybrid", "window", "state is a WindowCache; this model's is a HybridState"),
         ("grouped", "window", "state is a WindowCache; this model's is a KVCache"),
     ]:

@@ -264,7 +264,10 @@ def test_a_source_on_the_hub_is_explained_as_well(hub, monkeypatch):
     hub.break_connection("GET /datasets/roneneldan/TinyStories/resolve", times=200)
     message = refusal("roneneldan/TinyStories:train")
     assert "/datasets/roneneldan/TinyStories cannot be downloaded (" in message
-    assert message.endswith("the same command resumes (complete files are kept)")
+    assert message.endswith("check the connection and HF_ENDPOINT, and give the same command again")
+    hub.refusals.clear()
+    message = refusal("roneneldan/TinyStories@v9:train")
+    assert message.endswith("TinyStories has no revision v9: give a branch, a tag or a commit")
 
 
 @pytest.mark.parametrize(
@@ -332,7 +335,7 @@ def test_what_is_refused(hub, monkeypatch):
         f"{hub.url}/datasets/some/nothing does not exist, or is private: correct the name; for a "
         "private data set log in with `hf auth login`, or set HF_TOKEN"
     )
-    assert "datasets/roneneldan/TinyStories cannot be opened (" in refused(
+    assert "datasets/roneneldan/TinyStories cannot be read (" in refused(
         "roneneldan/TinyStories:german", *small
     )
     message = refused("tinystories", "--text_field=story", *small)

@@ -262,7 +262,7 @@ def hf_examples(path: str, shard: int) -> Iterator[Record]:
     shards = max(1, getattr(stream, "num_shards", 1))
     if shards > 1:
         stream = stream.shard(num_shards=shards, index=shard)
-    with _explained(path):
+    with _explaining(path):
         for number, example in enumerate(stream):
             yield Record(f":{shard}:{number}", example)
 
@@ -277,14 +277,14 @@ def _hf_stream(path: str):
     name, _, revision = name.partition("@")
     options = {"revision": revision} if revision else {}
     datasets = package("datasets", "datasets")
-    with _explained(path):
+    with _explaining(path):
         return datasets.load_dataset(name, *config, split=split, streaming=True, **options)
 
 
 @contextlib.contextmanager
-def _explained(path: str) -> Iterator[None]:
+def _explaining(path: str) -> Iterator[None]:
     """Raises the errors of the library `datasets` as one line that says what would help."""
-    name = path.partition(":")[0].partition("@")[0]
+    name, _, revision = path.partition(":")[0].partition("@")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) or os.path.exists(name):
         with _opening(path):
             yield
@@ -294,7 +294,7 @@ def _explained(path: str) -> Iterator[None]:
     except (ConfigError, UnreadableError):
         raise
     except Exception as error:  # of many types, also those of HTTP libraries
-        raise dataset_error(error, name) from error
+        raise dataset_error(error, name, revision or None) from error
 
 
 @contextlib.contextmanager

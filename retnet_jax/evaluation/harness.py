@@ -8,6 +8,7 @@ This is the harness's own command, with the model registered. In Python, import 
 needs lm-eval (`pip install lm-eval`).
 """
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -76,6 +77,11 @@ class RetNetLM(TemplateLM):
         add_bos_token: bool | None = None,
     ):
         super().__init__()
+        automatic = str(batch_size).startswith("auto")
+        self.batch_size = 32 if automatic else _integer("batch_size", batch_size, 1)
+        self.max_length = None if max_length is None else _integer("max_length", max_length, 1)
+        self.max_gen_toks = _integer("max_gen_toks", max_gen_toks, 1)
+        self.seed = _integer("seed", seed, 0)
         directory = model_directory(pretrained, revision)
         _, self.tokenizer = read_pretrained(directory)
         if str(add_bos_token).lower() == "false":
@@ -84,11 +90,6 @@ class RetNetLM(TemplateLM):
             )
         changes = {} if dtype in (None, "auto") else {"dtype": dtype}
         self.model, self.step = load_checkpoint(directory, first_device(), **changes)
-        automatic = str(batch_size).startswith("auto")
-        self.batch_size = 32 if automatic else _integer("batch_size", batch_size, 1)
-        self.max_length = None if max_length is None else _integer("max_length", max_length, 1)
-        self.max_gen_toks = _integer("max_gen_toks", max_gen_toks, 1)
-        self.seed = _integer("seed", seed, 0)
 
     @property
     def eot_token_id(self) -> int:
@@ -235,13 +236,11 @@ class RetNetLM(TemplateLM):
 
 
 def _integer(name: str, value: int | str, least: int) -> int:
-    try:
+    with contextlib.suppress(ValueError):
         number = int(str(value))
-    except ValueError:
-        number = least - 1
-    if number < least:
-        raise ConfigError(f"{name}={value}: expected an integer of at least {least}")
-    return number
+        if number >= least:
+            return number
+    raise ConfigError(f"{name}={value}: expected an integer of at least {least}")
 
 
 def _sampler(options: dict) -> Sampler:

@@ -34,6 +34,8 @@ TORCH_INDEX = "pytorch_model.bin.index.json"
 TORCH_PARTS = "pytorch_model*.bin"
 
 _PREFIX = "hf://"
+# A wrong split, columns that do not fit, a package that is missing; HTTP libraries raise others.
+_NOT_OF_THE_NETWORK = (ValueError, TypeError, LookupError, ImportError, FileNotFoundError)
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 REPOSITORY = r"(?!.*(?:--|\.\.))\w(?:[\w-]*\w)?/\w(?:[\w.-]*\w)?"  # as the hub allows
 
@@ -140,7 +142,7 @@ def _downloaded(name: HubName, patterns: Sequence[str]) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise ConfigError(
-            f"{_no_path(name)}{name} is downloaded with huggingface_hub: pip install "
+            f"{_if_not_a_path(name)}{name} is downloaded with huggingface_hub: pip install "
             "'retnet-jax[hub]'"
         ) from error
     revision, warning = _commit_to_use(name)
@@ -187,8 +189,8 @@ def _commit_to_use(name: HubName) -> tuple[str | None, str | None]:
     return (commit if newest == commit else name.revision), None
 
 
-def dataset_commit(name: str) -> str:
-    """The newest commit of a data set on the hub; raises as `model_directory`."""
+def dataset_commit(name: str, revision: str | None = None) -> str:
+    """The commit of a data set's revision, or its newest; raises as `model_directory`."""
     try:
         from huggingface_hub import HfApi
     except ImportError as error:
@@ -196,17 +198,20 @@ def dataset_commit(name: str) -> str:
             f"{name} is downloaded with huggingface_hub: pip install 'retnet-jax[corpora]'"
         ) from error
     try:
-        return str(HfApi().dataset_info(name).sha)
+        return str(HfApi().dataset_info(name, revision=revision).sha)
     except Exception as error:  # of many types, also those of the client's HTTP library
-        raise _explained(error, HubName(f"datasets/{name}")) from error
+        raise _explained(error, HubName(f"datasets/{name}", revision)) from error
 
 
-def dataset_error(error: BaseException, name: str) -> ConfigError | CheckpointError:
+def dataset_error(
+    error: BaseException, name: str, revision: str | None = None
+) -> ConfigError | CheckpointError:
     """An error of the library `datasets` as one line that says what would help.
 
     Args:
       error: The error, while the library opens or reads a data set.
       name: OWNER/NAME of the data set.
+      revision: Branch, tag or commit of the data set; None: the newest commit.
     """
     from huggingface_hub import constants, errors
 
@@ -215,17 +220,18 @@ def dataset_error(error: BaseException, name: str) -> ConfigError | CheckpointEr
         chain.append(cause)
     for cause in chain:
         if isinstance(cause, errors.HfHubHTTPError | errors.OfflineModeIsEnabled):
-            return _explained(cause, HubName(f"datasets/{name}"))
-    if isinstance(error, ValueError | FileNotFoundError):  # such as a split that does not exist
-        try:
-            dataset_commit(name)  # `datasets` does not say why there is no such data set
-        except (ConfigError, CheckpointError) as reason:
-            return reason
-        return ConfigError(f"{page} cannot be opened ({type(error).__name__}: {brief(error)})")
-    return CheckpointError(
-        f"{page} cannot be downloaded ({type(error).__name__}: {brief(error)}): check the "
-        "connection and HF_ENDPOINT; the same command resumes (complete files are kept)"
-    )
+            return _explained(cause, HubName(f"datasets/{name}", revision))
+    what = f"{type(error).__name__}: {brief(error)}"
+    if not isinstance(error, _NOT_OF_THE_NETWORK):
+        return CheckpointError(
+            f"{page} cannot be downloaded ({what}): check the connection and HF_ENDPOINT, and give "
+            "the same command again"
+        )
+    try:
+        dataset_commit(name, revision)  # `datasets` does not say why there is no such data set
+    except (ConfigError, CheckpointError) as reason:
+        return reason
+    return ConfigError(f"{page} cannot be read ({what})")  # such as a wrong split
 
 
 def _explained(error: BaseException, name: HubName) -> ConfigError | CheckpointError:
@@ -237,7 +243,7 @@ def _explained(error: BaseException, name: HubName) -> ConfigError | CheckpointE
     hub, page = constants.ENDPOINT, f"{constants.ENDPOINT}/{name.repository}"
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
-    path, is_data = _no_path(name), name.repository.startswith("datasets/")
+    path, is_data = _if_not_a_path(name), name.repository.startswith("datasets/")
     if isinstance(error, errors.RevisionNotFoundError):
         return ConfigError(
             f"{page} has no revision {name.revision or 'main'}: give a branch, a tag or a commit"
@@ -282,7 +288,7 @@ def _explained(error: BaseException, name: HubName) -> ConfigError | CheckpointE
     )
 
 
-def _no_path(name: HubName) -> str:
+def _if_not_a_path(name: HubName) -> str:
     """The beginning of a message about a name that may have been meant as a path; or ""."""
     is_data = name.repository.startswith("datasets/")
     if name.revision or is_data or os.path.isdir(name.repository):  # it was not meant as a path
@@ -299,7 +305,8 @@ def _suggestion(name: HubName) -> str:
     given = name.repository.removeprefix("datasets/")
     owner, _, last = given.rpartition("/")
     # Of the same owner, whose names are compared without it; if none is similar, of all owners.
-    for author, search, begin in ((owner, None, f"{owner}/"), (None, last, "")):
+    tried = [(owner, None, f"{owner}/")] if owner else []
+    for author, search, begin in (*tried, (None, last, "")):
         known: dict[str, str] = {}
         with contextlib.suppress(Exception):  # a suggestion must not hide the error
             found = listed(author=author, search=search, limit=1000)

@@ -38,7 +38,7 @@ def check_can_upload(repository: str) -> None:
             f"uploading {repository} needs a login: {LOG_IN}, with a token that may write "
             "(https://huggingface.co/settings/tokens)"
         )
-    with _explained(repository):
+    with _explaining(repository):
         huggingface_hub.HfApi().whoami()
 
 
@@ -61,7 +61,7 @@ def upload(directory: AnyPath, repository: str, private: bool) -> str:
 
     api = HfApi()
     try:
-        with _explained(repository):
+        with _explaining(repository):
             url = api.create_repo(repository, private=private or None, exist_ok=True)
             would_publish = private and not api.model_info(repository).private
             if not would_publish:
@@ -84,7 +84,7 @@ def upload(directory: AnyPath, repository: str, private: bool) -> str:
 
 
 @contextlib.contextmanager
-def _explained(repository: str) -> Iterator[None]:
+def _explaining(repository: str) -> Iterator[None]:
     """Raises the client's errors during an upload as one line that says what would help."""
     from huggingface_hub import constants, errors
 

@@ -25,7 +25,6 @@ from retnet_jax.model.kv_cache import (
     NewKeysValues,
     WindowCache,
     WindowKeysValues,
-    check_last_inputs,
     is_stacked,
     write_slots,
     write_window,
@@ -261,7 +260,6 @@ class Attention(Mixer):
             slots = find_slots(state.visible, state.length, places)
         separate = state.layers is not None and not is_stacked(state.layers)
         context = attention_context(settings, config, places, slots, separate)
-        check_last_inputs(settings.short_conv, state.layers)
         if settings.short_conv is not None and segment_ids is not None:
             context = context._replace(documents=split_documents(segment_ids))
 
@@ -287,7 +285,6 @@ class Attention(Mixer):
         if isinstance(state, KVCache):
             slots = unchanged_slots(state.visible, state.length)
         separate = state.layers is not None and not is_stacked(state.layers)
-        check_last_inputs(settings.short_conv, state.layers)
         context = attention_context(settings, config, places, slots, separate)
         return context._replace(documents=branches), state.layers
 

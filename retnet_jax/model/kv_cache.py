@@ -134,21 +134,14 @@ def is_stacked(layers: Any) -> bool:
     return type(layers) is not tuple
 
 
-def check_last_inputs(short_conv: int | None, layers: Any) -> None:
-    """Raises `ValueError` if a state lacks the last inputs of convolutions, or has others.
+def short_conv_of(layers: Any) -> int | None:
+    """The width of the convolutions whose last inputs a state's layers have; None: they have none.
 
     Args:
-      short_conv: Width of the model's convolutions; None: it has none.
-      layers: States of a model's layers, of one kind; None: nothing was read.
+      layers: States of a model's layers, of any kinds.
     """
-    first = layers if is_stacked(layers) else layers[0]
-    if first is None:
-        return
-    found = first.q.shape[-3] + 1 if hasattr(first, "q") else None
-    if found != short_conv:
-        raise ValueError(
-            f"state is of a model with short_conv={found}; this model has short_conv={short_conv}"
-        )
+    each = jax.tree.leaves(layers, is_leaf=lambda x: hasattr(x, "q"))
+    return next((x.q.shape[-3] + 1 for x in each if hasattr(x, "q")), None)
 
 
 def take_rows(layers: Any, rows: Int[Array, " r"]) -> Any:

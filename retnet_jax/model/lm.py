@@ -24,7 +24,7 @@ from retnet_jax.errors import ConfigError
 from retnet_jax.model.attention import Attention
 from retnet_jax.model.hybrid import HybridMixers, HybridState, PeriodStates, layer_mixer
 from retnet_jax.model.initial import redraw, scales, table_deviations
-from retnet_jax.model.kv_cache import KVCache, WindowCache, is_stacked
+from retnet_jax.model.kv_cache import KVCache, WindowCache, is_stacked, short_conv_of
 from retnet_jax.model.layers import NORMS, FeedForward, normal
 from retnet_jax.model.mixer import Mixer, RetentionState
 from retnet_jax.model.multi_scale_retention import MultiScaleRetention
@@ -379,23 +379,27 @@ def check_state(model: LanguageModel, state: State, rows: int) -> None:
         if found != rows:
             raise ValueError(f"state has layers of {found} rows for a batch of {rows}")
     if leaves:
-        _check_shapes(model, state, rows)
+        _check_layers(model, state, rows)
 
 
-def _check_shapes(model: LanguageModel, state: State, rows: int) -> None:
-    """Raises `ValueError` if a state has other shapes than those of the model."""
+def _check_layers(model: LanguageModel, state: State, rows: int) -> None:
+    """Raises `ValueError` if a state has other layers than the model, or of other sizes."""
     slots = getattr(state, "visible", None)
     capacity = 1 if slots is None else slots.shape[1]
     expected = jax.eval_shape(lambda: model.init_state(rows, capacity))
     if not model.stacked_state:
-        layers, of_model = (len(tuple(x.layers or ())) for x in (state, expected))
-        if layers != of_model:
-            raise ValueError(f"state has {layers} layers; this model has {of_model}")
+        numbers = [len(tuple(x.layers or ())) for x in (state, expected)]
+        if numbers[0] != numbers[1]:
+            raise ValueError(f"state has {numbers[0]} layers; this model has {numbers[1]}")
+    widths = [short_conv_of(x.layers) for x in (state, expected)]
+    if widths[0] != widths[1]:
+        raise ValueError(
+            f"state is of a model with short_conv={widths[0]}; this model has "
+            f"short_conv={widths[1]}"
+        )
     wanted, found = (dict(jax.tree.leaves_with_path(x)) for x in (expected, state))
     if wanted.keys() != found.keys():
-        if isinstance(state, HybridState):
-            raise ValueError("state is of a hybrid with other attention layers")
-        return  # with other convolutions, which `Mixer.prepare` names
+        raise ValueError("state is of a hybrid with other attention layers")
     for path, leaf in found.items():
         if leaf.shape != wanted[path].shape:
             raise ValueError(

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from retnet_jax.config import ModelConfig
-from retnet_jax.model.kv_cache import check_last_inputs
 from retnet_jax.model.layers import Linear, RMSNorm, ShortConvolution, convolve, split_heads
 from retnet_jax.model.mixer import ConvolvedState, LayerState, Mixer, RetentionState
 from retnet_jax.ops.feature_map import feature_map, prelu, xielu
@@ -218,13 +217,7 @@ class MultiScaleRetention(Mixer):
         shape: tuple[int, int],
         segment_ids: SegmentIds | None,
     ) -> tuple[RetentionContext, Any]:
-        """The context of a batch of tokens [b t], and the state of each layer before them.
-
-        Raises:
-          ValueError: for a state of a model with other convolutions.
-        """
-        if state is not None:
-            check_last_inputs(config.short_conv, state.layers)
+        """The context of a batch of tokens [b t], and the state of each layer before them."""
         fresh = state is None
         if fresh:
             state = RetentionState(layers=None, position=jnp.zeros(shape[0], jnp.int32))

@@ -198,8 +198,9 @@ def check_use(given, text: str | None, task_data: str | None) -> None:
     suite, protocols = ",".join(dict.fromkeys(parts)), ",".join(dict.fromkeys(given.protocol))
     if given.checkpoint is not None and text is None and needs_text:
         raise ConfigError(
-            f"{given.checkpoint} is not the directory of a training run, whose held-out documents "
-            "would be read, so it needs --data: give text files, such as --data='corpus/**/*.txt'"
+            f"{given.checkpoint} is read as a checkpoint without documents of its own, so it needs "
+            "--data: give text files, such as --data='corpus/**/*.txt', or a training run, whose "
+            "held-out documents are read, as --workdir=RUN"
         )
     if task_data is not None and not tasks:
         raise ConfigError(

@@ -116,7 +116,7 @@ class _Store(NamedTuple):
     share: float
     options: dict[str, Any]  # those it was built with
     splits: dict[str, dict[str, int]] | None  # None: there is no manifest
-    origins: list[_Origin]  # of its text, if that was downloaded from the Hugging Face hub
+    origins: list[_Origin | None]  # of its text from the Hugging Face hub; None: some is not
 
     @classmethod
     def of(cls, config: Config, directory: str, share: float) -> _Store:
@@ -133,33 +133,36 @@ class _Store(NamedTuple):
         source, path = (self.options.get(f"data.{name}", "") for name in ("source", "path"))
         if source == "stdlib":
             return f"Python {self.options.get('python', '')}'s standard library".replace(" '", "'")
-        if self.origins:
-            return "; ".join(
-                f"{x.path} on the Hugging Face hub, commit {x.commit}, licence there: {x.license}"
-                for x in self.origins
-            )
-        return f"{source}: {path}" if source else "not recorded"
+        here = f"{source}: {path}" if source else "not recorded"
+        return "; ".join(
+            f"{x.path} on the Hugging Face hub, commit {x.commit}, licence there: {x.license}"
+            if x
+            else here
+            for x in self.origins or [None]
+        )
 
     @property
     def hub_names(self) -> list[str]:
         """The names of its data sets on the Hugging Face hub."""
-        paths = [x.path for x in self.origins]
+        paths = [x.path for x in self.origins if x]
         if self.options.get("data.source") == "hf":
             paths.append(self.options["data.path"])
         return [path.partition(":")[0].partition("@")[0] for path in paths]
 
 
-def _origins(manifest: dict[str, Any]) -> list[_Origin]:
-    """What tools/prepare_corpus.py recorded beside the files of a store; [] for other text."""
+def _origins(manifest: dict[str, Any]) -> list[_Origin | None]:
+    """What tools/prepare_corpus.py recorded beside the files of a store; None for other text."""
     if manifest["options"].get("data.source") != "jsonl":
         return []
-    found = []
-    for directory in dict.fromkeys(Path(x["path"]).parent for x in manifest["sources"]):
+    found: dict[_Origin | None, None] = {}
+    for directory in dict.fromkeys(Path(x["path"]).parent for x in manifest.get("sources", ())):
+        origin = None
         # There is no such file, or it is another program's.
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             record = json.loads((directory / RECORD).read_text(encoding="utf-8"))
-            found.append(_Origin(record["origin"]["data set"], record["commit"], record["license"]))
-    return found
+            origin = _Origin(record["origin"]["data set"], record["commit"], record["license"])
+        found[origin] = None
+    return list(found)
 
 
 def _shares(config: Config) -> dict[str, float]:
