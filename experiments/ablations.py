@@ -214,7 +214,7 @@ def _seed_by_seed(records: Records) -> Table:
     table = Table(
         "nats a token minus the base, in windows, and of each seed",
         [
-            *("without a part", "the quickstart's", "the paper's, trained here"),
+            *("change", "the quickstart's RetNet", "the paper's, trained here"),
             *("the quickstart's, half of all rates, one seed", "paper, 200M"),
         ],
     )

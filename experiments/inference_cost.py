@@ -273,13 +273,14 @@ def _ratio(one: Cell | None, other: Cell | None) -> str:
 
 
 def _paper_table(cells: Sequence[Cell]) -> Table:
-    """The ratios of the paper's first figure, beside those of the largest size that is there."""
+    """The ratios of the paper's first figure, beside ours."""
     table = Table(
         "RetNet against Transformer at length 8,192: how many times better",
         ("size", "memory", "throughput", "latency"),
         note="Memory at a batch of 16; throughput at the best batch of each that fits; latency at "
-        "the same batch of 16. The paper's are of its 6.7B on an A100, its batches are not stated. "
-        "On these cores the Transformer's keys and values are stored in float32 in all precisions.",
+        "the same batch of 16, where both models fit. The paper's are of its 6.7B on an A100, its "
+        "batches are not stated. On these cores the Transformer's keys and values are stored in "
+        "float32 in all precisions.",
     )
     table.add("paper, 6.7B on an A100", *(f"{x}" for x in PAPER.values()))
     for place, size in dict.fromkeys((cell.place, cell.size) for cell in cells):

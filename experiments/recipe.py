@@ -6,7 +6,7 @@ neither trained on nor among the held-out documents of the quickstart. Later run
 variations of the best runs before them. The best recipe of each model then is the quickstart's
 (`retnet_jax/configs/quickstart.py`), which is trained with three seeds and evaluated on its
 held-out documents (`python -m experiments.quickstart`). Eight RetNets more were tried with a patch
-before `model.rotation=none` existed; docs/results.md has them.
+before `model.rotation=none` existed; docs/results_tables.md has them.
 
     python -m experiments.recipe                  all runs: 2 to 4 minutes each on one core
     python -m experiments.recipe --budget=small   two runs of a few steps, to see that it works

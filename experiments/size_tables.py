@@ -123,7 +123,7 @@ def pairs_and_sizes(records: Records) -> Iterator[tuple[str, str, list[str]]]:
 
 
 def _summary(final: Records) -> Table:
-    """The differences that the page of results shows, a column for each size."""
+    """RetNet minus Transformer, with a column for each size."""
     sizes = sizes_of(final)
     table = Table(
         "RetNet minus Transformer by size, bits per byte",
