@@ -14,6 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jax
+
 from benchmarks.measure import provenance
 from retnet_jax.config import Config
 from retnet_jax.config.as_json import flatten
@@ -203,6 +205,10 @@ def _make(experiment: str, budget: str, run: Run | Measurement, workdir: Path) -
         command = f"python -m experiments.{experiment} --budget={budget} --only={run.name}"
         record = {"name": run.name, **run.about, "command": command, **found}
         _add(experiment, budget, record)
+        if isinstance(run, Run):
+            # A process may map 65,530 areas of memory. Its compiled programs take them, and after
+            # nine runs of perplexity_by_size the compiler found no more and the process ended.
+            jax.clear_caches()
         shutil.rmtree(workdir, ignore_errors=True)  # a measurement has none
     shutil.rmtree(claim, ignore_errors=True)
 
