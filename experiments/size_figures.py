@@ -22,6 +22,7 @@ from experiments.size_tables import (
     of_runs,
     pair_label,
     recall_means,
+    seed_differences,
     sizes_of,
 )
 from experiments.token_classes import CLASSES, RARE_AT_MOST
@@ -94,6 +95,9 @@ def _by_size(figure, axes, final: Records) -> None:
         axes[0].errorbar(
             beside, losses.mean, errors, label=LABELS[model], capsize=2, ms=5, **_look(model)
         )
+        for place, bits in zip(beside, losses.bits, strict=True):
+            each = bits.sum(1) / losses.byte_counts.sum()
+            axes[0].plot([place] * len(each), each, ".", color=_look(model)["color"], ms=4)
     for number, (one, other) in enumerate(PAIRS):
         sizes = sizes_of(final, one, other)
         if not sizes:
@@ -107,6 +111,9 @@ def _by_size(figure, axes, final: Records) -> None:
             **{"color": colour, "linestyle": style, "marker": marker, "ms": 5, "capsize": 2},
             label=pair_label(one, other),
         )
+        for size, place in zip(sizes, found.parameters * 1.03 ** (number - 1.5), strict=True):
+            each = seed_differences(final, one, other, size, "longer")
+            axes[1].plot([place] * len(each), each, ".", color=colour, ms=4)
     axes[1].axhline(0, color="0.4", linewidth=1)
     for axis in axes:
         sizes = {x["size"]: x["non_embedding"] for x in final.values()}
@@ -123,7 +130,7 @@ def _by_size(figure, axes, final: Records) -> None:
         "Loss by size",
         "bars: standard error over documents and seeds, whose deviation is pooled over the sizes "
         "of a model (over all models\nfor those of one size); points of one size are shifted "
-        "sideways. Documents are easy or hard for all models alike,\nso differences (right) are "
+        "sideways; dots: each seed. Documents are easy or hard for all models alike,\nso differences (right) are "
         "surer than the bars on the left suggest",
     )
 
