@@ -130,8 +130,8 @@ def _by_size(figure, axes, final: Records) -> None:
         "Loss by size",
         "bars: standard error over documents and seeds, whose deviation is pooled over the sizes "
         "of a model (over all models\nfor those of one size); points of one size are shifted "
-        "sideways; dots: each seed. Documents are easy or hard for all models alike,\nso differences (right) are "
-        "surer than the bars on the left suggest",
+        "sideways; dots: each seed. Documents are easy or hard for all models alike,\nso "
+        "differences (right) are surer than the bars on the left suggest",
     )
 
 
