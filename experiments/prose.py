@@ -48,7 +48,7 @@ from experiments.perplexity_by_size import (
     run_name,
 )
 from experiments.runs import Records, Run, main, read_records
-from experiments.size_tables import BETWEEN, LABELS, pair_label
+from experiments.size_records import BETWEEN, LABELS, pair_label
 from retnet_jax.config import Config, DataConfig
 from retnet_jax.data import open_store
 from retnet_jax.data.split import hash_of_name

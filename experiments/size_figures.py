@@ -10,7 +10,7 @@ from experiments import figures
 from experiments.figures import BLUE, GREEN, GREY, ORANGE, SKY, SMALL, VERMILLION, in_thousands
 from experiments.runs import Records
 from experiments.size_fits import difference
-from experiments.size_tables import (
+from experiments.size_records import (
     LABELS,
     PAIRS,
     bits_of_class,

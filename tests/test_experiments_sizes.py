@@ -13,7 +13,8 @@ from training_runs import small_config
 from experiments import figures, rate_sweeps, size_figures, size_fits, token_classes
 from experiments import perplexity_by_size as by_size
 from experiments.size_fits import Losses, crossing, crossings, line, seed_deviation
-from experiments.size_tables import gap_part, tables
+from experiments.size_records import gap_part
+from experiments.size_tables import tables
 from experiments.token_classes import CLASSES, COMMON, NEW, RARE, SEEN, context_starts, repeats
 from experiments.use_of_context import has_fixed_state, loss_by_class, loss_by_distance
 from retnet_jax.data.stores import open_or_build
