@@ -149,6 +149,8 @@ def test_a_corpus_from_nothing(hub):
     assert "was built from less or other text than there is now: delete it" in refused(
         "tinystories", "--tokens=12k", *BYTES
     )
+    fewer = run("tinystories", "--tokens=2k", "--config.data.store=other", *BYTES)  # the same text
+    assert "2,000 tokens were wanted, and the store has " in fewer.stdout
     train = programs.run(*shlex.split(command.partition("python ")[2]), "--config.train.steps=-1")
     assert "train.steps=-1" in train.stderr.splitlines()[-1]  # the command is understood
 

@@ -98,7 +98,7 @@ def _main() -> None:
     _check_store(config)
     store = prepare(config, command_line.command_with_config(*_PREPARE_DATA, after=after))
     found = store.manifest["splits"]["train"]["tokens"]
-    if found < 0.98 * tokens:
+    if abs(found - tokens) > 0.02 * tokens:
         print(f"{tokens:,} tokens were wanted, and the store has {found:,} to train on")
     train = command_line.command_with_config("train.py", "retnet-train", after=after)
     print(f"train on it with: {train}")
