@@ -59,7 +59,7 @@ BUDGETS = ("small", "gpu", "2cores")
 SIZES_OF = {
     "small": {"0.1M": SIZES["0.1M"]},
     "2cores": {name: SIZES[name] for name in ("0.1M", "0.3M")},
-    "gpu": {"16M": Size(384, 6, 3, seeds=2), "48M": Size(576, 8, 6, seeds=2)},
+    "gpu": {"16M": Size(384, 6, 3), "48M": Size(576, 8, 6)},
 }
 SEEDS = (0, 1)
 GPU_RATES = (0.01, 0.02, 0.04)

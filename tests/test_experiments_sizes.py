@@ -228,7 +228,7 @@ def test_the_run_of_the_best_rate_is_the_first_seed():
     names = [run.name for run in by_size.runs("2cores", swept(0.04, 0.02))]
     assert names[:12] == first
     # Two rates at the largest size, and the other seeds.
-    assert len(set(names)) == len(names) == 12 + 2 + (3 - 1) + 3 + 2 + (2 - 1)
+    assert len(set(names)) == len(names) == 12 + 2 + (3 - 1) + 3 + 3 + (3 - 1)
     assert {"retnet_0.1M_rate0.04_seed2", "retnet_2M_rate0.02_seed1"} < set(names)
 
 
