@@ -2,11 +2,12 @@
 
 Four models, RetNet and Transformer, each with and without short convolutions, at four sizes (0.1M
 to 2M parameters without the embedding). All have equal parameters (the width of the feed-forward
-layers makes up for differences), and read the same tokens in the same order: 2M tokens in windows
-of 256. The learning rate is swept for each model at the smallest size (three rates) and the largest
-(the best of these, and half of it), further while the best is clearly at an end (`rate_sweeps.py`),
-with one seed, judged on validation documents, and interpolated in log size between them. Results
-are reported on other documents. The run of the best rate counts as the first seed at these sizes.
+layers makes up for differences), and read the same tokens: 2M tokens in windows of 256. There are
+three seeds, each with an order of its own. The learning rate is swept for each model at the
+smallest size (three rates) and the largest (the best of these, and half of it), further while the
+best is clearly at an end (`rate_sweeps.py`), with one seed, judged on validation documents, and
+interpolated in log size between them. Results are reported on other documents. The run of the best
+rate counts as the first seed at these sizes.
 
 The same trained models then answer where the difference lies (`experiments/use_of_context.py`):
 loss by class of token, by distance to the last occurrence of a rare pair, by position; associative
@@ -20,7 +21,7 @@ relu of queries and keys. What each of these changes is another experiment's que
 
     taskset -c 0 python -m experiments.perplexity_by_size &
     taskset -c 1 python -m experiments.perplexity_by_size
-        74 runs or more, of 3 (0.1M) to 18 minutes (2M), which two processes share: about six hours
+        72 runs or more, of 3 (0.1M) to 18 minutes (2M), which two processes share: about six hours
     python -m experiments.perplexity_by_size --budget=small     two runs of a few steps: a minute
     python -m experiments.perplexity_by_size --plot_only        draws figures and tables again
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 # Bits per byte by which a rate at the end of a sweep must be better than the next one for a rate
-# beyond it to be tried. Two seeds of a model differ by about half of it.
+# beyond it to be tried.
 WORTH_ANOTHER = 0.01
 
 Loss = Callable[[float], float | None]  # of a rate; None: its run is missing

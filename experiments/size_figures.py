@@ -21,9 +21,11 @@ from experiments.size_records import (
     models_at,
     of_runs,
     pair_label,
+    paired_losses,
     recall_means,
     seed_differences,
     sizes_of,
+    sizes_of_pair,
 )
 from experiments.token_classes import CLASSES, RARE_AT_MOST
 from experiments.use_of_context import CONTEXT, WATCHED_DISTANCE, WATCHED_TRIALS
@@ -99,10 +101,10 @@ def _by_size(figure, axes, final: Records) -> None:
             each = bits.sum(1) / losses.byte_counts.sum()
             axes[0].plot([place] * len(each), each, ".", color=_look(model)["color"], ms=4)
     for number, (one, other) in enumerate(PAIRS):
-        sizes = sizes_of(final, one, other)
+        sizes = sizes_of_pair(final, one, other)
         if not sizes:
             continue
-        found = difference(*(losses_of(final, x, sizes, "longer") for x in (one, other)))
+        found = difference(*paired_losses(final, one, other, sizes, "longer"))
         colour, style, marker = PAIR_STYLES[one, other]
         axes[1].errorbar(
             found.parameters * 1.03 ** (number - 1.5),
@@ -128,10 +130,10 @@ def _by_size(figure, axes, final: Records) -> None:
         figure,
         final,
         "Loss by size",
-        "bars: standard error over documents and seeds, whose deviation is pooled over the sizes "
-        "of a model (over all models\nfor those of one size); points of one size are shifted "
-        "sideways; dots: each seed. Documents are easy or hard for all models alike,\nso "
-        "differences (right) are surer than the bars on the left suggest",
+        "bars: standard error over documents and seeds (of two seeds, with the deviation of all "
+        "models of the size); dots: each seed;\npoints of one size are shifted sideways. Documents "
+        "are easy or hard for all models alike, so differences (right)\nare surer than the bars on "
+        "the left suggest",
     )
 
 
@@ -189,7 +191,7 @@ def _seeds_text(final: Records) -> str:
 
 def _parts(axis, final: Records, one: str, other: str) -> None:
     """The parts of a difference by class, side by side over sizes, and their sum."""
-    sizes = sizes_of(final, one, other)
+    sizes = sizes_of_pair(final, one, other)
     places, width = np.arange(len(sizes)), 0.17
     for number, (name, colour) in enumerate(CLASS_COLOURS.items()):
         found = [gap_part(final, one, other, size, [name]) for size in sizes]

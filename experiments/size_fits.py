@@ -3,7 +3,7 @@
 Two things vary: the documents that happen to be held out, and the seeds. Errors of lines and of
 crossings are those of `DRAWS` draws in which the documents are resampled, the same ones for every
 model and size, and each mean over seeds is moved by a normal number with the standard error of that
-mean. The standard deviation over seeds is pooled over the sizes of a model.
+mean.
 """
 
 import math
@@ -26,13 +26,13 @@ class Losses:
       parameters: Parameters without the embedding, by size [n].
       bits: Bits of each document for each size: [seeds, documents].
       byte_counts: Bytes of each document.
-      seed_deviation: Standard deviation over seeds, from `seed_deviation`.
+      seed_deviations: Standard deviation over seeds at each size [n].
     """
 
     parameters: np.ndarray
     bits: list[np.ndarray]
     byte_counts: np.ndarray
-    seed_deviation: float
+    seed_deviations: np.ndarray
 
     @property
     def mean(self) -> np.ndarray:
@@ -42,7 +42,7 @@ class Losses:
     @property
     def seed_errors(self) -> np.ndarray:
         """Standard error over seeds of each size's mean."""
-        return self.seed_deviation / np.sqrt([len(x) for x in self.bits])
+        return self.seed_deviations / np.sqrt([len(x) for x in self.bits])
 
     @property
     def document_errors(self) -> np.ndarray:

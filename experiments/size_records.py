@@ -39,6 +39,7 @@ EXTRA_PAIRS = (
 LONGEST = 32_768  # positions and distances; few documents are longer
 # As in `use_of_context.nll_by_protocol`.
 PROTOCOLS = ("window", "longer")
+ENOUGH_SEEDS = 3  # for a standard deviation of their own
 
 
 def of_runs(records: Records, model: str, size: str) -> list[dict[str, Any]]:
@@ -47,11 +48,16 @@ def of_runs(records: Records, model: str, size: str) -> list[dict[str, Any]]:
     return sorted(found, key=lambda x: x["seed"])
 
 
-def sizes_of(records: Records, *models: str) -> list[str]:
-    """The sizes at which all of some models have runs, the smallest first."""
-    sizes = {x["size"]: x["non_embedding"] for x in records.values()}
-    found = sorted(sizes, key=sizes.__getitem__)
-    return [size for size in found if all(of_runs(records, x, size) for x in models)]
+def sizes_of(records: Records, model: str | None = None) -> list[str]:
+    """The sizes at which a model, or with None any model, has runs; the smallest first."""
+    sizes = {x["size"]: x["non_embedding"] for x in records.values() if model in (None, x["model"])}
+    return sorted(sizes, key=sizes.__getitem__)
+
+
+def sizes_of_pair(records: Records, one: str, other: str) -> list[str]:
+    """The sizes at which two models have runs of the same seed, the smallest first."""
+    sizes = sizes_of(records, one)
+    return [size for size in sizes if paired_runs(records, one, other, size)[0]]
 
 
 def models_at(records: Records, size: str) -> list[str]:
@@ -66,9 +72,9 @@ def fullest_size(records: Records) -> str:
 
 
 def pairs_and_sizes(records: Records) -> Iterator[tuple[str, str, list[str]]]:
-    """The pairs of models that are compared, with the sizes at which both have runs."""
+    """The pairs of models that are compared, with the sizes at which both have a seed."""
     for one, other in (*PAIRS, *EXTRA_PAIRS):
-        sizes = sizes_of(records, one, other)
+        sizes = sizes_of_pair(records, one, other)
         if sizes:
             yield one, other, sizes
 
@@ -78,26 +84,58 @@ def pair_label(one: str, other: str) -> str:
     return f"{LABELS[one]} minus {LABELS[other]}"
 
 
-def losses_of(records: Records, model: str, sizes: Sequence[str], protocol: str) -> Losses:
-    """The losses of one model at some sizes, by one of PROTOCOLS."""
+def paired_runs(
+    records: Records, one: str, other: str, size: str
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The records of two models at one size, of the seeds that both have."""
+    each = [{x["seed"]: x for x in of_runs(records, model, size)} for model in (one, other)]
+    seeds = sorted(each[0].keys() & each[1].keys())
+    return [each[0][seed] for seed in seeds], [each[1][seed] for seed in seeds]
+
+
+def losses_of(
+    records: Records,
+    model: str,
+    sizes: Sequence[str],
+    protocol: str,
+    paired_with: str | None = None,
+) -> Losses:
+    """The losses of one model at some sizes.
+
+    Args:
+      records: The records of the chosen learning rates.
+      model: Name of the model.
+      sizes: Names of the sizes.
+      protocol: One of PROTOCOLS.
+      paired_with: Another model: only the seeds that both have. None: all seeds.
+    """
     bits, parameters, byte_counts = [], [], np.zeros(0)
     for size in sizes:
-        each = of_runs(records, model, size)
+        each, _ = paired_runs(records, model, paired_with or model, size)
         bits.append(np.array([x["held_out"][protocol]["bits"] for x in each]))
         parameters.append(each[0]["non_embedding"])
         byte_counts = np.array(each[0]["held_out"]["bytes"])
-    deviation = _seed_deviation(records, model, protocol)
-    return Losses(np.array(parameters), bits, byte_counts, deviation)
+    deviations = [_seed_deviation(records, model, size, protocol) for size in sizes]
+    return Losses(np.array(parameters), bits, byte_counts, np.array(deviations))
 
 
-def _seed_deviation(records: Records, model: str, protocol: str) -> float:
-    """Pooled over the sizes of a model, or over all models for one of fewer than three sizes."""
-    models = [model] if len(sizes_of(records, model)) > 2 else list(LABELS)
+def paired_losses(
+    records: Records, one: str, other: str, sizes: Sequence[str], protocol: str
+) -> tuple[Losses, Losses]:
+    """The losses of two models at some sizes, of the seeds that both have."""
+    return (
+        losses_of(records, one, sizes, protocol, paired_with=other),
+        losses_of(records, other, sizes, protocol, paired_with=one),
+    )
+
+
+def _seed_deviation(records: Records, model: str, size: str, protocol: str) -> float:
+    """That of a model's seeds at one size; of fewer than three, pooled over the models there."""
+    enough = len(of_runs(records, model, size)) >= ENOUGH_SEEDS
     return seed_deviation(
         [
             [x["held_out"][protocol]["bits_per_byte"] for x in of_runs(records, name, size)]
-            for name in models
-            for size in sizes_of(records, name)
+            for name in ([model] if enough else models_at(records, size))
         ]
     )
 
@@ -106,11 +144,9 @@ def seed_differences(
     records: Records, one: str, other: str, size: str, protocol: str
 ) -> list[float]:
     """One model minus another, of each seed that both have."""
-    bits = [
-        {x["seed"]: x["held_out"][protocol]["bits_per_byte"] for x in of_runs(records, model, size)}
-        for model in (one, other)
-    ]
-    return [bits[0][seed] - bits[1][seed] for seed in sorted(bits[0].keys() & bits[1].keys())]
+    runs = zip(*paired_runs(records, one, other, size), strict=True)
+    bits = [[x["held_out"][protocol]["bits_per_byte"] for x in both] for both in runs]
+    return [of_one - of_other for of_one, of_other in bits]
 
 
 def bits_of_class(records: Records, model: str, size: str, name: str) -> np.ndarray:
@@ -123,10 +159,15 @@ def gap_part(
 ) -> tuple[float, float]:
     """The part of some classes in a difference, in bits per byte of all tokens, and its error.
 
-    The error is over documents and, where both models have several, over seeds.
+    It is the mean over the seeds that both models have. The error is over documents and, where
+    there are several, over seeds.
     """
     byte_counts = np.array(of_runs(records, one, size)[0]["held_out"]["bytes"])
-    bits = [sum(bits_of_class(records, model, size, x) for x in classes) for model in (one, other)]
+    names = list(classes)
+    bits = [
+        np.array([np.sum([x["classes"][name]["bits"] for name in names], 0) for x in runs])
+        for runs in paired_runs(records, one, other, size)
+    ]
     mean = bits[0].mean(0) - bits[1].mean(0)
     over_seeds = [standard_error(x.sum(1) / byte_counts.sum()) for x in bits]
     error = math.hypot(ratio_standard_error(mean, byte_counts), *np.nan_to_num(over_seeds))

@@ -13,7 +13,7 @@ from training_runs import small_config
 from experiments import figures, rate_sweeps, size_figures, size_fits, token_classes
 from experiments import perplexity_by_size as by_size
 from experiments.size_fits import Losses, crossing, crossings, line, seed_deviation
-from experiments.size_records import gap_part
+from experiments.size_records import gap_part, paired_losses, sizes_of_pair
 from experiments.size_tables import tables
 from experiments.token_classes import CLASSES, COMMON, NEW, RARE, SEEN, context_starts, repeats
 from experiments.use_of_context import has_fixed_state, loss_by_class, loss_by_distance
@@ -268,6 +268,26 @@ def test_tables_of_invented_records():
     assert f"| RetNet minus Transformer | windows | {cells} |" in text
     cells = " | ".join(["+0.100 ± 0.002"] * 3)
     assert f"| RetNet minus Transformer | windows, in repeated pairs | {cells} |" in text
+
+
+def test_a_difference_is_of_the_seeds_that_both_models_have():
+    bits = {"retnet": (204, 200, 260), "transformer": (200, 200)}
+    records = [
+        invented_record(model, "0.1M", 1e5, seed, [each, 3 * each])
+        for model, of_seeds in bits.items()
+        for seed, each in enumerate(of_seeds)
+    ]
+    records.append(invented_record("hybrid_full", "0.1M", 1e5, 7, [200, 600]))
+    named = {x["name"]: x for x in records}
+    one, other = paired_losses(named, "retnet", "transformer", ["0.1M"], "window")
+    assert one.mean - other.mean == pytest.approx([0.02])
+    assert gap_part(named, "retnet", "transformer", "0.1M", CLASSES)[0] == pytest.approx(0.01 * 2)
+    assert not sizes_of_pair(named, "retnet", "hybrid_full")
+    # The deviation is that of all seeds of a model; of two seeds that of all models of the size.
+    own = np.std([2.04, 2.0, 2.6], ddof=1)
+    assert one.seed_errors == pytest.approx([own / math.sqrt(2)])
+    pooled = math.sqrt((2 * own**2 + 0) / 3)
+    assert other.seed_errors == pytest.approx([pooled / math.sqrt(2)])
 
 
 def test_a_crossing_is_given_only_of_a_line_that_fits():
