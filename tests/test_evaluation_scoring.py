@@ -171,7 +171,7 @@ def test_a_trie_has_each_prefix_once_and_queries_every_token(rows):
 
 
 OPTIONS = [
-    {},
+    pytest.param({}, marks=pytest.mark.slow),
     pytest.param({"short_conv": 3}, marks=pytest.mark.slow),
     pytest.param({"window": 7}, marks=pytest.mark.slow),
     {"short_conv": 4, "window": 9, "n_kv_heads": 1},

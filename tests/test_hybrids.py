@@ -238,7 +238,7 @@ def test_documents_and_padding_have_no_effect_on_others(name, models):
     assert_close(parts[real], packed[real])
 
 
-@pytest.mark.parametrize("name", ["window", "hybrid"])
+@pytest.mark.parametrize("name", [pytest.param("window", marks=pytest.mark.slow), "hybrid"])
 def test_rows_of_different_lengths_continue_in_one_batch(name, models):
     model = models[name]
     expected = np.asarray(read(model, tokens())[0])
