@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import tokenize
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,6 +91,10 @@ class ShardFiles:
         return dict(zip(names, parts, strict=True))
 
 
+# What numpy raises if bytes of a header are wrong, which it reads as Python source.
+_HEADER_ERRORS = (ValueError, TypeError, SyntaxError, tokenize.TokenError)
+
+
 class StoredArray:
     """A one-dimensional .npy file, mapped to memory or read by byte ranges.
 
@@ -116,10 +121,12 @@ class StoredArray:
             if version != (1, 0):
                 raise ValueError(f"{path} is .npy of version {version}, not 1.0")
             (self._length,), _, self.dtype = np.lib.format.read_array_header_1_0(head)
+            if self.dtype.str.startswith(">"):
+                raise ValueError(f"{path} has {self.dtype}; numbers are little-endian")
             self._data_start = head.tell()
             if self._data_start + self._length * self.dtype.itemsize != size:
                 raise ValueError(f"{path} has {size} bytes, not those of its header")
-        except ValueError as error:  # only in a file without digests
+        except _HEADER_ERRORS as error:  # only in a file without digests
             raise DamagedBlockError(name, 0, min(size, BLOCK_BYTES)) from error
 
     def __len__(self) -> int:
