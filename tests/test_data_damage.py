@@ -270,7 +270,7 @@ def test_a_store_of_format_3_opens_and_is_verified_as_a_whole(store, tmp_path):
     expected = open_store(tmp_path / "old").train.read(0, 100)
     for position, bit in itertools.product(range(70), range(8)):  # the header and its text
         with flipped(path, position, bit), contextlib.suppress(ConfigError):
-            # A quotation mark may have become another part of the text, but nothing that matters.
+            # A header that numpy still accepts must mean the same.
             found = open_store(tmp_path / "old").train.read(0, 100)
             np.testing.assert_array_equal(found, expected)
     with flipped(path, 20), pytest.raises(ConfigError, match=r"train\.tokens\.npy is damaged"):
